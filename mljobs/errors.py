@@ -1,0 +1,222 @@
+"""Every error that mljobs raises on purpose.
+
+::
+
+    MlJobsError
+     |- InvalidValueError      (also ValueError)   a field was given a value it cannot hold
+     |- JobDecodeError         (also ValueError)   KV JSON that is not a job record
+     |- JobNotFound            (also LookupError)  no record has this id
+     |- TerminalStateError                         the record has finished; it never changes again
+     |- InvalidTransitionError                     this state may not follow that one
+     |- LeaseLostError                             the worker no longer holds the job; nothing was written
+     |- JobCancelled                               the job that this code runs was cancelled
+     |- WaitTimeout            (also TimeoutError) the job has not finished in time
+     +- SchemaError                                the database is not what this version expects
+
+Each carries its data as attributes, so that callers never parse a message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy.exc import DontWrapMixin
+
+from mljobs.states import MlJobStatus
+
+_SHOWN = 80
+
+
+def shown(value: object) -> str:
+    """Return ``repr(value)``, cut to a length that suits a message."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - a broken __repr__ must not hide the error that is being reported
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+class MlJobsError(DontWrapMixin, Exception):
+    """Root of all errors of mljobs. ``DontWrapMixin``: SQLAlchemy passes it on as it is, never as ``StatementError``."""
+
+
+class InvalidValueError(MlJobsError, ValueError):
+    """A field was given a value that it cannot hold.
+
+    Attributes:
+        field: The field's name, e.g. ``"progress"``.
+        value: What was given.
+        reason: Why it is refused.
+    """
+
+    def __init__(self, field: str, value: object, reason: str) -> None:
+        self.field = field
+        self.value = value
+        self.reason = reason
+        super().__init__(f"field {field!r} cannot be {shown(value)}: {reason}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.value, self.reason)
+
+
+class JobDecodeError(MlJobsError, ValueError):
+    """KV JSON that is not a job record.
+
+    Attributes:
+        field: The KV key at fault, e.g. ``"status"``; ``None`` when the text as a whole is at fault.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, field: str | None, reason: str) -> None:
+        self.field = field
+        self.reason = reason
+        super().__init__(f"field {field!r}: {reason}" if field is not None else reason)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.reason)
+
+
+class JobNotFound(MlJobsError, LookupError):
+    """No record has this id.
+
+    Attributes:
+        job_id: The id that was asked for.
+    """
+
+    def __init__(self, job_id: UUID) -> None:
+        self.job_id = job_id
+        super().__init__(f"job {job_id} does not exist")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.job_id,)
+
+
+class TerminalStateError(MlJobsError):
+    """The record has finished, and a finished record never changes.
+
+    Attributes:
+        job_id: The record; ``None`` where the database did not say (SQLite's triggers cannot).
+        status: Its final state; ``None`` where the database did not say.
+        finished_at: When it finished; ``None`` where unknown.
+        changes: What the refused write would have changed, ``{field: (old, new)}``.
+    """
+
+    def __init__(
+        self,
+        job_id: UUID | None = None,
+        status: MlJobStatus | None = None,
+        finished_at: datetime | None = None,
+        changes: Mapping[str, tuple[object, object]] | None = None,
+        action: str = "change",
+    ) -> None:
+        self.job_id = job_id
+        self.status = status
+        self.finished_at = finished_at
+        self.changes = dict(changes or {})
+        self.action = action
+        subject = f"job {job_id}" if job_id is not None else "the job"
+        state = f"is {status.token}" if status is not None else "is in a terminal state"
+        since = f" (since {finished_at:%Y-%m-%d %H:%M:%S} UTC)" if finished_at is not None else ""
+        detail = "; ".join(f"{field} {shown(old)} -> {shown(new)}" for field, (old, new) in self.changes.items())
+        super().__init__(f"{subject} {state}{since} and cannot {action}" + (f": {detail}" if detail else ""))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.job_id, self.status, self.finished_at, self.changes, self.action)
+
+
+class InvalidTransitionError(MlJobsError):
+    """A state that may not follow the present one.
+
+    Attributes:
+        job_id: The record; ``None`` where the database did not say.
+        status: Its state; ``None`` where the database did not say.
+        wanted: The state that was asked for; ``None`` where the database did not say.
+    """
+
+    def __init__(
+        self,
+        job_id: UUID | None = None,
+        status: MlJobStatus | None = None,
+        wanted: MlJobStatus | None = None,
+    ) -> None:
+        self.job_id = job_id
+        self.status = status
+        self.wanted = wanted
+        subject = f"job {job_id}" if job_id is not None else "the job"
+        if status is None or wanted is None:
+            super().__init__(f"{subject} cannot take this state from the one it is in")
+        else:
+            super().__init__(f"{subject} is {status.token} and cannot become {wanted.token}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.job_id, self.status, self.wanted)
+
+
+class LeaseLostError(MlJobsError):
+    """The lease behind a write is gone: expired and rescued, or released. Nothing was written.
+
+    Attributes:
+        job_id: The job that was held.
+        token: The fencing token that no longer holds it.
+    """
+
+    def __init__(self, job_id: UUID, token: int) -> None:
+        self.job_id = job_id
+        self.token = token
+        super().__init__(f"job {job_id} is no longer held by lease {token}; nothing was written, stop working on it")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.job_id, self.token)
+
+
+class JobCancelled(MlJobsError):
+    """The job that this code runs was cancelled; raised at the next check so that the work stops.
+
+    Attributes:
+        job_id: The cancelled job.
+    """
+
+    def __init__(self, job_id: UUID) -> None:
+        self.job_id = job_id
+        super().__init__(f"job {job_id} was cancelled")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.job_id,)
+
+
+class WaitTimeout(MlJobsError, TimeoutError):
+    """The job has not finished in the given time. It goes on.
+
+    Attributes:
+        job_id: The job that was waited for.
+        timeout: How long, in seconds.
+        status: Its state when the time was up.
+    """
+
+    def __init__(self, job_id: UUID, timeout: float, status: MlJobStatus) -> None:
+        self.job_id = job_id
+        self.timeout = timeout
+        self.status = status
+        super().__init__(f"job {job_id} is still {status.token} after {timeout:g} s")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.job_id, self.timeout, self.status)
+
+
+class SchemaError(MlJobsError):
+    """The database is not what this version of mljobs expects.
+
+    Attributes:
+        problems: One sentence for each difference.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        self.message = message
+        self.problems = tuple(problems)
+        super().__init__("\n  - ".join((message, *self.problems)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.problems)
