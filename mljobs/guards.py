@@ -1,0 +1,261 @@
+"""The guard: a finished job never changes.
+
+Three rings, each enough alone for the writes it sees:
+
+1. the operations in :mod:`mljobs.jobs` name the state and the lease they expect in their ``UPDATE``;
+2. the ORM hooks here refuse a flush early, with a clear error;
+3. the triggers of :mod:`mljobs.triggers` stop everything else, raw SQL included.
+
+``translate_error`` turns what a driver raises for ring 3 into our classes, for every engine in the process. Hosts with
+SQLite engines of their own may add :func:`enforce_sqlite`, for one case the triggers cannot see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from sqlalchemy import event, inspect, text
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.orm import Mapper, Session, attributes, object_session
+from sqlalchemy.sql.elements import ClauseElement
+
+from mljobs.errors import InvalidTransitionError, InvalidValueError, MlJobsError, TerminalStateError
+from mljobs.states import MlJobStatus
+from mljobs.triggers import (
+    GUARDED_COLUMNS,
+    TERMINAL_CONSTRAINT,
+    TERMINAL_MESSAGE,
+    TRANSITION_CONSTRAINT,
+    TRANSITION_MESSAGE,
+    companion_ddl,
+    companion_names,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy import Table
+    from sqlalchemy.engine import ExceptionContext
+    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.orm import InstanceState
+
+__all__ = ["enforce_sqlite", "companion_ddl", "retention", "translate_error"]
+
+_RETENTION = "mljobs_retention"
+_REQUIRED = ("kind", "target_name", "spec_json")
+
+
+# -------------------------------------------------------------------------------------------------- ring 2: ORM hooks
+
+
+def _stored(target: object, name: str) -> Any:
+    """Return the value that the database holds for an attribute, as far as this instance knows."""
+    history = attributes.get_history(target, name)
+    if history.deleted:
+        return history.deleted[0]
+    return history.unchanged[0] if history.unchanged else None
+
+
+def _changes(state: InstanceState[Any]) -> dict[str, tuple[object, object]]:
+    """Return the net changes of guarded columns, ``{field: (old, new)}``; an unloaded old value is ``None``."""
+    changes: dict[str, tuple[object, object]] = {}
+    for name in state.committed_state.keys() & _GUARDED:
+        history = state.attrs[name].history
+        if history.has_changes():
+            changes[name] = (
+                history.deleted[0] if history.deleted else None,
+                history.added[0] if history.added else None,
+            )
+    return changes
+
+
+_GUARDED = frozenset(GUARDED_COLUMNS)
+
+
+def _check_update(_mapper: Mapper[Any], _connection: Connection, target: Any) -> None:
+    changes = _changes(inspect(target))
+    if not changes:  # a host's own columns stay writable
+        return
+    status = _stored(target, "status")
+    if status is None:  # set without ever being loaded: ring 3 decides
+        return
+    if status.is_terminal:
+        raise _terminal(target, status, changes)
+    if "status" in changes:
+        _, wanted = changes["status"]
+        if isinstance(wanted, MlJobStatus) and not status.can_become(wanted):
+            raise InvalidTransitionError(_stored(target, "id"), status, wanted)
+
+
+def _check_delete(_mapper: Mapper[Any], _connection: Connection, target: Any) -> None:
+    session = object_session(target)
+    if session is not None and session.info.get(_RETENTION):
+        return
+    status = _stored(target, "status")
+    if status is not None and status.is_terminal:
+        raise _terminal(target, status, action="be deleted")
+
+
+def _check_insert(mapper: Mapper[Any], _connection: Connection, target: Any) -> None:
+    for name in _REQUIRED:
+        if getattr(target, name) is None:
+            raise InvalidValueError(name, None, "every job has one")
+    # Deleting a record and adding one with its id in a single flush is a row switch: SQLAlchemy turns the pair into an
+    # UPDATE for which neither before_update nor before_delete fires.
+    session = object_session(target)
+    if session is None or not session.deleted:
+        return
+    replaced = session.identity_map.get(mapper.identity_key_from_instance(target))
+    if replaced is not None and replaced in session.deleted:
+        status = _stored(replaced, "status")
+        if status is not None and status.is_terminal:
+            raise _terminal(replaced, status, action="be replaced")
+
+
+def _terminal(
+    target: Any,
+    status: MlJobStatus,
+    changes: dict[str, tuple[object, object]] | None = None,
+    action: str = "change",
+) -> TerminalStateError:
+    return TerminalStateError(_stored(target, "id"), status, _stored(target, "finished_at"), changes, action)
+
+
+def install_hooks(mixin: type) -> None:
+    """Guard the flushes of every class that is mapped with ``mixin``, now or later."""
+    event.listen(mixin, "before_update", _check_update, propagate=True)
+    event.listen(mixin, "before_delete", _check_delete, propagate=True)
+    event.listen(mixin, "before_insert", _check_insert, propagate=True)
+
+
+# --------------------------------------------------------------------------------------------------- ring 3: triggers
+
+
+def install_triggers(table: Table) -> None:
+    """Create the triggers with the table and drop them with it, where a host uses ``metadata.create_all``."""
+
+    @event.listens_for(table, "after_create")
+    def create(_table: Table, connection: Connection, **_: object) -> None:
+        for statement in companion_ddl(table, connection.dialect.name):
+            connection.execute(statement)
+
+    @event.listens_for(table, "after_drop")
+    def drop(_table: Table, connection: Connection, **_: object) -> None:
+        # The triggers went with the table; what stands beside it did not.
+        for statement in companion_ddl(table, connection.dialect.name, create=False):
+            if statement.drops_by_itself:
+                connection.execute(statement)
+
+
+def set_retention_door(connection: Connection, table: Table, *, opened: bool) -> None:
+    """Open or close the door through which finished records of ``table`` may be deleted, in this transaction only."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text(f"SET LOCAL mljobs.retention = '{'on' if opened else 'off'}'"))
+        return
+    preparer = connection.dialect.identifier_preparer
+    schema_map = connection.get_execution_options().get("schema_translate_map") or {}
+    schema = schema_map.get(table.schema, table.schema)
+    door = preparer.quote(companion_names(table.name)["door"])
+    qualified = f"{preparer.quote(schema)}.{door}" if schema else door
+    connection.execute(
+        text(f"UPDATE {qualified} SET open = :open WHERE name = 'retention'"),  # noqa: S608 - quoted identifiers
+        {"open": int(opened)},
+    )
+
+
+@contextmanager
+def retention(session: Session, model: type[Any]) -> Iterator[None]:
+    """Allow this session to delete finished records, until the block ends; updates stay refused.
+
+    The door is open in this transaction only: no other connection sees it open, and a crash closes it.
+
+    Args:
+        session: The session that deletes, through the ORM or by ``delete(model)``.
+        model: The mapped job class, e.g. ``MlJob``.
+    """
+    table: Table = inspect(model).local_table
+    session.flush()  # what was pending before the block is still guarded
+    session.info[_RETENTION] = True
+    set_retention_door(session.connection(), table, opened=True)
+    try:
+        yield
+        session.flush()
+    except BaseException:
+        session.info.pop(_RETENTION, None)
+        # The transaction may be aborted; its rollback closes the door.
+        raise
+    session.info.pop(_RETENTION, None)
+    set_retention_door(session.connection(), table, opened=False)
+
+
+def enforce_sqlite(engine: Engine | AsyncEngine) -> None:
+    """Make ``INSERT OR REPLACE`` fire delete triggers on every connection of a SQLite engine.
+
+    The guard needs no pragma for a record's own key. It needs this one when a host adds a UNIQUE column of its own to
+    a job table: REPLACE on that column would delete another, finished, row without any trigger.
+
+    Args:
+        engine: Sync or async; an engine of another database is left as it is.
+    """
+    sync_engine: Engine = getattr(engine, "sync_engine", engine)
+    if sync_engine.dialect.name != "sqlite":
+        return
+
+    @event.listens_for(sync_engine, "connect")
+    def set_pragma(dbapi_connection: Any, _record: object) -> None:
+        cursor = dbapi_connection.cursor()
+        cursor.execute("PRAGMA recursive_triggers = ON")
+        cursor.close()
+
+
+# ------------------------------------------------------------------------------------------- driver error -> our error
+
+
+def translate_error(error: BaseException | None) -> MlJobsError | None:
+    """Return our error for what a driver raised when ring 3 refused a write; ``None`` for any other error.
+
+    For hosts that work on a raw DBAPI connection; engines are translated without being asked.
+
+    Args:
+        error: An exception of psycopg, asyncpg, sqlite3 or aiosqlite, or SQLAlchemy's wrapper around one.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        constraint, detail = _diagnosis(seen)
+        fields = dict(part.partition("=")[::2] for part in (detail or "").split())
+        job_id = UUID(fields["id"]) if "id" in fields else None
+        status = MlJobStatus(fields["status"]) if "status" in fields else None
+        if constraint == TERMINAL_CONSTRAINT:
+            return TerminalStateError(job_id, status)
+        if constraint == TRANSITION_CONSTRAINT:
+            wanted = fields.get("wanted")
+            known = wanted is not None and wanted in MlJobStatus.tokens()
+            return InvalidTransitionError(job_id, status, MlJobStatus(wanted) if known else None)
+        seen = getattr(seen, "orig", None) or seen.__cause__
+    return None
+
+
+def _diagnosis(error: BaseException) -> tuple[str | None, str | None]:
+    """Return the constraint that a driver's error names, and its detail."""
+    source = getattr(error, "diag", error)  # psycopg keeps them on .diag, asyncpg on the error
+    constraint = getattr(source, "constraint_name", None)
+    if constraint in _CONSTRAINTS:
+        detail = getattr(source, "message_detail", None) or getattr(source, "detail", None)
+        return constraint, detail
+    message = error.args[0] if error.args else None
+    return (_SQLITE_MESSAGES.get(message), None) if isinstance(message, str) else (None, None)
+
+
+_CONSTRAINTS = frozenset({TERMINAL_CONSTRAINT, TRANSITION_CONSTRAINT})
+_SQLITE_MESSAGES = {TERMINAL_MESSAGE: TERMINAL_CONSTRAINT, TRANSITION_MESSAGE: TRANSITION_CONSTRAINT}
+
+
+@event.listens_for(Engine, "handle_error")
+def _translate(context: ExceptionContext) -> MlJobsError | None:
+    return translate_error(context.original_exception)
+
+
+def is_expression(value: object) -> bool:
+    """Whether ``value`` is SQL, which only the database can judge."""
+    return isinstance(value, ClauseElement) or hasattr(value, "__clause_element__")

@@ -1,0 +1,294 @@
+"""What stands beside a job table in the database: first of all ring 3 of the guard, which holds against every client.
+
+The text derives from the transition table and from the columns that the mixin brings. ``companion_ddl`` builds it for
+any table, so a host's own table name, schema and ``schema_translate_map`` work. Migrations hold a frozen copy of the
+text, never a call to this module.
+
+PostgreSQL: one function and three triggers (UPDATE OF our columns, DELETE, TRUNCATE). The door for retention is
+``SET LOCAL mljobs.retention = 'on'``; it opens DELETE only.
+
+SQLite: four triggers and a small table, ``<table>_guard``, with two rows. ``retention`` is the door for deletes: open
+it and close it in one transaction, and nobody else ever sees it open. ``replace`` answers a question that SQLite's
+triggers cannot ask: whether the statement that fired them says OR REPLACE, which deletes the old row without any
+delete trigger. The conflict policy of the outer statement applies to statements inside the trigger, so an insert that
+always collides there changes its row only under OR REPLACE. Hence the guard needs no pragma for a finished row's own key.
+
+Two more companions serve the operations:
+
+- wake (PostgreSQL): a statement trigger notifies the channel ``mljobs`` of inserts and of status changes, but only while
+  somebody sleeps on it. A sleeper holds a shared advisory lock; the trigger tries the same lock exclusively and lets go at
+  once. NOTIFY takes a global lock until its transaction has committed, so a busy system must not send any.
+- counts: finished records only ever arrive, or leave by the retention door, so SQLite keeps exact counters of them by
+  trigger. PostgreSQL, where one counter row would serialise all workers, keeps multivariate statistics instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+
+from sqlalchemy import Table
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.schema import ExecutableDDLElement
+from sqlalchemy.sql.compiler import DDLCompiler
+
+from mljobs.states import TERMINAL, TRANSITIONS
+
+TERMINAL_MESSAGE = "mljobs: record is in a terminal state"
+TRANSITION_MESSAGE = "mljobs: this state may not follow the present one"
+TERMINAL_CONSTRAINT = "mljobs_terminal_state"
+TRANSITION_CONSTRAINT = "mljobs_illegal_transition"
+
+GUARDED_COLUMNS: tuple[str, ...] = (
+    "id",
+    "kind",
+    "target_name",
+    "status",
+    "progress",
+    "created_at",
+    "started_at",
+    "finished_at",
+    "error_message",
+    "spec_json",
+    "metrics_json",
+    "attempts",
+    "priority",
+    "run_after",
+    "exclusive",
+    "retry_of",
+)
+"""The record. Columns that a host adds are its own, and stay writable after the job has finished."""
+
+
+def _listed(tokens: Iterable[str]) -> str:
+    return ", ".join("'" + token.replace("'", "''") + "'" for token in tokens)
+
+
+_FINISHED = _listed(TERMINAL)
+_FINISHED_IN_STRING = _FINISHED.replace("'", "''")
+_EDGES = " OR ".join(
+    f"(OLD.status = '{old}' AND NEW.status IN ({_listed(sorted(news))}))" for old, news in TRANSITIONS.items() if news
+)
+_ILLEGAL_EDGE = f"NEW.status <> OLD.status AND NOT ({_EDGES})"
+
+_POSTGRES_FUNCTION = f"""\
+CREATE OR REPLACE FUNCTION {{function}}() RETURNS trigger LANGUAGE plpgsql AS $mljobs$
+DECLARE
+  finished boolean;
+BEGIN
+  IF TG_OP = 'TRUNCATE' THEN
+    EXECUTE 'SELECT EXISTS (SELECT 1 FROM ' || TG_RELID::regclass
+      || ' WHERE status IN ({_FINISHED_IN_STRING}))' INTO finished;
+    IF finished THEN
+      RAISE EXCEPTION '{TERMINAL_MESSAGE}' USING
+        ERRCODE = '23000', CONSTRAINT = '{TERMINAL_CONSTRAINT}', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
+        HINT = 'TRUNCATE would remove finished records. Delete old ones through the retention door.';
+    END IF;
+    RETURN NULL;
+  END IF;
+  IF OLD.status IN ({_FINISHED}) THEN
+    RAISE EXCEPTION '{TERMINAL_MESSAGE}' USING
+      ERRCODE = '23000', CONSTRAINT = '{TERMINAL_CONSTRAINT}', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
+      DETAIL = 'id=' || OLD.id || ' status=' || OLD.status,
+      HINT = 'A finished job never changes. Submit a new one with retry_of set to this id.';
+  END IF;
+  RAISE EXCEPTION '{TRANSITION_MESSAGE}' USING
+    ERRCODE = '23000', CONSTRAINT = '{TRANSITION_CONSTRAINT}', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
+    DETAIL = 'id=' || OLD.id || ' status=' || OLD.status || ' wanted=' || NEW.status;
+END
+$mljobs$"""
+
+# WHEN keeps the function call off the path of every legal write.
+_POSTGRES_CREATE = (
+    _POSTGRES_FUNCTION,
+    f"""\
+CREATE TRIGGER {{update}} BEFORE UPDATE OF {{columns}} ON {{table}} FOR EACH ROW
+WHEN (OLD.status IN ({_FINISHED}) OR ({_ILLEGAL_EDGE}))
+EXECUTE FUNCTION {{function}}()""",
+    f"""\
+CREATE TRIGGER {{delete}} BEFORE DELETE ON {{table}} FOR EACH ROW
+WHEN (OLD.status IN ({_FINISHED}) AND coalesce(current_setting('mljobs.retention', true), '') <> 'on')
+EXECUTE FUNCTION {{function}}()""",
+    """\
+CREATE TRIGGER {truncate} BEFORE TRUNCATE ON {table} FOR EACH STATEMENT
+EXECUTE FUNCTION {function}()""",
+)
+_POSTGRES_DROP = (
+    "DROP TRIGGER IF EXISTS {truncate} ON {table}",
+    "DROP TRIGGER IF EXISTS {delete} ON {table}",
+    "DROP TRIGGER IF EXISTS {update} ON {table}",
+    "DROP FUNCTION IF EXISTS {function}()",
+)
+
+_SQLITE_CREATE = (
+    "CREATE TABLE IF NOT EXISTS {door} (name TEXT NOT NULL PRIMARY KEY, open INTEGER NOT NULL)",
+    "INSERT OR IGNORE INTO {door} (name, open) VALUES ('replace', 0), ('retention', 0)",
+    f"""\
+CREATE TRIGGER {{update}} BEFORE UPDATE OF {{columns}} ON {{table}}
+WHEN OLD.status IN ({_FINISHED}) OR ({_ILLEGAL_EDGE})
+BEGIN
+  SELECT RAISE(ABORT, '{TERMINAL_MESSAGE}') WHERE OLD.status IN ({_FINISHED});
+  SELECT RAISE(ABORT, '{TRANSITION_MESSAGE}');
+END""",
+    f"""\
+CREATE TRIGGER {{delete}} BEFORE DELETE ON {{table}}
+WHEN OLD.status IN ({_FINISHED}) AND NOT EXISTS (SELECT 1 FROM {{door_here}} WHERE name = 'retention' AND open = 1)
+BEGIN
+  SELECT RAISE(ABORT, '{TERMINAL_MESSAGE}');
+END""",
+    f"""\
+CREATE TRIGGER {{insert}} BEFORE INSERT ON {{table}}
+WHEN EXISTS (SELECT 1 FROM {{table_here}} WHERE {{collides}} AND status IN ({_FINISHED}))
+BEGIN
+  INSERT OR IGNORE INTO {{door_here}} (name, open) VALUES ('replace', 1);
+  SELECT RAISE(ABORT, '{TERMINAL_MESSAGE}') WHERE EXISTS (SELECT 1 FROM {{door_here}} WHERE name = 'replace' AND open = 1);
+END""",
+    f"""\
+CREATE TRIGGER {{key}} BEFORE UPDATE ON {{table}}
+WHEN ({{moves}}) AND EXISTS (SELECT 1 FROM {{table_here}} WHERE ({{collides}}) AND id <> OLD.id AND status IN ({_FINISHED}))
+BEGIN
+  SELECT RAISE(ABORT, '{TERMINAL_MESSAGE}');
+END""",
+)
+_SQLITE_DROP = (
+    "DROP TRIGGER IF EXISTS {key}",
+    "DROP TRIGGER IF EXISTS {insert}",
+    "DROP TRIGGER IF EXISTS {delete}",
+    "DROP TRIGGER IF EXISTS {update}",
+    "DROP TABLE IF EXISTS {door}",
+)
+
+# ------------------------------------------------------------------------------------------------------ companions
+
+WAKE_CHANNEL = "mljobs"
+WORKER_LOCK = 1_835_821_683  # "mljs" in ASCII; the second key of each lock is the table's oid
+WATCHER_LOCK = WORKER_LOCK + 1
+
+_POSTGRES_CREATE_COMPANIONS = (
+    f"""\
+CREATE OR REPLACE FUNCTION {{wake}}() RETURNS trigger LANGUAGE plpgsql AS $mljobs$
+DECLARE
+  sleepers integer := CASE TG_OP WHEN 'INSERT' THEN {WORKER_LOCK} ELSE {WATCHER_LOCK} END;
+  of_table integer := (TG_RELID::bigint & 2147483647)::integer;
+BEGIN
+  IF pg_try_advisory_lock(sleepers, of_table) THEN
+    PERFORM pg_advisory_unlock(sleepers, of_table);
+  ELSE
+    PERFORM pg_notify('{WAKE_CHANNEL}', lower(TG_OP) || ' ' || TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME);
+  END IF;
+  RETURN NULL;
+END
+$mljobs$""",
+    """\
+CREATE TRIGGER {wake_insert} AFTER INSERT ON {table} FOR EACH STATEMENT
+EXECUTE FUNCTION {wake}()""",
+    """\
+CREATE TRIGGER {wake_update} AFTER UPDATE OF status ON {table} FOR EACH STATEMENT
+EXECUTE FUNCTION {wake}()""",
+    "CREATE STATISTICS {statistics} (mcv) ON kind, status FROM {table}",
+)
+_POSTGRES_DROP_COMPANIONS = (
+    "DROP STATISTICS IF EXISTS {statistics}",
+    "DROP TRIGGER IF EXISTS {wake_update} ON {table}",
+    "DROP TRIGGER IF EXISTS {wake_insert} ON {table}",
+    "DROP FUNCTION IF EXISTS {wake}()",
+)
+
+# Rows for every pair are there from the start: an upsert in a trigger would obey an outer OR REPLACE and count from 1.
+_SQLITE_CREATE_COMPANIONS = (
+    """\
+CREATE TABLE IF NOT EXISTS {counts} (
+  kind TEXT NOT NULL, status TEXT NOT NULL, jobs INTEGER NOT NULL, PRIMARY KEY (kind, status)
+)""",
+    "INSERT OR IGNORE INTO {counts} (kind, status, jobs) VALUES {pairs}",
+    f"""\
+CREATE TRIGGER {{count_insert}} AFTER INSERT ON {{table}} WHEN NEW.status IN ({_FINISHED})
+BEGIN
+  UPDATE {{counts_here}} SET jobs = jobs + 1 WHERE kind = NEW.kind AND status = NEW.status;
+END""",
+    f"""\
+CREATE TRIGGER {{count_update}} AFTER UPDATE OF status ON {{table}}
+WHEN NEW.status IN ({_FINISHED}) AND OLD.status NOT IN ({_FINISHED})
+BEGIN
+  UPDATE {{counts_here}} SET jobs = jobs + 1 WHERE kind = NEW.kind AND status = NEW.status;
+END""",
+    f"""\
+CREATE TRIGGER {{count_delete}} AFTER DELETE ON {{table}} WHEN OLD.status IN ({_FINISHED})
+BEGIN
+  UPDATE {{counts_here}} SET jobs = jobs - 1 WHERE kind = OLD.kind AND status = OLD.status;
+END""",
+)
+_SQLITE_DROP_COMPANIONS = (
+    "DROP TRIGGER IF EXISTS {count_delete}",
+    "DROP TRIGGER IF EXISTS {count_update}",
+    "DROP TRIGGER IF EXISTS {count_insert}",
+    "DROP TABLE IF EXISTS {counts}",
+)
+
+_TEXTS = {
+    ("postgresql", True): _POSTGRES_CREATE + _POSTGRES_CREATE_COMPANIONS,
+    ("postgresql", False): _POSTGRES_DROP_COMPANIONS + _POSTGRES_DROP,
+    ("sqlite", True): _SQLITE_CREATE + _SQLITE_CREATE_COMPANIONS,
+    ("sqlite", False): _SQLITE_DROP_COMPANIONS + _SQLITE_DROP,
+}
+
+_TRIGGERS = (
+    "update", "delete", "truncate", "insert", "key",
+    "wake_insert", "wake_update", "count_insert", "count_update", "count_delete",
+)  # fmt: skip
+
+
+def companion_names(table: str) -> dict[str, str]:
+    """Return the names of what stands beside a table: role -> name."""
+    names = {role: f"{table}_guard_{role}" for role in ("update", "delete", "truncate", "insert", "key")}
+    names |= {role: f"{table}_{role}" for role in _TRIGGERS if role not in names}
+    names |= {"function": f"{table}_guard", "door": f"{table}_guard", "wake": f"{table}_wake"}
+    names |= {"counts": f"{table}_counts", "statistics": f"{table}_kind_status"}
+    return names
+
+
+class CompanionDDL(ExecutableDDLElement):
+    """One statement that creates or drops a part of what stands beside a table."""
+
+    inherit_cache = False
+
+    def __init__(self, table: Table, text: str) -> None:
+        self.table = table
+        self.text = text
+
+    @property
+    def drops_by_itself(self) -> bool:
+        """Whether dropping the table leaves this object standing."""
+        return self.text.startswith(("DROP FUNCTION", "DROP TABLE"))
+
+
+@compiles(CompanionDDL)
+def _render(element: CompanionDDL, compiler: DDLCompiler, **_: object) -> str:
+    preparer = compiler.preparer
+    table = element.table
+    schema = preparer.schema_for_object(table)
+    prefix = f"{preparer.quote_schema(schema)}." if schema else ""
+    names = {role: preparer.quote(name) for role, name in companion_names(table.name).items()}
+    here = {f"{role}_here": names[role] for role in ("door", "counts")} | {"table_here": preparer.quote(table.name)}
+    # SQLite: the schema goes before a trigger's name and nowhere else. PostgreSQL: before everything but that name.
+    sqlite = compiler.dialect.name == "sqlite"
+    for role in _TRIGGERS:
+        names[role] = f"{prefix if sqlite else ''}{names[role]}"
+    for role in ("function", "door", "wake", "counts", "statistics"):
+        names[role] = f"{prefix}{names[role]}"
+    rowid = not sqlite or table.dialect_options["sqlite"]["with_rowid"]
+    kinds: type[StrEnum] = table.c.kind.type.enum
+    return element.text.format(
+        **names,
+        **here,
+        table=here["table_here"] if sqlite else f"{prefix}{here['table_here']}",
+        columns=", ".join(preparer.quote(name) for name in GUARDED_COLUMNS),
+        collides="id = NEW.id OR rowid = NEW.rowid" if rowid else "id = NEW.id",
+        moves="NEW.id <> OLD.id OR NEW.rowid <> OLD.rowid" if rowid else "NEW.id <> OLD.id",
+        pairs=", ".join(f"({_listed([kind])}, '{status}', 0)" for kind in kinds for status in TERMINAL),
+    )
+
+
+def companion_ddl(table: Table, dialect_name: str, *, create: bool = True) -> Sequence[CompanionDDL]:
+    """Return the statements that create (or drop) what stands beside ``table``, in order; none for an unknown dialect."""
+    return [CompanionDDL(table, text) for text in _TEXTS.get((dialect_name, create), ())]
