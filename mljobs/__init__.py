@@ -1,0 +1,64 @@
+"""mljobs: the table of machine-learning jobs. A job that has finished never changes again.
+
+The public names load on first use, so importing a leaf (Alembic's plugin, say) does not load the model.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mljobs.errors import (
+        InvalidTransitionError,
+        InvalidValueError,
+        JobCancelled,
+        JobDecodeError,
+        JobNotFound,
+        LeaseLostError,
+        MlJobsError,
+        SchemaError,
+        TerminalStateError,
+        WaitTimeout,
+    )
+    from mljobs.model import Base, MlJob, MlJobLease, MlJobMixin, kind_column, metadata
+    from mljobs.states import MlJobKind, MlJobStatus
+
+__all__ = [
+    "Base",
+    "InvalidTransitionError",
+    "InvalidValueError",
+    "JobCancelled",
+    "JobDecodeError",
+    "JobNotFound",
+    "LeaseLostError",
+    "MlJob",
+    "MlJobKind",
+    "MlJobLease",
+    "MlJobMixin",
+    "MlJobStatus",
+    "MlJobsError",
+    "SchemaError",
+    "TerminalStateError",
+    "WaitTimeout",
+    "kind_column",
+    "metadata",
+]
+
+_MODULES = {
+    "model": ("Base", "MlJob", "MlJobLease", "MlJobMixin", "kind_column", "metadata"),
+    "states": ("MlJobKind", "MlJobStatus"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

