@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         LeaseLostError,
         MlJobsError,
         SchemaError,
+        TargetLockedError,
         TerminalStateError,
         WaitTimeout,
     )
@@ -39,6 +40,7 @@ __all__ = [
     "MlJobStatus",
     "MlJobsError",
     "SchemaError",
+    "TargetLockedError",
     "TerminalStateError",
     "WaitTimeout",
     "kind_column",

@@ -8,6 +8,7 @@
      |- JobNotFound            (also LookupError)  no record has this id
      |- TerminalStateError                         the record has finished; it never changes again
      |- InvalidTransitionError                     this state may not follow that one
+     |- TargetLockedError                          another job holds the exclusive target
      |- LeaseLostError                             the worker no longer holds the job; nothing was written
      |- JobCancelled                               the job that this code runs was cancelled
      |- WaitTimeout            (also TimeoutError) the job has not finished in time
@@ -153,6 +154,21 @@ class InvalidTransitionError(MlJobsError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.job_id, self.status, self.wanted)
+
+
+class TargetLockedError(MlJobsError):
+    """The job is queued, but another one holds the target that it must have to itself.
+
+    Attributes:
+        job_id: The job that has to wait.
+    """
+
+    def __init__(self, job_id: UUID) -> None:
+        self.job_id = job_id
+        super().__init__(f"job {job_id} has to wait: its target is held by another exclusive job")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.job_id,)
 
 
 class LeaseLostError(MlJobsError):

@@ -1,0 +1,77 @@
+"""Every operation on jobs, written once, on the caller's own session.
+
+Each function takes the caller's ``Session`` (or a Core ``Connection``) first and is part of its transaction: nothing is
+committed here. :class:`mljobs.store.JobStore` and :class:`mljobs.store.AsyncJobStore` are the same operations with an
+engine and a transaction of their own.
+
+By the question they answer:
+
+- :mod:`~mljobs.jobs.submitting`: what is to be done (``submit``, ``submit_many``, ``retry``)
+- :mod:`~mljobs.jobs.reading`: what is there (``get``, ``find``, ``history``, ``counts``)
+- :mod:`~mljobs.jobs.claiming`: who works on what now (``claim``, ``renew``, ``release``, ``set_progress``)
+- :mod:`~mljobs.jobs.finishing`: how it ended (``complete``, ``fail``, ``requeue``, ``cancel``)
+- :mod:`~mljobs.jobs.sweeping`: what nobody does any more (``rescue``, ``prune``)
+
+Every write names the state it expects, and a worker's write the lease it holds, in the condition of its own statement.
+On PostgreSQL each is one statement, and times come from the database's clock. On SQLite, where one writer works at a
+time, each takes the write lock before it reads.
+"""
+
+from mljobs.jobs.claiming import (
+    Claim,
+    Renewal,
+    claim,
+    claim_one,
+    release,
+    renew,
+    set_progress,
+    set_progress_many,
+)
+from mljobs.jobs.finishing import (
+    Outcome,
+    cancel,
+    complete,
+    complete_many,
+    fail,
+    fail_many,
+    finish_many,
+    requeue,
+    requeue_many,
+)
+from mljobs.jobs.reading import Counts, Page, conditions, counts, find, get, history
+from mljobs.jobs.submitting import retry, submit, submit_many
+from mljobs.jobs.sweeping import Rescue, prune, prune_batches, rescue
+
+__all__ = [
+    "Claim",
+    "Counts",
+    "Outcome",
+    "Page",
+    "Renewal",
+    "Rescue",
+    "cancel",
+    "claim",
+    "claim_one",
+    "complete",
+    "complete_many",
+    "conditions",
+    "counts",
+    "fail",
+    "fail_many",
+    "find",
+    "finish_many",
+    "get",
+    "history",
+    "prune",
+    "prune_batches",
+    "release",
+    "renew",
+    "requeue",
+    "requeue_many",
+    "rescue",
+    "retry",
+    "set_progress",
+    "set_progress_many",
+    "submit",
+    "submit_many",
+]

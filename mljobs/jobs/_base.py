@@ -1,0 +1,277 @@
+"""What every operation needs: the caller's connection, the tables of a model, the clock, records from rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from functools import cache
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from sqlalchemy import ARRAY, Connection, DateTime, Interval, Table, Text, any_, bindparam, func, inspect, select, update
+from sqlalchemy import column as sqlalchemy_column
+from sqlalchemy.orm import Mapper, Session
+from sqlalchemy.types import TypeDecorator
+
+from mljobs.errors import InvalidTransitionError, InvalidValueError, JobNotFound, TerminalStateError
+from mljobs.model import MlJob, MlJobMixin
+from mljobs.prepared import Prepared
+from mljobs.states import MlJobStatus
+from mljobs.types import UtcMillis, to_job_id, utc_now
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import ColumnElement
+    from sqlalchemy.engine import Dialect
+    from sqlalchemy.types import TypeEngine
+
+Bind = Session | Connection
+"""Where an operation runs: the caller's ``Session``, or a Core ``Connection``; in its transaction either way."""
+
+Model = type[MlJobMixin]
+JobRef = UUID | int | str | MlJobMixin
+"""What names a job: its id in any accepted form, or the record."""
+
+_MAX_SECONDS = 10 * 365 * 86_400
+
+
+# --------------------------------------------------------------------------------------------------- connections
+
+
+def connection_of(bind: Bind) -> Connection:
+    """Return the connection of the caller's transaction, with what its session holds written to it."""
+    if isinstance(bind, Connection):
+        return bind
+    bind.flush()
+    return bind.connection()
+
+
+def is_postgres(connection: Connection) -> bool:
+    """Whether this is PostgreSQL; SQLite is the other one.
+
+    Raises:
+        InvalidValueError: Neither.
+    """
+    name = connection.dialect.name
+    if name == "postgresql":
+        return True
+    if name != "sqlite":
+        raise InvalidValueError("dialect", name, "mljobs knows postgresql and sqlite")
+    return False
+
+
+def lock_sqlite(connection: Connection, model: Model) -> None:
+    """Take SQLite's write lock now: what is read after it cannot change before the transaction ends."""
+    _write_nothing(model).rows(connection, {})
+
+
+@cache
+def _write_nothing(model: Model) -> Prepared:
+    leases = model.__leases__
+    return Prepared(lambda _: update(leases).values(worker=leases.c.worker).where(leases.c.token < 0))
+
+
+# ---------------------------------------------------------------------------------------------------------- clock
+
+
+def now_of(dialect_name: str) -> ColumnElement[Any]:
+    """Return the expression for the present time: PostgreSQL's own clock, on SQLite the parameter ``now``."""
+    if dialect_name == "postgresql":
+        # Floored: a timestamptz(3) would round up, and a job would start in the future.
+        return func.date_trunc("milliseconds", func.statement_timestamp(), type_=DateTime(timezone=True))
+    return bindparam("now", type_=UtcMillis("now"))
+
+
+def expiry_of(dialect_name: str) -> ColumnElement[Any]:
+    """Return the expression for the end of a lease that begins now, of ``lease`` seconds (see ``moments``)."""
+    if dialect_name == "postgresql":
+        moment = func.statement_timestamp(type_=DateTime(timezone=True)) + bindparam("lease", type_=Interval())
+        return func.date_trunc("milliseconds", moment, type_=DateTime(timezone=True))
+    return bindparam("expires", type_=UtcMillis("expires_at"))
+
+
+def moments(lease: float = 0.0) -> dict[str, Any]:
+    """Return the parameters that ``now_of`` and ``expiry_of`` use.
+
+    Raises:
+        InvalidValueError: ``lease`` is not a number of seconds above 0.
+    """
+    span = timedelta(seconds=lease)
+    now = utc_now()
+    return {"now": now, "lease": span, "expires": now + span}
+
+
+def check_lease(lease: float) -> float:
+    """Return ``lease`` if it is a sensible number of seconds.
+
+    Raises:
+        InvalidValueError: It is not.
+    """
+    if isinstance(lease, bool) or not isinstance(lease, int | float) or not 0 < lease <= _MAX_SECONDS:
+        raise InvalidValueError("lease", lease, "expected seconds, above 0 and at most ten years")
+    return lease
+
+
+def check_count(field: str, value: int, highest: int) -> int:
+    """Return ``value`` if it is an int from 1 to ``highest``.
+
+    Raises:
+        InvalidValueError: It is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
+        raise InvalidValueError(field, value, f"expected an int, 1 to {highest}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------- lists as parameters
+
+
+class _JsonList(TypeDecorator[list[Any]]):
+    """A list as JSON text, which SQLite's ``json_each`` reads; the items as their own type stores them."""
+
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, item: TypeEngine[Any]) -> None:
+        self.item = item
+        super().__init__()
+
+    def bind_processor(self, dialect: Dialect) -> Callable[[Any], str]:
+        process = self.item.dialect_impl(dialect).bind_processor(dialect)
+        return lambda values: json.dumps(values if process is None else [process(value) for value in values])
+
+
+def any_of(column: ColumnElement[Any], name: str, item: TypeEngine[Any], dialect_name: str) -> ColumnElement[bool]:
+    """Return the condition that ``column`` is in the list parameter ``name``: one text for lists of any length."""
+    if dialect_name == "postgresql":
+        return column == any_(bindparam(name, type_=ARRAY(item)))
+    items = func.json_each(bindparam(name, type_=_JsonList(item))).table_valued("value")
+    return column.in_(select(items.c.value))
+
+
+def unnested(name: str, **columns: TypeEngine[Any]) -> Any:
+    """Return PostgreSQL's table of several list parameters side by side, each named like its column."""
+    arrays = [bindparam(column, type_=ARRAY(item)) for column, item in columns.items()]
+    typed = [sqlalchemy_column(column, item) for column, item in columns.items()]
+    return func.unnest(*arrays).table_valued(*typed).render_derived(name=name)
+
+
+# -------------------------------------------------------------------------------------------------------- records
+
+
+@cache
+def table_of(model: Model) -> Table:
+    """Return the table that holds the record of ``model``.
+
+    Raises:
+        InvalidValueError: ``model`` is not a mapped job class.
+    """
+    mapper = inspect(model, raiseerr=False)
+    if isinstance(mapper, Mapper) and issubclass(model, MlJobMixin):
+        for table in mapper.tables:  # a joined subclass has one of its own beside it
+            if isinstance(table, Table) and "spec_json" in table.c:
+                return table
+    raise InvalidValueError("model", model, "expected a mapped class with MlJobMixin")
+
+
+def id_of(job: JobRef) -> UUID:
+    """Return the id that ``job`` names.
+
+    Raises:
+        InvalidValueError: It names none.
+    """
+    return job.id if isinstance(job, MlJobMixin) else to_job_id(job)
+
+
+@cache
+def _keys(model: Model) -> tuple[str, ...]:
+    mapper = inspect(model)
+    return tuple(mapper.get_property_by_column(column).key for column in table_of(model).columns)
+
+
+def record_columns(model: Model) -> list[ColumnElement[Any]]:
+    """Return the columns that ``record`` reads, in its order."""
+    return list(table_of(model).columns)
+
+
+@cache
+def _new_instance(model: Model) -> Callable[[], Any]:
+    new_instance: Callable[[], Any] = inspect(model).class_manager.new_instance
+    return new_instance
+
+
+def record(model: Model, row: Sequence[Any]) -> Any:
+    """Return a detached instance that holds ``row``, as a session would have loaded it."""
+    job = _new_instance(model)()
+    state = inspect(job)
+    state.dict.update(zip(_keys(model), row, strict=False))
+    state.key = state.mapper.identity_key_from_primary_key((state.dict["id"],))
+    return job
+
+
+def plain(model: Model) -> bool:
+    """Whether ``model`` is the record alone, with nothing of a host's that only the ORM could fill in."""
+    return model is MlJob
+
+
+def loaded(bind: Bind, model: Model, jobs: Sequence[Any]) -> list[Any]:
+    """Return ``jobs`` as members of the caller's session, read anew; detached as they are where there is none."""
+    if not jobs or isinstance(bind, Connection):
+        return list(jobs)
+    ids = [job.id for job in jobs]
+    statement = select(model).where(model.id.in_(ids)).execution_options(populate_existing=True)
+    found = {job.id: job for job in bind.scalars(statement)}
+    return [found[job_id] for job_id in ids]
+
+
+def refresh(bind: Bind, model: Model, ids: Iterable[UUID]) -> None:
+    """Read anew what the caller's session holds of these jobs, after a statement that went past it."""
+    if isinstance(bind, Connection):
+        return
+    mapper = inspect(model)
+    held = [job_id for job_id in ids if mapper.identity_key_from_primary_key((job_id,)) in bind.identity_map]
+    if held:
+        bind.scalars(select(model).where(model.id.in_(held)).execution_options(populate_existing=True)).all()
+
+
+# ----------------------------------------------------------------------------------------------------- why it failed
+
+
+@cache
+def _state(model: Model) -> Prepared:
+    table = table_of(model)
+    columns = (table.c.status, table.c.finished_at)
+    return Prepared(lambda _: select(*columns).where(table.c.id == bindparam("id", type_=table.c.id.type)))
+
+
+def state_of(connection: Connection, model: Model, job_id: UUID) -> MlJobStatus:
+    """Return the job's status now.
+
+    Raises:
+        JobNotFound: No record has this id.
+    """
+    rows = _state(model).rows(connection, {"id": job_id})
+    if not rows:
+        raise JobNotFound(job_id)
+    status: MlJobStatus = rows[0][0]
+    return status
+
+
+def refusal(
+    connection: Connection, model: Model, job_id: UUID, wanted: MlJobStatus
+) -> TerminalStateError | InvalidTransitionError | JobNotFound:
+    """Return the error that says why the job did not become ``wanted``."""
+    rows = _state(model).rows(connection, {"id": job_id})
+    if not rows:
+        return JobNotFound(job_id)
+    status, finished_at = rows[0]
+    if status.is_terminal:
+        return TerminalStateError(job_id, status, finished_at, {"status": (status.token, wanted.token)})
+    return InvalidTransitionError(job_id, status, wanted)
+
+
+def given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that are not None: what the caller left out keeps the model's default."""
+    return {name: value for name, value in values.items() if value is not None}

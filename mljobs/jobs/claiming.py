@@ -1,0 +1,557 @@
+"""Claim jobs and hold them: the record is history, the lease is the present.
+
+Whoever claims a job holds a :class:`Claim`. Its token, which grows with every claim and never comes back, is part of the
+condition of every later write, so a worker that lost its lease can write nothing, however late it wakes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cache
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    Integer,
+    Select,
+    SmallInteger,
+    String,
+    Text,
+    and_,
+    bindparam,
+    case,
+    delete,
+    exists,
+    null,
+    or_,
+    select,
+    type_coerce,
+    update,
+)
+from sqlalchemy.dialects.postgresql import insert as pg_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+
+from mljobs.errors import InvalidValueError, LeaseLostError, TargetLockedError
+from mljobs.jobs._base import (
+    Bind,
+    JobRef,
+    Model,
+    any_of,
+    check_count,
+    check_lease,
+    connection_of,
+    expiry_of,
+    id_of,
+    is_postgres,
+    loaded,
+    lock_sqlite,
+    moments,
+    now_of,
+    record,
+    refresh,
+    refusal,
+    state_of,
+    table_of,
+    unnested,
+)
+from mljobs.model import MlJob
+from mljobs.prepared import Prepared
+from mljobs.states import MlJobStatus
+from mljobs.types import JobId, storable_text, to_member
+
+DEFAULT_LEASE = 60.0
+"""Seconds that a claim lasts without renewal."""
+MAX_BATCH = 10_000
+"""The most jobs that one statement claims, renews or finishes."""
+_PROGRESS_MAX = 100
+_ATTEMPTS_MAX = 32_767
+_ROUNDS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to work on a job until the lease ends.
+
+    Attributes:
+        job: The record as it was claimed.
+        token: The fencing token: grows with every claim, never used twice.
+        worker: The name that the claim was made under.
+        expires_at: When the lease ends unless it is renewed, UTC.
+    """
+
+    job: MlJob
+    token: int
+    worker: str
+    expires_at: datetime
+
+    @property
+    def job_id(self) -> UUID:
+        """The id of the claimed job."""
+        return self.job.id
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """What became of leases that were to be renewed.
+
+    Attributes:
+        held: Still held, with their new ``expires_at``.
+        lost: Gone: rescued, released or requeued. Stop working; nothing that these workers write will be accepted.
+        cancelled: Still held, but the job has been cancelled. Stop working, then ``release``.
+    """
+
+    held: list[Claim]
+    lost: list[Claim]
+    cancelled: list[Claim]
+
+
+def claim(
+    session: Bind,
+    *,
+    worker: str,
+    kinds: Iterable[str] | None = None,
+    limit: int = 1,
+    lease: float = DEFAULT_LEASE,
+    model: Model = MlJob,
+) -> list[Claim]:
+    """Start queued jobs that nobody holds, the highest priority first, then the oldest.
+
+    Each becomes running with progress 0 and one more attempt. Jobs whose ``run_after`` lies ahead wait; of an exclusive
+    target one job runs at a time, and the jobs behind it do not wait for it.
+
+    Args:
+        session: The caller's session or connection; the claim is part of its transaction.
+        worker: A name for operators to read, e.g. ``"host-1234"``.
+        kinds: Only these; None for all.
+        limit: At most so many, 1 to 10,000.
+        lease: Seconds until the claims end unless they are renewed.
+        model: The mapped job class.
+
+    Returns:
+        The claims, in the order of the queue; empty when there is nothing to do.
+
+    Raises:
+        InvalidValueError: An argument is out of range.
+    """
+    tokens = None if kinds is None else [to_member(model.__kinds__, "kinds", kind).value for kind in kinds]
+    parameters = {"worker": _worker(worker), "kinds": tokens, **moments(check_lease(lease))}
+    check_count("limit", limit, MAX_BATCH)
+    if tokens is not None and not tokens:
+        return []
+    return _claim(session, model, "kinds" if tokens is not None else "any", parameters, limit)
+
+
+def claim_one(
+    session: Bind,
+    job: JobRef,
+    *,
+    worker: str,
+    lease: float = DEFAULT_LEASE,
+    model: Model = MlJob,
+) -> Claim:
+    """Start this job, if it is queued and its target is free; ``run_after`` is not asked.
+
+    Args:
+        session: The caller's session or connection; the claim is part of its transaction.
+        job: The job or its id.
+        worker: A name for operators to read.
+        lease: Seconds until the claim ends unless it is renewed.
+        model: The mapped job class.
+
+    Raises:
+        JobNotFound: No record has this id.
+        TerminalStateError: It has finished.
+        InvalidTransitionError: It is running already.
+        TargetLockedError: It is exclusive, and another job holds its target.
+    """
+    job_id = id_of(job)
+    parameters = {"worker": _worker(worker), "ids": [job_id], **moments(check_lease(lease))}
+    claims = _claim(session, model, "ids", parameters, 1)
+    if claims:
+        return claims[0]
+    connection = connection_of(session)
+    if state_of(connection, model, job_id) is MlJobStatus.QUEUED:
+        raise TargetLockedError(job_id)
+    raise refusal(connection, model, job_id, MlJobStatus.RUNNING)
+
+
+def renew(session: Bind, claims: Iterable[Claim], *, lease: float = DEFAULT_LEASE) -> Renewal:
+    """Extend the leases that are still held, all in one statement.
+
+    Args:
+        session: The caller's session or connection.
+        claims: Any number, of one model.
+        lease: Seconds from now.
+
+    Returns:
+        Which are held on, which were lost, and which jobs were cancelled meanwhile.
+    """
+    held = {claim.token: claim for claim in claims}
+    parameters = moments(check_lease(lease))
+    if not held:
+        return Renewal([], [], [])
+    model = model_of(held.values())
+    connection = connection_of(session)
+    rows = _renewal(model).rows(connection, {**parameters, "tokens": list(held)})
+    renewal = Renewal([], [], [])
+    requeued = []
+    for token, expires_at, status in rows:
+        claim = held.pop(token)
+        if status is MlJobStatus.RUNNING:
+            renewal.held.append(replace(claim, expires_at=expires_at))
+        elif status.is_terminal:
+            renewal.cancelled.append(replace(claim, expires_at=expires_at))
+        else:  # somebody put the job back by hand; let the next worker have it
+            requeued.append(token)
+            renewal.lost.append(claim)
+    renewal.lost.extend(held.values())
+    if requeued:
+        _release(model).rows(connection, {"tokens": requeued})
+    return renewal
+
+
+def release(session: Bind, claims: Iterable[Claim]) -> int:
+    """Give leases back without an outcome, once the work on cancelled jobs has stopped.
+
+    The lease of a job that is still running ends too, and then no timer rescues that job: requeue it instead.
+
+    Returns:
+        How many were still held.
+    """
+    tokens = {claim.token: claim for claim in claims}
+    if not tokens:
+        return 0
+    connection = connection_of(session)
+    return len(_release(model_of(tokens.values())).rows(connection, {"tokens": list(tokens)}))
+
+
+def set_progress(session: Bind, claim: Claim, progress: int) -> None:
+    """Record the progress of the running job, if this lease still holds it.
+
+    Args:
+        session: The caller's session or connection.
+        claim: What ``claim`` returned.
+        progress: Percent; may go back; above 100 counts as 100.
+
+    Raises:
+        InvalidValueError: Not an int of at least 0.
+        LeaseLostError: The lease is gone; nothing was written.
+        TerminalStateError: The job was cancelled; nothing was written.
+    """
+    for error in set_progress_many(session, [(claim, progress)]):
+        if error is not None:
+            raise error
+
+
+def set_progress_many(
+    session: Bind, progress: Iterable[tuple[Claim, int]]
+) -> list[LeaseLostError | Any | None]:
+    """Record the progress of many running jobs in one statement, each if its lease still holds it.
+
+    Args:
+        session: The caller's session or connection.
+        progress: Pairs of claim and percent.
+
+    Returns:
+        For each pair, in order, None or the error that ``set_progress`` would raise.
+    """
+    pairs = [(claim, _percent(value)) for claim, value in progress]
+    if not pairs:
+        return []
+    model = model_of(claim for claim, _ in pairs)
+    connection = connection_of(session)
+    rows = _progress_rows(connection, model, pairs)
+    done = {token for token, updated in rows if updated is not None}
+    held = {token for token, _ in rows}
+    errors: list[Any] = []
+    for claim, _ in pairs:
+        if claim.token in done:
+            errors.append(None)
+        else:
+            errors.append(explain(connection, model, claim, held=claim.token in held, wanted=MlJobStatus.RUNNING))
+    refresh(session, model, [claim.job_id for claim, _ in pairs])
+    return errors
+
+
+def explain(connection: Connection, model: Model, claim: Claim, *, held: bool, wanted: MlJobStatus) -> Exception:
+    """Return why a write under ``claim`` found nothing to change."""
+    status = state_of(connection, model, claim.job_id)
+    if held and status.is_terminal:
+        return refusal(connection, model, claim.job_id, wanted)
+    return LeaseLostError(claim.job_id, claim.token)
+
+
+def model_of(claims: Iterable[Claim]) -> Model:
+    """Return the one job class of these claims.
+
+    Raises:
+        InvalidValueError: They are of several.
+    """
+    models: set[Model] = {type(claim.job) for claim in claims}
+    if len(models) != 1:
+        raise InvalidValueError("claims", models, "one call takes claims of one model")
+    return models.pop()
+
+
+def _worker(name: str) -> str:
+    if not isinstance(name, str) or not name:
+        raise InvalidValueError("worker", name, "expected a name for operators to read")
+    return storable_text("worker", name)
+
+
+def _percent(value: int) -> int:
+    number: Any = value
+    if not isinstance(number, int) and hasattr(number, "__index__"):
+        number = number.__index__()  # NumPy's integers
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise InvalidValueError("progress", value, f"expected an int, 0 to {_PROGRESS_MAX}")
+    return min(number, _PROGRESS_MAX)
+
+
+# ---------------------------------------------------------------------------------------------------- the statements
+
+
+def _claim(session: Bind, model: Model, which: str, parameters: dict[str, Any], limit: int) -> list[Claim]:
+    connection = connection_of(session)
+    postgres = is_postgres(connection)
+    if not postgres:
+        lock_sqlite(connection, model)
+    rows: list[tuple[Any, ...]] = []
+    # A picked job whose exclusive target was taken in the same moment gets no lease: pick again in its place.
+    for _ in range(_ROUNDS):
+        attempt = {**parameters, "limit": limit - len(rows)}
+        got = (_claim_postgres if postgres else _claim_sqlite)(connection, model, which, attempt)
+        taken = [row for row in got if row[0] is not None]
+        rows += taken
+        if len(taken) == len(got) or len(rows) == limit:
+            break
+    jobs = loaded(session, model, [record(model, row[2:]) for row in rows])
+    worker = parameters["worker"]
+    claims = [Claim(job, row[0], worker, row[1]) for job, row in zip(jobs, rows, strict=True)]
+    claims.sort(key=_queue_order)
+    return claims
+
+
+def _queue_order(claim: Claim) -> tuple[int, datetime, UUID]:
+    return -claim.job.priority, claim.job.created_at, claim.job.id
+
+
+def _claim_postgres(
+    connection: Connection, model: Model, which: str, parameters: dict[str, Any]
+) -> list[tuple[Any, ...]]:
+    return _claim_statement(model, which).rows(connection, parameters)
+
+
+def _claim_sqlite(
+    connection: Connection, model: Model, which: str, parameters: dict[str, Any]
+) -> list[tuple[Any, ...]]:
+    picked = _pick_statement(model, which).rows(connection, parameters)
+    rows: list[tuple[Any, ...]] = []
+    for job_id, target_lock in picked:
+        own = {**parameters, "id": job_id, "target_lock": target_lock}
+        leased = _lease_statement(model).rows(connection, own)
+        if not leased:
+            rows.append((None,))
+            continue
+        started = _start_statement(model).rows(connection, own)
+        rows.append((leased[0][0], leased[0][1], *started[0]))
+    return rows
+
+
+def _picked(model: Model, which: str, dialect: str) -> Select[Any]:
+    jobs, leases = table_of(model).alias("j"), model.__leases__
+    holders = leases.alias("h")
+    condition = [
+        jobs.c.status == MlJobStatus.QUEUED,
+        # A queued job has no lease, unless somebody put it back by hand while a worker held it.
+        ~exists().where(holders.c.job_id == jobs.c.id),
+        ~and_(jobs.c.exclusive, exists().where(leases.c.target_lock == jobs.c.target_name)),
+    ]
+    if which == "ids":
+        condition.append(any_of(jobs.c.id, "ids", JobId(), dialect))
+    else:
+        condition.append(or_(jobs.c.run_after.is_(None), jobs.c.run_after <= now_of(dialect)))
+    if which == "kinds":
+        condition.append(any_of(type_coerce(jobs.c.kind, String()), "kinds", String(), dialect))
+    return (
+        select(jobs.c.id, case((jobs.c.exclusive, jobs.c.target_name), else_=null()).label("target_lock"))
+        .where(*condition)
+        .order_by(jobs.c.priority.desc(), jobs.c.created_at, jobs.c.id)
+        .limit(bindparam("limit", type_=Integer()))
+    )
+
+
+_LEASE_COLUMNS = ("job_id", "worker", "acquired_at", "expires_at", "target_lock")
+
+
+@cache
+def _claim_statement(model: Model, which: str) -> Prepared:
+    """PostgreSQL: pick, lease and start in one statement; a picked job without lease comes back as a row of NULLs."""
+
+    def build(dialect: str) -> Select[Any]:
+        jobs, leases = table_of(model), model.__leases__
+        picked = _picked(model, which, dialect).with_for_update(skip_locked=True, key_share=True).cte("picked")
+        source = select(
+            picked.c.id,
+            bindparam("worker", type_=Text()),
+            now_of(dialect),
+            expiry_of(dialect),
+            picked.c.target_lock,
+        )
+        leased = (
+            pg_insert(leases)
+            .from_select(_LEASE_COLUMNS, source)
+            .on_conflict_do_nothing()
+            .returning(leases.c.token, leases.c.job_id, leases.c.expires_at)
+            .cte("leased")
+        )
+        started = (
+            update(jobs)
+            .where(jobs.c.id == leased.c.job_id)
+            .values(_started(model, dialect))
+            .returning(leased.c.token, leased.c.expires_at, *jobs.columns)
+            .cte("started")
+        )
+        return select(*started.columns).select_from(picked.outerjoin(started, started.c.id == picked.c.id))
+
+    return Prepared(build)
+
+
+@cache
+def _pick_statement(model: Model, which: str) -> Prepared:
+    return Prepared(lambda dialect: _picked(model, which, dialect))
+
+
+@cache
+def _lease_statement(model: Model) -> Prepared:
+    leases = model.__leases__
+    values = {
+        "job_id": bindparam("id", type_=JobId()),
+        "worker": bindparam("worker", type_=Text()),
+        "acquired_at": now_of("sqlite"),
+        "expires_at": expiry_of("sqlite"),
+        "target_lock": bindparam("target_lock", type_=Text()),
+    }
+    statement = sqlite_insert(leases).values(values).on_conflict_do_nothing()
+    return Prepared(lambda _: statement.returning(leases.c.token, leases.c.expires_at))
+
+
+@cache
+def _start_statement(model: Model) -> Prepared:
+    jobs = table_of(model)
+    statement = update(jobs).where(jobs.c.id == bindparam("id", type_=JobId()))
+    return Prepared(lambda dialect: statement.values(_started(model, dialect)).returning(*jobs.columns))
+
+
+def _started(model: Model, dialect: str) -> dict[str, Any]:
+    attempts = table_of(model).c.attempts
+    return {
+        "status": MlJobStatus.RUNNING,
+        "progress": 0,
+        "started_at": now_of(dialect),
+        "attempts": case((attempts < _ATTEMPTS_MAX, attempts + 1), else_=attempts),
+    }
+
+
+@cache
+def _renewal(model: Model) -> Prepared:
+    def build(dialect: str) -> Any:
+        jobs, leases = table_of(model), model.__leases__
+        status = select(jobs.c.status).where(jobs.c.id == leases.c.job_id).scalar_subquery()
+        statement = update(leases).values(expires_at=expiry_of(dialect))
+        if dialect == "postgresql":
+            ordered = ordered_leases(model, dialect)
+            statement = statement.where(leases.c.token == ordered.c.token)
+        else:
+            statement = statement.where(any_of(leases.c.token, "tokens", BigInteger(), dialect))
+        return statement.returning(leases.c.token, leases.c.expires_at, status.label("status"))
+
+    return Prepared(build)
+
+
+def ordered_leases(model: Model, dialect: str) -> Any:
+    """Lock the leases named by ``tokens`` in one order, so that two statements of one worker never deadlock."""
+    leases = model.__leases__.alias("o")
+    return (
+        select(leases.c.token)
+        .where(any_of(leases.c.token, "tokens", BigInteger(), dialect))
+        .order_by(leases.c.token)
+        .with_for_update()
+        .cte("ordered")
+    )
+
+
+@cache
+def _release(model: Model) -> Prepared:
+    leases = model.__leases__
+    return Prepared(
+        lambda dialect: (
+            delete(leases).where(any_of(leases.c.token, "tokens", BigInteger(), dialect)).returning(leases.c.token)
+        )
+    )
+
+
+def _progress_rows(
+    connection: Connection, model: Model, pairs: Sequence[tuple[Claim, int]]
+) -> list[tuple[int, UUID | None]]:
+    """Return ``(token, id of the job that was written)`` for each lease that is still held."""
+    if is_postgres(connection):
+        columns = {
+            "tokens": [claim.token for claim, _ in pairs],
+            "ids": [claim.job_id for claim, _ in pairs],
+            "progress": [value for _, value in pairs],
+        }
+        return [(row[0], row[1]) for row in _progress_statement(model).rows(connection, columns)]
+    lock_sqlite(connection, model)
+    rows: list[tuple[int, UUID | None]] = []
+    for claim, value in pairs:
+        own = {"token": claim.token, "id": claim.job_id, "progress": value}
+        for (token,) in _held_statement(model).rows(connection, own):
+            written = _one_progress_statement(model).rows(connection, own)
+            rows.append((token, claim.job_id if written else None))
+    return rows
+
+
+@cache
+def _progress_statement(model: Model) -> Prepared:
+    def build(_: str) -> Select[Any]:
+        jobs, leases = table_of(model), model.__leases__
+        wanted = unnested("wanted", tokens=BigInteger(), ids=JobId(), progress=SmallInteger())
+        # KEY SHARE: the heartbeat may move expires_at meanwhile, nobody may take the lease away.
+        held = (
+            select(leases.c.token, wanted.c.ids, wanted.c.progress)
+            .join(wanted, and_(leases.c.token == wanted.c.tokens, leases.c.job_id == wanted.c.ids))
+            .with_for_update(read=True, key_share=True, of=leases)
+            .cte("held")
+        )
+        written = (
+            update(jobs)
+            .where(jobs.c.id == held.c.ids, jobs.c.status == MlJobStatus.RUNNING)
+            .values(progress=held.c.progress)
+            .returning(jobs.c.id)
+            .cte("written")
+        )
+        return select(held.c.token, written.c.id).select_from(held.outerjoin(written, written.c.id == held.c.ids))
+
+    return Prepared(build)
+
+
+@cache
+def _held_statement(model: Model) -> Prepared:
+    leases = model.__leases__
+    token, job_id = bindparam("token", type_=BigInteger()), bindparam("id", type_=JobId())
+    return Prepared(lambda _: select(leases.c.token).where(leases.c.token == token, leases.c.job_id == job_id))
+
+
+@cache
+def _one_progress_statement(model: Model) -> Prepared:
+    jobs = table_of(model)
+    statement = update(jobs).where(
+        jobs.c.id == bindparam("id", type_=JobId()), jobs.c.status == MlJobStatus.RUNNING
+    )
+    progress = bindparam("progress", type_=SmallInteger())
+    return Prepared(lambda _: statement.values(progress=progress).returning(jobs.c.id))

@@ -1,0 +1,351 @@
+"""End a claim: complete, fail or requeue its job, each if the lease still holds it; or cancel a job from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    Select,
+    String,
+    Text,
+    and_,
+    bindparam,
+    case,
+    cast,
+    delete,
+    func,
+    literal,
+    null,
+    select,
+    type_coerce,
+    update,
+)
+
+from mljobs.errors import InvalidValueError
+from mljobs.jobs._base import (
+    Bind,
+    JobRef,
+    Model,
+    connection_of,
+    id_of,
+    is_postgres,
+    lock_sqlite,
+    moments,
+    now_of,
+    refresh,
+    state_of,
+    table_of,
+    unnested,
+)
+from mljobs.jobs.claiming import Claim, explain, model_of, ordered_leases
+from mljobs.model import MlJob, error_text
+from mljobs.prepared import Prepared
+from mljobs.states import ACTIVE, MlJobStatus
+from mljobs.types import JobId, JsonText, UtcMillis, storable_json, storable_text, to_json_text
+
+_COMPLETED = MlJobStatus.COMPLETED
+_FAILED = MlJobStatus.FAILED
+_QUEUED = MlJobStatus.QUEUED
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the work on one claim ended. Made by ``completed``, ``failed`` and ``requeued``, so no illegal mix exists."""
+
+    claim: Claim
+    status: MlJobStatus
+    error_message: str | None = None
+    metrics_json: str | None = None
+
+    @classmethod
+    def completed(cls, claim: Claim, metrics: Any = None) -> Outcome:
+        """The job is done.
+
+        Args:
+            claim: What ``claim`` returned.
+            metrics: What came out, any JSON-able value; None keeps what the record holds.
+
+        Raises:
+            InvalidValueError: JSON, or PostgreSQL, cannot hold the metrics.
+        """
+        text = None if metrics is None else storable_json("metrics", to_json_text("metrics", metrics))
+        return cls(claim, _COMPLETED, metrics_json=text)
+
+    @classmethod
+    def failed(cls, claim: Claim, error: str | BaseException) -> Outcome:
+        """The job failed, with the reason.
+
+        Raises:
+            InvalidValueError: ``error`` is neither a string nor an exception, or cannot be stored.
+        """
+        return cls(claim, _FAILED, error_message=storable_text("error_message", error_text(error)))
+
+    @classmethod
+    def requeued(cls, claim: Claim) -> Outcome:
+        """The job goes back to the queue: progress 0, not started, its attempts still counted."""
+        return cls(claim, _QUEUED)
+
+
+def complete(session: Bind, claim: Claim, metrics: Any = None) -> None:
+    """Complete the job, if this lease still holds it: progress 100, finished now, the lease gone.
+
+    Args:
+        session: The caller's session or connection.
+        claim: What ``claim`` returned.
+        metrics: What came out, any JSON-able value; None keeps what the record holds.
+
+    Raises:
+        InvalidValueError: JSON cannot hold the metrics; nothing was written.
+        LeaseLostError: The lease is gone; nothing was written.
+        TerminalStateError: The job was cancelled meanwhile; it stays so, and the lease is given back.
+    """
+    _finish_one(session, Outcome.completed(claim, metrics))
+
+
+def fail(session: Bind, claim: Claim, error: str | BaseException) -> None:
+    """Fail the job with the reason, if this lease still holds it: finished now, the lease gone.
+
+    Args:
+        session: The caller's session or connection.
+        claim: What ``claim`` returned.
+        error: The reason; of an exception its type and message.
+
+    Raises:
+        InvalidValueError: ``error`` cannot be stored; nothing was written.
+        LeaseLostError: The lease is gone; nothing was written.
+        TerminalStateError: The job was cancelled meanwhile; it stays so, and the lease is given back.
+    """
+    _finish_one(session, Outcome.failed(claim, error))
+
+
+def requeue(session: Bind, claim: Claim) -> None:
+    """Put the job back, if this lease still holds it: queued, progress 0, not started, attempts kept, the lease gone.
+
+    Args:
+        session: The caller's session or connection.
+        claim: What ``claim`` returned.
+
+    Raises:
+        LeaseLostError: The lease is gone; nothing was written.
+        TerminalStateError: The job was cancelled meanwhile; it stays so, and the lease is given back.
+    """
+    _finish_one(session, Outcome.requeued(claim))
+
+
+def complete_many(session: Bind, claims: Iterable[tuple[Claim, Any]]) -> list[Exception | None]:
+    """Complete many jobs in one statement, each if its lease still holds it; see ``finish_many``.
+
+    Args:
+        session: The caller's session or connection.
+        claims: Pairs of claim and metrics.
+    """
+    return finish_many(session, [Outcome.completed(claim, metrics) for claim, metrics in claims])
+
+
+def fail_many(session: Bind, claims: Iterable[tuple[Claim, str | BaseException]]) -> list[Exception | None]:
+    """Fail many jobs in one statement, each if its lease still holds it; see ``finish_many``.
+
+    Args:
+        session: The caller's session or connection.
+        claims: Pairs of claim and reason.
+    """
+    return finish_many(session, [Outcome.failed(claim, error) for claim, error in claims])
+
+
+def requeue_many(session: Bind, claims: Iterable[Claim]) -> list[Exception | None]:
+    """Put many jobs back in one statement, each if its lease still holds it; see ``finish_many``.
+
+    Args:
+        session: The caller's session or connection.
+        claims: What ``claim`` returned.
+    """
+    return finish_many(session, [Outcome.requeued(claim) for claim in claims])
+
+
+def finish_many(session: Bind, outcomes: Iterable[Outcome]) -> list[Exception | None]:
+    """Record many outcomes in one statement, each if its lease still holds the job.
+
+    Args:
+        session: The caller's session or connection.
+        outcomes: Any mix, of one model.
+
+    Returns:
+        For each outcome, in order, None where it was recorded, else the error that ``complete`` would raise.
+    """
+    given = list(outcomes)
+    if not given:
+        return []
+    model = model_of(outcome.claim for outcome in given)
+    connection = connection_of(session)
+    rows = _finish(connection, model, given)
+    errors: list[Exception | None] = []
+    for outcome in given:
+        token = outcome.claim.token
+        if rows.get(token):
+            errors.append(None)
+            del rows[token]  # the same claim given twice is finished once
+        else:
+            errors.append(
+                explain(connection, model, outcome.claim, held=token in rows, wanted=outcome.status)
+            )
+    refresh(session, model, [outcome.claim.job_id for outcome in given])
+    return errors
+
+
+def cancel(session: Bind, job: JobRef, *, model: Model = MlJob) -> bool:
+    """Cancel the job if it is queued or running; final at once, its worker sees it at its next check.
+
+    The lease of a running job stays until its worker has stopped or the lease expires, so that an exclusive target is
+    not taken while somebody still works on it.
+
+    Args:
+        session: The caller's session or connection.
+        job: The job or its id.
+        model: The mapped job class.
+
+    Returns:
+        True if it was still cancellable; False if it had finished. Source: RedDB's ``cancel``.
+
+    Raises:
+        JobNotFound: No record has this id.
+    """
+    job_id = id_of(job)
+    connection = connection_of(session)
+    cancelled = bool(_cancellation(model).rows(connection, {"id": job_id, **moments()}))
+    if not cancelled:
+        state_of(connection, model, job_id)
+    refresh(session, model, [job_id])
+    return cancelled
+
+
+# ---------------------------------------------------------------------------------------------------- the statements
+
+
+def _finish_one(session: Bind, outcome: Outcome) -> None:
+    (error,) = finish_many(session, [outcome])
+    if error is not None:
+        raise error
+
+
+def _finish(connection: Connection, model: Model, outcomes: Sequence[Outcome]) -> dict[int, bool]:
+    """Write the outcomes; return for each lease that was held, and is gone now, whether its job was written."""
+    if is_postgres(connection):
+        columns = {
+            "tokens": [outcome.claim.token for outcome in outcomes],
+            "ids": [outcome.claim.job_id for outcome in outcomes],
+            "statuses": [outcome.status.value for outcome in outcomes],
+            "errors": [outcome.error_message for outcome in outcomes],
+            "metrics": [outcome.metrics_json for outcome in outcomes],
+        }
+        return dict(_finish_statement(model).rows(connection, columns))
+    lock_sqlite(connection, model)
+    rows: dict[int, bool] = {}
+    for outcome in outcomes:
+        own = {
+            "token": outcome.claim.token,
+            "id": outcome.claim.job_id,
+            "status": outcome.status.value,
+            "error": outcome.error_message,
+            "metrics": outcome.metrics_json,
+            **moments(),
+        }
+        for (token,) in _end_statement(model).rows(connection, own):
+            rows[token] = bool(_outcome_statement(model).rows(connection, own))
+    return rows
+
+
+@cache
+def _finish_statement(model: Model) -> Prepared:
+    """PostgreSQL: the lease first, then its job.
+
+    A job is written only from the row of a lease that this very statement deletes. Asking ``EXISTS`` of the lease
+    instead would not do: after waiting for the job's lock, READ COMMITTED looks again at the job, not at the lease.
+    """
+
+    def build(dialect: str) -> Select[Any]:
+        jobs, leases = table_of(model), model.__leases__
+        wanted = unnested(
+            "wanted", tokens=BigInteger(), ids=JobId(), statuses=String(), errors=Text(), metrics=Text()
+        )
+        ordered = ordered_leases(model, dialect)
+        held = (
+            delete(leases)
+            .where(leases.c.token == ordered.c.token, leases.c.token == wanted.c.tokens, leases.c.job_id == wanted.c.ids)
+            .returning(leases.c.token, wanted.c.ids, wanted.c.statuses, wanted.c.errors, wanted.c.metrics)
+            .cte("held")
+        )
+        written = (
+            update(jobs)
+            .where(jobs.c.id == held.c.ids, jobs.c.status == MlJobStatus.RUNNING)
+            .values(_finished(model, dialect, held.c.statuses, held.c.errors, held.c.metrics))
+            .returning(jobs.c.id)
+            .cte("written")
+        )
+        return select(held.c.token, written.c.id.is_not(None)).select_from(
+            held.outerjoin(written, written.c.id == held.c.ids)
+        )
+
+    return Prepared(build)
+
+
+@cache
+def _end_statement(model: Model) -> Prepared:
+    leases = model.__leases__
+    token, job_id = bindparam("token", type_=BigInteger()), bindparam("id", type_=JobId())
+    statement = delete(leases).where(leases.c.token == token, leases.c.job_id == job_id)
+    return Prepared(lambda _: statement.returning(leases.c.token))
+
+
+@cache
+def _outcome_statement(model: Model) -> Prepared:
+    def build(dialect: str) -> Any:
+        jobs = table_of(model)
+        status, error, metrics = (
+            bindparam("status", type_=String()),
+            bindparam("error", type_=Text()),
+            bindparam("metrics", type_=Text()),
+        )
+        return (
+            update(jobs)
+            .where(jobs.c.id == bindparam("id", type_=JobId()), jobs.c.status == MlJobStatus.RUNNING)
+            .values(_finished(model, dialect, status, error, metrics))
+            .returning(jobs.c.id)
+        )
+
+    return Prepared(build)
+
+
+def _finished(model: Model, dialect: str, status: Any, error: Any, metrics: Any) -> dict[str, Any]:
+    """Return every field that belongs to an outcome; the same for both databases."""
+    jobs = table_of(model)
+    progress = case((status == _QUEUED.value, 0), (status == _COMPLETED.value, 100), else_=jobs.c.progress)
+    queued = status == _QUEUED.value
+    text_of_metrics = cast(metrics, jobs.c.metrics_json.type) if dialect == "postgresql" else metrics
+    return {
+        "status": type_coerce(status, jobs.c.status.type),
+        "progress": progress,
+        "started_at": case((queued, null()), else_=jobs.c.started_at),
+        "finished_at": case((queued, null()), else_=now_of(dialect)),
+        "error_message": func.coalesce(error, jobs.c.error_message),
+        "metrics_json": func.coalesce(text_of_metrics, jobs.c.metrics_json),
+    }
+
+
+@cache
+def _cancellation(model: Model) -> Prepared:
+    jobs = table_of(model)
+    statement = update(jobs).where(
+        jobs.c.id == bindparam("id", type_=JobId()),
+        jobs.c.status.in_([literal(status, jobs.c.status.type) for status in ACTIVE]),
+    )
+    return Prepared(
+        lambda dialect: (
+            statement.values(status=MlJobStatus.CANCELLED, finished_at=now_of(dialect)).returning(jobs.c.id)
+        )
+    )

@@ -1,0 +1,237 @@
+"""Say what is to be done: one job, very many, or a finished one again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from datetime import datetime, timedelta
+from functools import cache
+from typing import Any
+
+from sqlalchemy import BigInteger, bindparam, func, insert, inspect, literal, select
+from sqlalchemy.orm import Session
+
+from mljobs.bulk import insert_rows
+from mljobs.errors import InvalidTransitionError, InvalidValueError
+from mljobs.jobs._base import (
+    Bind,
+    JobRef,
+    Model,
+    connection_of,
+    id_of,
+    is_postgres,
+    lock_sqlite,
+    plain,
+    record,
+    table_of,
+)
+from mljobs.jobs.reading import get
+from mljobs.model import MlJob, MlJobMixin
+from mljobs.prepared import Prepared
+from mljobs.states import ACTIVE, MlJobStatus
+from mljobs.types import utc_now
+
+_LIFE = frozenset(
+    {
+        "id",
+        "status",
+        "progress",
+        "created_at",
+        "started_at",
+        "finished_at",
+        "error_message",
+        "metrics_json",
+        "attempts",
+        "run_after",
+        "retry_of",
+    }
+)
+"""What a retry does not take over from the job that it does again."""
+
+
+def submit(
+    session: Bind,
+    kind: str,
+    target_name: str,
+    spec: Any = None,
+    *,
+    priority: int = 0,
+    run_after: datetime | timedelta | None = None,
+    exclusive: bool = False,
+    unless_active: bool = False,
+    model: Model = MlJob,
+    **values: Any,
+) -> MlJob:
+    """Queue a job.
+
+    Args:
+        session: The caller's session or connection; in a session the job is a member of it.
+        kind: The kind or its token.
+        target_name: What the job works on.
+        spec: What to do, any JSON-able value; None for ``{}``.
+        priority: Higher is claimed first, -32,768 to 32,767.
+        run_after: Not claimed before this time, or for this long.
+        exclusive: Never two exclusive jobs at once on one ``target_name``.
+        unless_active: Return the queued or running job of this kind and target, if there is one, instead of a second;
+            safe between two transactions that cannot see each other.
+        model: The mapped job class.
+        **values: Other fields of the record, and columns that a host has added.
+
+    Raises:
+        InvalidValueError: A value is not one that its field can hold; or ``unless_active`` in a REPEATABLE READ
+            transaction, which cannot see what others have committed since it began.
+    """
+    if spec is not None:
+        values["spec"] = spec
+    if run_after is not None:
+        values["run_after"] = utc_now() + run_after if isinstance(run_after, timedelta) else run_after
+    job = model(
+        kind=kind, target_name=target_name, priority=priority, exclusive=exclusive, **values
+    )
+    if unless_active:
+        active = _active(session, job, model)
+        if active is not None:
+            return active
+    return _add(session, job)
+
+
+def submit_many(
+    session: Bind,
+    jobs: Iterable[MlJobMixin | tuple[str, str, Any]],
+    *,
+    model: Model = MlJob,
+) -> int:
+    """Queue very many jobs at the speed of COPY, in constant memory, in the caller's transaction.
+
+    Args:
+        session: The caller's session or connection.
+        jobs: Records, or tuples of kind, target name and spec; any length, a generator too.
+        model: The mapped job class.
+
+    Returns:
+        How many were queued.
+
+    Raises:
+        InvalidValueError: A value is not one that its field can hold. Roll the transaction back; nothing stands.
+    """
+    connection = connection_of(session)
+    columns = list(table_of(model).columns)
+    return insert_rows(connection, table_of(model), [column.name for column in columns], _rows(model, jobs))
+
+
+def retry(
+    session: Bind,
+    job: JobRef,
+    *,
+    run_after: datetime | timedelta | None = None,
+    priority: int | None = None,
+    unless_active: bool = False,
+    model: Model = MlJob,
+) -> MlJob:
+    """Queue a finished job's work again, as a new record with ``retry_of`` set; the finished one stays what it is.
+
+    Kind, target, spec, priority, exclusiveness and a host's own columns are taken over.
+
+    Args:
+        session: The caller's session or connection.
+        job: The finished job or its id.
+        run_after: Not claimed before this time, or for this long.
+        priority: Instead of the finished job's own.
+        unless_active: Return the queued or running job of this kind and target, if there is one.
+        model: The mapped job class.
+
+    Raises:
+        JobNotFound: No record has this id.
+        InvalidTransitionError: It has not finished.
+    """
+    original: Any = get(session, id_of(job), model=model)
+    if not original.is_terminal:
+        raise InvalidTransitionError(original.id, original.status, MlJobStatus.QUEUED)
+    values = {
+        attribute.key: getattr(original, attribute.key)
+        for attribute in inspect(type(original)).column_attrs
+        if attribute.key not in _LIFE
+    }
+    if priority is not None:
+        values["priority"] = priority
+    values["retry_of"] = original.id
+    kind, target = values.pop("kind"), values.pop("target_name")
+    return submit(
+        session, kind, target, run_after=run_after, unless_active=unless_active, model=type(original), **values
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- the details
+
+
+def _add(bind: Bind, job: Any) -> Any:
+    if isinstance(bind, Session):
+        bind.add(job)
+        bind.flush()
+        return job
+    model = type(job)
+    if plain(model):
+        state = inspect(job).dict
+        values = {column.name: state.get(column.name) for column in table_of(model).columns}
+        _insertion(model).rows(bind, values)
+        return record(model, tuple(values.values()))
+    if not bind.in_transaction():
+        bind.begin()  # so that the session below leaves it open
+    with Session(bind, join_transaction_mode="rollback_only", expire_on_commit=False) as session:
+        session.add(job)
+        session.flush()
+        session.refresh(job)
+        session.expunge_all()
+    return job
+
+
+@cache
+def _insertion(model: Model) -> Prepared:
+    table = table_of(model)
+    return Prepared(
+        lambda _: insert(table).values({column.name: bindparam(column.name, type_=column.type) for column in table.c})
+    )
+
+
+def _active(bind: Bind, job: MlJob, model: Model) -> MlJob | None:
+    """Return the active job of the same kind and target; hold off everybody else who asks until we have committed."""
+    connection = connection_of(bind)
+    table = table_of(model)
+    if is_postgres(connection):
+        place = "/".join((table.schema or "", table.name, job.kind.value, job.target_name))
+        digest = hashlib.sha256(place.encode()).digest()
+        key = literal(int.from_bytes(digest[:8], "big", signed=True), BigInteger())
+        row = connection.execute(
+            select(func.pg_advisory_xact_lock(key), func.current_setting("transaction_isolation"))
+        ).one()
+        if row[1] == "repeatable read":
+            raise InvalidValueError(
+                "unless_active",
+                True,  # noqa: FBT003 - the value at fault
+                "a REPEATABLE READ transaction cannot see what others have committed; use READ COMMITTED",
+            )
+    else:
+        lock_sqlite(connection, model)
+    found = connection.execute(
+        select(table.c.id)
+        .where(table.c.kind == job.kind, table.c.target_name == job.target_name, table.c.status.in_(ACTIVE))
+        .order_by(table.c.created_at, table.c.id)
+        .limit(1)
+    ).scalar()
+    return None if found is None else get(bind, found, model=model)
+
+
+def _rows(model: Model, jobs: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    keys = [inspect(model).get_property_by_column(column).key for column in table_of(model).columns]
+    for job in jobs:
+        if isinstance(job, tuple):
+            if len(job) != 3:  # noqa: PLR2004 - as the signature says
+                raise InvalidValueError("jobs", job, "expected a record, or a tuple of kind, target name and spec")
+            kind, target_name, spec = job
+            job = model(kind=kind, target_name=target_name, spec={} if spec is None else spec)  # noqa: PLW2901
+        elif not isinstance(job, model):
+            raise InvalidValueError("jobs", job, "expected a record, or a tuple of kind, target name and spec")
+        state = inspect(job).dict
+        yield tuple(state.get(key) for key in keys)
+
+

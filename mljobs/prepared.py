@@ -1,0 +1,102 @@
+"""Send a statement that was compiled once, its parameters and rows still passing through its types.
+
+``Connection.execute`` spends as much time around a small statement as PostgreSQL spends on it. Operations that run a
+thousand times a second go through here instead: SQLAlchemy writes the text once for each dialect, and
+``exec_driver_sql`` sends it, so events, pools and the translation of errors work as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection, Dialect
+    from sqlalchemy.sql.expression import Executable
+
+Row = tuple[Any, ...]
+_Process = Callable[[Any], Any]
+
+
+class _Compiled:
+    """The text of one statement for one dialect, and what its types do to values on the way in and out."""
+
+    def __init__(self, statement: Executable, dialect: Dialect) -> None:
+        compiled: Any = statement.compile(dialect=dialect)
+        self.text: str = compiled.string
+        # Values the statement itself carries: limits, tokens, flags.
+        self.fixed: dict[str, Any] = {
+            name: bind.effective_value for name, bind in compiled.binds.items() if not bind.required
+        }
+        self.names: Sequence[str] = tuple(compiled.positiontup or ())
+        self.positional: bool = compiled.positional
+        self.bind: dict[str, _Process] = {}
+        for name, bind in compiled.binds.items():
+            process = bind.type.dialect_impl(dialect).bind_processor(dialect)
+            if process is not None:
+                self.bind[name] = process
+        columns = getattr(statement, "exported_columns", ())
+        self.result: list[tuple[int, _Process]] = []
+        for at, column in enumerate(columns):
+            process = column.type.dialect_impl(dialect).result_processor(dialect, None)
+            if process is not None:
+                self.result.append((at, process))
+        for name in self.fixed:
+            if name in self.bind:
+                self.fixed[name] = self.bind.pop(name)(self.fixed[name])
+
+    def parameters(self, given: Mapping[str, Any]) -> Any:
+        values = {**self.fixed, **given}
+        for name, process in self.bind.items():
+            values[name] = process(values[name])
+        if self.positional:
+            return tuple(values[name] for name in self.names)
+        return values
+
+    def row(self, raw: Sequence[Any]) -> Row:
+        values = list(raw)
+        for at, process in self.result:
+            values[at] = process(values[at])
+        return tuple(values)
+
+
+class Prepared:
+    """A statement to be run often.
+
+    Args:
+        build: Returns the Core statement for a dialect's name. Every parameter is a ``bindparam`` with a type; there are
+            no expanding parameters (use arrays or ``json_each``).
+    """
+
+    def __init__(self, build: Callable[[str], Executable]) -> None:
+        self._build = build
+        self._statements: dict[str, Executable] = {}
+        self._compiled: WeakKeyDictionary[Dialect, _Compiled] = WeakKeyDictionary()
+
+    def rows(self, connection: Connection, parameters: Mapping[str, Any]) -> list[Row]:
+        """Run the statement; return its rows as Python values.
+
+        Args:
+            connection: Where to run it.
+            parameters: By name; names that the statement does not use are ignored.
+        """
+        dialect = connection.dialect
+        if connection.get_execution_options().get("schema_translate_map"):  # the text differs from tenant to tenant
+            statement = self._statement(dialect)
+            used = statement.compile(dialect=dialect).params  # type: ignore[attr-defined]
+            mapped = connection.execute(statement, {name: parameters[name] for name in used if name in parameters})
+            return [tuple(row) for row in mapped] if mapped.returns_rows else []
+        compiled = self._compiled.get(dialect)
+        if compiled is None:
+            compiled = self._compiled[dialect] = _Compiled(self._statement(dialect), dialect)
+        result = connection.exec_driver_sql(compiled.text, compiled.parameters(parameters))
+        if not result.returns_rows:
+            return []
+        return [compiled.row(raw) for raw in result.fetchall()]
+
+    def _statement(self, dialect: Dialect) -> Executable:
+        statement = self._statements.get(dialect.name)
+        if statement is None:
+            statement = self._statements[dialect.name] = self._build(dialect.name)
+        return statement
