@@ -24,14 +24,17 @@ if TYPE_CHECKING:
     )
     from mljobs.model import Base, MlJob, MlJobLease, MlJobMixin, kind_column, metadata
     from mljobs.states import MlJobKind, MlJobStatus
+    from mljobs.store import AsyncJobStore, JobStore
 
 __all__ = [
+    "AsyncJobStore",
     "Base",
     "InvalidTransitionError",
     "InvalidValueError",
     "JobCancelled",
     "JobDecodeError",
     "JobNotFound",
+    "JobStore",
     "LeaseLostError",
     "MlJob",
     "MlJobKind",
@@ -50,6 +53,7 @@ __all__ = [
 _MODULES = {
     "model": ("Base", "MlJob", "MlJobLease", "MlJobMixin", "kind_column", "metadata"),
     "states": ("MlJobKind", "MlJobStatus"),
+    "store": ("AsyncJobStore", "JobStore"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

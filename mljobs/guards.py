@@ -198,7 +198,7 @@ def enforce_sqlite(engine: Engine | AsyncEngine) -> None:
     Args:
         engine: Sync or async; an engine of another database is left as it is.
     """
-    sync_engine: Engine = getattr(engine, "sync_engine", engine)
+    sync_engine = engine if isinstance(engine, Engine) else engine.sync_engine
     if sync_engine.dialect.name != "sqlite":
         return
 
@@ -230,8 +230,8 @@ def translate_error(error: BaseException | None) -> MlJobsError | None:
             return TerminalStateError(job_id, status)
         if constraint == TRANSITION_CONSTRAINT:
             wanted = fields.get("wanted")
-            known = wanted is not None and wanted in MlJobStatus.tokens()
-            return InvalidTransitionError(job_id, status, MlJobStatus(wanted) if known else None)
+            known = MlJobStatus(wanted) if wanted in MlJobStatus.tokens() else None
+            return InvalidTransitionError(job_id, status, known)
         seen = getattr(seen, "orig", None) or seen.__cause__
     return None
 

@@ -548,7 +548,9 @@ def _add_indexes(table: Table) -> None:
     columns = table.c
 
     def index(suffix: str, *keys: Any, where: str | None = None) -> None:
-        condition = {} if where is None else {"postgresql_where": text(where), "sqlite_where": text(where)}
+        condition: dict[str, Any] = (
+            {} if where is None else {"postgresql_where": text(where), "sqlite_where": text(where)}
+        )
         Index(_name("ix", table, suffix), *keys, **condition)
 
     index(

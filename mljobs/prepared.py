@@ -23,7 +23,7 @@ class _Compiled:
     """The text of one statement for one dialect, and what its types do to values on the way in and out."""
 
     def __init__(self, statement: Executable, dialect: Dialect) -> None:
-        compiled: Any = statement.compile(dialect=dialect)
+        compiled: Any = statement.compile(dialect=dialect)  # type: ignore[attr-defined]
         self.text: str = compiled.string
         # Values the statement itself carries: limits, tokens, flags.
         self.fixed: dict[str, Any] = {

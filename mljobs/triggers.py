@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
+from typing import Any
 
 from sqlalchemy import Table
 from sqlalchemy.ext.compiler import compiles
@@ -277,7 +278,8 @@ def _render(element: CompanionDDL, compiler: DDLCompiler, **_: object) -> str:
     for role in ("function", "door", "wake", "counts", "statistics"):
         names[role] = f"{prefix}{names[role]}"
     rowid = not sqlite or table.dialect_options["sqlite"]["with_rowid"]
-    kinds: type[StrEnum] = table.c.kind.type.enum
+    kind_type: Any = table.c.kind.type
+    kinds: type[StrEnum] = kind_type.enum
     return element.text.format(
         **names,
         **here,

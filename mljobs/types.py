@@ -289,7 +289,8 @@ class _PostgresJson(UserDefinedType[str]):
         return cast(colexpr, Text)
 
     def literal_processor(self, dialect: Dialect) -> Callable[[Any], str] | None:
-        return Text().literal_processor(dialect)
+        process: Callable[[Any], str] = Text().literal_processor(dialect)  # type: ignore[no-untyped-call]
+        return process
 
 
 class JsonText(TypeDecorator[str]):

@@ -17,7 +17,9 @@ On PostgreSQL each is one statement, and times come from the database's clock. O
 time, each takes the write lock before it reads.
 """
 
+from mljobs.jobs._base import Bind, JobRef, Model, table_of
 from mljobs.jobs.claiming import (
+    DEFAULT_LEASE,
     Claim,
     Renewal,
     claim,
@@ -40,13 +42,19 @@ from mljobs.jobs.finishing import (
 )
 from mljobs.jobs.reading import Counts, Page, conditions, counts, find, get, history
 from mljobs.jobs.submitting import retry, submit, submit_many
-from mljobs.jobs.sweeping import Rescue, prune, prune_batches, rescue
+from mljobs.jobs.sweeping import Cursor, Pruned, Rescue, prune, prune_batch, rescue
 
 __all__ = [
+    "DEFAULT_LEASE",
+    "Bind",
     "Claim",
     "Counts",
+    "Cursor",
+    "JobRef",
+    "Model",
     "Outcome",
     "Page",
+    "Pruned",
     "Renewal",
     "Rescue",
     "cancel",
@@ -63,7 +71,7 @@ __all__ = [
     "get",
     "history",
     "prune",
-    "prune_batches",
+    "prune_batch",
     "release",
     "renew",
     "requeue",
@@ -74,4 +82,5 @@ __all__ = [
     "set_progress_many",
     "submit",
     "submit_many",
+    "table_of",
 ]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from uuid import UUID
 
 from sqlalchemy import ARRAY, Connection, DateTime, Interval, Table, Text, any_, bindparam, func, inspect, select, update
@@ -21,8 +20,6 @@ from mljobs.states import MlJobStatus
 from mljobs.types import UtcMillis, to_job_id, utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from sqlalchemy import ColumnElement
     from sqlalchemy.engine import Dialect
     from sqlalchemy.types import TypeEngine
@@ -35,6 +32,23 @@ JobRef = UUID | int | str | MlJobMixin
 """What names a job: its id in any accepted form, or the record."""
 
 _MAX_SECONDS = 10 * 365 * 86_400
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def per_model(build: Callable[Concatenate[Model, _P], _R]) -> Callable[Concatenate[Model, _P], _R]:
+    """Keep what ``build`` returns for each model and each further argument."""
+    kept: dict[tuple[object, ...], _R] = {}
+
+    def find(model: Model, /, *args: _P.args, **kw: _P.kwargs) -> _R:
+        key = (model, *args)
+        if key not in kept:
+            kept[key] = build(model, *args, **kw)
+        return kept[key]
+
+    return find
 
 
 # --------------------------------------------------------------------------------------------------- connections
@@ -67,7 +81,7 @@ def lock_sqlite(connection: Connection, model: Model) -> None:
     _write_nothing(model).rows(connection, {})
 
 
-@cache
+@per_model
 def _write_nothing(model: Model) -> Prepared:
     leases = model.__leases__
     return Prepared(lambda _: update(leases).values(worker=leases.c.worker).where(leases.c.token < 0))
@@ -161,7 +175,7 @@ def unnested(name: str, **columns: TypeEngine[Any]) -> Any:
 # -------------------------------------------------------------------------------------------------------- records
 
 
-@cache
+@per_model
 def table_of(model: Model) -> Table:
     """Return the table that holds the record of ``model``.
 
@@ -185,7 +199,7 @@ def id_of(job: JobRef) -> UUID:
     return job.id if isinstance(job, MlJobMixin) else to_job_id(job)
 
 
-@cache
+@per_model
 def _keys(model: Model) -> tuple[str, ...]:
     mapper = inspect(model)
     return tuple(mapper.get_property_by_column(column).key for column in table_of(model).columns)
@@ -196,7 +210,7 @@ def record_columns(model: Model) -> list[ColumnElement[Any]]:
     return list(table_of(model).columns)
 
 
-@cache
+@per_model
 def _new_instance(model: Model) -> Callable[[], Any]:
     new_instance: Callable[[], Any] = inspect(model).class_manager.new_instance
     return new_instance
@@ -239,7 +253,7 @@ def refresh(bind: Bind, model: Model, ids: Iterable[UUID]) -> None:
 # ----------------------------------------------------------------------------------------------------- why it failed
 
 
-@cache
+@per_model
 def _state(model: Model) -> Prepared:
     table = table_of(model)
     columns = (table.c.status, table.c.finished_at)

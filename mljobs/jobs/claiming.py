@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cache
 from typing import Any
 from uuid import UUID
 
@@ -51,6 +50,7 @@ from mljobs.jobs._base import (
     lock_sqlite,
     moments,
     now_of,
+    per_model,
     record,
     refresh,
     refusal,
@@ -388,7 +388,7 @@ def _picked(model: Model, which: str, dialect: str) -> Select[Any]:
 _LEASE_COLUMNS = ("job_id", "worker", "acquired_at", "expires_at", "target_lock")
 
 
-@cache
+@per_model
 def _claim_statement(model: Model, which: str) -> Prepared:
     """PostgreSQL: pick, lease and start in one statement; a picked job without lease comes back as a row of NULLs."""
 
@@ -421,12 +421,12 @@ def _claim_statement(model: Model, which: str) -> Prepared:
     return Prepared(build)
 
 
-@cache
+@per_model
 def _pick_statement(model: Model, which: str) -> Prepared:
     return Prepared(lambda dialect: _picked(model, which, dialect))
 
 
-@cache
+@per_model
 def _lease_statement(model: Model) -> Prepared:
     leases = model.__leases__
     values = {
@@ -440,7 +440,7 @@ def _lease_statement(model: Model) -> Prepared:
     return Prepared(lambda _: statement.returning(leases.c.token, leases.c.expires_at))
 
 
-@cache
+@per_model
 def _start_statement(model: Model) -> Prepared:
     jobs = table_of(model)
     statement = update(jobs).where(jobs.c.id == bindparam("id", type_=JobId()))
@@ -457,7 +457,7 @@ def _started(model: Model, dialect: str) -> dict[str, Any]:
     }
 
 
-@cache
+@per_model
 def _renewal(model: Model) -> Prepared:
     def build(dialect: str) -> Any:
         jobs, leases = table_of(model), model.__leases__
@@ -485,7 +485,7 @@ def ordered_leases(model: Model, dialect: str) -> Any:
     )
 
 
-@cache
+@per_model
 def _release(model: Model) -> Prepared:
     leases = model.__leases__
     return Prepared(
@@ -516,7 +516,7 @@ def _progress_rows(
     return rows
 
 
-@cache
+@per_model
 def _progress_statement(model: Model) -> Prepared:
     def build(_: str) -> Select[Any]:
         jobs, leases = table_of(model), model.__leases__
@@ -540,14 +540,14 @@ def _progress_statement(model: Model) -> Prepared:
     return Prepared(build)
 
 
-@cache
+@per_model
 def _held_statement(model: Model) -> Prepared:
     leases = model.__leases__
     token, job_id = bindparam("token", type_=BigInteger()), bindparam("id", type_=JobId())
     return Prepared(lambda _: select(leases.c.token).where(leases.c.token == token, leases.c.job_id == job_id))
 
 
-@cache
+@per_model
 def _one_progress_statement(model: Model) -> Prepared:
     jobs = table_of(model)
     statement = update(jobs).where(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 from uuid import UUID
 
@@ -38,6 +37,7 @@ from mljobs.jobs._base import (
     lock_sqlite,
     moments,
     now_of,
+    per_model,
     refresh,
     state_of,
     table_of,
@@ -260,7 +260,7 @@ def _finish(connection: Connection, model: Model, outcomes: Sequence[Outcome]) -
     return rows
 
 
-@cache
+@per_model
 def _finish_statement(model: Model) -> Prepared:
     """PostgreSQL: the lease first, then its job.
 
@@ -294,7 +294,7 @@ def _finish_statement(model: Model) -> Prepared:
     return Prepared(build)
 
 
-@cache
+@per_model
 def _end_statement(model: Model) -> Prepared:
     leases = model.__leases__
     token, job_id = bindparam("token", type_=BigInteger()), bindparam("id", type_=JobId())
@@ -302,7 +302,7 @@ def _end_statement(model: Model) -> Prepared:
     return Prepared(lambda _: statement.returning(leases.c.token))
 
 
-@cache
+@per_model
 def _outcome_statement(model: Model) -> Prepared:
     def build(dialect: str) -> Any:
         jobs = table_of(model)
@@ -337,7 +337,7 @@ def _finished(model: Model, dialect: str, status: Any, error: Any, metrics: Any)
     }
 
 
-@cache
+@per_model
 def _cancellation(model: Model) -> Prepared:
     jobs = table_of(model)
     statement = update(jobs).where(

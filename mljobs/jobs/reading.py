@@ -107,10 +107,9 @@ def get(session: Bind, job: JobRef, *, model: Model = MlJob) -> MlJob:
         JobNotFound: No record has this id.
     """
     job_id = id_of(job)
-    jobs = _fetch(session, model, [_column(model, "id") == job_id], [], 1)
-    if not jobs:
-        raise JobNotFound(job_id)
-    return jobs[0]
+    for job in _fetch(session, model, [_column(model, "id") == job_id], [], 1):
+        return job
+    raise JobNotFound(job_id)
 
 
 def conditions(
@@ -303,7 +302,7 @@ def _members(enum: type[StrEnum], field: str, value: str | Iterable[str]) -> lis
 
 def _fetch(
     bind: Bind, model: Model, where: Sequence[ColumnElement[bool]], order: Sequence[Any], limit: int
-) -> list[Any]:
+) -> list[MlJob]:
     if isinstance(bind, Session):
         statement = select(model).where(*where).order_by(*order).limit(limit)
         return list(bind.scalars(statement.execution_options(populate_existing=True)))

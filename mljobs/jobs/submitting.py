@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
-from functools import cache
 from typing import Any
 
 from sqlalchemy import BigInteger, bindparam, func, insert, inspect, literal, select
@@ -21,6 +20,7 @@ from mljobs.jobs._base import (
     id_of,
     is_postgres,
     lock_sqlite,
+    per_model,
     plain,
     record,
     table_of,
@@ -51,6 +51,7 @@ _LIFE = frozenset(
 
 def submit(
     session: Bind,
+    /,
     kind: str,
     target_name: str,
     spec: Any = None,
@@ -85,9 +86,7 @@ def submit(
         values["spec"] = spec
     if run_after is not None:
         values["run_after"] = utc_now() + run_after if isinstance(run_after, timedelta) else run_after
-    job = model(
-        kind=kind, target_name=target_name, priority=priority, exclusive=exclusive, **values
-    )
+    job: Any = model(kind=kind, target_name=target_name, priority=priority, exclusive=exclusive, **values)
     if unless_active:
         active = _active(session, job, model)
         if active is not None:
@@ -164,7 +163,7 @@ def retry(
 # ------------------------------------------------------------------------------------------------------- the details
 
 
-def _add(bind: Bind, job: Any) -> Any:
+def _add(bind: Bind, job: MlJob) -> MlJob:
     if isinstance(bind, Session):
         bind.add(job)
         bind.flush()
@@ -174,7 +173,8 @@ def _add(bind: Bind, job: Any) -> Any:
         state = inspect(job).dict
         values = {column.name: state.get(column.name) for column in table_of(model).columns}
         _insertion(model).rows(bind, values)
-        return record(model, tuple(values.values()))
+        detached: MlJob = record(model, tuple(values.values()))
+        return detached
     if not bind.in_transaction():
         bind.begin()  # so that the session below leaves it open
     with Session(bind, join_transaction_mode="rollback_only", expire_on_commit=False) as session:
@@ -185,7 +185,7 @@ def _add(bind: Bind, job: Any) -> Any:
     return job
 
 
-@cache
+@per_model
 def _insertion(model: Model) -> Prepared:
     table = table_of(model)
     return Prepared(

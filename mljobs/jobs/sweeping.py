@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from functools import cache
 from typing import Any
 from uuid import UUID
 
@@ -42,6 +41,7 @@ from mljobs.jobs._base import (
     lock_sqlite,
     moments,
     now_of,
+    per_model,
     refresh,
     table_of,
     unnested,
@@ -111,6 +111,28 @@ def rescue(session: Bind, *, max_attempts: int = 5, limit: int = 1000, model: Mo
     return outcome
 
 
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """Where a prune goes on: after this record, by time of its end, or of its creation where none is known."""
+
+    ended: bool
+    moment: datetime | None = None
+    job_id: UUID | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What one batch of a prune did.
+
+    Attributes:
+        deleted: How many records are gone.
+        cursor: Pass it as ``after`` for the next batch; None after the last one.
+    """
+
+    deleted: int
+    cursor: Cursor | None
+
+
 def prune(
     session: Bind,
     *,
@@ -133,43 +155,59 @@ def prune(
 
     Returns:
         How many were deleted.
+
+    Raises:
+        InvalidValueError: An argument is out of range.
     """
-    total = 0
-    for deleted in prune_batches(session, older_than=older_than, keep_last=keep_last, batch=batch, model=model):
-        total += deleted
-    return total
+    total, after = 0, None
+    limit = _limit_of(older_than)
+    while True:
+        done = prune_batch(session, older_than=limit, keep_last=keep_last, batch=batch, after=after, model=model)
+        total += done.deleted
+        after = done.cursor
+        if after is None:
+            return total
 
 
-def prune_batches(
+def prune_batch(
     session: Bind,
     *,
     older_than: timedelta | datetime,
     keep_last: int = 0,
     batch: int = 1000,
+    after: Cursor | None = None,
     model: Model = MlJob,
-) -> Iterator[int]:
-    """Delete finished records as ``prune`` does, and yield after each batch, so that the caller may commit there."""
+) -> Pruned:
+    """Delete one batch of what ``prune`` deletes, so that the caller may commit after each.
+
+    Args:
+        session: The caller's session or connection.
+        older_than: Finished longer ago than this, or before this time.
+        keep_last: Of each kind and target, keep so many of the latest finished.
+        batch: How many to look at, 1 to 10,000.
+        after: The ``cursor`` of the batch before.
+        model: The mapped job class.
+    """
     check_count("batch", batch, _BATCH_MAX)
     if isinstance(keep_last, bool) or not isinstance(keep_last, int) or keep_last < 0:
         raise InvalidValueError("keep_last", keep_last, "expected an int of at least 0")
     limit = _limit_of(older_than)
+    after = after or Cursor(ended=True)
+    connection = connection_of(session)
+    if not is_postgres(connection):
+        lock_sqlite(connection, model)
     table = table_of(model)
-    # Imported records may have ended without saying when.
-    for moment, known in ((table.c.finished_at, True), (table.c.created_at, False)):
-        after: tuple[datetime, UUID] | None = None
-        while True:
-            connection = connection_of(session)
-            if not is_postgres(connection):
-                lock_sqlite(connection, model)
-            statement = _prunable(model, moment, known, keep_last).where(moment < limit)
-            if after is not None:
-                statement = statement.where(tuple_(moment, table.c.id) > tuple_(literal(after[0], moment.type), literal(after[1], table.c.id.type)))
-            rows = connection.execute(statement.limit(batch)).all()
-            if rows:
-                yield _delete_finished(session, connection, model, [row[0] for row in rows])
-                after = (rows[-1][1], rows[-1][0])
-            if len(rows) < batch:
-                break
+    # Imported records may have ended without saying when: these come last, by their creation.
+    moment = table.c.finished_at if after.ended else table.c.created_at
+    statement = _prunable(model, moment, after.ended, keep_last).where(moment < limit)
+    if after.moment is not None:
+        here = tuple_(literal(after.moment, moment.type), literal(after.job_id, table.c.id.type))
+        statement = statement.where(tuple_(moment, table.c.id) > here)
+    rows = connection.execute(statement.limit(batch)).all()
+    deleted = _delete_finished(session, connection, model, [row[0] for row in rows]) if rows else 0
+    if len(rows) == batch:
+        return Pruned(deleted, Cursor(after.ended, rows[-1][1], rows[-1][0]))
+    return Pruned(deleted, Cursor(ended=False) if after.ended else None)
 
 
 # ------------------------------------------------------------------------------------------------------- the details
@@ -239,7 +277,7 @@ def _rescue_some(
             outcome.requeued.append(job_id)
 
 
-@cache
+@per_model
 def _expired(model: Model) -> Prepared:
     leases = model.__leases__
     return Prepared(
@@ -253,7 +291,7 @@ def _expired(model: Model) -> Prepared:
     )
 
 
-@cache
+@per_model
 def _end_expired(model: Model) -> Prepared:
     leases = model.__leases__
     return Prepared(
@@ -265,7 +303,7 @@ def _end_expired(model: Model) -> Prepared:
     )
 
 
-@cache
+@per_model
 def _rescue_statement(model: Model) -> Prepared:
     def build(dialect: str) -> Any:
         jobs = table_of(model)

@@ -1,0 +1,122 @@
+"""Make engines from what users give: a URL, with the drivers and settings that jobs need."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from sqlalchemy import URL, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from mljobs.errors import InvalidValueError
+
+URL_VARIABLE = "MLJOBS_DATABASE_URL"
+DEFAULT_URL = "sqlite:///mljobs.db"
+
+_SYNC = {
+    "postgres": "postgresql+psycopg",
+    "postgresql": "postgresql+psycopg",
+    "postgresql+psycopg": "postgresql+psycopg",
+    "postgresql+psycopg_async": "postgresql+psycopg",
+    "postgresql+asyncpg": "postgresql+psycopg",
+    "sqlite": "sqlite",
+    "sqlite+pysqlite": "sqlite",
+    "sqlite+aiosqlite": "sqlite",
+}
+_ASYNC = {
+    "postgres": "postgresql+psycopg",
+    "postgresql": "postgresql+psycopg",
+    "postgresql+psycopg": "postgresql+psycopg",
+    "postgresql+psycopg_async": "postgresql+psycopg",
+    "postgresql+asyncpg": "postgresql+asyncpg",
+    "sqlite": "sqlite+aiosqlite",
+    "sqlite+pysqlite": "sqlite+aiosqlite",
+    "sqlite+aiosqlite": "sqlite+aiosqlite",
+}
+_BUSY_SECONDS = 30.0
+
+
+def url_from_env(url: str | None = None) -> str:
+    """Return ``url``, else what ``MLJOBS_DATABASE_URL`` says, else ``sqlite:///mljobs.db``."""
+    return url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
+
+
+def sync_url(url: str | URL) -> URL:
+    """Return the URL with a driver for blocking code.
+
+    Raises:
+        InvalidValueError: Not a URL, or of a database that mljobs does not know.
+    """
+    return _with_driver(url, _SYNC)
+
+
+def async_url(url: str | URL) -> URL:
+    """Return the URL with a driver for asyncio.
+
+    Raises:
+        InvalidValueError: Not a URL, or of a database that mljobs does not know.
+    """
+    return _with_driver(url, _ASYNC)
+
+
+def new_engine(url: str | URL, *, autocommit: bool = False, **options: Any) -> Engine:
+    """Return an engine with the settings that jobs need.
+
+    SQLite: WAL, so that readers never wait; foreign keys; a busy timeout of 30 s; see ``guards.enforce_sqlite``.
+
+    Args:
+        url: Where the database is.
+        autocommit: On PostgreSQL each statement is a transaction of its own, unless an option says otherwise.
+        **options: Passed on to ``create_engine``.
+    """
+    parsed = sync_url(url)
+    engine = create_engine(parsed, **_options(parsed, autocommit, options))
+    _set_pragmas(engine)
+    return engine
+
+
+def new_async_engine(url: str | URL, *, autocommit: bool = False, **options: Any) -> AsyncEngine:
+    """Return an async engine with the settings that jobs need; see ``new_engine``."""
+    parsed = async_url(url)
+    engine = create_async_engine(parsed, **_options(parsed, autocommit, options))
+    _set_pragmas(engine.sync_engine)
+    return engine
+
+
+def is_memory(url: URL) -> bool:
+    """Whether this is a SQLite database in memory, which no second connection can see."""
+    return url.get_backend_name() == "sqlite" and (url.database in (None, "", ":memory:") or "mode" in url.query)
+
+
+def _with_driver(url: str | URL, drivers: dict[str, str]) -> URL:
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError) as error:
+        raise InvalidValueError("url", "..." if "@" in str(url) else url, "not a database URL") from error
+    driver = drivers.get(parsed.drivername)
+    if driver is None:
+        known = ", ".join(sorted(drivers))
+        raise InvalidValueError("url", parsed.render_as_string(hide_password=True), f"expected one of {known}")
+    return parsed.set(drivername=driver)
+
+
+def _options(url: URL, autocommit: bool, options: dict[str, Any]) -> dict[str, Any]:  # noqa: FBT001 - private
+    if url.get_backend_name() == "sqlite":
+        options.setdefault("connect_args", {}).setdefault("timeout", _BUSY_SECONDS)
+    elif autocommit:
+        options.setdefault("isolation_level", "AUTOCOMMIT")
+    return options
+
+
+def _set_pragmas(engine: Engine) -> None:
+    if engine.dialect.name != "sqlite":
+        return
+
+    @event.listens_for(engine, "connect")
+    def set_pragmas(dbapi_connection: Any, _record: object) -> None:
+        cursor = dbapi_connection.cursor()
+        cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.execute("PRAGMA recursive_triggers = ON")
+        cursor.close()

@@ -1,0 +1,397 @@
+"""The work on one claimed job, whoever does it: its progress, its cancel, its lease kept alive, its outcome.
+
+A :class:`Run` is what the working code holds. A :class:`Keeper` is a thread of its own that renews the leases of all
+its runs in one statement, carries their progress, and brings back cancels; so a long import, a busy GIL or a blocked
+event loop does not cost a lease. :func:`ended` says what becomes of the job when the work stops.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+import traceback
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sized
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar, overload
+from uuid import UUID
+
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from mljobs.errors import JobCancelled, LeaseLostError, MlJobsError, TerminalStateError
+from mljobs.jobs.claiming import Claim, Renewal
+from mljobs.jobs.finishing import Outcome
+from mljobs.model import MlJob
+from mljobs.states import MlJobStatus
+from mljobs.types import to_json_text
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_PROGRESS_SECONDS = 1.0
+_TRACEBACK_FRAMES = 5
+_TRACEBACK_CHARACTERS = 4000
+_FIRST_PAUSE = 0.05
+_LONGEST_PAUSE = 5.0
+
+
+class Recorder(Protocol):
+    """What a keeper needs of a store."""
+
+    def renew(self, claims: Iterable[Claim], *, lease: float = ...) -> Renewal:
+        """Extend leases."""
+
+    def set_progress_many(self, progress: Iterable[tuple[Claim, int]]) -> list[Any]:
+        """Write progress."""
+
+    def finish_many(self, outcomes: Iterable[Outcome]) -> list[Exception | None]:
+        """Write outcomes."""
+
+    def release(self, claims: Iterable[Claim]) -> int:
+        """Give leases back."""
+
+    def get(self, job: UUID) -> MlJob:
+        """Read a job."""
+
+
+def worker_name() -> str:
+    """Return a name for operators to read: host and process."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def failure_text(error: BaseException) -> str:
+    """Return type and message of an exception, then the last frames of its traceback."""
+    summary = "".join(traceback.format_exception_only(error)).strip()
+    frames = "".join(traceback.format_tb(error.__traceback__)[-_TRACEBACK_FRAMES:]).rstrip()
+    text = f"{summary}\n{frames}" if frames else summary
+    return text[:_TRACEBACK_CHARACTERS].replace("\x00", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
+
+
+class Run:
+    """The work on one claimed job.
+
+    Every method may be called from any thread, and none waits for the database.
+
+    Attributes:
+        claim: The lease under which the work is done.
+        metrics: What came out, any JSON-able value; recorded when the job completes.
+    """
+
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
+        self.metrics: Any = None
+        self._lock = threading.Lock()
+        self._progress: int | None = None
+        self._written = 0.0
+        self._cancelled = threading.Event()
+        self._lost = threading.Event()
+
+    @property
+    def job(self) -> MlJob:
+        """The record as it was claimed."""
+        return self.claim.job
+
+    @property
+    def spec(self) -> Any:
+        """What to do: the job's ``spec``."""
+        return self.claim.job.spec
+
+    @property
+    def attempt(self) -> int:
+        """Which attempt this is, from 1."""
+        return self.claim.job.attempts
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the job has been cancelled; the work should stop."""
+        return self._cancelled.is_set()
+
+    @property
+    def lost(self) -> bool:
+        """Whether the lease is gone; the work should stop, nothing that it reports will be accepted."""
+        return self._lost.is_set()
+
+    def check(self) -> None:
+        """Stop here if the work is no longer wanted.
+
+        Raises:
+            JobCancelled: The job was cancelled.
+            LeaseLostError: The lease is gone.
+        """
+        if self._cancelled.is_set():
+            raise JobCancelled(self.claim.job_id)
+        if self._lost.is_set():
+            raise LeaseLostError(self.claim.job_id, self.claim.token)
+
+    def progress(self, percent: int) -> None:
+        """Report progress; written at most once a second, and the last value is never lost.
+
+        Args:
+            percent: 0..100; more counts as 100.
+
+        Raises:
+            JobCancelled: The job was cancelled.
+            LeaseLostError: The lease is gone.
+        """
+        self.check()
+        with self._lock:
+            self._progress = max(0, min(100, int(percent)))
+
+    @overload
+    def track(self, items: AsyncIterable[_T], total: int | None = None) -> AsyncIterator[_T]: ...
+    @overload
+    def track(self, items: Iterable[_T], total: int | None = None) -> Iterator[_T]: ...
+    def track(
+        self, items: Iterable[_T] | AsyncIterable[_T], total: int | None = None
+    ) -> Iterator[_T] | AsyncIterator[_T]:
+        """Go through ``items``, reporting progress after each, and stop where the job was cancelled.
+
+        Args:
+            items: What to go through, sync or async.
+            total: How many there are; None asks ``len``, and without one no progress is reported.
+        """
+        known = len(items) if total is None and isinstance(items, Sized) else total
+        if isinstance(items, AsyncIterable):
+            return self._track_async(items, known)
+        return self._track(items, known)
+
+    def _track(self, items: Iterable[_T], total: int | None) -> Iterator[_T]:
+        self.check()
+        for done, item in enumerate(items, 1):
+            yield item
+            self._reached(done, total)
+
+    async def _track_async(self, items: AsyncIterable[_T], total: int | None) -> AsyncIterator[_T]:
+        self.check()
+        done = 0
+        async for item in items:
+            yield item
+            done += 1
+            self._reached(done, total)
+
+    def _reached(self, done: int, total: int | None) -> None:
+        self.check()
+        if total:
+            self.progress(done * 100 // total)
+
+    # What the keeper does with it.
+
+    def due_progress(self, now: float, *, everything: bool = False) -> int | None:
+        """Take the value to be written now, if there is one."""
+        with self._lock:
+            if self._progress is None or not (everything or now - self._written >= _PROGRESS_SECONDS):
+                return None
+            value, self._progress, self._written = self._progress, None, now
+            return value
+
+    def keep_progress(self, value: int) -> None:
+        """Put back a value that could not be written, unless a later one has come."""
+        with self._lock:
+            if self._progress is None:
+                self._progress = value
+
+    def mark_cancelled(self) -> None:
+        """Tell the work that the job was cancelled."""
+        self._cancelled.set()
+
+    def mark_lost(self) -> None:
+        """Tell the work that the lease is gone."""
+        self._lost.set()
+
+
+class Keeper:
+    """Keeps the leases of runs alive from a thread of its own.
+
+    Args:
+        store: Where the jobs are.
+        lease: Seconds of each lease; renewed after a third of it.
+        clock: A monotonic clock, in seconds.
+    """
+
+    def __init__(self, store: Recorder, lease: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store = store
+        self._lease = lease
+        self._clock = clock
+        self._runs: dict[int, tuple[Run, float]] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def add(self, run: Run) -> None:
+        """Keep this run's lease from now on."""
+        with self._changed:
+            self._runs[run.claim.token] = (run, self._clock() + self._lease)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="mljobs-keeper", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def remove(self, run: Run) -> None:
+        """Stop keeping this run's lease."""
+        with self._changed:
+            self._runs.pop(run.claim.token, None)
+
+    def renew(self) -> None:
+        """Renew all leases now, and tell the runs what was found."""
+        with self._changed:
+            runs = {token: run for token, (run, _) in self._runs.items()}
+        if not runs:
+            return
+        asked = self._clock()
+        try:
+            renewal = self._store.renew([run.claim for run in runs.values()], lease=self._lease)
+        except (DBAPIError, PoolTimeout, OSError) as error:
+            logger.warning("cannot renew %d leases: %s", len(runs), _first_line(error))
+            self._give_up_expired()
+            return
+        with self._changed:
+            for claim in (*renewal.held, *renewal.cancelled):
+                if claim.token in self._runs:
+                    self._runs[claim.token] = (runs[claim.token], asked + self._lease)
+            for claim in renewal.lost:
+                self._runs.pop(claim.token, None)
+        for claim in renewal.cancelled:
+            runs[claim.token].mark_cancelled()
+        for claim in renewal.lost:
+            runs[claim.token].mark_lost()
+
+    def write_progress(self, only: Run | None = None) -> None:
+        """Write the progress that is due; of ``only`` whatever is there."""
+        now = self._clock()
+        with self._changed:
+            runs = [only] if only is not None else [run for run, _ in self._runs.values()]
+        due = [(run, run.due_progress(now, everything=only is not None)) for run in runs]
+        pairs = [(run, value) for run, value in due if value is not None]
+        if not pairs:
+            return
+        try:
+            errors = self._store.set_progress_many([(run.claim, value) for run, value in pairs])
+        except (DBAPIError, PoolTimeout, OSError) as error:
+            logger.warning("cannot write progress: %s", _first_line(error))
+            for run, value in pairs:
+                run.keep_progress(value)
+            return
+        for (run, _), refused in zip(pairs, errors, strict=True):
+            if isinstance(refused, TerminalStateError):
+                run.mark_cancelled()
+            elif refused is not None:
+                run.mark_lost()
+
+    def _give_up_expired(self) -> None:
+        """Where nothing could be renewed for a whole lease, somebody else may have the job by now."""
+        now = self._clock()
+        with self._changed:
+            expired = [run for run, until in self._runs.values() if until <= now]
+            for run in expired:
+                del self._runs[run.claim.token]
+        for run in expired:
+            run.mark_lost()
+
+    def _loop(self) -> None:
+        every = self._lease / 3
+        due = self._clock() + every
+        while True:
+            with self._changed:
+                self._changed.wait(max(0.0, min(due - self._clock(), _PROGRESS_SECONDS)))
+                if self._closed:
+                    return
+            try:
+                self.write_progress()
+                if self._clock() >= due:
+                    self.renew()
+                    due = self._clock() + every
+            except Exception:
+                logger.exception("the keeper goes on after an unexpected error")
+                due = self._clock() + every
+
+    def close(self) -> None:
+        """Stop the thread; the leases live on until they expire."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def outcome_of(run: Run, error: BaseException | None) -> Outcome | None:
+    """Return what to record when the work has stopped; None where nothing may be recorded any more.
+
+    An exception fails the job. What only asks to stop (``KeyboardInterrupt``, ``SystemExit``, a cancelled coroutine)
+    puts it back.
+    """
+    if run.cancelled or run.lost:
+        return None
+    if error is None:
+        to_json_text("metrics", run.metrics)
+        return Outcome.completed(run.claim, run.metrics)
+    if isinstance(error, Exception):
+        return Outcome.failed(run.claim, failure_text(error))
+    return Outcome.requeued(run.claim)
+
+
+def record_outcome(
+    store: Recorder, run: Run, outcome: Outcome, pause: Callable[[float], object] | None = None
+) -> None:
+    """Record the outcome, and go on trying while the database is away, until it stands or the lease is lost.
+
+    Args:
+        store: Where the job is.
+        run: Whose lease is still kept alive.
+        outcome: What to record.
+        pause: Sleeps so many seconds between two attempts.
+
+    Raises:
+        JobCancelled: The job was cancelled before.
+        LeaseLostError: The lease is gone; nothing was written.
+    """
+    wait = pause or threading.Event().wait
+    seconds, doubtful = _FIRST_PAUSE, False
+    while True:
+        try:
+            (error,) = store.finish_many([outcome])
+        except (OperationalError, PoolTimeout, OSError) as failure:
+            if not _away(failure):
+                raise
+            logger.warning("cannot record the end of job %s yet: %s", outcome.claim.job_id, _first_line(failure))
+            if run.lost:
+                raise LeaseLostError(outcome.claim.job_id, outcome.claim.token) from failure
+            doubtful = True
+            wait(seconds)
+            seconds = min(seconds * 2, _LONGEST_PAUSE)
+            continue
+        if error is None or (doubtful and _stands(store, outcome)):
+            return
+        if isinstance(error, TerminalStateError) and error.status is MlJobStatus.CANCELLED:
+            run.mark_cancelled()
+            raise JobCancelled(outcome.claim.job_id) from error
+        if isinstance(error, LeaseLostError):
+            run.mark_lost()
+        raise error
+
+
+def _stands(store: Recorder, outcome: Outcome) -> bool:
+    """Whether an attempt whose answer was lost on the way has been recorded after all."""
+    try:
+        job = store.get(outcome.claim.job_id)
+    except MlJobsError:
+        return False
+    return job.status is outcome.status and job.attempts == outcome.claim.job.attempts
+
+
+def _away(error: BaseException) -> bool:
+    return not isinstance(error, DBAPIError) or isinstance(error, OperationalError) or error.connection_invalidated
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]

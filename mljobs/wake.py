@@ -1,0 +1,163 @@
+"""Sleep until jobs may have changed: a notification wakes early, the timeout always wakes.
+
+A notification is a hint and never the truth. Whoever sleeps here looks at the table before and after, so a lost
+connection, a pooler that swallows LISTEN, or SQLite, which has no notifications, cost time and nothing else.
+
+On PostgreSQL a sleeper holds a shared advisory lock on its own connection; the trigger sends notifications only while
+somebody holds it, see :mod:`mljobs.triggers`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from mljobs.bulk import qualified_name
+from mljobs.jobs import table_of
+from mljobs.triggers import WAKE_CHANNEL, WATCHER_LOCK, WORKER_LOCK
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+    from mljobs.jobs import Model
+
+logger = logging.getLogger(__name__)
+
+_LOCK = text(
+    "SELECT pg_advisory_lock_shared(:lock, (CAST(CAST(:table AS regclass) AS oid)::bigint & 2147483647)::integer)"
+)
+_LISTEN = f"LISTEN {WAKE_CHANNEL}"
+
+
+class Sleeper:
+    """Sleep between looks at the table, from a thread.
+
+    Args:
+        engine: Of the database that is looked at.
+        model: The mapped job class.
+        workers: Wake for new jobs; otherwise for changed ones.
+    """
+
+    def __init__(self, engine: Engine, model: Model, *, workers: bool = False) -> None:
+        self._engine = engine
+        self._model = model
+        self._lock = WORKER_LOCK if workers else WATCHER_LOCK
+        self._listens = engine.dialect.name == "postgresql" and engine.dialect.driver == "psycopg"
+        self._connection: Connection | None = None
+        self._never = threading.Event()
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep for ``seconds`` at most. The first time, and after a lost connection, only start to listen."""
+        if not self._listens:
+            self._never.wait(seconds)
+            return
+        try:
+            if self._connection is None:
+                self._listen()
+                return
+            driver: Any = self._connection.connection.driver_connection
+            for _ in driver.notifies(timeout=seconds, stop_after=1):
+                pass
+        except Exception as error:  # noqa: BLE001 - whatever breaks the hint, polling goes on
+            logger.debug("cannot listen for notifications, polling instead: %s", error)
+            self.close()
+            self._never.wait(seconds)
+
+    def _listen(self) -> None:
+        connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        self._connection = connection
+        connection.execute(_LOCK, {"lock": self._lock, "table": qualified_name(connection, table_of(self._model))})
+        connection.exec_driver_sql(_LISTEN)
+
+    def close(self) -> None:
+        """Give the connection back, without what it listened to."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.detach()  # the session's lock and LISTEN end with it
+            connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncSleeper:
+    """Sleep between looks at the table, from a coroutine; see ``Sleeper``."""
+
+    def __init__(self, engine: AsyncEngine, model: Model, *, workers: bool = False) -> None:
+        self._engine = engine
+        self._model = model
+        self._lock = WORKER_LOCK if workers else WATCHER_LOCK
+        self._driver = engine.dialect.driver if engine.dialect.name == "postgresql" else ""
+        self._connection: AsyncConnection | None = None
+        self._woken = asyncio.Event()
+
+    async def sleep(self, seconds: float) -> None:
+        """Sleep for ``seconds`` at most. The first time, and after a lost connection, only start to listen."""
+        if self._driver not in ("psycopg", "psycopg_async", "asyncpg"):
+            await asyncio.sleep(seconds)
+            return
+        try:
+            if self._connection is None:
+                await self._listen()
+                return
+            await self._wait(self._connection, seconds)
+        except (DBAPIError, OSError, RuntimeError) as error:
+            logger.debug("cannot listen for notifications, polling instead: %s", error)
+            await self.close()
+            await asyncio.sleep(seconds)
+
+    async def _wait(self, connection: AsyncConnection, seconds: float) -> None:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        if self._driver == "asyncpg":
+            if driver.is_closed():
+                raise RuntimeError("the connection is closed")
+            try:
+                await asyncio.wait_for(self._woken.wait(), seconds)
+            except TimeoutError:
+                return
+            self._woken.clear()
+            return
+        try:
+            async for _ in driver.notifies(timeout=seconds, stop_after=1):
+                pass
+        except Exception as error:
+            raise RuntimeError(str(error)) from error
+
+    async def _listen(self) -> None:
+        connection = await self._engine.connect()
+        self._connection = connection
+        await connection.execution_options(isolation_level="AUTOCOMMIT")
+        name = await connection.run_sync(qualified_name, table_of(self._model))
+        await connection.execute(_LOCK, {"lock": self._lock, "table": name})
+        if self._driver == "asyncpg":
+            driver: Any = (await connection.get_raw_connection()).driver_connection
+            await driver.add_listener(WAKE_CHANNEL, lambda *_: self._woken.set())
+        else:
+            await connection.exec_driver_sql(_LISTEN)
+
+    async def close(self) -> None:
+        """Give the connection back, without what it listened to."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.invalidate()
+            await connection.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
