@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sized
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar, overload
 from uuid import UUID
@@ -65,7 +66,15 @@ def worker_name() -> str:
 def failure_text(error: BaseException) -> str:
     """Return type and message of an exception, then the last frames of its traceback."""
     summary = "".join(traceback.format_exception_only(error)).strip()
-    frames = "".join(traceback.format_tb(error.__traceback__)[-_TRACEBACK_FRAMES:]).rstrip()
+    frames = "".join(
+        traceback.format_list(
+            [
+                frame
+                for frame in traceback.extract_tb(error.__traceback__)
+                if Path(frame.filename).parent != Path(__file__).parent  # the work's own frames say more than ours
+            ][-_TRACEBACK_FRAMES:]
+        )
+    ).rstrip()
     text = f"{summary}\n{frames}" if frames else summary
     return text[:_TRACEBACK_CHARACTERS].replace("\x00", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
 

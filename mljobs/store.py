@@ -37,6 +37,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _POLL = 1.0
+_POLL_SQLITE = 0.1
 _LEASE = DEFAULT_LEASE
 
 
@@ -177,33 +178,35 @@ class JobStore:
             if after is None:
                 return total
 
-    def wait(self, job: JobRef, timeout: float | None = None, *, poll: float = _POLL) -> MlJob:
+    def wait(self, job: JobRef, timeout: float | None = None, *, poll: float | None = None) -> MlJob:
         """Wait until the job has finished, and return it.
 
         Args:
             job: The job or its id.
             timeout: Seconds; None for ever.
-            poll: Look at least every so many seconds; on PostgreSQL a notification wakes earlier.
+            poll: Look at least every so many seconds; None for 1 on PostgreSQL, where a notification wakes earlier,
+                and 0.1 on SQLite.
 
         Raises:
             JobNotFound: No record has this id.
             WaitTimeout: It has not finished in time.
         """
-        steps = waiting(job, timeout, poll, self.model)
+        steps = waiting(job, timeout, _poll(self.engine, poll), self.model)
         result: MlJob = _drain(self._follow(steps))
         return result
 
-    def watch(self, *, timeout: float | None = None, poll: float = _POLL, **filters: Any) -> Iterator[MlJob]:
+    def watch(self, *, timeout: float | None = None, poll: float | None = None, **filters: Any) -> Iterator[MlJob]:
         """Yield each job that is added or changes (state, progress, attempts), from now on.
 
         A job that changes twice between two looks is yielded once, as it is then.
 
         Args:
             timeout: Stop after so many seconds; None for never.
-            poll: Look at least every so many seconds; on PostgreSQL a notification wakes earlier.
+            poll: Look at least every so many seconds; None for 1 on PostgreSQL, where a notification wakes earlier,
+                and 0.1 on SQLite.
             **filters: As of ``jobs.conditions``.
         """
-        return self._follow(watching(filters, timeout, poll, self.model))
+        return self._follow(watching(filters, timeout, _poll(self.engine, poll), self.model))
 
     def _follow(self, steps: Steps) -> Generator[MlJob, None, Any]:
         answer: Any = None
@@ -377,17 +380,17 @@ class AsyncJobStore:
             if after is None:
                 return total
 
-    async def wait(self, job: JobRef, timeout: float | None = None, *, poll: float = _POLL) -> MlJob:  # noqa: ASYNC109
+    async def wait(self, job: JobRef, timeout: float | None = None, *, poll: float | None = None) -> MlJob:  # noqa: ASYNC109
         """Wait until the job has finished, and return it; see ``JobStore.wait``."""
-        steps = waiting(job, timeout, poll, self.model)
+        steps = waiting(job, timeout, _poll(self.engine, poll), self.model)
         finished: list[MlJob] = []
         async for _ in self._follow(steps, finished):
             pass
         return finished[0]
 
-    def watch(self, *, timeout: float | None = None, poll: float = _POLL, **filters: Any) -> AsyncIterator[MlJob]:
+    def watch(self, *, timeout: float | None = None, poll: float | None = None, **filters: Any) -> AsyncIterator[MlJob]:
         """Yield each job that is added or changes, from now on; see ``JobStore.watch``."""
-        return self._follow(watching(filters, timeout, poll, self.model), [])
+        return self._follow(watching(filters, timeout, _poll(self.engine, poll), self.model), [])
 
     async def _follow(self, steps: Steps, finished: list[MlJob]) -> AsyncIterator[MlJob]:
         answer: Any = None
@@ -442,6 +445,12 @@ class AsyncJobStore:
 
 
 # ------------------------------------------------------------------------------------------------------- the details
+
+
+def _poll(engine: Engine | AsyncEngine, poll: float | None) -> float:
+    if poll is not None:
+        return poll
+    return _POLL if engine.dialect.name == "postgresql" else _POLL_SQLITE
 
 
 def _modes(engine: Engine, *, owned: bool) -> tuple[Engine, Engine]:

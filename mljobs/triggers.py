@@ -139,7 +139,7 @@ BEGIN
 END""",
     f"""\
 CREATE TRIGGER {{insert}} BEFORE INSERT ON {{table}}
-WHEN EXISTS (SELECT 1 FROM {{table_here}} WHERE {{collides}} AND status IN ({_FINISHED}))
+WHEN EXISTS (SELECT 1 FROM {{table_here}} WHERE ({{collides}}) AND status IN ({_FINISHED}))
 BEGIN
   INSERT OR IGNORE INTO {{door_here}} (name, open) VALUES ('replace', 1);
   SELECT RAISE(ABORT, '{TERMINAL_MESSAGE}') WHERE EXISTS (SELECT 1 FROM {{door_here}} WHERE name = 'replace' AND open = 1);

@@ -1,0 +1,53 @@
+"""Alembic's environment for the tables of mljobs: one transaction, one upgrade at a time, on both databases.
+
+``mljobs.schema`` hands in its connection; the ``alembic`` command makes one here.
+"""
+
+from __future__ import annotations
+
+import logging.config
+import os
+
+from alembic import context
+
+from mljobs.engines import URL_VARIABLE, new_engine, sync_url
+from mljobs.schema import VERSION_TABLE, is_ours, migrating
+
+config = context.config
+
+
+def _url() -> str:
+    given = context.get_x_argument(as_dictionary=True).get("url")
+    return given or os.environ.get(URL_VARIABLE) or config.get_main_option("sqlalchemy.url") or ""
+
+
+def _configure(**options: object) -> None:
+    from mljobs.model import metadata  # noqa: PLC0415 - only what compares needs the model
+
+    context.configure(
+        target_metadata=metadata,
+        version_table=VERSION_TABLE,
+        include_name=is_ours,
+        transactional_ddl=True,  # SQLite has it too, once a transaction has really begun
+        **options,
+    )
+
+
+if config.config_file_name is not None and "connection" not in config.attributes:
+    logging.config.fileConfig(config.config_file_name, disable_existing_loggers=False)
+
+if context.is_offline_mode():
+    _configure(url=sync_url(_url()).render_as_string(hide_password=False), literal_binds=True)
+    with context.begin_transaction():
+        context.run_migrations()
+elif "connection" in config.attributes:
+    _configure(connection=config.attributes["connection"])
+    with context.begin_transaction():
+        context.run_migrations()
+else:
+    engine = new_engine(_url())
+    with engine.begin() as connection, migrating(connection):
+        _configure(connection=connection)
+        with context.begin_transaction():
+            context.run_migrations()
+    engine.dispose()

@@ -1,0 +1,252 @@
+"""The record and its leases, with the guard and what stands beside it.
+
+Frozen SQL: a migration says what was true when it was written, so it imports nothing of mljobs. A test holds the result
+against what the models build today.
+
+Revision ID: 0001_ml_jobs
+Revises:
+Create Date: 2026-11-24
+"""
+
+from __future__ import annotations
+
+from alembic import op
+
+revision = "0001_ml_jobs"
+down_revision = None
+branch_labels = ("mljobs",)
+depends_on = None
+
+_POSTGRESQL = (
+    """\
+CREATE TABLE ml_jobs (
+  id UUID NOT NULL,
+  kind VARCHAR(32) NOT NULL,
+  target_name TEXT NOT NULL,
+  status VARCHAR(16) NOT NULL,
+  progress SMALLINT NOT NULL,
+  created_at TIMESTAMP(3) WITH TIME ZONE NOT NULL,
+  started_at TIMESTAMP(3) WITH TIME ZONE,
+  finished_at TIMESTAMP(3) WITH TIME ZONE,
+  error_message TEXT,
+  spec_json JSON NOT NULL,
+  metrics_json JSON,
+  attempts SMALLINT DEFAULT 0 NOT NULL,
+  priority SMALLINT DEFAULT 0 NOT NULL,
+  run_after TIMESTAMP(3) WITH TIME ZONE,
+  exclusive BOOLEAN DEFAULT false NOT NULL,
+  retry_of UUID,
+  PRIMARY KEY (id),
+  CONSTRAINT ck_ml_jobs_kind CHECK (kind IN ('train', 'backfill', 'feature_refresh', 'drift_compute')),
+  CONSTRAINT ck_ml_jobs_status CHECK (status IN ('queued', 'running', 'completed', 'failed', 'cancelled')),
+  CONSTRAINT ck_ml_jobs_progress CHECK (progress BETWEEN 0 AND 100)
+)""",
+    "CREATE INDEX ix_ml_jobs_active ON ml_jobs (target_name, kind) WHERE status IN ('queued', 'running')",
+    "CREATE INDEX ix_ml_jobs_created ON ml_jobs (created_at, id)",
+    "CREATE INDEX ix_ml_jobs_failed ON ml_jobs (created_at, id) WHERE status = 'failed'",
+    "CREATE INDEX ix_ml_jobs_finished ON ml_jobs (finished_at, id) WHERE finished_at IS NOT NULL",
+    "CREATE INDEX ix_ml_jobs_queue ON ml_jobs (priority DESC, created_at, id) WHERE status = 'queued'",
+    "CREATE INDEX ix_ml_jobs_retries ON ml_jobs (retry_of) WHERE retry_of IS NOT NULL",
+    "CREATE INDEX ix_ml_jobs_target ON ml_jobs (target_name, created_at, id)",
+    """\
+CREATE OR REPLACE FUNCTION ml_jobs_guard() RETURNS trigger LANGUAGE plpgsql AS $mljobs$
+DECLARE
+  finished boolean;
+BEGIN
+  IF TG_OP = 'TRUNCATE' THEN
+    EXECUTE 'SELECT EXISTS (SELECT 1 FROM ' || TG_RELID::regclass
+      || ' WHERE status IN (''completed'', ''failed'', ''cancelled''))' INTO finished;
+    IF finished THEN
+      RAISE EXCEPTION 'mljobs: record is in a terminal state' USING
+        ERRCODE = '23000', CONSTRAINT = 'mljobs_terminal_state', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
+        HINT = 'TRUNCATE would remove finished records. Delete old ones through the retention door.';
+    END IF;
+    RETURN NULL;
+  END IF;
+  IF OLD.status IN ('completed', 'failed', 'cancelled') THEN
+    RAISE EXCEPTION 'mljobs: record is in a terminal state' USING
+      ERRCODE = '23000', CONSTRAINT = 'mljobs_terminal_state', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
+      DETAIL = 'id=' || OLD.id || ' status=' || OLD.status,
+      HINT = 'A finished job never changes. Submit a new one with retry_of set to this id.';
+  END IF;
+  RAISE EXCEPTION 'mljobs: this state may not follow the present one' USING
+    ERRCODE = '23000', CONSTRAINT = 'mljobs_illegal_transition', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
+    DETAIL = 'id=' || OLD.id || ' status=' || OLD.status || ' wanted=' || NEW.status;
+END
+$mljobs$""",
+    """\
+CREATE TRIGGER ml_jobs_guard_update BEFORE UPDATE OF id, kind, target_name, status, progress, created_at, started_at, finished_at, error_message, spec_json, metrics_json, attempts, priority, run_after, exclusive, retry_of ON ml_jobs FOR EACH ROW
+WHEN (OLD.status IN ('completed', 'failed', 'cancelled') OR (NEW.status <> OLD.status AND NOT ((OLD.status = 'queued' AND NEW.status IN ('cancelled', 'failed', 'running')) OR (OLD.status = 'running' AND NEW.status IN ('cancelled', 'completed', 'failed', 'queued')))))
+EXECUTE FUNCTION ml_jobs_guard()""",
+    """\
+CREATE TRIGGER ml_jobs_guard_delete BEFORE DELETE ON ml_jobs FOR EACH ROW
+WHEN (OLD.status IN ('completed', 'failed', 'cancelled') AND coalesce(current_setting('mljobs.retention', true), '') <> 'on')
+EXECUTE FUNCTION ml_jobs_guard()""",
+    """\
+CREATE TRIGGER ml_jobs_guard_truncate BEFORE TRUNCATE ON ml_jobs FOR EACH STATEMENT
+EXECUTE FUNCTION ml_jobs_guard()""",
+    """\
+CREATE OR REPLACE FUNCTION ml_jobs_wake() RETURNS trigger LANGUAGE plpgsql AS $mljobs$
+DECLARE
+  sleepers integer := CASE TG_OP WHEN 'INSERT' THEN 1835821683 ELSE 1835821684 END;
+  of_table integer := (TG_RELID::bigint & 2147483647)::integer;
+BEGIN
+  IF pg_try_advisory_lock(sleepers, of_table) THEN
+    PERFORM pg_advisory_unlock(sleepers, of_table);
+  ELSE
+    PERFORM pg_notify('mljobs', lower(TG_OP) || ' ' || TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME);
+  END IF;
+  RETURN NULL;
+END
+$mljobs$""",
+    """\
+CREATE TRIGGER ml_jobs_wake_insert AFTER INSERT ON ml_jobs FOR EACH STATEMENT
+EXECUTE FUNCTION ml_jobs_wake()""",
+    """\
+CREATE TRIGGER ml_jobs_wake_update AFTER UPDATE OF status ON ml_jobs FOR EACH STATEMENT
+EXECUTE FUNCTION ml_jobs_wake()""",
+    "CREATE STATISTICS ml_jobs_kind_status (mcv) ON kind, status FROM ml_jobs",
+    """\
+CREATE TABLE ml_job_leases (
+  token BIGINT GENERATED ALWAYS AS IDENTITY,
+  job_id UUID NOT NULL,
+  worker TEXT NOT NULL,
+  acquired_at TIMESTAMP(3) WITH TIME ZONE NOT NULL,
+  expires_at TIMESTAMP(3) WITH TIME ZONE NOT NULL,
+  target_lock TEXT,
+  PRIMARY KEY (token),
+  FOREIGN KEY(job_id) REFERENCES ml_jobs (id) ON DELETE CASCADE
+)""",
+    "CREATE INDEX ix_ml_job_leases_expires ON ml_job_leases (expires_at)",
+    "CREATE UNIQUE INDEX uq_ml_job_leases_job ON ml_job_leases (job_id)",
+    "CREATE UNIQUE INDEX uq_ml_job_leases_target ON ml_job_leases (target_lock)",
+)
+
+_SQLITE = (
+    """\
+CREATE TABLE ml_jobs (
+  id CHAR(32) NOT NULL,
+  kind VARCHAR(32) NOT NULL,
+  target_name TEXT NOT NULL,
+  status VARCHAR(16) NOT NULL,
+  progress SMALLINT NOT NULL,
+  created_at BIGINT NOT NULL,
+  started_at BIGINT,
+  finished_at BIGINT,
+  error_message TEXT,
+  spec_json TEXT NOT NULL,
+  metrics_json TEXT,
+  attempts SMALLINT DEFAULT 0 NOT NULL,
+  priority SMALLINT DEFAULT 0 NOT NULL,
+  run_after BIGINT,
+  "exclusive" BOOLEAN DEFAULT false NOT NULL,
+  retry_of CHAR(32),
+  PRIMARY KEY (id),
+  CONSTRAINT ck_ml_jobs_kind CHECK (kind IN ('train', 'backfill', 'feature_refresh', 'drift_compute')),
+  CONSTRAINT ck_ml_jobs_status CHECK (status IN ('queued', 'running', 'completed', 'failed', 'cancelled')),
+  CONSTRAINT ck_ml_jobs_progress CHECK (progress BETWEEN 0 AND 100),
+  CONSTRAINT ck_ml_jobs_id CHECK (length(id) = 32 AND id NOT GLOB '*[^0-9a-f]*'),
+  CONSTRAINT ck_ml_jobs_spec_json CHECK (json_valid(spec_json)),
+  CONSTRAINT ck_ml_jobs_metrics_json CHECK (metrics_json IS NULL OR json_valid(metrics_json))
+)""",
+    "CREATE INDEX ix_ml_jobs_active ON ml_jobs (target_name, kind) WHERE status IN ('queued', 'running')",
+    "CREATE INDEX ix_ml_jobs_created ON ml_jobs (created_at, id)",
+    "CREATE INDEX ix_ml_jobs_failed ON ml_jobs (created_at, id) WHERE status = 'failed'",
+    "CREATE INDEX ix_ml_jobs_finished ON ml_jobs (finished_at, id) WHERE finished_at IS NOT NULL",
+    "CREATE INDEX ix_ml_jobs_queue ON ml_jobs (priority DESC, created_at, id) WHERE status = 'queued'",
+    "CREATE INDEX ix_ml_jobs_retries ON ml_jobs (retry_of) WHERE retry_of IS NOT NULL",
+    "CREATE INDEX ix_ml_jobs_target ON ml_jobs (target_name, created_at, id)",
+    "CREATE TABLE IF NOT EXISTS ml_jobs_guard (name TEXT NOT NULL PRIMARY KEY, open INTEGER NOT NULL)",
+    "INSERT OR IGNORE INTO ml_jobs_guard (name, open) VALUES ('replace', 0), ('retention', 0)",
+    """\
+CREATE TRIGGER ml_jobs_guard_update BEFORE UPDATE OF id, kind, target_name, status, progress, created_at, started_at, finished_at, error_message, spec_json, metrics_json, attempts, priority, run_after, "exclusive", retry_of ON ml_jobs
+WHEN OLD.status IN ('completed', 'failed', 'cancelled') OR (NEW.status <> OLD.status AND NOT ((OLD.status = 'queued' AND NEW.status IN ('cancelled', 'failed', 'running')) OR (OLD.status = 'running' AND NEW.status IN ('cancelled', 'completed', 'failed', 'queued'))))
+BEGIN
+  SELECT RAISE(ABORT, 'mljobs: record is in a terminal state') WHERE OLD.status IN ('completed', 'failed', 'cancelled');
+  SELECT RAISE(ABORT, 'mljobs: this state may not follow the present one');
+END""",
+    """\
+CREATE TRIGGER ml_jobs_guard_delete BEFORE DELETE ON ml_jobs
+WHEN OLD.status IN ('completed', 'failed', 'cancelled') AND NOT EXISTS (SELECT 1 FROM ml_jobs_guard WHERE name = 'retention' AND open = 1)
+BEGIN
+  SELECT RAISE(ABORT, 'mljobs: record is in a terminal state');
+END""",
+    """\
+CREATE TRIGGER ml_jobs_guard_insert BEFORE INSERT ON ml_jobs
+WHEN EXISTS (SELECT 1 FROM ml_jobs WHERE (id = NEW.id OR rowid = NEW.rowid) AND status IN ('completed', 'failed', 'cancelled'))
+BEGIN
+  INSERT OR IGNORE INTO ml_jobs_guard (name, open) VALUES ('replace', 1);
+  SELECT RAISE(ABORT, 'mljobs: record is in a terminal state') WHERE EXISTS (SELECT 1 FROM ml_jobs_guard WHERE name = 'replace' AND open = 1);
+END""",
+    """\
+CREATE TRIGGER ml_jobs_guard_key BEFORE UPDATE ON ml_jobs
+WHEN (NEW.id <> OLD.id OR NEW.rowid <> OLD.rowid) AND EXISTS (SELECT 1 FROM ml_jobs WHERE (id = NEW.id OR rowid = NEW.rowid) AND id <> OLD.id AND status IN ('completed', 'failed', 'cancelled'))
+BEGIN
+  SELECT RAISE(ABORT, 'mljobs: record is in a terminal state');
+END""",
+    """\
+CREATE TABLE IF NOT EXISTS ml_jobs_counts (
+  kind TEXT NOT NULL, status TEXT NOT NULL, jobs INTEGER NOT NULL, PRIMARY KEY (kind, status)
+)""",
+    """\
+INSERT OR IGNORE INTO ml_jobs_counts (kind, status, jobs) VALUES ('train', 'completed', 0), ('train', 'failed', 0), ('train', 'cancelled', 0), ('backfill', 'completed', 0), ('backfill', 'failed', 0), ('backfill', 'cancelled', 0), ('feature_refresh', 'completed', 0), ('feature_refresh', 'failed', 0), ('feature_refresh', 'cancelled', 0), ('drift_compute', 'completed', 0), ('drift_compute', 'failed', 0), ('drift_compute', 'cancelled', 0)""",
+    """\
+CREATE TRIGGER ml_jobs_count_insert AFTER INSERT ON ml_jobs WHEN NEW.status IN ('completed', 'failed', 'cancelled')
+BEGIN
+  UPDATE ml_jobs_counts SET jobs = jobs + 1 WHERE kind = NEW.kind AND status = NEW.status;
+END""",
+    """\
+CREATE TRIGGER ml_jobs_count_update AFTER UPDATE OF status ON ml_jobs
+WHEN NEW.status IN ('completed', 'failed', 'cancelled') AND OLD.status NOT IN ('completed', 'failed', 'cancelled')
+BEGIN
+  UPDATE ml_jobs_counts SET jobs = jobs + 1 WHERE kind = NEW.kind AND status = NEW.status;
+END""",
+    """\
+CREATE TRIGGER ml_jobs_count_delete AFTER DELETE ON ml_jobs WHEN OLD.status IN ('completed', 'failed', 'cancelled')
+BEGIN
+  UPDATE ml_jobs_counts SET jobs = jobs - 1 WHERE kind = OLD.kind AND status = OLD.status;
+END""",
+    """\
+CREATE TABLE ml_job_leases (
+  token INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT,
+  job_id CHAR(32) NOT NULL,
+  worker TEXT NOT NULL,
+  acquired_at BIGINT NOT NULL,
+  expires_at BIGINT NOT NULL,
+  target_lock TEXT,
+  FOREIGN KEY(job_id) REFERENCES ml_jobs (id) ON DELETE CASCADE
+)""",
+    "CREATE INDEX ix_ml_job_leases_expires ON ml_job_leases (expires_at)",
+    "CREATE UNIQUE INDEX uq_ml_job_leases_job ON ml_job_leases (job_id)",
+    "CREATE UNIQUE INDEX uq_ml_job_leases_target ON ml_job_leases (target_lock)",
+)
+
+_DROP_POSTGRESQL = (
+    "DROP TABLE ml_job_leases",
+    "DROP TABLE ml_jobs",
+    "DROP FUNCTION ml_jobs_wake()",
+    "DROP FUNCTION ml_jobs_guard()",
+)
+
+_DROP_SQLITE = (
+    "DROP TABLE ml_job_leases",
+    "DROP TABLE ml_jobs",
+    "DROP TABLE ml_jobs_guard",
+    "DROP TABLE ml_jobs_counts",
+)
+
+
+def _run(postgresql: tuple[str, ...], sqlite: tuple[str, ...]) -> None:
+    name = op.get_context().dialect.name
+    for statement in {"postgresql": postgresql, "sqlite": sqlite}[name]:
+        op.execute(statement)
+
+
+def upgrade() -> None:
+    """Create both tables and all that stands beside them."""
+    _run(_POSTGRESQL, _SQLITE)
+
+
+def downgrade() -> None:
+    """Drop everything, finished records too."""
+    _run(_DROP_POSTGRESQL, _DROP_SQLITE)
