@@ -21,6 +21,11 @@ def _url() -> str:
     return given or os.environ.get(URL_VARIABLE) or config.get_main_option("sqlalchemy.url") or ""
 
 
+def _include_object(_object: object, name: str | None, kind: str, *_: object) -> bool:
+    # Alembic before 1.17 misses the IDENTITY of the token on SQLite, which has none.
+    return not (kind == "column" and name == "token" and context.get_context().dialect.name == "sqlite")
+
+
 def _configure(**options: object) -> None:
     from mljobs.model import metadata  # noqa: PLC0415 - only what compares needs the model
 
@@ -28,6 +33,7 @@ def _configure(**options: object) -> None:
         target_metadata=metadata,
         version_table=VERSION_TABLE,
         include_name=is_ours,
+        include_object=_include_object,
         transactional_ddl=True,  # SQLite has it too, once a transaction has really begun
         **options,
     )
