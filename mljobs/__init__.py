@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from mljobs.states import MlJobKind, MlJobStatus
     from mljobs.store import AsyncJobStore, JobStore
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AsyncJobStore",
     "Base",

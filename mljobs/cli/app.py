@@ -1,0 +1,73 @@
+"""The commands put together, and how errors are told: one line on stderr, exit code 1, never a traceback."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+
+import mljobs
+from mljobs.cli import demo, schema
+from mljobs.errors import MlJobsError
+
+app = typer.Typer(
+    name="mljobs",
+    help="Machine-learning jobs in your database. A job that has finished never changes again.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:  # noqa: FBT001 - Typer's callback
+    if wanted:
+        typer.echo(f"mljobs {mljobs.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    *,
+    version: Annotated[  # noqa: ARG001 - handled by its callback
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Machine-learning jobs in your database."""
+
+
+for module in (demo, schema):
+    module.add_to(app)
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Run the command and exit.
+
+    Args:
+        arguments: Instead of the process's own.
+    """
+    try:
+        app(args=arguments)
+    except MlJobsError as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        _fail(f"{error.name} is not installed: {_EXTRAS.get(error.name or '', 'see the extras of mljobs')}")
+    except (DBAPIError, ArgumentError, NoSuchModuleError) as error:
+        cause: Any = getattr(error, "orig", None) or error
+        _fail(str(cause).strip().partition("\n")[0])
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+_EXTRAS = {
+    "psycopg_binary": "pip install 'mljobs[binary]'",
+    "psycopg2": "use postgresql+psycopg://",
+    "sklearn": "pip install 'mljobs[demo]'",
+}
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write(f"mljobs: {message}\n")
+    sys.exit(1)
