@@ -86,14 +86,18 @@ class World:
     def run(self, fn: Callable[..., R], *args: Any) -> R:
         """Call ``fn(session, *args)`` in a transaction of its own."""
         if isinstance(self.engine, Engine):
-            with Session(self.engine) as session, session.begin():
-                return fn(session, *args)
+            with Session(self.engine) as session:
+                result = fn(session, *args)
+                session.commit()
+                return result
         return self.wait(self._run(fn, *args))
 
     async def _run(self, fn: Callable[..., R], *args: Any) -> R:
         assert isinstance(self.engine, AsyncEngine)
-        async with AsyncSession(self.engine) as session, session.begin():
-            return await session.run_sync(fn, *args)
+        async with AsyncSession(self.engine) as session:
+            result = await session.run_sync(fn, *args)
+            await session.commit()
+            return result
 
     def wait(self, coroutine: Coroutine[Any, Any, R]) -> R:
         """Run a coroutine to its end on this world's loop."""

@@ -1,0 +1,98 @@
+"""The record: what it knows, what it refuses, and the door for retention."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, delete, insert, select, update
+from sqlalchemy.orm import Session
+
+from mljobs import (
+    InvalidValueError,
+    MlJob,
+    MlJobKind,
+    MlJobStatus,
+    TerminalStateError,
+)
+from mljobs.guards import retention
+
+
+@pytest.fixture
+def session(engine: Engine) -> Any:
+    with Session(engine) as opened:
+        yield opened
+
+
+def _finished(session: Session) -> MlJob:
+    job = MlJob(kind=MlJobKind.TRAIN, target_name="spam", spec={"lr": 0.05})
+    session.add(job)
+    session.commit()
+    job.start()
+    session.commit()
+    job.complete({"f1": 0.9})
+    session.commit()
+    return job
+
+
+def test_retention_opens_deletes_only_and_closes_again(session: Session) -> None:
+    _finished(session)
+    with pytest.raises(TerminalStateError), session.begin_nested(), retention(session, MlJob):
+        session.execute(update(MlJob).values(progress=3))
+    session.rollback()
+    with retention(session, MlJob):
+        session.execute(delete(MlJob).where(MlJob.is_terminal))
+    assert session.scalars(select(MlJob)).all() == []
+    _finished(session)
+    with pytest.raises(TerminalStateError):
+        session.execute(delete(MlJob))
+
+
+def test_hybrids_work_in_queries_and_json_goes_round(session: Session) -> None:
+    job = _finished(session)
+    found = session.scalars(
+        select(MlJob).where(MlJob.duration_ms >= 0, MlJob.spec["lr"].as_float() < 0.1, MlJob.is_terminal)
+    ).all()
+    assert found == [job]
+    row = session.execute(select(MlJob.spec, MlJob.metrics, MlJob.created_at_ms, MlJob.duration_ms)).one()
+    assert tuple(row) == ({"lr": 0.05}, {"f1": 0.9}, job.created_at_ms, job.duration_ms)
+    assert MlJob.from_json(job.to_json()).to_json() == job.to_json()
+
+
+def test_a_core_insert_is_complete_too(session: Session) -> None:
+    session.execute(insert(MlJob).values(kind="backfill", target_name="rows", spec_json="{}"))
+    job = session.scalars(select(MlJob)).one()
+    assert (job.status, job.progress, job.attempts) == (MlJobStatus.QUEUED, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("progress", 101),
+        ("progress", -1),
+        ("kind", "x"),
+        ("status", "done"),
+        ("id", "zz"),
+        ("id", 1 << 128),
+        ("created_at", datetime(2026, 1, 1)),  # noqa: DTZ001 - naive on purpose
+        ("started_at", datetime(1969, 1, 1, tzinfo=UTC)),
+        ("spec", float("nan")),
+    ],
+)
+def test_a_wrong_value_is_refused_where_it_is_set(field: str, value: Any) -> None:
+    with pytest.raises(InvalidValueError) as caught:
+        MlJob(**{"kind": "train", "target_name": "spam", field: value})
+    assert caught.value.field == field
+    assert caught.value.value is value
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("target_name", "a\x00b"), ("error_message", "\ud800"), ("spec_json", "{"), ("metrics_json", "NaN")],
+)
+def test_text_that_no_database_can_hold_is_refused_at_flush(session: Session, field: str, value: str) -> None:
+    session.add(MlJob(**{"kind": "train", "target_name": "spam", field: value}))
+    with pytest.raises(InvalidValueError) as caught:
+        session.flush()
+    assert caught.value.field == field
