@@ -241,7 +241,9 @@ class JobStore:
             JobCancelled: The job was cancelled meanwhile.
             LeaseLostError: The lease was lost meanwhile; nothing was written.
             TerminalStateError, InvalidTransitionError, TargetLockedError, JobNotFound: See ``jobs.claim_one``.
+            InvalidValueError: A SQLite database in memory, which the thread that keeps the lease could not see.
         """
+        _refuse_memory(self.engine.url)
         run = Run(self.claim_one(job, worker=worker or worker_name(), lease=lease))
         with Keeper(self, lease) as keeper:
             keeper.add(run)
@@ -418,8 +420,7 @@ class AsyncJobStore:
         Raises:
             InvalidValueError: A SQLite database in memory, which the thread that keeps the lease could not see.
         """
-        if is_memory(self._keeper_url):
-            raise InvalidValueError("url", str(self._keeper_url), "running needs a database that a thread can open too")
+        _refuse_memory(self._keeper_url)
         run = Run(await self.claim_one(id_of(job), worker=worker or worker_name(), lease=lease))
         with JobStore(self._keeper_url, model=self.model, pool_size=1) as twin, Keeper(twin, lease) as keeper:
             keeper.add(run)
@@ -445,6 +446,11 @@ class AsyncJobStore:
 
 
 # ------------------------------------------------------------------------------------------------------- the details
+
+
+def _refuse_memory(url: URL) -> None:
+    if is_memory(url):
+        raise InvalidValueError("url", str(url), "the thread that keeps the lease cannot open a database in memory")
 
 
 def _poll(engine: Engine | AsyncEngine, poll: float | None) -> float:

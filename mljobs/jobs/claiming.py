@@ -264,7 +264,8 @@ def set_progress_many(
         return []
     model = model_of(claim for claim, _ in pairs)
     connection = connection_of(session)
-    rows = _progress_rows(connection, model, pairs)
+    latest = {claim.token: (claim, value) for claim, value in pairs}
+    rows = _progress_rows(connection, model, list(latest.values()))
     done = {token for token, updated in rows if updated is not None}
     held = {token for token, _ in rows}
     errors: list[Any] = []

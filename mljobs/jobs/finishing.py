@@ -183,13 +183,16 @@ def finish_many(session: Bind, outcomes: Iterable[Outcome]) -> list[Exception | 
         return []
     model = model_of(outcome.claim for outcome in given)
     connection = connection_of(session)
-    rows = _finish(connection, model, given)
+    first: dict[int, Outcome] = {}
+    for outcome in given:
+        first.setdefault(outcome.claim.token, outcome)
+    rows = _finish(connection, model, list(first.values()))
     errors: list[Exception | None] = []
     for outcome in given:
         token = outcome.claim.token
         if rows.get(token):
             errors.append(None)
-            del rows[token]  # the same claim given twice is finished once
+            del rows[token]  # the same claim given twice is finished once, by the first
         else:
             errors.append(
                 explain(connection, model, outcome.claim, held=token in rows, wanted=outcome.status)
