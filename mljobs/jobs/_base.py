@@ -212,6 +212,7 @@ def record_columns(model: Model) -> list[ColumnElement[Any]]:
 
 @per_model
 def _new_instance(model: Model) -> Callable[[], Any]:
+    inspect(model).registry.configure()  # a process that never queried by the ORM has not done so yet
     new_instance: Callable[[], Any] = inspect(model).class_manager.new_instance
     return new_instance
 
