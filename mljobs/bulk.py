@@ -94,9 +94,7 @@ def _check_of(column_type: object) -> _Check | None:
 # -------------------------------------------------------------------------------------------------------- SQLite
 
 
-def _insert_chunks(
-    connection: Connection, table: Table, columns: Sequence[str], rows: Iterator[Sequence[Any]]
-) -> int:
+def _insert_chunks(connection: Connection, table: Table, columns: Sequence[str], rows: Iterator[Sequence[Any]]) -> int:
     total = 0
     statement = insert(table)
     while chunk := [dict(zip(columns, row, strict=True)) for row in islice(rows, _CHUNK)]:
@@ -129,9 +127,7 @@ def _wire_types(connection: Connection, table: Table, columns: Sequence[str]) ->
     return types
 
 
-def _copy_psycopg(
-    connection: Connection, table: Table, columns: Sequence[str], rows: Iterator[Sequence[Any]]
-) -> int:
+def _copy_psycopg(connection: Connection, table: Table, columns: Sequence[str], rows: Iterator[Sequence[Any]]) -> int:
     driver: Any = connection.connection.driver_connection
     total = 0
     with driver.cursor() as cursor, cursor.copy(_copy_text(connection, table, columns)) as copy:
@@ -160,9 +156,7 @@ def _copy_psycopg_async(
     return await_only(copy_all())
 
 
-def _copy_asyncpg(
-    connection: Connection, table: Table, columns: Sequence[str], rows: Iterator[Sequence[Any]]
-) -> int:
+def _copy_asyncpg(connection: Connection, table: Table, columns: Sequence[str], rows: Iterator[Sequence[Any]]) -> int:
     driver: Any = connection.connection.driver_connection
     schemas = connection.get_execution_options().get("schema_translate_map") or {}
     total = 0

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.orm import InstanceState
 
-__all__ = ["enforce_sqlite", "companion_ddl", "retention", "translate_error"]
+__all__ = ["companion_ddl", "enforce_sqlite", "retention", "translate_error"]
 
 _RETENTION = "mljobs_retention"
 _REQUIRED = ("kind", "target_name", "spec_json")

@@ -349,9 +349,7 @@ def outcome_of(run: Run, error: BaseException | None) -> Outcome | None:
     return Outcome.requeued(run.claim)
 
 
-def record_outcome(
-    store: Recorder, run: Run, outcome: Outcome, pause: Callable[[float], object] | None = None
-) -> None:
+def record_outcome(store: Recorder, run: Run, outcome: Outcome, pause: Callable[[float], object] | None = None) -> None:
     """Record the outcome, and go on trying while the database is away, until it stands or the lease is lost.
 
     Args:

@@ -243,10 +243,7 @@ def _compare(expected: Mapping[str, _Found], metadata: MetaData, read: Any, conn
 
 def _guarded(metadata: MetaData) -> list[str]:
     """Return the names of the job tables and their lease tables."""
-    names = []
-    for table in metadata.tables.values():
-        if "mljobs" in table.info:
-            names.append(table.name)
+    names = [table.name for table in metadata.tables.values() if "mljobs" in table.info]
     leases = [table.name for table in metadata.tables.values() if {"token", "target_lock"} <= set(table.columns.keys())]
     return names + leases
 
@@ -350,4 +347,3 @@ def _read_postgresql(connection: Connection, table: str, schema: str | None) -> 
     for statistics, definition in connection.execute(_EXTENDED, values):
         add("statistics", statistics, definition)
     return found
-

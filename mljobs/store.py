@@ -412,9 +412,7 @@ class AsyncJobStore:
                     yield step
 
     @asynccontextmanager
-    async def running(
-        self, job: JobRef, *, worker: str | None = None, lease: float = _LEASE
-    ) -> AsyncIterator[Run]:
+    async def running(self, job: JobRef, *, worker: str | None = None, lease: float = _LEASE) -> AsyncIterator[Run]:
         """Run a job by hand; see ``JobStore.running``. The lease lives on while the event loop is blocked.
 
         Raises:
@@ -522,4 +520,3 @@ def _end(store: JobStore, keeper: Keeper, run: Run, error: BaseException | None)
         keeper.remove(run)
     if error is None:
         run.check()
-

@@ -313,7 +313,7 @@ class JsonText(TypeDecorator[str]):
 # ------------------------------------------------------------------------------------------------ SQL expressions
 
 
-class epoch_millis(FunctionElement[int]):  # noqa: N801 - used like a SQL function
+class epoch_millis(FunctionElement[int]):
     """Epoch milliseconds of a ``UtcMillis`` column, as an integer, on both databases."""
 
     type = BigInteger()

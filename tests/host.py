@@ -29,7 +29,7 @@ class TrainingRun(MlJobMixin, HostBase):
     """A job in the host's own table, with columns of the host's."""
 
     __tablename__ = "training_runs"
-    __mapper_args__ = {"polymorphic_identity": "run", "polymorphic_on": "flavour"}  # noqa: RUF012 - SQLAlchemy's way
+    __mapper_args__ = {"polymorphic_identity": "run", "polymorphic_on": "flavour"}
 
     flavour: Mapped[str] = mapped_column(default="run")
     note: Mapped[str | None]
@@ -41,7 +41,7 @@ class GridRun(TrainingRun):
     """A joined subclass: a second table beside the record."""
 
     __tablename__ = "grid_runs"
-    __mapper_args__ = {"polymorphic_identity": "grid"}  # noqa: RUF012
+    __mapper_args__ = {"polymorphic_identity": "grid"}
 
     id: Mapped[UUID] = mapped_column(ForeignKey("training_runs.id"), primary_key=True)
     points: Mapped[int] = mapped_column(default=0)

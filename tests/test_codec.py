@@ -67,7 +67,7 @@ def outcome(raw: str | bytes, *, exactly: bool = False) -> KvRecord | str:
 # ---------------------------------------------------------------------------------------------- a second opinion
 
 
-def reference(raw: str | bytes) -> KvRecord | None:  # noqa: PLR0911 - one return for each rule
+def reference(raw: str | bytes) -> KvRecord | None:
     """Return the record, or None where it is refused: the rules once more, on the standard library's parser."""
     try:
         text = raw.decode() if isinstance(raw, bytes) else raw
@@ -357,7 +357,7 @@ def test_a_lenient_enum_lets_in_no_more_than_its_tokens() -> None:
         TRAIN = "train"
 
         @classmethod
-        def _missing_(cls, value: object) -> Lenient:  # noqa: ARG003 - the signature is enum's
+        def _missing_(cls, value: object) -> Lenient:
             return cls.TRAIN
 
     assert decode(written(), Lenient).kind is Lenient.TRAIN

@@ -51,7 +51,13 @@ def tokens(claims: Any) -> list[int]:
 
 def test_a_submitted_job_is_queued_and_complete(store: Any) -> None:
     job = store.submit("train", "spam", {"lr": 0.1}, priority=3, exclusive=True)
-    assert (job.status, job.kind, job.spec, job.priority, job.exclusive) == (QUEUED, MlJobKind.TRAIN, {"lr": 0.1}, 3, True)
+    assert (job.status, job.kind, job.spec, job.priority, job.exclusive) == (
+        QUEUED,
+        MlJobKind.TRAIN,
+        {"lr": 0.1},
+        3,
+        True,
+    )
     assert job.started_at is job.finished_at is job.error_message is job.metrics_json is job.retry_of is None
     assert store.get(job.id).to_json() == job.to_json()
     assert store.get(job.id.hex).id == store.get(job).id == job.id
@@ -121,7 +127,13 @@ def test_retry_is_a_new_record_and_leaves_the_old_one_alone(store: Any) -> None:
     store.fail(claim, "boom")
     before = store.get(job.id).to_json()
     again = store.retry(job.id, run_after=timedelta(hours=1))
-    assert (again.retry_of, again.status, again.spec, again.priority, again.attempts) == (job.id, QUEUED, {"lr": 1}, 2, 0)
+    assert (again.retry_of, again.status, again.spec, again.priority, again.attempts) == (
+        job.id,
+        QUEUED,
+        {"lr": 1},
+        2,
+        0,
+    )
     assert again.run_after > datetime.now(UTC)
     assert store.get(job.id).to_json() == before
     with pytest.raises(JobNotFound):

@@ -37,7 +37,9 @@ def _work_off(url: str, name: str, barrier: Any, results: Any) -> None:
         barrier.wait(_SECONDS)
         while claims := store.claim(worker=name, limit=7):
             answers = store.complete_many([(claim, {"by": name}) for claim in claims])
-            done += [(claim.job_id.hex, claim.token, answer is None) for claim, answer in zip(claims, answers, strict=True)]
+            done += [
+                (claim.job_id.hex, claim.token, answer is None) for claim, answer in zip(claims, answers, strict=True)
+            ]
     results.put(done)
 
 
@@ -46,9 +48,7 @@ def test_processes_claim_each_job_exactly_once(url: str) -> None:
     barrier, results = spawn.Barrier(4), spawn.Queue()
     with JobStore(url) as store:
         store.submit_many([("train", f"t{number % 50}", {}) for number in range(_JOBS)])
-        processes = [
-            spawn.Process(target=_work_off, args=(url, f"w{number}", barrier, results)) for number in range(4)
-        ]
+        processes = [spawn.Process(target=_work_off, args=(url, f"w{number}", barrier, results)) for number in range(4)]
         for process in processes:
             process.start()
         done = [entry for _ in processes for entry in results.get(timeout=_SECONDS)]
@@ -80,9 +80,7 @@ def test_an_exclusive_target_never_runs_twice_however_many_claim(url: str) -> No
     spawn = multiprocessing.get_context("spawn")
     barrier, results = spawn.Barrier(3), spawn.Queue()
     with JobStore(url) as store:
-        store.submit_many(
-            [MlJob(kind="train", target_name=f"t{number % 3}", exclusive=True) for number in range(60)]
-        )
+        store.submit_many([MlJob(kind="train", target_name=f"t{number % 3}", exclusive=True) for number in range(60)])
         processes = [spawn.Process(target=_run_exclusive, args=(url, barrier, results)) for _ in range(3)]
         for process in processes:
             process.start()
@@ -145,7 +143,7 @@ Move = Callable[[Any, Any], Any]
 MOVES: dict[str, Move] = {
     "complete": lambda bind, claim: jobs.complete(bind, claim, {"by": "complete"}),
     "fail": lambda bind, claim: jobs.fail(bind, claim, "by fail"),
-    "requeue": lambda bind, claim: jobs.requeue(bind, claim),
+    "requeue": jobs.requeue,
     "cancel": lambda bind, claim: jobs.cancel(bind, claim.job_id),
     "rescue": lambda bind, claim: jobs.rescue(bind),
     "progress": lambda bind, claim: jobs.set_progress(bind, claim, 55),
@@ -220,7 +218,9 @@ def _consistent(store: JobStore, claim: Any, outcomes: list[tuple[str, str, Any]
     assert (job.finished_at is not None) is job.status.is_terminal
     if job.status is MlJobStatus.QUEUED:
         assert (job.progress, job.started_at) == (0, None)
-    winners = [name for name, how, answer in outcomes if how == "done" and (name in ("complete", "fail") or answer is True)]
+    winners = [
+        name for name, how, answer in outcomes if how == "done" and (name in ("complete", "fail") or answer is True)
+    ]
     assert len(winners) <= 1
     assert job.status.is_terminal is bool(winners)
 

@@ -106,7 +106,7 @@ def _(session: Session, job_id: UUID) -> None:
 def _(session: Session, job_id: UUID) -> None:
     job = MlJob(id=job_id, kind="train", target_name="other")
     make_transient(job)
-    from sqlalchemy.orm import make_transient_to_detached  # noqa: PLC0415
+    from sqlalchemy.orm import make_transient_to_detached
 
     make_transient_to_detached(job)
     merged = session.merge(job, load=False)
@@ -369,9 +369,7 @@ def _(session: Session, job_id: UUID) -> None:
 @route("a trigger of one's own", TRIGGER, "sqlite")
 def _(session: Session, job_id: UUID) -> None:
     session.execute(
-        text(
-            "CREATE TRIGGER mine AFTER UPDATE ON ml_job_leases BEGIN UPDATE ml_jobs SET progress = 3; END"
-        )
+        text("CREATE TRIGGER mine AFTER UPDATE ON ml_job_leases BEGIN UPDATE ml_jobs SET progress = 3; END")
     )
     session.execute(
         text(f"INSERT INTO ml_job_leases (job_id, worker, acquired_at, expires_at) VALUES ('{ID}', 'w', 0, 0)")
@@ -507,7 +505,7 @@ def test_make_transient_and_add_cannot_take_the_place_of_a_finished_job(world: W
 
 
 def test_copy_cannot_take_the_place_of_a_finished_job(world: World) -> None:
-    from mljobs import jobs  # noqa: PLC0415
+    from mljobs import jobs
 
     world.run(_finish)
     before = _snapshot(world)
@@ -691,7 +689,7 @@ PAIRS = [(old, new) for old in MlJobStatus for new in MlJobStatus if old is not 
 
 @pytest.mark.parametrize(("old", "new"), PAIRS)
 def test_every_edge_is_judged_alike_by_hook_and_trigger(world: World, old: MlJobStatus, new: MlJobStatus) -> None:
-    from mljobs import InvalidTransitionError  # noqa: PLC0415
+    from mljobs import InvalidTransitionError
 
     expected = None if old.can_become(new) else TerminalStateError if old.is_terminal else InvalidTransitionError
 

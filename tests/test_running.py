@@ -79,12 +79,11 @@ def test_metrics_that_json_cannot_hold_fail_the_job(world: World, store: Any) ->
 
 def test_a_cancel_stops_the_work_at_its_next_check(world: World, store: Any) -> None:
     job = store.submit("train", "spam", exclusive=True)
-    reached = []
+    reached: list[int] = []
     with pytest.raises(JobCancelled), _entered(world, store, job, lease=0.3) as run:
         store.cancel(job.id)
         run._cancelled.wait(30)  # the keeper brings it
-        for number in run.track(range(5)):
-            reached.append(number)
+        reached += run.track(range(5))
     assert reached == []
     assert store.get(job.id).status is MlJobStatus.CANCELLED
     store.submit("train", "spam", exclusive=True)
@@ -111,7 +110,7 @@ def test_a_lost_lease_is_told_and_nothing_is_written(world: World, store: Any) -
 
 def test_the_lease_is_kept_while_the_work_blocks(world: World, store: Any) -> None:
     job = store.submit("train", "spam")
-    with _entered(world, store, job, lease=0.5):
+    with _entered(world, store, job, lease=0.5):  # noqa: SIM117 - the reason stands between
         # Nothing of ours runs in this thread, the event loop's own, until the lease has been renewed.
         with world.outside.connect() as connection:
             first = connection.exec_driver_sql("SELECT expires_at FROM ml_job_leases").scalar_one()
@@ -355,10 +354,10 @@ def test_watch_yields_what_changes_and_ends_in_time(world: World, store: Any) ->
 
 
 def test_a_plain_session_add_wakes_a_sleeper(postgres_url: str) -> None:
-    from sqlalchemy.orm import Session  # noqa: PLC0415
+    from sqlalchemy.orm import Session
 
-    from mljobs import MlJob  # noqa: PLC0415
-    from mljobs.wake import Sleeper  # noqa: PLC0415
+    from mljobs import MlJob
+    from mljobs.wake import Sleeper
 
     with JobStore(postgres_url) as store, Sleeper(store.engine, MlJob, workers=True) as sleeper:
         sleeper.sleep(0)  # begins to listen
@@ -383,7 +382,7 @@ def test_a_plain_session_add_wakes_a_sleeper(postgres_url: str) -> None:
 
 
 def test_nobody_is_notified_while_nobody_sleeps(postgres_url: str) -> None:
-    import psycopg  # noqa: PLC0415
+    import psycopg
 
     with JobStore(postgres_url) as store:
         address = postgres_url.replace("+psycopg", "")

@@ -258,7 +258,7 @@ def test_a_revision_that_does_not_exist_is_a_clear_error(empty: Engine) -> None:
     assert _tables(empty) == set()
 
 
-HALF_WAY = '''
+HALF_WAY = """
 from alembic import op
 revision = "0002_breaks"
 down_revision = "0001_ml_jobs"
@@ -269,7 +269,7 @@ def upgrade():
     op.execute("CREATE TABLE half_way (id INTEGER)")
     op.execute("INSERT INTO half_way VALUES (1)")
     op.execute("this is not SQL")
-'''
+"""
 
 
 def test_an_upgrade_that_fails_half_way_leaves_nothing(
@@ -282,7 +282,9 @@ def test_an_upgrade_that_fails_half_way_leaves_nothing(
 
     def config(connection: Any = None) -> Config:
         made = original(connection)
-        made.set_main_option("version_locations", os.pathsep.join([str(schema.migrations_path() / "versions"), str(broken)]))
+        made.set_main_option(
+            "version_locations", os.pathsep.join([str(schema.migrations_path() / "versions"), str(broken)])
+        )
         return made
 
     monkeypatch.setattr(schema, "_config", config)

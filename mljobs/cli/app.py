@@ -30,7 +30,7 @@ def _version(wanted: bool) -> None:  # noqa: FBT001 - Typer's callback
 @app.callback()
 def main(
     *,
-    version: Annotated[  # noqa: ARG001 - handled by its callback
+    version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:

@@ -8,7 +8,20 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from uuid import UUID
 
-from sqlalchemy import ARRAY, Connection, DateTime, Interval, Table, Text, any_, bindparam, func, inspect, select, update
+from sqlalchemy import (
+    ARRAY,
+    Connection,
+    DateTime,
+    Interval,
+    Table,
+    Text,
+    any_,
+    bindparam,
+    func,
+    inspect,
+    select,
+    update,
+)
 from sqlalchemy import column as sqlalchemy_column
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.types import TypeDecorator

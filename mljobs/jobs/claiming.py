@@ -247,9 +247,7 @@ def set_progress(session: Bind, claim: Claim, progress: int) -> None:
             raise error
 
 
-def set_progress_many(
-    session: Bind, progress: Iterable[tuple[Claim, int]]
-) -> list[LeaseLostError | Any | None]:
+def set_progress_many(session: Bind, progress: Iterable[tuple[Claim, int]]) -> list[LeaseLostError | Any | None]:
     """Record the progress of many running jobs in one statement, each if its lease still holds it.
 
     Args:
@@ -551,8 +549,6 @@ def _held_statement(model: Model) -> Prepared:
 @per_model
 def _one_progress_statement(model: Model) -> Prepared:
     jobs = table_of(model)
-    statement = update(jobs).where(
-        jobs.c.id == bindparam("id", type_=JobId()), jobs.c.status == MlJobStatus.RUNNING
-    )
+    statement = update(jobs).where(jobs.c.id == bindparam("id", type_=JobId()), jobs.c.status == MlJobStatus.RUNNING)
     progress = bindparam("progress", type_=SmallInteger())
     return Prepared(lambda _: statement.values(progress=progress).returning(jobs.c.id))

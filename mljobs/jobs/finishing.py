@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from uuid import UUID
 
 from sqlalchemy import (
     BigInteger,
@@ -13,7 +12,6 @@ from sqlalchemy import (
     Select,
     String,
     Text,
-    and_,
     bindparam,
     case,
     cast,
@@ -26,7 +24,6 @@ from sqlalchemy import (
     update,
 )
 
-from mljobs.errors import InvalidValueError
 from mljobs.jobs._base import (
     Bind,
     JobRef,
@@ -47,7 +44,7 @@ from mljobs.jobs.claiming import Claim, explain, model_of, ordered_leases
 from mljobs.model import MlJob, error_text
 from mljobs.prepared import Prepared
 from mljobs.states import ACTIVE, MlJobStatus
-from mljobs.types import JobId, JsonText, UtcMillis, storable_json, storable_text, to_json_text
+from mljobs.types import JobId, storable_json, storable_text, to_json_text
 
 _COMPLETED = MlJobStatus.COMPLETED
 _FAILED = MlJobStatus.FAILED
@@ -65,7 +62,7 @@ class Outcome:
 
     @classmethod
     def completed(cls, claim: Claim, metrics: Any = None) -> Outcome:
-        """The job is done.
+        """Say that the job is done.
 
         Args:
             claim: What ``claim`` returned.
@@ -79,7 +76,7 @@ class Outcome:
 
     @classmethod
     def failed(cls, claim: Claim, error: str | BaseException) -> Outcome:
-        """The job failed, with the reason.
+        """Say that the job failed, with the reason.
 
         Raises:
             InvalidValueError: ``error`` is neither a string nor an exception, or cannot be stored.
@@ -88,7 +85,7 @@ class Outcome:
 
     @classmethod
     def requeued(cls, claim: Claim) -> Outcome:
-        """The job goes back to the queue: progress 0, not started, its attempts still counted."""
+        """Say that the job goes back to the queue: progress 0, not started, its attempts still counted."""
         return cls(claim, _QUEUED)
 
 
@@ -194,9 +191,7 @@ def finish_many(session: Bind, outcomes: Iterable[Outcome]) -> list[Exception | 
             errors.append(None)
             del rows[token]  # the same claim given twice is finished once, by the first
         else:
-            errors.append(
-                explain(connection, model, outcome.claim, held=token in rows, wanted=outcome.status)
-            )
+            errors.append(explain(connection, model, outcome.claim, held=token in rows, wanted=outcome.status))
     refresh(session, model, [outcome.claim.job_id for outcome in given])
     return errors
 
@@ -273,13 +268,13 @@ def _finish_statement(model: Model) -> Prepared:
 
     def build(dialect: str) -> Select[Any]:
         jobs, leases = table_of(model), model.__leases__
-        wanted = unnested(
-            "wanted", tokens=BigInteger(), ids=JobId(), statuses=String(), errors=Text(), metrics=Text()
-        )
+        wanted = unnested("wanted", tokens=BigInteger(), ids=JobId(), statuses=String(), errors=Text(), metrics=Text())
         ordered = ordered_leases(model, dialect)
         held = (
             delete(leases)
-            .where(leases.c.token == ordered.c.token, leases.c.token == wanted.c.tokens, leases.c.job_id == wanted.c.ids)
+            .where(
+                leases.c.token == ordered.c.token, leases.c.token == wanted.c.tokens, leases.c.job_id == wanted.c.ids
+            )
             .returning(leases.c.token, wanted.c.ids, wanted.c.statuses, wanted.c.errors, wanted.c.metrics)
             .cte("held")
         )
@@ -348,7 +343,5 @@ def _cancellation(model: Model) -> Prepared:
         jobs.c.status.in_([literal(status, jobs.c.status.type) for status in ACTIVE]),
     )
     return Prepared(
-        lambda dialect: (
-            statement.values(status=MlJobStatus.CANCELLED, finished_at=now_of(dialect)).returning(jobs.c.id)
-        )
+        lambda dialect: statement.values(status=MlJobStatus.CANCELLED, finished_at=now_of(dialect)).returning(jobs.c.id)
     )

@@ -107,8 +107,8 @@ def get(session: Bind, job: JobRef, *, model: Model = MlJob) -> MlJob:
         JobNotFound: No record has this id.
     """
     job_id = id_of(job)
-    for job in _fetch(session, model, [_column(model, "id") == job_id], [], 1):
-        return job
+    for found in _fetch(session, model, [_column(model, "id") == job_id], [], 1):
+        return found
     raise JobNotFound(job_id)
 
 
@@ -266,9 +266,7 @@ def counts(session: Bind, *, exact: bool = False, model: Model = MlJob) -> Count
         model: The mapped job class.
     """
     connection = connection_of(session)
-    jobs: dict[tuple[str, str], int] = {
-        (kind, status): 0 for kind in model.__kinds__ for status in MlJobStatus
-    }
+    jobs: dict[tuple[str, str], int] = {(kind, status): 0 for kind in model.__kinds__ for status in MlJobStatus}
     estimate = None
     if not is_postgres(connection):
         finished = _sqlite_counters(connection, model)
@@ -320,7 +318,7 @@ def _read_cursor(cursor: str, order: Order) -> tuple[datetime, UUID]:
         padded = cursor + "=" * (-len(cursor) % 4)
         direction, millis, digits = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
         if direction != order[0] or isinstance(millis, bool) or not isinstance(millis, int):
-            raise ValueError("of another order")
+            raise ValueError("of another order")  # noqa: TRY301 - told below like any other
         return from_millis(millis), to_job_id(digits)
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InvalidValueError("after", cursor, f"not a cursor of a page in {order} order") from error
@@ -367,5 +365,3 @@ def _postgres_statistics(connection: Connection, model: Model) -> dict[tuple[str
     }
     kinds = model.__kinds__
     return {(kinds(kind), MlJobStatus(status)): jobs for (kind, status), jobs in found.items()}
-
-

@@ -207,7 +207,7 @@ def _active(bind: Bind, job: MlJob, model: Model) -> MlJob | None:
         if row[1] == "repeatable read":
             raise InvalidValueError(
                 "unless_active",
-                True,  # noqa: FBT003 - the value at fault
+                True,
                 "a REPEATABLE READ transaction cannot see what others have committed; use READ COMMITTED",
             )
     else:
@@ -225,7 +225,7 @@ def _rows(model: Model, jobs: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
     keys = [inspect(model).get_property_by_column(column).key for column in table_of(model).columns]
     for job in jobs:
         if isinstance(job, tuple):
-            if len(job) != 3:  # noqa: PLR2004 - as the signature says
+            if len(job) != 3:
                 raise InvalidValueError("jobs", job, "expected a record, or a tuple of kind, target name and spec")
             kind, target_name, spec = job
             job = model(kind=kind, target_name=target_name, spec={} if spec is None else spec)  # noqa: PLW2901
@@ -233,5 +233,3 @@ def _rows(model: Model, jobs: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
             raise InvalidValueError("jobs", job, "expected a record, or a tuple of kind, target name and spec")
         state = inspect(job).dict
         yield tuple(state.get(key) for key in keys)
-
-

@@ -229,9 +229,7 @@ def _one_bad_row_stops_nothing(
             yield row, error
 
 
-def _attempt(
-    connection: Connection, rows: Sequence[Any], sweep: Callable[[Sequence[Any]], None]
-) -> Exception | None:
+def _attempt(connection: Connection, rows: Sequence[Any], sweep: Callable[[Sequence[Any]], None]) -> Exception | None:
     savepoint = connection.begin_nested()
     try:
         sweep(rows)
