@@ -52,7 +52,8 @@ def run(arguments: list[str] | None = None) -> None:
     except MlJobsError as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
-        _fail(f"{error.name} is not installed: {_EXTRAS.get(error.name or '', 'see the extras of mljobs')}")
+        name = (error.name or "").partition(".")[0]
+        _fail(f"{name} is not installed: {_EXTRAS.get(name, 'see the extras of mljobs')}")
     except (DBAPIError, ArgumentError, NoSuchModuleError) as error:
         cause: Any = getattr(error, "orig", None) or error
         _fail(str(cause).strip().partition("\n")[0])

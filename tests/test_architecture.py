@@ -1,0 +1,86 @@
+"""Imports point one way, and what should be cheap to import is."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "mljobs"
+
+ORDER = [
+    "states",
+    "errors",
+    "types",
+    "triggers",
+    "codec",
+    "guards",
+    "model",
+    "prepared",
+    "bulk",
+    "jobs",
+    "engines",
+    "wake",
+    "following",
+    "run",
+    "store",
+    "schema",
+    "demo",
+    "cli",
+    "__main__",
+]
+"""A module imports only from those before it; the package's own ``__init__`` is lazy and may name all."""
+
+
+def _module(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mljobs":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("mljobs.")}
+    return found & set(ORDER)
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    modules = {_module(path) for path in PACKAGE.rglob("*.py")} - {"__init__"}
+    assert modules == set(ORDER)
+
+
+def test_imports_only_point_to_earlier_modules() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        module = _module(path)
+        if module == "__init__":
+            continue
+        for imported in _imports(path) - {module}:
+            assert ORDER.index(imported) < ORDER.index(module), f"{path} imports {imported}"
+
+
+def _loaded_by(statement: str) -> set[str]:
+    code = f"{statement}; import sys; print('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_or_a_leaf_does_not_load_the_model() -> None:
+    assert not {"mljobs.model", "sqlalchemy"} & _loaded_by("import mljobs")
+    assert not {"mljobs.model", "sqlalchemy.orm"} & _loaded_by("import mljobs.triggers")
+
+
+def test_every_public_name_is_there_once_and_typed() -> None:
+    import mljobs
+
+    for name in mljobs.__all__:
+        assert getattr(mljobs, name) is not None
+        assert name in dir(mljobs)
+    assert (PACKAGE / "py.typed").exists()
+    with pytest.raises(AttributeError, match="nothing"):
+        mljobs.nothing  # noqa: B018

@@ -1,0 +1,79 @@
+"""What the README and the docs show runs as it stands, and agrees with the code."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, delete
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+
+from mljobs import MlJob, MlJobStatus, metadata
+from mljobs.states import TRANSITIONS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
+def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    engine = create_engine(f"sqlite:///{tmp_path / 'docs.db'}", poolclass=NullPool)
+    metadata.create_all(engine)
+    if page.name == "migrations.md":
+        metadata.drop_all(engine)
+    names: dict[str, Any] = {
+        "engine": engine,
+        "Session": Session,
+        "MlJob": MlJob,
+        "delete": delete,
+        "long_ago": datetime.now(UTC) - timedelta(days=90),
+    }
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(block, str(page), "exec"), names)
+    for value in list(names.values()):
+        for end in ("dispose", "close"):
+            if hasattr(value, end) and not isinstance(value, type):
+                getattr(value, end)()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+
+
+def test_the_readme_shows_the_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test_every_python_block_runs(ROOT / "README.md", tmp_path, monkeypatch)
+    assert "is completed (since " in capsys.readouterr().out
+
+
+def test_the_readmes_graph_is_the_table_of_transitions() -> None:
+    block = re.search(r"## The states\n\n```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    lines = []
+    for state in MlJobStatus:
+        after = [other.token for other in MlJobStatus if other in TRANSITIONS[state]]
+        lines.append(f"{state.token:<9} -> {' | '.join(after)}" if after else f"{state.token:<12} final")
+    assert block[1].splitlines() == lines
+
+
+def test_the_page_of_states_says_what_the_code_says() -> None:
+    page = (ROOT / "docs" / "states.md").read_text()
+    source = (ROOT / "mljobs" / "states.py").read_text()
+    for state in MlJobStatus:
+        sentence = re.search(rf'    {state.name} = "{state.token}"\n    """(.*?)"""', source, re.DOTALL)
+        assert sentence is not None
+        assert f"| `{state.token}` | {sentence[1]} |" in page
+    edges = set(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", page, re.MULTILINE))
+    assert edges == {(old.token, new.token) for old, news in TRANSITIONS.items() for new in news}
+
+
+def test_every_link_leads_somewhere() -> None:
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
