@@ -1,0 +1,379 @@
+"""``python -m benchmarks.lifecycle``: each operation against raw psycopg running the same statements, in the same run.
+
+``python -m benchmarks.lifecycle submit claims`` runs only those parts; ``BENCH_REPEATS`` and ``BENCH_SCALE`` shorten it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+from sqlalchemy import create_engine, event, text
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+from uuid_utils.compat import uuid7
+
+from benchmarks.bench import clear, compare, database, rate, report
+from mljobs import JobStore, MlJob
+from mljobs.jobs.claiming import _claim_statement, _renewal
+from mljobs.jobs.finishing import _finish_statement
+from mljobs.jobs.submitting import _insertion
+from mljobs.model import MlJobMixin
+from mljobs.prepared import Prepared, _Compiled
+
+SCALE = float(os.environ.get("BENCH_SCALE", "1"))
+SPEC = {"model": "gradient boosting", "depth": 6, "lr": 0.05, "features": ["age", "country", "clicks_7d"]}
+SPEC_TEXT = '{"model":"gradient boosting","depth":6,"lr":0.05,"features":["age","country","clicks_7d"]}'
+COLUMNS = [column.name for column in MlJob.__table__.columns]
+TYPES = [
+    "uuid", "text", "text", "text", "int2", "timestamptz", "timestamptz", "timestamptz", "text", "text", "text",
+    "int2", "int2", "timestamptz", "bool", "uuid",
+]  # fmt: skip
+
+
+def scaled(number: int) -> int:
+    return max(10, int(number * SCALE))
+
+
+def address(url: str) -> str:
+    return url.replace("+psycopg", "")
+
+
+def sql(prepared: Prepared, store: JobStore) -> str:
+    """Return the very text that the store sends."""
+    return _Compiled(prepared._statement(store.engine.dialect), store.engine.dialect).text
+
+
+def row() -> tuple[Any, ...]:
+    now = datetime.now(UTC)
+    return (uuid7(), "train", "spam", "queued", 0, now, None, None, None, SPEC_TEXT, None, 0, 0, None, False, None)
+
+
+def submit(url: str) -> None:
+    number = scaled(2000)
+    with JobStore(url) as store, psycopg.connect(address(url), autocommit=True) as raw:
+        insertion = sql(_insertion(MlJob), store)
+
+        def by_raw() -> float:
+            clear(url)
+            return rate(number, lambda: [raw.execute(insertion, dict(zip(COLUMNS, row(), strict=True))) for _ in range(number)])
+
+        def by_store() -> float:
+            clear(url)
+            return rate(number, lambda: [store.submit("train", "spam", SPEC) for _ in range(number)])
+
+        def by_session() -> float:
+            clear(url)
+
+            def add() -> None:
+                with Session(store.engine) as session, session.begin():
+                    session.add(MlJob(kind="train", target_name="spam", spec=SPEC))
+
+            return rate(number, lambda: [add() for _ in range(number)])
+
+        rivals = {"raw psycopg, autocommit": by_raw, "store.submit": by_store, "session.add + commit": by_session}
+        report(f"submit one, {number} times", compare(rivals), 0.65)
+
+
+def submit_many(url: str) -> None:
+    number = scaled(100_000)
+    with JobStore(url) as store, psycopg.connect(address(url)) as raw:
+        rows = [row() for _ in range(number)]
+        records = [MlJob(kind="train", target_name="spam", spec_json=SPEC_TEXT) for _ in range(number)]
+        tuples = [("train", "spam", SPEC)] * number
+
+        def by_raw() -> float:
+            clear(url)
+
+            def copy() -> None:
+                with raw.cursor() as cursor, cursor.copy(
+                    f"COPY ml_jobs ({', '.join(COLUMNS)}) FROM STDIN (FORMAT binary)"
+                ) as pipe:
+                    pipe.set_types(TYPES)
+                    for values in rows:
+                        pipe.write_row(values)
+                raw.commit()
+
+            return rate(number, copy)
+
+        def by(source: list[Any]) -> Callable[[], float]:
+            def run() -> float:
+                clear(url)
+                return rate(number, lambda: store.submit_many(source))
+
+            return run
+
+        rivals = {"raw binary COPY of ready rows": by_raw, "submit_many(records)": by(records), "submit_many(tuples)": by(tuples)}
+        report(f"submit many, {number:,}", compare(rivals), 0.7)
+
+
+def _store_worker(store: JobStore, batch: int, rounds: int) -> None:
+    for _ in range(rounds):
+        claims = store.claim(worker="w", limit=batch)
+        if batch == 1:
+            store.complete(claims[0], {"auc": 0.97})
+        else:
+            store.complete_many([(claim, {"auc": 0.97}) for claim in claims])
+
+
+def _raw_claims(url: str, store: JobStore, batch: int, rounds: int, threads: int) -> None:
+    dialect = store.engine.dialect
+    claim = _Compiled(_claim_statement(MlJob, "any")._statement(dialect), dialect)
+    finish = _Compiled(_finish_statement(MlJob)._statement(dialect), dialect)
+
+    def work() -> None:
+        with psycopg.connect(address(url), autocommit=True) as raw:
+            for _ in range(rounds):
+                given = {"worker": "w", "lease": timedelta(seconds=60), "limit": batch}
+                rows = raw.execute(claim.text, {**claim.fixed, **given}).fetchall()
+                finished = {
+                    "tokens": [r[0] for r in rows],
+                    "ids": [r[2] for r in rows],
+                    "statuses": ["completed"] * len(rows),
+                    "errors": [None] * len(rows),
+                    "metrics": ['{"auc":0.97}'] * len(rows),
+                }
+                raw.execute(finish.text, {**finish.fixed, **finished}).fetchall()
+
+    _in_threads(work, threads)
+
+
+def _in_threads(work: Callable[[], None], threads: int) -> None:
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def claims(url: str, finished: int = 0) -> None:
+    with JobStore(url, pool_size=10) as store:
+        clear(url, keep_finished=True)
+        for batch, threads, number in (
+            (1, 1, scaled(1000)),
+            (1, 2, scaled(1000)),
+            (1, 4, scaled(1000)),
+            (1, 8, scaled(1000)),
+            (10, 1, scaled(5000)),
+            (100, 1, scaled(20_000)),
+            (100, 2, scaled(20_000)),
+        ):
+            rounds = max(1, number // batch // threads)
+            jobs_in_all = rounds * batch * threads
+
+            def fill(jobs_in_all: int = jobs_in_all) -> None:
+                clear(url, keep_finished=True)
+                store.submit_many([("train", f"t{n % 100}", SPEC) for n in range(jobs_in_all)])
+                with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                    connection.execute(text("ANALYZE ml_jobs"))
+
+            def by_raw(batch: int = batch, rounds: int = rounds, threads: int = threads, n: int = jobs_in_all) -> float:
+                fill(n)
+                return rate(n, lambda: _raw_claims(url, store, batch, rounds, threads))
+
+            def by_store(batch: int = batch, rounds: int = rounds, threads: int = threads, n: int = jobs_in_all) -> float:
+                fill(n)
+                return rate(n, lambda: _in_threads(lambda: _store_worker(store, batch, rounds), threads))
+
+            title = f"claim + complete, batches of {batch}, {threads} threads, {finished:,} finished rows"
+            target = 0.75 if batch == 1 else 0.8
+            report(title, compare({"raw psycopg, same statements": by_raw, "store": by_store}), target)
+
+
+def flat(url: str) -> None:
+    """Throughput beside a million finished rows, against beside none; both in turn, on two tables' worth of history."""
+    million = scaled(1_000_000)
+    number = scaled(20_000)
+    results: dict[str, list[float]] = {"beside 0 finished": [], f"beside {million:,} finished": []}
+    with JobStore(url) as store:
+        for _ in range(3):
+            for name, history in zip(results, (0, million), strict=True):
+                clear(url)
+                old = datetime(2026, 1, 1, tzinfo=UTC)
+                store.submit_many(
+                    MlJob(kind="train", target_name=f"t{n % 1000}", status="completed", progress=100, created_at=old,
+                          started_at=old, finished_at=old, spec_json=SPEC_TEXT)
+                    for n in range(history)
+                )  # fmt: skip
+                store.submit_many([("train", f"t{n % 100}", SPEC) for n in range(number)])
+                with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                    connection.execute(text("VACUUM ANALYZE ml_jobs"))
+                    connection.execute(text("CHECKPOINT"))
+                results[name].append(rate(number, lambda: _store_worker(store, 100, number // 100)))
+                if history:
+                    started = datetime.now(UTC)
+                    counts = store.counts()
+                    took = (datetime.now(UTC) - started).total_seconds() * 1000
+                    print(f"  counts(): {took:.1f} ms, {counts.total():,} jobs, exact={counts.exact}")
+    report("claim + complete in batches of 100", results, 0.95)
+
+
+def life(url: str) -> None:
+    number = scaled(300)
+    with JobStore(url) as store:
+
+        def by_store() -> float:
+            clear(url)
+
+            def one() -> None:
+                job = store.submit("train", "spam", SPEC)
+                claim = store.claim_one(job, worker="w")
+                for step in range(10):
+                    store.set_progress(claim, step * 10)
+                store.complete(claim, {"auc": 0.97})
+
+            return rate(number, lambda: [one() for _ in range(number)])
+
+        report(f"create + 10 progress values + finish, {number} times", compare({"store": by_store}))
+
+
+def guard(url: str) -> None:
+    """A flush of 5,000 changed rows, with hooks and trigger and without either."""
+    number = scaled(5000)
+    engine = create_engine(url, poolclass=NullPool)
+
+    def flush(*, guarded: bool) -> float:
+        clear(url)
+        from mljobs import guards  # noqa: PLC0415
+
+        with engine.begin() as connection:
+            verb = "ENABLE" if guarded else "DISABLE"
+            connection.execute(text(f"ALTER TABLE ml_jobs {verb} TRIGGER ml_jobs_guard_update"))
+        if not guarded:
+            event.remove(MlJobMixin, "before_update", guards._check_update)
+        try:
+            with Session(engine) as session:
+                session.add_all([MlJob(kind="train", target_name="spam", spec_json="{}") for _ in range(number)])
+                session.commit()
+                found = session.query(MlJob).all()
+                for job in found:
+                    job.progress = 50
+                return rate(number, session.flush)
+        finally:
+            if not guarded:
+                event.listen(MlJobMixin, "before_update", guards._check_update, propagate=True)
+            with engine.begin() as connection:
+                connection.execute(text("ALTER TABLE ml_jobs ENABLE TRIGGER ml_jobs_guard_update"))
+
+    rivals = {"no guard": lambda: flush(guarded=False), "hooks and trigger": lambda: flush(guarded=True)}
+    report(f"flush of {number:,} changed rows", compare(rivals), 0.9)
+
+
+def heartbeats(url: str) -> None:
+    number = scaled(10_000)
+    with JobStore(url) as store:
+        clear(url)
+        store.submit_many([("train", "t", {}) for _ in range(number)])
+        held = store.claim(worker="w", limit=min(number, 10_000))
+        with psycopg.connect(address(url), autocommit=True) as raw:
+            statement = _Compiled(_renewal(MlJob)._statement(store.engine.dialect), store.engine.dialect)
+            tokens = [claim.token for claim in held]
+
+            def by_raw() -> float:
+                given = {**statement.fixed, "tokens": tokens, "lease": timedelta(seconds=60)}
+                return rate(number, lambda: raw.execute(statement.text, given).fetchall())
+
+            def by_store() -> float:
+                return rate(number, lambda: store.renew(held))
+
+            report(f"heartbeat of {number:,} leases, one statement", compare({"raw": by_raw, "store.renew": by_store}))
+
+
+def notify(url: str) -> None:
+    """What NOTIFY costs 8 concurrent submitters: nobody sleeps, a worker sleeps, and a trigger that always notifies."""
+    number = scaled(500)
+    engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+
+    def always(*, on: bool) -> None:
+        with engine.connect() as connection:
+            connection.execute(text("DROP TRIGGER IF EXISTS always ON ml_jobs"))
+            connection.execute(
+                text(
+                    "CREATE OR REPLACE FUNCTION always() RETURNS trigger LANGUAGE plpgsql "
+                    "AS $$ BEGIN PERFORM pg_notify('other', ''); RETURN NULL; END $$"
+                )
+            )
+            wake = "DISABLE" if on else "ENABLE"
+            connection.execute(text(f"ALTER TABLE ml_jobs {wake} TRIGGER ml_jobs_wake_insert"))
+            if on:
+                connection.execute(
+                    text("CREATE TRIGGER always AFTER INSERT ON ml_jobs FOR EACH STATEMENT EXECUTE FUNCTION always()")
+                )
+
+    def trigger(*, enabled: bool) -> None:
+        with engine.connect() as connection:
+            verb = "ENABLE" if enabled else "DISABLE"
+            connection.execute(text(f"ALTER TABLE ml_jobs {verb} TRIGGER ml_jobs_wake_insert"))
+
+    with JobStore(url, pool_size=10) as store:
+
+        def eight() -> float:
+            def work() -> None:
+                for _ in range(number):
+                    store.submit("train", "spam", SPEC)
+
+            return rate(number * 8, lambda: _in_threads(work, 8))
+
+        def none() -> float:
+            clear(url)
+            trigger(enabled=False)
+            try:
+                return eight()
+            finally:
+                trigger(enabled=True)
+
+        def awake() -> float:
+            clear(url)
+            return eight()
+
+        def asleep() -> float:
+            from mljobs.wake import Sleeper  # noqa: PLC0415
+
+            clear(url)
+            with Sleeper(store.engine, MlJob, workers=True) as sleeper:
+                sleeper.sleep(0)
+                return eight()
+
+        def every() -> float:
+            clear(url)
+            always(on=True)
+            try:
+                return eight()
+            finally:
+                always(on=False)
+
+        rivals = {
+            "no trigger": none,
+            "trigger, nobody sleeps": awake,
+            "trigger, a worker sleeps": asleep,
+            "a trigger that always notifies": every,
+        }
+        report("submit with 8 threads: what NOTIFY costs", compare(rivals))
+    engine.dispose()
+
+
+PARTS: dict[str, Callable[[str], None]] = {
+    "submit": submit,
+    "submit_many": submit_many,
+    "claims": claims,
+    "life": life,
+    "guard": guard,
+    "heartbeats": heartbeats,
+    "notify": notify,
+    "flat": flat,
+}
+
+
+def main(names: list[str]) -> None:
+    with database() as url:
+        for name in names or PARTS:
+            PARTS[name](url)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
