@@ -7,6 +7,8 @@ outcome is one method, which sets every field that belongs to it, so no illegal 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import is_dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -60,9 +62,6 @@ from mljobs.types import (
     to_utc,
     utc_now,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _SMALLINT_MAX = 32_767
 _IDENTIFIER_MAX = 63  # PostgreSQL's limit, in bytes
@@ -483,21 +482,29 @@ _RANGES = {
 
 
 @event.listens_for(MlJobMixin, "init", propagate=True)
-def _complete_at_construction(_job: MlJobMixin, _args: object, values: dict[str, Any]) -> None:
+def _complete_at_construction(job: MlJobMixin, _args: object, values: dict[str, Any]) -> None:
     for name in ("spec", "metrics"):
         if name in values and f"{name}_json" in values:
             raise InvalidValueError(name, values[name], f"give {name} or {name}_json, not both")
+    # Straight into the instance: seven attribute events with their checks, for values that are known to be right, would
+    # cost more than all else. A dataclass assigns every field itself, so it gets them as arguments.
+    known = values if is_dataclass(job) else inspect(job).dict
+    for name, make in _AT_CONSTRUCTION:
+        if name not in values:
+            known[name] = make()
     if "spec" not in values and "spec_json" not in values:
-        values["spec_json"] = "{}"
-    if "id" not in values:
-        values["id"] = uuid7()
-    if "created_at" not in values:
-        values["created_at"] = utc_now()
-    values.setdefault("status", MlJobStatus.QUEUED)
-    values.setdefault("progress", 0)
-    values.setdefault("attempts", 0)
-    values.setdefault("priority", 0)
-    values.setdefault("exclusive", False)
+        known["spec_json"] = "{}"
+
+
+_AT_CONSTRUCTION: tuple[tuple[str, Callable[[], object]], ...] = (
+    ("id", uuid7),
+    ("created_at", utc_now),
+    ("status", lambda: MlJobStatus.QUEUED),
+    ("progress", int),
+    ("attempts", int),
+    ("priority", int),
+    ("exclusive", bool),
+)
 
 
 @event.listens_for(MlJobMixin, "after_mapper_constructed", propagate=True)
