@@ -27,12 +27,12 @@ class _Compiled:
         self.text: str = compiled.string
         # Values the statement itself carries: limits, tokens, flags.
         self.fixed: dict[str, Any] = {
-            name: bind.effective_value for name, bind in compiled.binds.items() if not bind.required
+            name: bind.effective_value for bind, name in compiled.bind_names.items() if not bind.required
         }
         self.names: Sequence[str] = tuple(compiled.positiontup or ())
         self.positional: bool = compiled.positional
         self.bind: dict[str, _Process] = {}
-        for name, bind in compiled.binds.items():
+        for bind, name in compiled.bind_names.items():
             process = bind.type.dialect_impl(dialect).bind_processor(dialect)
             if process is not None:
                 self.bind[name] = process

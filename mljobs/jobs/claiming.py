@@ -400,7 +400,7 @@ def _claim_statement(model: Model, which: str) -> Prepared:
             now_of(dialect),
             expiry_of(dialect),
             picked.c.target_lock,
-        )
+        ).order_by(picked.c.target_lock)  # two claims that take several targets wait for each other in one order
         leased = (
             pg_insert(leases)
             .from_select(_LEASE_COLUMNS, source)
