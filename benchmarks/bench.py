@@ -60,7 +60,11 @@ def report(title: str, rates: dict[str, list[float]], target: float | None = Non
     for name in names:
         ratios = [rate / other for rate, other in zip(rates[name], bound, strict=True)]
         ratio = statistics.median(ratios)
-        goal = "" if name == names[0] or target is None else f"   target {target:g}: {'met' if ratio >= target else 'MISSED'}"
+        goal = (
+            ""
+            if name == names[0] or target is None
+            else f"   target {target:g}: {'met' if ratio >= target else 'MISSED'}"
+        )
         print(
             f"  {name:<34} {statistics.median(rates[name]):>11,.0f}/s  ({min(rates[name]):,.0f} .. {max(rates[name]):,.0f})"
             f"  ratio {ratio:.2f} ({min(ratios):.2f} .. {max(ratios):.2f}){goal}",

@@ -61,7 +61,9 @@ def submit(url: str) -> None:
 
         def by_raw() -> float:
             clear(url)
-            return rate(number, lambda: [raw.execute(insertion, dict(zip(COLUMNS, row(), strict=True))) for _ in range(number)])
+            return rate(
+                number, lambda: [raw.execute(insertion, dict(zip(COLUMNS, row(), strict=True))) for _ in range(number)]
+            )
 
         def by_store() -> float:
             clear(url)
@@ -91,9 +93,10 @@ def submit_many(url: str) -> None:
             clear(url)
 
             def copy() -> None:
-                with raw.cursor() as cursor, cursor.copy(
-                    f"COPY ml_jobs ({', '.join(COLUMNS)}) FROM STDIN (FORMAT binary)"
-                ) as pipe:
+                with (
+                    raw.cursor() as cursor,
+                    cursor.copy(f"COPY ml_jobs ({', '.join(COLUMNS)}) FROM STDIN (FORMAT binary)") as pipe,
+                ):
                     pipe.set_types(TYPES)
                     for values in rows:
                         pipe.write_row(values)
@@ -108,7 +111,11 @@ def submit_many(url: str) -> None:
 
             return run
 
-        rivals = {"raw binary COPY of ready rows": by_raw, "submit_many(records)": by(records), "submit_many(tuples)": by(tuples)}
+        rivals = {
+            "raw binary COPY of ready rows": by_raw,
+            "submit_many(records)": by(records),
+            "submit_many(tuples)": by(tuples),
+        }
         report(f"submit many, {number:,}", compare(rivals), 0.7)
 
 
@@ -123,7 +130,7 @@ def _store_worker(store: JobStore, batch: int, rounds: int) -> None:
 
 def _raw_claims(url: str, store: JobStore, batch: int, rounds: int, threads: int) -> None:
     dialect = store.engine.dialect
-    claim = _Compiled(_claim_statement(MlJob, "any")._statement(dialect), dialect)
+    claim = _Compiled(_claim_statement(MlJob, "any", batch)._statement(dialect), dialect)
     finish = _Compiled(_finish_statement(MlJob)._statement(dialect), dialect)
 
     def work() -> None:
@@ -176,7 +183,9 @@ def claims(url: str, finished: int = 0) -> None:
                 fill(n)
                 return rate(n, lambda: _raw_claims(url, store, batch, rounds, threads))
 
-            def by_store(batch: int = batch, rounds: int = rounds, threads: int = threads, n: int = jobs_in_all) -> float:
+            def by_store(
+                batch: int = batch, rounds: int = rounds, threads: int = threads, n: int = jobs_in_all
+            ) -> float:
                 fill(n)
                 return rate(n, lambda: _in_threads(lambda: _store_worker(store, batch, rounds), threads))
 

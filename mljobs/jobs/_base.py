@@ -12,13 +12,16 @@ from sqlalchemy import (
     ARRAY,
     Connection,
     DateTime,
+    Integer,
     Interval,
+    String,
     Table,
     Text,
     any_,
     bindparam,
     func,
     inspect,
+    literal_column,
     select,
     update,
 )
@@ -97,7 +100,18 @@ def lock_sqlite(connection: Connection, model: Model) -> None:
 @per_model
 def _write_nothing(model: Model) -> Prepared:
     leases = model.__leases__
-    return Prepared(lambda _: update(leases).values(worker=leases.c.worker).where(leases.c.token < 0))
+    return Prepared(lambda _: update(leases).values(worker=leases.c.worker).where(leases.c.token < constant(0)))
+
+
+def constant(value: str | int) -> Any:
+    """Return ``value`` as text of the statement.
+
+    A parameter instead would hide it from the planner: neither database can prove from ``status = $1`` that a partial
+    index serves, and PostgreSQL would plan the prepared statement anew each time.
+    """
+    if isinstance(value, int):
+        return literal_column(str(value), Integer())
+    return literal_column("'" + str(value).replace("'", "''") + "'", String())
 
 
 # ---------------------------------------------------------------------------------------------------------- clock
@@ -107,7 +121,7 @@ def now_of(dialect_name: str) -> ColumnElement[Any]:
     """Return the expression for the present time: PostgreSQL's own clock, on SQLite the parameter ``now``."""
     if dialect_name == "postgresql":
         # Floored: a timestamptz(3) would round up, and a job would start in the future.
-        return func.date_trunc("milliseconds", func.statement_timestamp(), type_=DateTime(timezone=True))
+        return func.date_trunc(constant("milliseconds"), func.statement_timestamp(), type_=DateTime(timezone=True))
     return bindparam("now", type_=UtcMillis("now"))
 
 
@@ -115,7 +129,7 @@ def expiry_of(dialect_name: str) -> ColumnElement[Any]:
     """Return the expression for the end of a lease that begins now, of ``lease`` seconds (see ``moments``)."""
     if dialect_name == "postgresql":
         moment = func.statement_timestamp(type_=DateTime(timezone=True)) + bindparam("lease", type_=Interval())
-        return func.date_trunc("milliseconds", moment, type_=DateTime(timezone=True))
+        return func.date_trunc(constant("milliseconds"), moment, type_=DateTime(timezone=True))
     return bindparam("expires", type_=UtcMillis("expires_at"))
 
 

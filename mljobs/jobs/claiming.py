@@ -43,6 +43,7 @@ from mljobs.jobs._base import (
     check_count,
     check_lease,
     connection_of,
+    constant,
     expiry_of,
     id_of,
     is_postgres,
@@ -70,6 +71,7 @@ MAX_BATCH = 10_000
 _PROGRESS_MAX = 100
 _ATTEMPTS_MAX = 32_767
 _ROUNDS = 20
+_TOLD_MAX = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,13 +344,13 @@ def _queue_order(claim: Claim) -> tuple[int, datetime, UUID]:
 def _claim_postgres(
     connection: Connection, model: Model, which: str, parameters: dict[str, Any]
 ) -> list[tuple[Any, ...]]:
-    return _claim_statement(model, which).rows(connection, parameters)
+    return _claim_statement(model, which, _told(parameters)).rows(connection, parameters)
 
 
 def _claim_sqlite(
     connection: Connection, model: Model, which: str, parameters: dict[str, Any]
 ) -> list[tuple[Any, ...]]:
-    picked = _pick_statement(model, which).rows(connection, parameters)
+    picked = _pick_statement(model, which, _told(parameters)).rows(connection, parameters)
     rows: list[tuple[Any, ...]] = []
     for job_id, target_lock in picked:
         own = {**parameters, "id": job_id, "target_lock": target_lock}
@@ -361,11 +363,11 @@ def _claim_sqlite(
     return rows
 
 
-def _picked(model: Model, which: str, dialect: str) -> Select[Any]:
+def _picked(model: Model, which: str, limit: int, dialect: str) -> Select[Any]:
     jobs, leases = table_of(model).alias("j"), model.__leases__
     holders = leases.alias("h")
     condition = [
-        jobs.c.status == MlJobStatus.QUEUED,
+        jobs.c.status == constant(MlJobStatus.QUEUED),
         # A queued job has no lease, unless somebody put it back by hand while a worker held it.
         ~exists().where(holders.c.job_id == jobs.c.id),
         ~and_(jobs.c.exclusive, exists().where(leases.c.target_lock == jobs.c.target_name)),
@@ -380,20 +382,29 @@ def _picked(model: Model, which: str, dialect: str) -> Select[Any]:
         select(jobs.c.id, case((jobs.c.exclusive, jobs.c.target_name), else_=null()).label("target_lock"))
         .where(*condition)
         .order_by(jobs.c.priority.desc(), jobs.c.created_at, jobs.c.id)
-        .limit(bindparam("limit", type_=Integer()))
+        .limit(constant(limit) if limit else bindparam("limit", type_=Integer()))
     )
+
+
+def _told(parameters: dict[str, Any]) -> int:
+    """Return the limit that the statement itself says; 0 for one that is too rare to have a statement of its own.
+
+    With the limit as a parameter, a prepared plan would have to reckon with a tenth of the queue.
+    """
+    limit: int = parameters["limit"]
+    return limit if limit <= _TOLD_MAX else 0
 
 
 _LEASE_COLUMNS = ("job_id", "worker", "acquired_at", "expires_at", "target_lock")
 
 
 @per_model
-def _claim_statement(model: Model, which: str) -> Prepared:
+def _claim_statement(model: Model, which: str, limit: int) -> Prepared:
     """PostgreSQL: pick, lease and start in one statement; a picked job without lease comes back as a row of NULLs."""
 
     def build(dialect: str) -> Select[Any]:
         jobs, leases = table_of(model), model.__leases__
-        picked = _picked(model, which, dialect).with_for_update(skip_locked=True, key_share=True).cte("picked")
+        picked = _picked(model, which, limit, dialect).with_for_update(skip_locked=True, key_share=True).cte("picked")
         source = select(
             picked.c.id,
             bindparam("worker", type_=Text()),
@@ -421,8 +432,8 @@ def _claim_statement(model: Model, which: str) -> Prepared:
 
 
 @per_model
-def _pick_statement(model: Model, which: str) -> Prepared:
-    return Prepared(lambda dialect: _picked(model, which, dialect))
+def _pick_statement(model: Model, which: str, limit: int) -> Prepared:
+    return Prepared(lambda dialect: _picked(model, which, limit, dialect))
 
 
 @per_model
@@ -449,10 +460,10 @@ def _start_statement(model: Model) -> Prepared:
 def _started(model: Model, dialect: str) -> dict[str, Any]:
     attempts = table_of(model).c.attempts
     return {
-        "status": MlJobStatus.RUNNING,
-        "progress": 0,
+        "status": constant(MlJobStatus.RUNNING),
+        "progress": constant(0),
         "started_at": now_of(dialect),
-        "attempts": case((attempts < _ATTEMPTS_MAX, attempts + 1), else_=attempts),
+        "attempts": case((attempts < constant(_ATTEMPTS_MAX), attempts + constant(1)), else_=attempts),
     }
 
 
@@ -529,7 +540,7 @@ def _progress_statement(model: Model) -> Prepared:
         )
         written = (
             update(jobs)
-            .where(jobs.c.id == held.c.ids, jobs.c.status == MlJobStatus.RUNNING)
+            .where(jobs.c.id == held.c.ids, jobs.c.status == constant(MlJobStatus.RUNNING))
             .values(progress=held.c.progress)
             .returning(jobs.c.id)
             .cte("written")
@@ -549,6 +560,8 @@ def _held_statement(model: Model) -> Prepared:
 @per_model
 def _one_progress_statement(model: Model) -> Prepared:
     jobs = table_of(model)
-    statement = update(jobs).where(jobs.c.id == bindparam("id", type_=JobId()), jobs.c.status == MlJobStatus.RUNNING)
+    statement = update(jobs).where(
+        jobs.c.id == bindparam("id", type_=JobId()), jobs.c.status == constant(MlJobStatus.RUNNING)
+    )
     progress = bindparam("progress", type_=SmallInteger())
     return Prepared(lambda _: statement.values(progress=progress).returning(jobs.c.id))

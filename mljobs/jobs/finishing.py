@@ -17,7 +17,6 @@ from sqlalchemy import (
     cast,
     delete,
     func,
-    literal,
     null,
     select,
     type_coerce,
@@ -29,6 +28,7 @@ from mljobs.jobs._base import (
     JobRef,
     Model,
     connection_of,
+    constant,
     id_of,
     is_postgres,
     lock_sqlite,
@@ -280,7 +280,7 @@ def _finish_statement(model: Model) -> Prepared:
         )
         written = (
             update(jobs)
-            .where(jobs.c.id == held.c.ids, jobs.c.status == MlJobStatus.RUNNING)
+            .where(jobs.c.id == held.c.ids, jobs.c.status == constant(MlJobStatus.RUNNING))
             .values(_finished(model, dialect, held.c.statuses, held.c.errors, held.c.metrics))
             .returning(jobs.c.id)
             .cte("written")
@@ -311,7 +311,7 @@ def _outcome_statement(model: Model) -> Prepared:
         )
         return (
             update(jobs)
-            .where(jobs.c.id == bindparam("id", type_=JobId()), jobs.c.status == MlJobStatus.RUNNING)
+            .where(jobs.c.id == bindparam("id", type_=JobId()), jobs.c.status == constant(MlJobStatus.RUNNING))
             .values(_finished(model, dialect, status, error, metrics))
             .returning(jobs.c.id)
         )
@@ -322,8 +322,8 @@ def _outcome_statement(model: Model) -> Prepared:
 def _finished(model: Model, dialect: str, status: Any, error: Any, metrics: Any) -> dict[str, Any]:
     """Return every field that belongs to an outcome; the same for both databases."""
     jobs = table_of(model)
-    progress = case((status == _QUEUED.value, 0), (status == _COMPLETED.value, 100), else_=jobs.c.progress)
-    queued = status == _QUEUED.value
+    queued, completed = status == constant(_QUEUED), status == constant(_COMPLETED)
+    progress = case((queued, constant(0)), (completed, constant(100)), else_=jobs.c.progress)
     text_of_metrics = cast(metrics, jobs.c.metrics_json.type) if dialect == "postgresql" else metrics
     return {
         "status": type_coerce(status, jobs.c.status.type),
@@ -340,8 +340,10 @@ def _cancellation(model: Model) -> Prepared:
     jobs = table_of(model)
     statement = update(jobs).where(
         jobs.c.id == bindparam("id", type_=JobId()),
-        jobs.c.status.in_([literal(status, jobs.c.status.type) for status in ACTIVE]),
+        jobs.c.status.in_([constant(status) for status in ACTIVE]),
     )
     return Prepared(
-        lambda dialect: statement.values(status=MlJobStatus.CANCELLED, finished_at=now_of(dialect)).returning(jobs.c.id)
+        lambda dialect: statement.values(status=constant(MlJobStatus.CANCELLED), finished_at=now_of(dialect)).returning(
+            jobs.c.id
+        )
     )

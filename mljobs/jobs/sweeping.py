@@ -37,6 +37,7 @@ from mljobs.jobs._base import (
     any_of,
     check_count,
     connection_of,
+    constant,
     is_postgres,
     lock_sqlite,
     moments,
@@ -313,17 +314,17 @@ def _rescue_statement(model: Model) -> Prepared:
         spent = jobs.c.attempts >= bindparam("max_attempts", type_=Integer())
         values = {
             "status": case(
-                (spent, literal(MlJobStatus.FAILED, jobs.c.status.type)),
-                else_=literal(MlJobStatus.QUEUED, jobs.c.status.type),
+                (spent, constant(MlJobStatus.FAILED)),
+                else_=constant(MlJobStatus.QUEUED),
             ),
-            "progress": case((spent, jobs.c.progress), else_=0),
+            "progress": case((spent, jobs.c.progress), else_=constant(0)),
             "started_at": case((spent, jobs.c.started_at), else_=null()),
             "finished_at": case((spent, now_of(dialect)), else_=null()),
             "error_message": case((spent, reason), else_=jobs.c.error_message),
         }
         return (
             update(jobs)
-            .where(jobs.c.id == job_id, jobs.c.status == MlJobStatus.RUNNING)
+            .where(jobs.c.id == job_id, jobs.c.status == constant(MlJobStatus.RUNNING))
             .values(values)
             .returning(jobs.c.id, jobs.c.status)
         )
