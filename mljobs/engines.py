@@ -104,8 +104,10 @@ def _with_driver(url: str | URL, drivers: dict[str, str]) -> URL:
 def _options(url: URL, autocommit: bool, options: dict[str, Any]) -> dict[str, Any]:  # noqa: FBT001 - private
     if url.get_backend_name() == "sqlite":
         options.setdefault("connect_args", {}).setdefault("timeout", _BUSY_SECONDS)
-    elif autocommit:
-        options.setdefault("isolation_level", "AUTOCOMMIT")
+    else:
+        options.setdefault("pool_pre_ping", True)
+        if autocommit:
+            options.setdefault("isolation_level", "AUTOCOMMIT")
     return options
 
 

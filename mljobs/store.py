@@ -10,6 +10,9 @@ or on a host's ``sessionmaker``, runs each operation in a session, so that the h
 from __future__ import annotations
 
 import asyncio
+import os
+import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from datetime import datetime, timedelta
@@ -18,7 +21,7 @@ from inspect import signature
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
-from sqlalchemy import URL, Engine
+from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -39,6 +42,9 @@ R = TypeVar("R")
 _POLL = 1.0
 _POLL_SQLITE = 0.1
 _LEASE = DEFAULT_LEASE
+_READY_OWNED = 16
+_READY_SHARED = 2  # of a host's pool
+_FRESH_SECONDS = 1.0
 
 
 def _takes_model(operation: Callable[..., Any]) -> bool:
@@ -117,7 +123,8 @@ class JobStore:
             self._sessions = source
         else:
             raise InvalidValueError("source", source, "expected a URL, an Engine or a sessionmaker")
-        self._single, self._whole = _modes(engine, owned=self._owned)
+        single, self._whole = _modes(engine, owned=self._owned)
+        self._single = _Ready(single, _READY_OWNED if self._owned else _READY_SHARED)
         if self._sessions is None and not plain(model):
             self._sessions = sessionmaker(self._whole, expire_on_commit=False)
 
@@ -139,7 +146,9 @@ class JobStore:
         """
         if self._sessions is not None:
             return _detaching(self._sessions)
-        return self._whole.begin() if atomic else _closing(self._single)
+        if atomic or self.engine.dialect.name != "postgresql":
+            return self._whole.begin()
+        return self._single.use()
 
     submit = _bound(jobs.submit, atomic="unless_active")
     submit_many = _bound(jobs.submit_many, atomic=True)
@@ -255,7 +264,8 @@ class JobStore:
             _end(self, keeper, run, None)
 
     def close(self) -> None:
-        """Close the connections of a store that was made from a URL."""
+        """Give back all connections; of a store that was made from a URL, close them."""
+        self._single.close()
         if self._owned:
             self._whole.dispose()
 
@@ -466,11 +476,51 @@ def _modes(engine: Engine, *, owned: bool) -> tuple[Engine, Engine]:
     return engine.execution_options(isolation_level="AUTOCOMMIT"), engine
 
 
-@contextmanager
-def _closing(engine: Engine) -> Iterator[Bind]:
-    with engine.connect() as connection:
-        yield connection
-        connection.commit()
+class _Ready:
+    """Connections for single statements, kept ready between two operations: checking out costs as much as the statement.
+
+    Args:
+        engine: In AUTOCOMMIT.
+        most: How many to keep.
+    """
+
+    def __init__(self, engine: Engine, most: int) -> None:
+        self._engine = engine
+        self._most = most
+        self._ready: deque[tuple[Connection, float]] = deque()
+        self._process = os.getpid()
+
+    @contextmanager
+    def use(self) -> Iterator[Bind]:
+        """Lend a connection; one that failed goes back to the pool, which knows what to do with it."""
+        connection = self._take()
+        try:
+            yield connection
+        except BaseException:
+            connection.close()
+            raise
+        if len(self._ready) < self._most:
+            self._ready.append((connection, time.monotonic()))
+        else:
+            connection.close()
+
+    def _take(self) -> Connection:
+        if self._process != os.getpid():  # a fork: these belong to the parent
+            self._ready, self._process = deque(), os.getpid()
+            self._engine.dispose(close=False)
+        while True:
+            try:
+                connection, used = self._ready.pop()
+            except IndexError:
+                return self._engine.connect()
+            if time.monotonic() - used < _FRESH_SECONDS:
+                return connection
+            connection.close()  # the pool looks whether the server is still there
+
+    def close(self) -> None:
+        """Give all back to the pool."""
+        while self._ready:
+            self._ready.pop()[0].close()
 
 
 @contextmanager

@@ -226,30 +226,26 @@ def id_of(job: JobRef) -> UUID:
     return job.id if isinstance(job, MlJobMixin) else to_job_id(job)
 
 
-@per_model
-def _keys(model: Model) -> tuple[str, ...]:
-    mapper = inspect(model)
-    return tuple(mapper.get_property_by_column(column).key for column in table_of(model).columns)
-
-
 def record_columns(model: Model) -> list[ColumnElement[Any]]:
     """Return the columns that ``record`` reads, in its order."""
     return list(table_of(model).columns)
 
 
 @per_model
-def _new_instance(model: Model) -> Callable[[], Any]:
-    inspect(model).registry.configure()  # a process that never queried by the ORM has not done so yet
-    new_instance: Callable[[], Any] = inspect(model).class_manager.new_instance
-    return new_instance
+def _shape(model: Model) -> tuple[Callable[[], Any], tuple[str, ...], int, tuple[Any, ...]]:
+    """Return what makes a new instance, its keys in the order of the columns, where its id is, and its identity key."""
+    mapper = inspect(model)
+    mapper.registry.configure()  # a process that never queried by the ORM has not done so yet
+    keys = tuple(mapper.get_property_by_column(column).key for column in table_of(model).columns)
+    return mapper.class_manager.new_instance, keys, keys.index("id"), mapper.identity_key_from_primary_key((None,))
 
 
 def record(model: Model, row: Sequence[Any]) -> Any:
     """Return a detached instance that holds ``row``, as a session would have loaded it."""
-    job = _new_instance(model)()
-    state = inspect(job)
-    state.dict.update(zip(_keys(model), row, strict=False))
-    state.key = state.mapper.identity_key_from_primary_key((state.dict["id"],))
+    new_instance, keys, at_id, (identity, _, token) = _shape(model)
+    job: Any = new_instance()
+    job.__dict__.update(zip(keys, row, strict=True))
+    job._sa_instance_state.key = (identity, (row[at_id],), token)  # noqa: SLF001 - inspect(job) costs as much as the rest
     return job
 
 

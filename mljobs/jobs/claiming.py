@@ -6,7 +6,7 @@ condition of every later write, so a worker that lost its lease can write nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -330,15 +330,17 @@ def _claim(session: Bind, model: Model, which: str, parameters: dict[str, Any], 
         rows += taken
         if len(taken) == len(got) or len(rows) == limit:
             break
+    rows.sort(key=_queue_order(model))
     jobs = loaded(session, model, [record(model, row[2:]) for row in rows])
     worker = parameters["worker"]
-    claims = [Claim(job, row[0], worker, row[1]) for job, row in zip(jobs, rows, strict=True)]
-    claims.sort(key=_queue_order)
-    return claims
+    return [Claim(job, row[0], worker, row[1]) for job, row in zip(jobs, rows, strict=True)]
 
 
-def _queue_order(claim: Claim) -> tuple[int, datetime, UUID]:
-    return -claim.job.priority, claim.job.created_at, claim.job.id
+@per_model
+def _queue_order(model: Model) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    names = [column.name for column in table_of(model).columns]
+    priority, created, job_id = (2 + names.index(name) for name in ("priority", "created_at", "id"))
+    return lambda row: (-row[priority], row[created], row[job_id])
 
 
 def _claim_postgres(

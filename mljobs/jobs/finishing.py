@@ -44,7 +44,7 @@ from mljobs.jobs.claiming import Claim, explain, model_of, ordered_leases
 from mljobs.model import MlJob, error_text
 from mljobs.prepared import Prepared
 from mljobs.states import ACTIVE, MlJobStatus
-from mljobs.types import JobId, storable_json, storable_text, to_json_text
+from mljobs.types import JobId, storable_text, to_json_text
 
 _COMPLETED = MlJobStatus.COMPLETED
 _FAILED = MlJobStatus.FAILED
@@ -71,7 +71,7 @@ class Outcome:
         Raises:
             InvalidValueError: JSON, or PostgreSQL, cannot hold the metrics.
         """
-        text = None if metrics is None else storable_json("metrics", to_json_text("metrics", metrics))
+        text = None if metrics is None else to_json_text("metrics", metrics)
         return cls(claim, _COMPLETED, metrics_json=text)
 
     @classmethod
