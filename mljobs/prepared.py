@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Dialect
     from sqlalchemy.sql.expression import Executable
 
-Row = tuple[Any, ...]
+Row = Any  # a sequence of values
 _Process = Callable[[Any], Any]
 
 
@@ -57,8 +57,10 @@ class _Compiled:
     def row(self, raw: Sequence[Any]) -> Row:
         values = list(raw)
         for at, process in self.result:
-            values[at] = process(values[at])
-        return tuple(values)
+            value = values[at]
+            if value is not None:
+                values[at] = process(value)
+        return values
 
 
 class Prepared:
@@ -86,7 +88,7 @@ class Prepared:
             statement = self._statement(dialect)
             used = statement.compile(dialect=dialect).params  # type: ignore[attr-defined]
             mapped = connection.execute(statement, {name: parameters[name] for name in used if name in parameters})
-            return [tuple(row) for row in mapped] if mapped.returns_rows else []
+            return list(mapped) if mapped.returns_rows else []
         compiled = self._compiled.get(dialect)
         if compiled is None:
             compiled = self._compiled[dialect] = _Compiled(self._statement(dialect), dialect)

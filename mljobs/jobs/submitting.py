@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
-from sqlalchemy import BigInteger, bindparam, func, insert, inspect, literal, select
+from sqlalchemy import BigInteger, Connection, bindparam, func, insert, inspect, literal, select
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
@@ -84,6 +84,10 @@ def submit(
         InvalidValueError: A value is not one that its field can hold; or ``unless_active`` in a REPEATABLE READ
             transaction, which cannot see what others have committed since it began.
     """
+    special = priority != 0 or exclusive is not False or unless_active or run_after is not None or values
+    if not special and plain(model) and isinstance(session, Connection):
+        # The frequent case. To build the record by its constructor would cost as much again as to send it.
+        return _add_row(session, model, _row_of_plain(kind, target_name, {} if spec is None else spec))
     if spec is not None:
         values["spec"] = spec
     if run_after is not None:
@@ -173,10 +177,7 @@ def _add(bind: Bind, job: MlJob) -> MlJob:
     model = type(job)
     if plain(model):
         state = inspect(job).dict
-        values = {column.name: state.get(column.name) for column in table_of(model).columns}
-        _insertion(model).rows(bind, values)
-        detached: MlJob = record(model, tuple(values.values()))
-        return detached
+        return _add_row(bind, model, tuple([state.get(column.name) for column in table_of(model).columns]))
     if not bind.in_transaction():
         bind.begin()  # so that the session below leaves it open
     with Session(bind, join_transaction_mode="rollback_only", expire_on_commit=False) as session:
@@ -185,6 +186,12 @@ def _add(bind: Bind, job: MlJob) -> MlJob:
         session.refresh(job)
         session.expunge_all()
     return job
+
+
+def _add_row(connection: Connection, model: Model, row: tuple[Any, ...]) -> MlJob:
+    _insertion(model).rows(connection, dict(zip(table_of(model).columns.keys(), row, strict=True)))
+    detached: MlJob = record(model, row)
+    return detached
 
 
 @per_model
