@@ -74,8 +74,15 @@ _GUARDED = frozenset(GUARDED_COLUMNS)
 
 
 def _check_update(_mapper: Mapper[Any], _connection: Connection, target: Any) -> None:
-    changes = _changes(inspect(target))
-    if not changes:  # a host's own columns stay writable
+    state = attributes.instance_state(target)
+    if state.committed_state.keys().isdisjoint(_GUARDED):  # a host's own columns stay writable
+        return
+    if "status" not in state.committed_state:
+        present = state.dict.get("status")
+        if present is not None and not present.is_terminal:  # the frequent case, before the histories are asked
+            return
+    changes = _changes(state)
+    if not changes:
         return
     status = _stored(target, "status")
     if status is None:  # set without ever being loaded: ring 3 decides
