@@ -102,7 +102,7 @@ def server() -> Iterator[Server]:
             f"port={port}",
             "listen_addresses=127.0.0.1",
             "unix_socket_directories=",
-            "fsync=off",
+            f"fsync={os.environ.get('MLJOBS_TEST_POSTGRES_FSYNC', 'off')}",
             "max_connections=200",
         ]
         with (work / "log").open("wb") as log:

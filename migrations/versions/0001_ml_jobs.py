@@ -76,7 +76,7 @@ END
 $mljobs$""",
     """\
 CREATE TRIGGER ml_jobs_guard_update BEFORE UPDATE OF id, kind, target_name, status, progress, created_at, started_at, finished_at, error_message, spec_json, metrics_json, attempts, priority, run_after, exclusive, retry_of ON ml_jobs FOR EACH ROW
-WHEN (OLD.status IN ('completed', 'failed', 'cancelled') OR (NEW.status <> OLD.status AND NOT ((OLD.status = 'queued' AND NEW.status IN ('cancelled', 'failed', 'running')) OR (OLD.status = 'running' AND NEW.status IN ('cancelled', 'completed', 'failed', 'queued')))))
+WHEN (OLD.status IN ('completed', 'failed', 'cancelled') OR (OLD.status = 'queued' AND NEW.status IN ('completed')))
 EXECUTE FUNCTION ml_jobs_guard()""",
     """\
 CREATE TRIGGER ml_jobs_guard_delete BEFORE DELETE ON ml_jobs FOR EACH ROW
@@ -160,7 +160,7 @@ CREATE TABLE ml_jobs (
     "INSERT OR IGNORE INTO ml_jobs_guard (name, open) VALUES ('replace', 0), ('retention', 0)",
     """\
 CREATE TRIGGER ml_jobs_guard_update BEFORE UPDATE OF id, kind, target_name, status, progress, created_at, started_at, finished_at, error_message, spec_json, metrics_json, attempts, priority, run_after, "exclusive", retry_of ON ml_jobs
-WHEN OLD.status IN ('completed', 'failed', 'cancelled') OR (NEW.status <> OLD.status AND NOT ((OLD.status = 'queued' AND NEW.status IN ('cancelled', 'failed', 'running')) OR (OLD.status = 'running' AND NEW.status IN ('cancelled', 'completed', 'failed', 'queued'))))
+WHEN OLD.status IN ('completed', 'failed', 'cancelled') OR (OLD.status = 'queued' AND NEW.status IN ('completed'))
 BEGIN
   SELECT RAISE(ABORT, 'mljobs: record is in a terminal state') WHERE OLD.status IN ('completed', 'failed', 'cancelled');
   SELECT RAISE(ABORT, 'mljobs: this state may not follow the present one');
