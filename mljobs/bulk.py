@@ -1,30 +1,53 @@
-"""Rows into a table at the speed of the database's own bulk route, inside the caller's transaction.
+"""Rows in and out of a table by the database's own bulk route, inside the caller's transaction.
 
-PostgreSQL: binary COPY, through psycopg (sync or async) or asyncpg. SQLite: ``executemany`` in chunks. Either way the
-rows are read one by one from any iterable, so memory stays the same at any length.
+PostgreSQL: binary COPY, through psycopg (sync or async) or asyncpg. SQLite: ``executemany`` and a plain cursor. Rows pass
+one by one, in chunks where a driver wants chunks, so memory stays the same at any length.
+
+``insert_rows`` takes Python values. ``insert_wire`` and ``read_wire`` work on the record's columns only, in the form that
+costs a driver least (see :class:`Wire`): a ``UUID`` and three ``datetime`` objects cost more than all else in a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
 from itertools import islice
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
-from sqlalchemy import insert
+from sqlalchemy import Boolean, Integer, SmallInteger, String, Text, Uuid, insert, select, type_coerce
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.types import BigInteger, Date, DateTime, Double, Float, LargeBinary, NullType, TypeEngine
 from sqlalchemy.util import await_only
 
 from mljobs.guards import translate_error
-from mljobs.types import JsonText, PlainText, TokenType, UtcMillis, storable_json, storable_text
+from mljobs.types import (
+    JobId,
+    JsonText,
+    PlainText,
+    TokenType,
+    UtcMillis,
+    from_millis,
+    storable_json,
+    storable_text,
+    to_millis,
+)
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Table
+    from sqlalchemy import Column, ColumnElement, Connection, Table
 
 _CHUNK = 2000
+_POSTGRES_EPOCH_MS = 946_684_800_000  # 2000-01-01, where PostgreSQL counts microseconds from
 _Check = Callable[[Any], Any]
+_Row = Sequence[Any]
 
 
-def insert_rows(connection: Connection, table: Table, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
+# ------------------------------------------------------------------------------------------------- Python values
+
+
+def insert_rows(connection: Connection, table: Table, columns: Sequence[str], rows: Iterable[_Row]) -> int:
     """Insert rows of Python values, as the table's types take them.
 
     Args:
@@ -41,33 +64,27 @@ def insert_rows(connection: Connection, table: Table, columns: Sequence[str], ro
         DBAPIError: What the database refused, as SQLAlchemy raises it.
     """
     checked = _checked(table, columns, rows)
-    if connection.dialect.name != "postgresql":
+    types = _copy_types(table, columns) if connection.dialect.name == "postgresql" else None
+    if types is None:
         return _insert_chunks(connection, table, columns, checked)
-    connection.exec_driver_sql("SELECT 1")  # the driver's transaction begins with a statement that SQLAlchemy sends
-    copy = _COPIES[connection.dialect.driver, connection.dialect.is_async]
-    try:
-        return copy(connection, table, columns, checked)
-    except connection.dialect.loaded_dbapi.Error as error:
-        raise _translated(connection, error) from error
-    except Exception as error:
-        translated = translate_error(error)
-        if translated is not None:
-            raise translated from error
-        if type(error).__module__.startswith("asyncpg."):
-            raise _translated(connection, error) from error
-        raise
+    return _copy_in(connection, table, columns, checked, types)
 
 
 def qualified_name(connection: Connection, table: Table) -> str:
     """Return the table's name, quoted and in the schema that this connection's translate map gives it."""
     preparer = connection.dialect.identifier_preparer
-    schemas = connection.get_execution_options().get("schema_translate_map") or {}
-    schema = schemas.get(table.schema, table.schema)
+    schema = _schema(connection, table)
     name = preparer.quote(table.name)
     return f"{preparer.quote_schema(schema)}.{name}" if schema else name
 
 
-def _checked(table: Table, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
+def _schema(connection: Connection, table: Table) -> str | None:
+    schemas = connection.get_execution_options().get("schema_translate_map") or {}
+    schema: str | None = schemas.get(table.schema, table.schema)
+    return schema
+
+
+def _checked(table: Table, columns: Sequence[str], rows: Iterable[_Row]) -> Iterator[_Row]:
     checks: list[tuple[int, _Check]] = []
     for at, name in enumerate(columns):
         check = _check_of(table.c[name].type)
@@ -91,10 +108,7 @@ def _check_of(column_type: object) -> _Check | None:
     return None
 
 
-# -------------------------------------------------------------------------------------------------------- SQLite
-
-
-def _insert_chunks(connection: Connection, table: Table, columns: Sequence[str], rows: Iterator[Sequence[Any]]) -> int:
+def _insert_chunks(connection: Connection, table: Table, columns: Sequence[str], rows: Iterator[_Row]) -> int:
     total = 0
     statement = insert(table)
     while chunk := [dict(zip(columns, row, strict=True)) for row in islice(rows, _CHUNK)]:
@@ -103,7 +117,184 @@ def _insert_chunks(connection: Connection, table: Table, columns: Sequence[str],
     return total
 
 
-# ---------------------------------------------------------------------------------------------------- PostgreSQL
+_COPY_TYPES: tuple[tuple[type[TypeEngine[Any]], str], ...] = (
+    # The server reads json and varchar from COPY as it reads text.
+    (TokenType, "text"),
+    (JsonText, "text"),
+    (PlainText, "text"),
+    (UtcMillis, "timestamptz"),
+    (JobId, "uuid"),
+)
+_COPY_TYPES_OF_HOSTS: dict[type[TypeEngine[Any]], str] = {
+    String: "text",
+    Text: "text",
+    SmallInteger: "int2",
+    Integer: "int4",
+    BigInteger: "int8",
+    Boolean: "bool",
+    Float: "float8",
+    Double: "float8",
+    Date: "date",
+    LargeBinary: "bytea",
+    Uuid: "uuid",
+}
+
+
+def _copy_types(table: Table, columns: Sequence[str]) -> list[str] | None:
+    """Return what to declare to psycopg for each column; None if one is of a type whose values need SQLAlchemy."""
+    types = []
+    for name in columns:
+        column_type = table.c[name].type
+        found = next((declared for ours, declared in _COPY_TYPES if isinstance(column_type, ours)), None)
+        if type(column_type) is DateTime:
+            found = "timestamptz" if column_type.timezone else "timestamp"
+        elif found is None and not (isinstance(column_type, Uuid) and not column_type.as_uuid):
+            found = _COPY_TYPES_OF_HOSTS.get(type(column_type))
+        if found is None:
+            return None
+        types.append(found)
+    return types
+
+
+# --------------------------------------------------------------------------------------- the record at the least cost
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """How a driver takes and gives a record's values at the least cost.
+
+    Texts, numbers and flags are the same everywhere. Ids and times differ:
+
+    - psycopg: 16 bytes, and microseconds since 2000; COPY carries no types, so neither end need build an object for them;
+    - asyncpg: ``UUID`` and ``datetime``;
+    - SQLite: 32 hex digits, and epoch milliseconds.
+
+    Attributes:
+        name: ``psycopg``, ``asyncpg`` or ``sqlite``.
+        id_in: From 32 hex digits to the driver's value.
+        id_out: And back.
+        time_in: From epoch milliseconds to the driver's value.
+        time_out: And back.
+    """
+
+    name: str
+    id_in: Callable[[str], Any]
+    id_out: Callable[[Any], str]
+    time_in: Callable[[int], Any]
+    time_out: Callable[[Any], int]
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+_WIRES = {
+    "psycopg": Wire(
+        "psycopg",
+        bytes.fromhex,
+        bytes.hex,
+        lambda millis: (millis - _POSTGRES_EPOCH_MS) * 1000,
+        lambda micros: micros // 1000 + _POSTGRES_EPOCH_MS,
+    ),
+    "asyncpg": Wire("asyncpg", UUID, lambda job_id: job_id.hex, from_millis, to_millis),
+    "sqlite": Wire("sqlite", _same, _same, _same, _same),
+}
+
+
+def wire_of(connection: Connection) -> Wire:
+    """Return the wire form of this connection's driver."""
+    dialect = connection.dialect
+    return _WIRES[dialect.driver if dialect.name == "postgresql" else "sqlite"]
+
+
+def insert_wire(connection: Connection, table: Table, columns: Sequence[Column[Any]], rows: Iterable[_Row]) -> int:
+    """Insert rows of the record's columns in wire form, unchecked but by the database.
+
+    Args:
+        connection: The caller's; nothing is committed.
+        table: Where to.
+        columns: Columns of the record, in the order of the values.
+        rows: Any length; read once.
+
+    Returns:
+        How many.
+
+    Raises:
+        DBAPIError: What the database refused, as SQLAlchemy raises it.
+    """
+    names = [column.name for column in columns]
+    if connection.dialect.name == "postgresql":
+        return _copy_in(connection, table, names, iter(rows), [_wire_type(column) for column in columns])
+    quote = connection.dialect.identifier_preparer.quote
+    marks = ", ".join("?" * len(names))
+    into = f"{qualified_name(connection, table)} ({', '.join(quote(name) for name in names)})"
+    statement = f"INSERT INTO {into} VALUES ({marks})"  # noqa: S608 - quoted identifiers
+    total, left = 0, iter(rows)
+    while chunk := list(islice(left, _CHUNK)):
+        connection.exec_driver_sql(statement, [tuple(row) for row in chunk])
+        total += len(chunk)
+    return total
+
+
+def read_wire(
+    connection: Connection, columns: Sequence[Column[Any]], where: Sequence[ColumnElement[bool]], chunk: int = _CHUNK
+) -> Iterator[list[tuple[Any, ...]]]:
+    """Yield rows of the record's columns in wire form, in lists of at most ``chunk``, in the order the database has them.
+
+    The connection is busy until the last row, or until the iterator is closed (use ``contextlib.closing``).
+
+    Args:
+        connection: The caller's.
+        columns: Columns of the record, of one table.
+        where: Conditions, to be combined with AND.
+        chunk: At most so many rows at once.
+    """
+    # Without their types: what the driver gives is what is wanted.
+    statement = select(*(type_coerce(column, NullType()) for column in columns)).where(*where)
+    dialect = connection.dialect
+    if dialect.name == "postgresql" and dialect.driver == "psycopg":
+        compiled: Any = statement.compile(
+            dialect=dialect,
+            compile_kwargs={"render_postcompile": True},
+            schema_translate_map=connection.get_execution_options().get("schema_translate_map") or {},
+            render_schema_translate=True,
+        )
+        text = f"COPY ({compiled.string}) TO STDOUT (FORMAT binary)"
+        values = {name: str(value) if isinstance(value, StrEnum) else value for name, value in compiled.params.items()}
+        types = [_wire_type(column) for column in columns]
+        connection.exec_driver_sql("SELECT 1")
+        read = _copy_out_async if dialect.is_async else _copy_out
+        with _translating(connection):
+            yield from read(connection.connection.driver_connection, text, values, types, chunk)
+        return
+    result = connection.execute(statement.execution_options(stream_results=True))
+    try:
+        for part in result.partitions(chunk):
+            yield [tuple(row) for row in part]
+    finally:
+        result.close()
+
+
+def _wire_type(column: Column[Any]) -> str:
+    if isinstance(column.type, JobId):
+        return "bytea"
+    if isinstance(column.type, UtcMillis):
+        return "int8"
+    if isinstance(column.type, SmallInteger):
+        return "int2"
+    return "bool" if isinstance(column.type, Boolean) else "text"
+
+
+# ---------------------------------------------------------------------------------------------------------- COPY in
+
+
+def _copy_in(
+    connection: Connection, table: Table, columns: Sequence[str], rows: Iterator[_Row], types: Sequence[str]
+) -> int:
+    connection.exec_driver_sql("SELECT 1")  # the driver's transaction begins with a statement that SQLAlchemy sends
+    copy = _COPIES[connection.dialect.driver, connection.dialect.is_async]
+    with _translating(connection):
+        return copy(connection, table, columns, rows, types)
 
 
 def _copy_text(connection: Connection, table: Table, columns: Sequence[str]) -> str:
@@ -112,26 +303,13 @@ def _copy_text(connection: Connection, table: Table, columns: Sequence[str]) -> 
     return f"COPY {qualified_name(connection, table)} ({names}) FROM STDIN (FORMAT binary)"
 
 
-def _wire_types(connection: Connection, table: Table, columns: Sequence[str]) -> list[str]:
-    """Return what to declare to psycopg for each column. The server reads ``json`` and ``varchar`` as it reads text."""
-    types = []
-    for name in columns:
-        column_type = table.c[name].type
-        if isinstance(column_type, TokenType | JsonText | PlainText):
-            types.append("text")
-        elif isinstance(column_type, UtcMillis):
-            types.append("timestamptz")
-        else:
-            compiled = column_type.dialect_impl(connection.dialect).compile(connection.dialect)
-            types.append(compiled.partition("(")[0].strip().lower())
-    return types
-
-
-def _copy_psycopg(connection: Connection, table: Table, columns: Sequence[str], rows: Iterator[Sequence[Any]]) -> int:
+def _copy_psycopg(
+    connection: Connection, table: Table, columns: Sequence[str], rows: Iterator[_Row], types: Sequence[str]
+) -> int:
     driver: Any = connection.connection.driver_connection
     total = 0
     with driver.cursor() as cursor, cursor.copy(_copy_text(connection, table, columns)) as copy:
-        copy.set_types(_wire_types(connection, table, columns))
+        copy.set_types(types)
         write = copy.write_row
         for row in rows:
             write(row)
@@ -140,14 +318,14 @@ def _copy_psycopg(connection: Connection, table: Table, columns: Sequence[str], 
 
 
 def _copy_psycopg_async(
-    connection: Connection, table: Table, columns: Sequence[str], rows: Iterator[Sequence[Any]]
+    connection: Connection, table: Table, columns: Sequence[str], rows: Iterator[_Row], types: Sequence[str]
 ) -> int:
     driver: Any = connection.connection.driver_connection
 
     async def copy_all() -> int:
         total = 0
         async with driver.cursor() as cursor, cursor.copy(_copy_text(connection, table, columns)) as copy:
-            copy.set_types(_wire_types(connection, table, columns))
+            copy.set_types(types)
             for row in rows:
                 await copy.write_row(row)
                 total += 1
@@ -156,12 +334,13 @@ def _copy_psycopg_async(
     return await_only(copy_all())
 
 
-def _copy_asyncpg(connection: Connection, table: Table, columns: Sequence[str], rows: Iterator[Sequence[Any]]) -> int:
+def _copy_asyncpg(
+    connection: Connection, table: Table, columns: Sequence[str], rows: Iterator[_Row], _types: Sequence[str]
+) -> int:
     driver: Any = connection.connection.driver_connection
-    schemas = connection.get_execution_options().get("schema_translate_map") or {}
     total = 0
 
-    def counted() -> Iterator[Sequence[Any]]:
+    def counted() -> Iterator[_Row]:
         nonlocal total
         for row in rows:
             total += 1
@@ -169,10 +348,7 @@ def _copy_asyncpg(connection: Connection, table: Table, columns: Sequence[str], 
 
     await_only(
         driver.copy_records_to_table(
-            table.name,
-            records=counted(),
-            columns=list(columns),
-            schema_name=schemas.get(table.schema, table.schema),
+            table.name, records=counted(), columns=list(columns), schema_name=_schema(connection, table)
         )
     )
     return total
@@ -185,6 +361,64 @@ _COPIES = {
 }
 
 
+# --------------------------------------------------------------------------------------------------------- COPY out
+
+
+def _copy_out(
+    driver: Any, text: str, values: dict[str, Any], types: Sequence[str], chunk: int
+) -> Iterator[list[tuple[Any, ...]]]:
+    with driver.cursor() as cursor, cursor.copy(text, values) as copy:
+        copy.set_types(types)
+        rows = copy.rows()
+        while part := list(islice(rows, chunk)):
+            yield part
+
+
+def _copy_out_async(
+    driver: Any, text: str, values: dict[str, Any], types: Sequence[str], chunk: int
+) -> Iterator[list[tuple[Any, ...]]]:
+    cursor = driver.cursor()
+    block = cursor.copy(text, values)
+    copy = await_only(block.__aenter__())
+
+    async def some() -> list[tuple[Any, ...]]:
+        part: list[tuple[Any, ...]] = []
+        while len(part) < chunk and (row := await copy.read_row()) is not None:
+            part.append(row)
+        return part
+
+    try:
+        copy.set_types(types)
+        while part := await_only(some()):
+            yield part
+    except BaseException as error:
+        await_only(block.__aexit__(type(error), error, error.__traceback__))
+        raise
+    else:
+        await_only(block.__aexit__(None, None, None))
+    finally:
+        await_only(cursor.close())
+
+
+# ------------------------------------------------------------------------------------------------- errors of drivers
+
+
+@contextmanager
+def _translating(connection: Connection) -> Iterator[None]:
+    """Raise what SQLAlchemy would raise: COPY goes past it, and so past ``handle_error``."""
+    try:
+        yield
+    except connection.dialect.loaded_dbapi.Error as error:
+        raise _translated(connection, error) from error
+    except Exception as error:
+        translated = translate_error(error)
+        if translated is not None:
+            raise translated from error
+        if type(error).__module__.startswith("asyncpg."):
+            raise _translated(connection, error) from error
+        raise
+
+
 def _translated(connection: Connection, error: Exception) -> Exception:
     ours = translate_error(error)
     if ours is not None:
@@ -194,5 +428,10 @@ def _translated(connection: Connection, error: Exception) -> Exception:
         # asyncpg's own classes are not those of SQLAlchemy's DBAPI facade: wrap by SQLSTATE class.
         integrity = str(getattr(error, "sqlstate", "")).startswith("23")
         error = (dbapi.IntegrityError if integrity else dbapi.Error)(str(error))
-    wrapped: Exception = DBAPIError.instance("COPY", None, error, dbapi.Error, dialect=connection.dialect)
+    lost = connection.dialect.is_disconnect(error, connection.connection.dbapi_connection, None)
+    if lost:
+        connection.invalidate(error)
+    wrapped: Exception = DBAPIError.instance(
+        "COPY", None, error, dbapi.Error, connection_invalidated=lost, dialect=connection.dialect
+    )
     return wrapped

@@ -71,7 +71,13 @@ def per_model(build: Callable[Concatenate[Model, _P], _R]) -> Callable[Concatena
 
 
 def connection_of(bind: Bind) -> Connection:
-    """Return the connection of the caller's transaction, with what its session holds written to it."""
+    """Return the connection of the caller's transaction, with what its session holds written to it.
+
+    Raises:
+        InvalidValueError: Neither a session nor a connection.
+    """
+    if not isinstance(bind, Connection | Session):
+        raise InvalidValueError("session", bind, "expected a Session or a Connection; of async ones use run_sync")
     if isinstance(bind, Connection):
         return bind
     bind.flush()

@@ -139,6 +139,7 @@ def claim(
     Raises:
         InvalidValueError: An argument is out of range.
     """
+    table_of(model)
     tokens = None if kinds is None else [to_member(model.__kinds__, "kinds", kind).value for kind in kinds]
     parameters = {"worker": _worker(worker), "kinds": tokens, **moments(check_lease(lease))}
     check_count("limit", limit, MAX_BATCH)
@@ -170,6 +171,7 @@ def claim_one(
         InvalidTransitionError: It is running already.
         TargetLockedError: It is exclusive, and another job holds its target.
     """
+    table_of(model)
     job_id = id_of(job)
     parameters = {"worker": _worker(worker), "ids": [job_id], **moments(check_lease(lease))}
     claims = _claim(session, model, "ids", parameters, 1)

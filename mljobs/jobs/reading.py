@@ -265,6 +265,7 @@ def counts(session: Bind, *, exact: bool = False, model: Model = MlJob) -> Count
         exact: Count everything, however long it takes.
         model: The mapped job class.
     """
+    table_of(model)
     connection = connection_of(session)
     jobs: dict[tuple[str, str], int] = {(kind, status): 0 for kind in model.__kinds__ for status in MlJobStatus}
     estimate = None
@@ -288,6 +289,7 @@ def counts(session: Bind, *, exact: bool = False, model: Model = MlJob) -> Count
 
 
 def _column(model: Model, name: str) -> Any:
+    table_of(model)  # a clear error for what is no job class
     return getattr(model, name)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
-from functools import partial
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import BigInteger, Connection, bindparam, func, insert, inspect, literal, select
@@ -33,6 +33,7 @@ from mljobs.prepared import Prepared
 from mljobs.states import ACTIVE, MlJobKind, MlJobStatus
 from mljobs.types import to_json_text, to_member, utc_now
 
+_CHUNK = 1000
 _LIFE = frozenset(
     {
         "id",
@@ -84,6 +85,7 @@ def submit(
         InvalidValueError: A value is not one that its field can hold; or ``unless_active`` in a REPEATABLE READ
             transaction, which cannot see what others have committed since it began.
     """
+    table_of(model)
     special = priority != 0 or exclusive is not False or unless_active or run_after is not None or values
     if not special and plain(model) and isinstance(session, Connection):
         # The frequent case. To build the record by its constructor would cost as much again as to send it.
@@ -108,6 +110,8 @@ def submit_many(
 ) -> int:
     """Queue very many jobs at the speed of COPY, in constant memory, in the caller's transaction.
 
+    A host's own class goes through the ORM, a thousand at a time, because only the ORM knows its defaults and tables.
+
     Args:
         session: The caller's session or connection.
         jobs: Records, or tuples of kind, target name and spec; any length, a generator too.
@@ -119,9 +123,10 @@ def submit_many(
     Raises:
         InvalidValueError: A value is not one that its field can hold. Roll the transaction back; nothing stands.
     """
-    connection = connection_of(session)
-    columns = list(table_of(model).columns)
-    return insert_rows(connection, table_of(model), [column.name for column in columns], _rows(model, jobs))
+    if not plain(model):
+        return _add_chunks(session, model, jobs)
+    table = table_of(model)
+    return insert_rows(connection_of(session), table, table.columns.keys(), _rows(jobs))
 
 
 def retry(
@@ -178,14 +183,48 @@ def _add(bind: Bind, job: MlJob) -> MlJob:
     if plain(model):
         state = inspect(job).dict
         return _add_row(bind, model, tuple([state.get(column.name) for column in table_of(model).columns]))
-    if not bind.in_transaction():
-        bind.begin()  # so that the session below leaves it open
-    with Session(bind, join_transaction_mode="rollback_only", expire_on_commit=False) as session:
+    with _session_on(bind) as session:
         session.add(job)
         session.flush()
         session.refresh(job)
         session.expunge_all()
     return job
+
+
+def _session_on(connection: Connection) -> Session:
+    """Return a session that leaves the connection's transaction as it is."""
+    if not connection.in_transaction():
+        connection.begin()
+    return Session(connection, join_transaction_mode="rollback_only", expire_on_commit=False)
+
+
+def _add_chunks(bind: Bind, model: Model, jobs: Iterable[Any]) -> int:
+    if isinstance(bind, Connection):
+        with _session_on(bind) as session:
+            return _add_chunks(session, model, jobs)
+    records = iter(jobs)
+    total = 0
+    while chunk := [_record_of(model, job) for job in islice(records, _CHUNK)]:
+        bind.add_all(chunk)
+        bind.flush()
+        for job in chunk:
+            bind.expunge(job)
+        total += len(chunk)
+    return total
+
+
+def _record_of(model: Model, job: Any) -> Any:
+    if isinstance(job, model):
+        return job
+    kind, target_name, spec = _checked_tuple(job)
+    return model(kind=kind, target_name=target_name, spec=spec)
+
+
+def _checked_tuple(job: Any) -> tuple[str, str, Any]:
+    if not isinstance(job, tuple) or len(job) != 3:
+        raise InvalidValueError("jobs", job, "expected a record, or a tuple of kind, target name and spec")
+    kind, target_name, spec = job
+    return kind, target_name, {} if spec is None else spec
 
 
 def _add_row(connection: Connection, model: Model, row: tuple[Any, ...]) -> MlJob:
@@ -230,20 +269,14 @@ def _active(bind: Bind, job: MlJob, model: Model) -> MlJob | None:
     return None if found is None else get(bind, found, model=model)
 
 
-def _rows(model: Model, jobs: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
-    keys = [inspect(model).get_property_by_column(column).key for column in table_of(model).columns]
-    row_of = _row_of_plain if plain(model) else partial(_row_of_host, model, keys)
+def _rows(jobs: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    names = table_of(MlJob).columns.keys()
     for job in jobs:
-        if isinstance(job, tuple):
-            if len(job) != 3:
-                raise InvalidValueError("jobs", job, "expected a record, or a tuple of kind, target name and spec")
-            kind, target_name, spec = job
-            yield row_of(kind, target_name, {} if spec is None else spec)
-        elif isinstance(job, model):
+        if isinstance(job, MlJob):
             state = inspect(job).dict
-            yield tuple([state.get(key) for key in keys])
+            yield tuple([state.get(name) for name in names])
         else:
-            raise InvalidValueError("jobs", job, "expected a record, or a tuple of kind, target name and spec")
+            yield _row_of_plain(*_checked_tuple(job))
 
 
 def _row_of_plain(kind: str, target_name: str, spec: Any) -> tuple[Any, ...]:
@@ -255,8 +288,3 @@ def _row_of_plain(kind: str, target_name: str, spec: Any) -> tuple[Any, ...]:
 _QUEUED = MlJobStatus.QUEUED
 _UNSET = (None, None, None)  # started_at, finished_at, error_message
 _REST = (None, 0, 0, None, False, None)  # metrics_json, attempts, priority, run_after, exclusive, retry_of
-
-
-def _row_of_host(model: Model, keys: Sequence[str], kind: str, target_name: str, spec: Any) -> tuple[Any, ...]:
-    state = inspect(model(kind=kind, target_name=target_name, spec=spec)).dict
-    return tuple([state.get(key) for key in keys])

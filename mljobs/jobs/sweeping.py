@@ -92,6 +92,7 @@ def rescue(session: Bind, *, max_attempts: int = 5, limit: int = 1000, model: Mo
     Returns:
         What became of each; one job that the database refuses to change does not stop the others.
     """
+    table_of(model)
     check_count("max_attempts", max_attempts, _ATTEMPTS_MAX)
     check_count("limit", limit, _BATCH_MAX)
     connection = connection_of(session)
