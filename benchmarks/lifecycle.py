@@ -20,7 +20,7 @@ from uuid_utils.compat import uuid7
 
 from benchmarks.bench import clear, compare, database, rate, report
 from mljobs import JobStore, MlJob
-from mljobs.jobs.claiming import _claim_statement, _renewal
+from mljobs.jobs.claiming import _claim_statement, _progress_statement, _renewal
 from mljobs.jobs.finishing import _finish_statement
 from mljobs.jobs.submitting import _insertion
 from mljobs.model import MlJobMixin
@@ -224,21 +224,44 @@ def flat(url: str) -> None:
 
 def life(url: str) -> None:
     number = scaled(300)
-    with JobStore(url) as store:
+    with JobStore(url) as store, psycopg.connect(address(url), autocommit=True) as raw:
+        insertion, claiming, progress, finish = (
+            sql(prepared, store)
+            for prepared in (
+                _insertion(MlJob),
+                _claim_statement(MlJob, "ids", 1),
+                _progress_statement(MlJob),
+                _finish_statement(MlJob),
+            )
+        )
 
-        def by_store() -> float:
-            clear(url)
+        def one_raw() -> None:
+            values = row()
+            raw.execute(insertion, dict(zip(COLUMNS, values, strict=True)))
+            picked = {"worker": "w", "lease": timedelta(seconds=60), "ids": [values[0]]}
+            ((token, *_),) = raw.execute(claiming, picked).fetchall()
+            held = {"tokens": [token], "ids": [values[0]]}
+            for step in range(10):
+                raw.execute(progress, {**held, "progress": [step * 10]}).fetchall()
+            done = {**held, "statuses": ["completed"], "errors": [None], "metrics": ['{"auc":0.97}']}
+            raw.execute(finish, done).fetchall()
 
-            def one() -> None:
-                job = store.submit("train", "spam", SPEC)
-                claim = store.claim_one(job, worker="w")
-                for step in range(10):
-                    store.set_progress(claim, step * 10)
-                store.complete(claim, {"auc": 0.97})
+        def one_store() -> None:
+            job = store.submit("train", "spam", SPEC)
+            claim = store.claim_one(job, worker="w")
+            for step in range(10):
+                store.set_progress(claim, step * 10)
+            store.complete(claim, {"auc": 0.97})
 
-            return rate(number, lambda: [one() for _ in range(number)])
+        def lives(one: Callable[[], None]) -> Callable[[], float]:
+            def run() -> float:
+                clear(url)
+                return rate(number, lambda: [one() for _ in range(number)])
 
-        report(f"create + 10 progress values + finish, {number} times", compare({"store": by_store}))
+            return run
+
+        rivals = {"raw psycopg, same statements": lives(one_raw), "store": lives(one_store)}
+        report(f"create + 10 progress values + finish, {number} times", compare(rivals))
 
 
 def guard(url: str) -> None:

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mljobs.async_store import AsyncJobStore
     from mljobs.errors import (
         InvalidTransitionError,
         InvalidValueError,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     )
     from mljobs.model import Base, MlJob, MlJobLease, MlJobMixin, kind_column, metadata
     from mljobs.states import MlJobKind, MlJobStatus
-    from mljobs.store import AsyncJobStore, JobStore
+    from mljobs.store import JobStore
 
 __version__ = "0.1.0"
 
@@ -55,7 +56,8 @@ __all__ = [
 _MODULES = {
     "model": ("Base", "MlJob", "MlJobLease", "MlJobMixin", "kind_column", "metadata"),
     "states": ("MlJobKind", "MlJobStatus"),
-    "store": ("AsyncJobStore", "JobStore"),
+    "async_store": ("AsyncJobStore",),
+    "store": ("JobStore",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from sqlalchemy import URL, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from mljobs.errors import InvalidValueError
 
@@ -71,16 +70,8 @@ def new_engine(url: str | URL, *, autocommit: bool = False, **options: Any) -> E
         **options: Passed on to ``create_engine``.
     """
     parsed = sync_url(url)
-    engine = create_engine(parsed, **_options(parsed, autocommit, options))
-    _set_pragmas(engine)
-    return engine
-
-
-def new_async_engine(url: str | URL, *, autocommit: bool = False, **options: Any) -> AsyncEngine:
-    """Return an async engine with the settings that jobs need; see ``new_engine``."""
-    parsed = async_url(url)
-    engine = create_async_engine(parsed, **_options(parsed, autocommit, options))
-    _set_pragmas(engine.sync_engine)
+    engine = create_engine(parsed, **engine_options(parsed, options, autocommit=autocommit))
+    set_pragmas(engine)
     return engine
 
 
@@ -101,7 +92,8 @@ def _with_driver(url: str | URL, drivers: dict[str, str]) -> URL:
     return parsed.set(drivername=driver)
 
 
-def _options(url: URL, autocommit: bool, options: dict[str, Any]) -> dict[str, Any]:  # noqa: FBT001 - private
+def engine_options(url: URL, options: dict[str, Any], *, autocommit: bool) -> dict[str, Any]:
+    """Return the options of an engine, with what jobs need where the caller says nothing."""
     if url.get_backend_name() == "sqlite":
         options.setdefault("connect_args", {}).setdefault("timeout", _BUSY_SECONDS)
     else:
@@ -111,12 +103,13 @@ def _options(url: URL, autocommit: bool, options: dict[str, Any]) -> dict[str, A
     return options
 
 
-def _set_pragmas(engine: Engine) -> None:
+def set_pragmas(engine: Engine) -> None:
+    """Set on each connection of a SQLite engine what jobs need; another engine is left as it is."""
     if engine.dialect.name != "sqlite":
         return
 
     @event.listens_for(engine, "connect")
-    def set_pragmas(dbapi_connection: Any, _record: object) -> None:
+    def on_connect(dbapi_connection: Any, _record: object) -> None:
         cursor = dbapi_connection.cursor()
         cursor.execute("PRAGMA journal_mode = WAL")
         cursor.execute("PRAGMA foreign_keys = ON")

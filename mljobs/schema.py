@@ -267,7 +267,7 @@ def _run(function: Callable[[Config, str], object], connection: Connection, revi
 def _alembic_is_running() -> bool:
     try:
         context.is_offline_mode()
-    except NameError:  # Alembic's own way to say that no environment is active
+    except (NameError, AttributeError):  # Alembic's ways to say: none has been active yet, none is active any more
         return False
     return True
 
@@ -393,7 +393,6 @@ def _expected_sqlite(_connection: Connection, tables: list[Table]) -> dict[Table
 def _read_sqlite(connection: Connection, table: str, schema: str | None) -> _Found:
     quote = connection.dialect.identifier_preparer.quote
     prefix = f"{quote(schema)}." if schema else ""
-    master = f"SELECT type, name, sql FROM {prefix}sqlite_master WHERE sql IS NOT NULL AND "  # noqa: S608 - quoted
     found: _Found = {}
 
     def add(kind: str, name: str, definition: object) -> None:
@@ -403,8 +402,8 @@ def _read_sqlite(connection: Connection, table: str, schema: str | None) -> _Fou
     for _, name, kind, notnull, default, key in connection.exec_driver_sql(
         f"PRAGMA {prefix}table_info({quote(table)})"
     ):
-        null, default_ = " NOT NULL" if notnull else "", "" if default is None else f" DEFAULT {default}"
-        add("column", name, f"{kind}{null}{default_}{' PRIMARY KEY' if key else ''}")
+        parts = (kind, "NOT NULL" * notnull, "" if default is None else f"DEFAULT {default}", "PRIMARY KEY" * bool(key))
+        add("column", name, " ".join(filter(None, parts)))
     if not found:
         return found
     for check in inspect(connection).get_check_constraints(table, schema=schema):
@@ -412,20 +411,30 @@ def _read_sqlite(connection: Connection, table: str, schema: str | None) -> _Fou
             add("check", str(check["name"]), check["sqltext"])
     for row in connection.exec_driver_sql(f"PRAGMA {prefix}foreign_key_list({quote(table)})"):
         add("foreign key", row[3], f"REFERENCES {row[2]} ({row[4]}) ON UPDATE {row[5]} ON DELETE {row[6]}")
-    for kind, name, sql in connection.exec_driver_sql(f"{master} tbl_name = ?", (table,)):
-        if kind == "table" and re.search(r"\bAUTOINCREMENT\b", sql, re.IGNORECASE):
-            add("AUTOINCREMENT", "of the key", "")
-        elif kind != "table":
-            add(kind, name, sql)
-    names = companion_names(table)
-    beside = (names["door"], names["counts"])
-    for _, name, sql in connection.exec_driver_sql(f"{master} type = 'table' AND name IN (?, ?)", beside):
-        add("companion", name, sql)
-        # A door that stands open lets every delete through; what the counters have counted is no matter of schema.
-        wanted = "name, open" if name == names["door"] else "kind, status"
-        rows = connection.exec_driver_sql(f"SELECT {wanted} FROM {prefix}{quote(name)} ORDER BY 1, 2")  # noqa: S608
-        add("rows of companion", name, ", ".join("=".join(map(str, row)) for row in rows))
+    _read_sqlite_master(connection, table, prefix, add)
     return found
+
+
+def _read_sqlite_master(
+    connection: Connection, table: str, prefix: str, add: Callable[[str, str, object], object]
+) -> None:
+    names = companion_names(table)
+    # A door that stands open lets every delete through. What the counters have counted is no matter of schema.
+    row_columns = {names["door"]: "name, open", names["counts"]: "kind, status"}
+    statement = (
+        f"SELECT type, name, sql FROM {prefix}sqlite_master WHERE sql IS NOT NULL"  # noqa: S608 - quoted
+        " AND (tbl_name = ? AND type IN ('index', 'trigger') OR type = 'table' AND name IN (?, ?, ?))"
+    )
+    for kind, name, sql in connection.exec_driver_sql(statement, (table, table, *row_columns)).all():
+        if kind != "table":
+            add(kind, name, sql)
+        elif name in row_columns:
+            add("companion", name, sql)
+            quoted = prefix + connection.dialect.identifier_preparer.quote(name)
+            rows = connection.exec_driver_sql(f"SELECT {row_columns[name]} FROM {quoted} ORDER BY 1, 2")  # noqa: S608
+            add("rows of companion", name, ", ".join("=".join(map(str, row)) for row in rows))
+        elif re.search(r"\bAUTOINCREMENT\b", sql, re.IGNORECASE):
+            add("AUTOINCREMENT", "of the key", "")
 
 
 def _expected_postgresql(connection: Connection, tables: list[Table]) -> dict[Table, _Found]:

@@ -1,4 +1,4 @@
-"""The operations with an engine and transactions of their own: ``JobStore`` for threads, ``AsyncJobStore`` for asyncio.
+"""``JobStore``: the operations with an engine and transactions of their own.
 
 Each operation stands here as one line that binds the function in :mod:`mljobs.jobs`; there is no second copy. Jobs come
 back detached, with every column loaded.
@@ -9,32 +9,30 @@ or on a host's ``sessionmaker``, runs each operation in a session, so that the h
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timedelta
-from functools import partial, wraps
+from functools import wraps
 from inspect import signature
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
 from sqlalchemy import URL, Connection, Engine
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from mljobs import jobs
-from mljobs.engines import is_memory, new_async_engine, new_engine, sync_url, url_from_env
+from mljobs.engines import is_memory, new_engine, url_from_env
 from mljobs.errors import InvalidValueError
 from mljobs.following import Look, Steps, waiting, watching
 from mljobs.jobs import Bind, JobRef, Model
-from mljobs.jobs._base import id_of, plain
+from mljobs.jobs._base import plain
 from mljobs.jobs.claiming import DEFAULT_LEASE
 from mljobs.model import MlJob
 from mljobs.run import Keeper, Run, outcome_of, record_outcome, worker_name
-from mljobs.wake import AsyncSleeper, Sleeper
+from mljobs.wake import Sleeper
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,7 +45,8 @@ _READY_SHARED = 2  # of a host's pool
 _FRESH_SECONDS = 1.0
 
 
-def _takes_model(operation: Callable[..., Any]) -> bool:
+def takes_model(operation: Callable[..., Any]) -> bool:
+    """Whether an operation asks for which class of jobs."""
     return "model" in signature(operation).parameters
 
 
@@ -60,37 +59,17 @@ def _bound(
         operation: From ``mljobs.jobs``.
         atomic: Whether it is several statements that stand or fall together; the name of the argument that makes it so.
     """
-    takes_model = _takes_model(operation)
+    of_model = takes_model(operation)
 
     @wraps(operation)
     def run(self: JobStore, *args: P.args, **kw: P.kwargs) -> R:
-        if takes_model:
+        if of_model:
             kw.setdefault("model", self.model)
         whole = bool(kw.get(atomic)) if isinstance(atomic, str) else atomic
         with self.connect(atomic=whole) as bind:
             return operation(bind, *args, **kw)
 
     return cast("Callable[Concatenate[JobStore, P], R]", run)
-
-
-def _bound_async(
-    operation: Callable[Concatenate[Bind, P], R], *, atomic: bool | str = False
-) -> Callable[Concatenate[AsyncJobStore, P], Coroutine[Any, Any, R]]:
-    """Bind an operation to an ``AsyncJobStore``; see ``_bound``."""
-    takes_model = _takes_model(operation)
-
-    @wraps(operation)
-    async def run(self: AsyncJobStore, *args: P.args, **kw: P.kwargs) -> R:
-        if takes_model:
-            kw.setdefault("model", self.model)
-        whole = bool(kw.get(atomic)) if isinstance(atomic, str) else atomic
-        return await self.run(partial(_call, operation, args, kw), atomic=whole)
-
-    return cast("Callable[Concatenate[AsyncJobStore, P], Coroutine[Any, Any, R]]", run)
-
-
-def _call(operation: Callable[..., R], args: tuple[Any, ...], kw: dict[str, Any], bind: Bind) -> R:
-    return operation(bind, *args, **kw)
 
 
 class JobStore:
@@ -123,7 +102,7 @@ class JobStore:
             self._sessions = source
         else:
             raise InvalidValueError("source", source, "expected a URL, an Engine or a sessionmaker")
-        single, self._whole = _modes(engine, owned=self._owned)
+        single, self._whole = modes(engine, owned=self._owned)
         self._single = _Ready(single, _READY_OWNED if self._owned else _READY_SHARED)
         if self._sessions is None and not plain(model):
             self._sessions = sessionmaker(self._whole, expire_on_commit=False)
@@ -200,7 +179,7 @@ class JobStore:
             JobNotFound: No record has this id.
             WaitTimeout: It has not finished in time.
         """
-        steps = waiting(job, timeout, _poll(self.engine, poll), self.model)
+        steps = waiting(job, timeout, poll_seconds(self.engine.dialect.name, poll), self.model)
         result: MlJob = _drain(self._follow(steps))
         return result
 
@@ -215,7 +194,7 @@ class JobStore:
                 and 0.1 on SQLite.
             **filters: As of ``jobs.conditions``.
         """
-        return self._follow(watching(filters, timeout, _poll(self.engine, poll), self.model))
+        return self._follow(watching(filters, timeout, poll_seconds(self.engine.dialect.name, poll), self.model))
 
     def _follow(self, steps: Steps) -> Generator[MlJob, None, Any]:
         answer: Any = None
@@ -252,16 +231,16 @@ class JobStore:
             TerminalStateError, InvalidTransitionError, TargetLockedError, JobNotFound: See ``jobs.claim_one``.
             InvalidValueError: A SQLite database in memory, which the thread that keeps the lease could not see.
         """
-        _refuse_memory(self.engine.url)
+        refuse_memory(self.engine.url)
         run = Run(self.claim_one(job, worker=worker or worker_name(), lease=lease))
         with Keeper(self, lease) as keeper:
             keeper.add(run)
             try:
                 yield run
             except BaseException as error:
-                _end(self, keeper, run, error)
+                record_end(self, keeper, run, error)
                 raise
-            _end(self, keeper, run, None)
+            record_end(self, keeper, run, None)
 
     def close(self) -> None:
         """Give back all connections; of a store that was made from a URL, close them."""
@@ -278,196 +257,27 @@ class JobStore:
         self.close()
 
 
-class AsyncJobStore:
-    """Jobs in a database, each operation a transaction of its own, awaited. The same names as ``JobStore``.
-
-    Args:
-        source: A URL, an ``AsyncEngine``, or an ``async_sessionmaker`` whose sessions are to be used.
-        model: The mapped job class.
-        keeper_url: Where ``running`` keeps leases alive from, by a thread with a connection of its own; None for the
-            URL of the engine.
-        **options: With a URL, passed on to ``create_async_engine``.
-
-    Raises:
-        InvalidValueError: ``source`` is none of these.
-    """
-
-    def __init__(
-        self,
-        source: str | URL | AsyncEngine | async_sessionmaker[AsyncSession],
-        *,
-        model: Model = MlJob,
-        keeper_url: str | URL | None = None,
-        **options: Any,
-    ) -> None:
-        self.model = model
-        self._sessions: async_sessionmaker[AsyncSession] | None = None
-        self._owned = isinstance(source, str | URL)
-        if isinstance(source, str | URL):
-            engine = new_async_engine(source, autocommit=True, **options)
-        elif isinstance(source, AsyncEngine):
-            engine = source
-        elif isinstance(source, async_sessionmaker):
-            bind = source.kw.get("bind")
-            if not isinstance(bind, AsyncEngine):
-                raise InvalidValueError("source", source, "the async_sessionmaker has no engine in bind")
-            engine = bind
-            self._sessions = source
-        else:
-            raise InvalidValueError("source", source, "expected a URL, an AsyncEngine or an async_sessionmaker")
-        single, whole = _modes(engine.sync_engine, owned=self._owned)
-        self._single, self._whole = AsyncEngine(single), AsyncEngine(whole)
-        self._keeper_url = sync_url(keeper_url or engine.url)
-        if self._sessions is None and not plain(model):
-            self._sessions = async_sessionmaker(self._whole, expire_on_commit=False)
-
-    @classmethod
-    def from_env(cls, **options: Any) -> Self:
-        """Return a store at ``MLJOBS_DATABASE_URL``, else at ``sqlite:///mljobs.db``."""
-        return cls(url_from_env(), **options)
-
-    @property
-    def engine(self) -> AsyncEngine:
-        """The engine, for statements of your own."""
-        return self._whole
-
-    async def run(self, operation: Callable[[Bind], R], *, atomic: bool = True) -> R:
-        """Run a function of ``mljobs.jobs``, or one of your own, on a connection of this store.
-
-        Args:
-            operation: Takes the session or connection.
-            atomic: Whether what it does stands or falls together.
-        """
-        if self._sessions is not None:
-            async with self._sessions.begin() as session:
-                return await session.run_sync(partial(_detached, operation))
-        if atomic:
-            async with self._whole.begin() as connection:
-                return await connection.run_sync(operation)
-        async with self._single.connect() as connection:
-            result = await connection.run_sync(operation)
-            await connection.commit()
-            return result
-
-    submit = _bound_async(jobs.submit, atomic="unless_active")
-    submit_many = _bound_async(jobs.submit_many, atomic=True)
-    retry = _bound_async(jobs.retry, atomic="unless_active")
-    get = _bound_async(jobs.get)
-    find = _bound_async(jobs.find)
-    history = _bound_async(jobs.history)
-    counts = _bound_async(jobs.counts)
-    claim = _bound_async(jobs.claim)
-    claim_one = _bound_async(jobs.claim_one)
-    renew = _bound_async(jobs.renew)
-    release = _bound_async(jobs.release)
-    set_progress = _bound_async(jobs.set_progress)
-    set_progress_many = _bound_async(jobs.set_progress_many)
-    complete = _bound_async(jobs.complete)
-    complete_many = _bound_async(jobs.complete_many)
-    fail = _bound_async(jobs.fail)
-    fail_many = _bound_async(jobs.fail_many)
-    requeue = _bound_async(jobs.requeue)
-    requeue_many = _bound_async(jobs.requeue_many)
-    finish_many = _bound_async(jobs.finish_many)
-    cancel = _bound_async(jobs.cancel)
-    rescue = _bound_async(jobs.rescue, atomic=True)
-
-    async def prune(self, *, older_than: timedelta | datetime, keep_last: int = 0, batch: int = 1000) -> int:
-        """Delete finished records past their time, a transaction for each batch; see ``jobs.prune``."""
-        total = 0
-        after: jobs.Cursor | None = None
-        while True:
-            done = await self.run(
-                partial(
-                    jobs.prune_batch,
-                    older_than=older_than,
-                    keep_last=keep_last,
-                    batch=batch,
-                    after=after,
-                    model=self.model,
-                )
-            )
-            total += done.deleted
-            after = done.cursor
-            if after is None:
-                return total
-
-    async def wait(self, job: JobRef, timeout: float | None = None, *, poll: float | None = None) -> MlJob:  # noqa: ASYNC109
-        """Wait until the job has finished, and return it; see ``JobStore.wait``."""
-        steps = waiting(job, timeout, _poll(self.engine, poll), self.model)
-        finished: list[MlJob] = []
-        async for _ in self._follow(steps, finished):
-            pass
-        return finished[0]
-
-    def watch(self, *, timeout: float | None = None, poll: float | None = None, **filters: Any) -> AsyncIterator[MlJob]:
-        """Yield each job that is added or changes, from now on; see ``JobStore.watch``."""
-        return self._follow(watching(filters, timeout, _poll(self.engine, poll), self.model), [])
-
-    async def _follow(self, steps: Steps, finished: list[MlJob]) -> AsyncIterator[MlJob]:
-        answer: Any = None
-        async with AsyncSleeper(self.engine, self.model) as sleeper:
-            while True:
-                try:
-                    step = steps.send(answer)
-                except StopIteration as stop:
-                    finished.append(stop.value)
-                    return
-                answer = None
-                if isinstance(step, Look):
-                    answer = await self.run(step.read, atomic=False)
-                elif isinstance(step, float | int):
-                    await sleeper.sleep(step)
-                else:
-                    yield step
-
-    @asynccontextmanager
-    async def running(self, job: JobRef, *, worker: str | None = None, lease: float = _LEASE) -> AsyncIterator[Run]:
-        """Run a job by hand; see ``JobStore.running``. The lease lives on while the event loop is blocked.
-
-        Raises:
-            InvalidValueError: A SQLite database in memory, which the thread that keeps the lease could not see.
-        """
-        _refuse_memory(self._keeper_url)
-        run = Run(await self.claim_one(id_of(job), worker=worker or worker_name(), lease=lease))
-        with JobStore(self._keeper_url, model=self.model, pool_size=1) as twin, Keeper(twin, lease) as keeper:
-            keeper.add(run)
-            try:
-                yield run
-            except BaseException as error:
-                await asyncio.shield(asyncio.to_thread(_end, twin, keeper, run, error))
-                raise
-            await asyncio.to_thread(_end, twin, keeper, run, None)
-
-    async def close(self) -> None:
-        """Close the connections of a store that was made from a URL."""
-        if self._owned:
-            await self._whole.dispose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-
 # ------------------------------------------------------------------------------------------------------- the details
 
 
-def _refuse_memory(url: URL) -> None:
+def refuse_memory(url: URL) -> None:
+    """Refuse what the thread that keeps a lease could not open.
+
+    Raises:
+        InvalidValueError: A SQLite database in memory.
+    """
     if is_memory(url):
         raise InvalidValueError("url", str(url), "the thread that keeps the lease cannot open a database in memory")
 
 
-def _poll(engine: Engine | AsyncEngine, poll: float | None) -> float:
+def poll_seconds(dialect_name: str, poll: float | None) -> float:
+    """Return how often to look: ``poll``, or what suits the database."""
     if poll is not None:
         return poll
-    return _POLL if engine.dialect.name == "postgresql" else _POLL_SQLITE
+    return _POLL if dialect_name == "postgresql" else _POLL_SQLITE
 
 
-def _modes(engine: Engine, *, owned: bool) -> tuple[Engine, Engine]:
+def modes(engine: Engine, *, owned: bool) -> tuple[Engine, Engine]:
     """Return the engine for single statements, and the one for transactions."""
     if engine.dialect.name != "postgresql":
         return engine, engine
@@ -531,13 +341,6 @@ def _detaching(sessions: sessionmaker[Session]) -> Iterator[Bind]:
         session.expunge_all()  # as it is, whatever expire_on_commit says
 
 
-def _detached(operation: Callable[[Bind], R], session: Session) -> R:
-    result = operation(session)
-    session.flush()
-    session.expunge_all()
-    return result
-
-
 def _drain(steps: Generator[MlJob, None, R]) -> R:
     while True:
         try:
@@ -547,7 +350,7 @@ def _drain(steps: Generator[MlJob, None, R]) -> R:
             return result
 
 
-def _end(store: JobStore, keeper: Keeper, run: Run, error: BaseException | None) -> None:
+def record_end(store: JobStore, keeper: Keeper, run: Run, error: BaseException | None) -> None:
     """Record how the work on a run ended."""
     try:
         outcome = outcome_of(run, error)

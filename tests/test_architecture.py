@@ -27,6 +27,7 @@ ORDER = [
     "following",
     "run",
     "store",
+    "async_store",
     "schema",
     "demo",
     "cli",
@@ -73,6 +74,14 @@ def _loaded_by(statement: str) -> set[str]:
 def test_importing_the_package_or_a_leaf_does_not_load_the_model() -> None:
     assert not {"mljobs.model", "sqlalchemy"} & _loaded_by("import mljobs")
     assert not {"mljobs.model", "sqlalchemy.orm"} & _loaded_by("import mljobs.triggers")
+
+
+def test_everything_but_the_async_store_works_without_greenlet() -> None:
+    statement = (
+        "import sys; sys.modules['greenlet'] = None; import mljobs; "
+        "[getattr(mljobs, name) for name in mljobs.__all__ if name != 'AsyncJobStore']; import mljobs.schema"
+    )
+    assert "mljobs.store" in _loaded_by(statement)
 
 
 def test_every_public_name_is_there_once_and_typed() -> None:

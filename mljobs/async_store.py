@@ -1,0 +1,246 @@
+"""``AsyncJobStore``: the same operations, awaited. Needs greenlet, which the extra ``async`` brings."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
+from functools import partial, wraps
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
+
+from sqlalchemy import URL
+from sqlalchemy.orm import Session
+
+try:
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+except ImportError as error:
+    raise ImportError("AsyncJobStore needs the extra: pip install 'mljobs[async]'") from error
+
+from mljobs import jobs
+from mljobs.engines import async_url, engine_options, set_pragmas, sync_url, url_from_env
+from mljobs.errors import InvalidValueError
+from mljobs.following import Look, Steps, waiting, watching
+from mljobs.jobs import Bind, JobRef, Model
+from mljobs.jobs._base import id_of, plain
+from mljobs.jobs.claiming import DEFAULT_LEASE
+from mljobs.model import MlJob
+from mljobs.run import Keeper, Run, worker_name
+from mljobs.store import JobStore, modes, poll_seconds, record_end, refuse_memory, takes_model
+from mljobs.wake import AsyncSleeper
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def new_async_engine(url: str | URL, *, autocommit: bool = False, **options: Any) -> AsyncEngine:
+    """Return an async engine with the settings that jobs need; see ``engines.new_engine``."""
+    parsed = async_url(url)
+    engine = create_async_engine(parsed, **engine_options(parsed, options, autocommit=autocommit))
+    set_pragmas(engine.sync_engine)
+    return engine
+
+
+def _bound_async(
+    operation: Callable[Concatenate[Bind, P], R], *, atomic: bool | str = False
+) -> Callable[Concatenate[AsyncJobStore, P], Coroutine[Any, Any, R]]:
+    """Bind an operation to an ``AsyncJobStore``; see ``store._bound``."""
+    of_model = takes_model(operation)
+
+    @wraps(operation)
+    async def run(self: AsyncJobStore, *args: P.args, **kw: P.kwargs) -> R:
+        if of_model:
+            kw.setdefault("model", self.model)
+        whole = bool(kw.get(atomic)) if isinstance(atomic, str) else atomic
+        return await self.run(partial(_call, operation, args, kw), atomic=whole)
+
+    return cast("Callable[Concatenate[AsyncJobStore, P], Coroutine[Any, Any, R]]", run)
+
+
+def _call(operation: Callable[..., R], args: tuple[Any, ...], kw: dict[str, Any], bind: Bind) -> R:
+    return operation(bind, *args, **kw)
+
+
+class AsyncJobStore:
+    """Jobs in a database, each operation a transaction of its own, awaited. The same names as ``JobStore``.
+
+    Args:
+        source: A URL, an ``AsyncEngine``, or an ``async_sessionmaker`` whose sessions are to be used.
+        model: The mapped job class.
+        keeper_url: Where ``running`` keeps leases alive from, by a thread with a connection of its own; None for the
+            URL of the engine.
+        **options: With a URL, passed on to ``create_async_engine``.
+
+    Raises:
+        InvalidValueError: ``source`` is none of these.
+    """
+
+    def __init__(
+        self,
+        source: str | URL | AsyncEngine | async_sessionmaker[AsyncSession],
+        *,
+        model: Model = MlJob,
+        keeper_url: str | URL | None = None,
+        **options: Any,
+    ) -> None:
+        self.model = model
+        self._sessions: async_sessionmaker[AsyncSession] | None = None
+        self._owned = isinstance(source, str | URL)
+        if isinstance(source, str | URL):
+            engine = new_async_engine(source, autocommit=True, **options)
+        elif isinstance(source, AsyncEngine):
+            engine = source
+        elif isinstance(source, async_sessionmaker):
+            bind = source.kw.get("bind")
+            if not isinstance(bind, AsyncEngine):
+                raise InvalidValueError("source", source, "the async_sessionmaker has no engine in bind")
+            engine = bind
+            self._sessions = source
+        else:
+            raise InvalidValueError("source", source, "expected a URL, an AsyncEngine or an async_sessionmaker")
+        single, whole = modes(engine.sync_engine, owned=self._owned)
+        self._single, self._whole = AsyncEngine(single), AsyncEngine(whole)
+        self._keeper_url = sync_url(keeper_url or engine.url)
+        if self._sessions is None and not plain(model):
+            self._sessions = async_sessionmaker(self._whole, expire_on_commit=False)
+
+    @classmethod
+    def from_env(cls, **options: Any) -> Self:
+        """Return a store at ``MLJOBS_DATABASE_URL``, else at ``sqlite:///mljobs.db``."""
+        return cls(url_from_env(), **options)
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine, for statements of your own."""
+        return self._whole
+
+    async def run(self, operation: Callable[[Bind], R], *, atomic: bool = True) -> R:
+        """Run a function of ``mljobs.jobs``, or one of your own, on a connection of this store.
+
+        Args:
+            operation: Takes the session or connection.
+            atomic: Whether what it does stands or falls together.
+        """
+        if self._sessions is not None:
+            async with self._sessions.begin() as session:
+                return await session.run_sync(partial(_detached, operation))
+        if atomic:
+            async with self._whole.begin() as connection:
+                return await connection.run_sync(operation)
+        async with self._single.connect() as connection:
+            result = await connection.run_sync(operation)
+            await connection.commit()
+            return result
+
+    submit = _bound_async(jobs.submit, atomic="unless_active")
+    submit_many = _bound_async(jobs.submit_many, atomic=True)
+    retry = _bound_async(jobs.retry, atomic="unless_active")
+    get = _bound_async(jobs.get)
+    find = _bound_async(jobs.find)
+    history = _bound_async(jobs.history)
+    counts = _bound_async(jobs.counts)
+    claim = _bound_async(jobs.claim)
+    claim_one = _bound_async(jobs.claim_one)
+    renew = _bound_async(jobs.renew)
+    release = _bound_async(jobs.release)
+    set_progress = _bound_async(jobs.set_progress)
+    set_progress_many = _bound_async(jobs.set_progress_many)
+    complete = _bound_async(jobs.complete)
+    complete_many = _bound_async(jobs.complete_many)
+    fail = _bound_async(jobs.fail)
+    fail_many = _bound_async(jobs.fail_many)
+    requeue = _bound_async(jobs.requeue)
+    requeue_many = _bound_async(jobs.requeue_many)
+    finish_many = _bound_async(jobs.finish_many)
+    cancel = _bound_async(jobs.cancel)
+    rescue = _bound_async(jobs.rescue, atomic=True)
+
+    async def prune(self, *, older_than: timedelta | datetime, keep_last: int = 0, batch: int = 1000) -> int:
+        """Delete finished records past their time, a transaction for each batch; see ``jobs.prune``."""
+        total = 0
+        after: jobs.Cursor | None = None
+        while True:
+            done = await self.run(
+                partial(
+                    jobs.prune_batch,
+                    older_than=older_than,
+                    keep_last=keep_last,
+                    batch=batch,
+                    after=after,
+                    model=self.model,
+                )
+            )
+            total += done.deleted
+            after = done.cursor
+            if after is None:
+                return total
+
+    async def wait(self, job: JobRef, timeout: float | None = None, *, poll: float | None = None) -> MlJob:  # noqa: ASYNC109
+        """Wait until the job has finished, and return it; see ``JobStore.wait``."""
+        steps = waiting(job, timeout, poll_seconds(self.engine.dialect.name, poll), self.model)
+        finished: list[MlJob] = []
+        async for _ in self._follow(steps, finished):
+            pass
+        return finished[0]
+
+    def watch(self, *, timeout: float | None = None, poll: float | None = None, **filters: Any) -> AsyncIterator[MlJob]:
+        """Yield each job that is added or changes, from now on; see ``JobStore.watch``."""
+        return self._follow(watching(filters, timeout, poll_seconds(self.engine.dialect.name, poll), self.model), [])
+
+    async def _follow(self, steps: Steps, finished: list[MlJob]) -> AsyncIterator[MlJob]:
+        answer: Any = None
+        async with AsyncSleeper(self.engine, self.model) as sleeper:
+            while True:
+                try:
+                    step = steps.send(answer)
+                except StopIteration as stop:
+                    finished.append(stop.value)
+                    return
+                answer = None
+                if isinstance(step, Look):
+                    answer = await self.run(step.read, atomic=False)
+                elif isinstance(step, float | int):
+                    await sleeper.sleep(step)
+                else:
+                    yield step
+
+    @asynccontextmanager
+    async def running(
+        self, job: JobRef, *, worker: str | None = None, lease: float = DEFAULT_LEASE
+    ) -> AsyncIterator[Run]:
+        """Run a job by hand; see ``JobStore.running``. The lease lives on while the event loop is blocked.
+
+        Raises:
+            InvalidValueError: A SQLite database in memory, which the thread that keeps the lease could not see.
+        """
+        refuse_memory(self._keeper_url)
+        run = Run(await self.claim_one(id_of(job), worker=worker or worker_name(), lease=lease))
+        with JobStore(self._keeper_url, model=self.model, pool_size=1) as twin, Keeper(twin, lease) as keeper:
+            keeper.add(run)
+            try:
+                yield run
+            except BaseException as error:
+                await asyncio.shield(asyncio.to_thread(record_end, twin, keeper, run, error))
+                raise
+            await asyncio.to_thread(record_end, twin, keeper, run, None)
+
+    async def close(self) -> None:
+        """Close the connections of a store that was made from a URL."""
+        if self._owned:
+            await self._whole.dispose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+def _detached(operation: Callable[[Bind], R], session: Session) -> R:
+    result = operation(session)
+    session.flush()
+    session.expunge_all()
+    return result
