@@ -96,7 +96,7 @@ def to_job_id(value: object, field: str = "id") -> UUID:
             digits = value.replace("-", "")
         if len(digits) == _ID_DIGITS and digits.isascii() and digits.isalnum():
             try:
-                return UUID(int=int(digits, 16))
+                return UUID(bytes=bytes.fromhex(digits))  # int(..., 16) would take 0x too
             except ValueError:
                 pass
     raise InvalidValueError(field, value, "expected a UUID, an int or 32 hex digits")

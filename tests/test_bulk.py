@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import JSON, Connection, create_engine, event, func, select, text
-from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool
 
@@ -135,7 +135,7 @@ def test_a_connection_that_breaks_is_an_operational_error_and_is_not_used_again(
             yield row()
             with world.outside.connect() as outside:
                 outside.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
-            while True:
+            for _ in range(5000):
                 yield row()
 
         with pytest.raises(DBAPIError) as caught:
@@ -274,4 +274,3 @@ def test_the_statement_begins_the_callers_transaction(engine: Any) -> None:
         connection.rollback()
         assert connection.execute(select(func.count()).select_from(TABLE)).scalar() == 0
     assert begun
-    assert OperationalError is not None
