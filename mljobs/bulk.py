@@ -17,7 +17,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from sqlalchemy import Boolean, Integer, SmallInteger, String, Text, Uuid, insert, select, type_coerce
+from sqlalchemy import Boolean, Integer, SmallInteger, String, Text, Uuid, cast, insert, select, type_coerce
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import BigInteger, Date, DateTime, Double, Float, LargeBinary, NullType, TypeEngine
 from sqlalchemy.util import await_only
@@ -249,9 +249,15 @@ def read_wire(
         where: Conditions, to be combined with AND.
         chunk: At most so many rows at once.
     """
-    # Without their types: what the driver gives is what is wanted.
-    statement = select(*(type_coerce(column, NullType()) for column in columns)).where(*where)
     dialect = connection.dialect
+    # Without their types: what the driver gives is what is wanted. But asyncpg would parse json.
+    plain: list[ColumnElement[Any]] = [type_coerce(column, NullType()) for column in columns]
+    if dialect.driver == "asyncpg":
+        plain = [
+            cast(values, Text) if isinstance(column.type, JsonText) else values
+            for column, values in zip(columns, plain, strict=True)
+        ]
+    statement = select(*plain).where(*where)
     if dialect.name == "postgresql" and dialect.driver == "psycopg":
         compiled: Any = statement.compile(
             dialect=dialect,
@@ -303,12 +309,15 @@ def _copy_text(connection: Connection, table: Table, columns: Sequence[str]) -> 
     return f"COPY {qualified_name(connection, table)} ({names}) FROM STDIN (FORMAT binary)"
 
 
+_UNDOUBLE = ()  # no parameters, but the quoting of names has doubled every % for psycopg
+
+
 def _copy_psycopg(
     connection: Connection, table: Table, columns: Sequence[str], rows: Iterator[_Row], types: Sequence[str]
 ) -> int:
     driver: Any = connection.connection.driver_connection
     total = 0
-    with driver.cursor() as cursor, cursor.copy(_copy_text(connection, table, columns)) as copy:
+    with driver.cursor() as cursor, cursor.copy(_copy_text(connection, table, columns), _UNDOUBLE) as copy:
         copy.set_types(types)
         write = copy.write_row
         for row in rows:
@@ -324,7 +333,7 @@ def _copy_psycopg_async(
 
     async def copy_all() -> int:
         total = 0
-        async with driver.cursor() as cursor, cursor.copy(_copy_text(connection, table, columns)) as copy:
+        async with driver.cursor() as cursor, cursor.copy(_copy_text(connection, table, columns), _UNDOUBLE) as copy:
             copy.set_types(types)
             for row in rows:
                 await copy.write_row(row)
