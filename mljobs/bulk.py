@@ -72,10 +72,15 @@ def insert_rows(connection: Connection, table: Table, columns: Sequence[str], ro
 
 def qualified_name(connection: Connection, table: Table) -> str:
     """Return the table's name, quoted and in the schema that this connection's translate map gives it."""
-    preparer = connection.dialect.identifier_preparer
     schema = _schema(connection, table)
-    name = preparer.quote(table.name)
-    return f"{preparer.quote_schema(schema)}.{name}" if schema else name
+    name = _quoted(connection, table.name)
+    return f"{_quoted(connection, schema)}.{name}" if schema else name
+
+
+def _quoted(connection: Connection, name: str) -> str:
+    text = connection.dialect.identifier_preparer.quote(name)
+    # Where parameters are %s, SQLAlchemy doubles every percent sign; COPY without parameters takes them as they are.
+    return text.replace("%%", "%") if "%" in name and text.count("%") == 2 * name.count("%") else text
 
 
 def _schema(connection: Connection, table: Table) -> str | None:
@@ -225,9 +230,8 @@ def insert_wire(connection: Connection, table: Table, columns: Sequence[Column[A
     names = [column.name for column in columns]
     if connection.dialect.name == "postgresql":
         return _copy_in(connection, table, names, iter(rows), [_wire_type(column) for column in columns])
-    quote = connection.dialect.identifier_preparer.quote
     marks = ", ".join("?" * len(names))
-    into = f"{qualified_name(connection, table)} ({', '.join(quote(name) for name in names)})"
+    into = f"{qualified_name(connection, table)} ({', '.join(_quoted(connection, name) for name in names)})"
     statement = f"INSERT INTO {into} VALUES ({marks})"  # noqa: S608 - quoted identifiers
     total, left = 0, iter(rows)
     while chunk := list(islice(left, _CHUNK)):
@@ -265,8 +269,9 @@ def read_wire(
             schema_translate_map=connection.get_execution_options().get("schema_translate_map") or {},
             render_schema_translate=True,
         )
-        text = f"COPY ({compiled.string}) TO STDOUT (FORMAT binary)"
         values = {name: str(value) if isinstance(value, StrEnum) else value for name, value in compiled.params.items()}
+        query = compiled.string if values else compiled.string % ()
+        text = f"COPY ({query}) TO STDOUT (FORMAT binary)"
         types = [_wire_type(column) for column in columns]
         connection.exec_driver_sql("SELECT 1")
         read = _copy_out_async if dialect.is_async else _copy_out
@@ -304,12 +309,8 @@ def _copy_in(
 
 
 def _copy_text(connection: Connection, table: Table, columns: Sequence[str]) -> str:
-    quote = connection.dialect.identifier_preparer.quote
-    names = ", ".join(quote(name) for name in columns)
+    names = ", ".join(_quoted(connection, name) for name in columns)
     return f"COPY {qualified_name(connection, table)} ({names}) FROM STDIN (FORMAT binary)"
-
-
-_UNDOUBLE = ()  # no parameters, but the quoting of names has doubled every % for psycopg
 
 
 def _copy_psycopg(
@@ -317,7 +318,7 @@ def _copy_psycopg(
 ) -> int:
     driver: Any = connection.connection.driver_connection
     total = 0
-    with driver.cursor() as cursor, cursor.copy(_copy_text(connection, table, columns), _UNDOUBLE) as copy:
+    with driver.cursor() as cursor, cursor.copy(_copy_text(connection, table, columns)) as copy:
         copy.set_types(types)
         write = copy.write_row
         for row in rows:
@@ -333,7 +334,7 @@ def _copy_psycopg_async(
 
     async def copy_all() -> int:
         total = 0
-        async with driver.cursor() as cursor, cursor.copy(_copy_text(connection, table, columns), _UNDOUBLE) as copy:
+        async with driver.cursor() as cursor, cursor.copy(_copy_text(connection, table, columns)) as copy:
             copy.set_types(types)
             for row in rows:
                 await copy.write_row(row)

@@ -80,7 +80,7 @@ class Sleeper:
         """Give the connection back, without what it listened to."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            connection.detach()  # the session's lock and LISTEN end with it
+            connection.invalidate()  # closes it for good: the session's lock and LISTEN end with it
             connection.close()
 
     def __enter__(self) -> Self:

@@ -75,7 +75,7 @@ def test_a_core_insert_is_complete_too(session: Session) -> None:
         ("status", "done"),
         ("id", "zz"),
         ("id", 1 << 128),
-        ("created_at", datetime(2026, 1, 1)),  # noqa: DTZ001 - naive on purpose
+        ("created_at", datetime(2026, 1, 1)),
         ("started_at", datetime(1969, 1, 1, tzinfo=UTC)),
         ("spec", float("nan")),
     ],

@@ -580,7 +580,7 @@ def test_prune_deletes_what_finished_long_ago_and_keeps_the_last(store: Any, wor
     assert store.get(newest.id).status is COMPLETED
     assert store.prune(older_than=timedelta(seconds=-5)) == 2
     assert [job.id for job in store.find()] == [active.id]
-    for field, value in (("older_than", "x"), ("older_than", datetime(2020, 1, 1)), ("older_than", 5)):  # noqa: DTZ001
+    for field, value in (("older_than", "x"), ("older_than", datetime(2020, 1, 1)), ("older_than", 5)):
         with pytest.raises(InvalidValueError):
             store.prune(**{field: value})
     for wrong in ({"keep_last": -1}, {"batch": 0}):

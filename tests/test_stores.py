@@ -1,0 +1,176 @@
+"""What a store is made from, and that it outlives forks, lost servers and failures to record."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from mljobs import AsyncJobStore, InvalidValueError, JobStore, MlJob, MlJobStatus
+from mljobs.engines import async_url, sync_url, url_from_env
+from mljobs.wake import AsyncSleeper, Sleeper
+from tests.worlds import DRIVERS
+
+
+@pytest.mark.parametrize(
+    ("given", "blocking", "awaited"),
+    [
+        ("postgresql://h/d", "postgresql+psycopg", "postgresql+psycopg"),
+        ("postgres://h/d", "postgresql+psycopg", "postgresql+psycopg"),
+        ("postgresql+asyncpg://h/d", "postgresql+psycopg", "postgresql+asyncpg"),
+        ("sqlite:///x.db", "sqlite", "sqlite+aiosqlite"),
+        ("sqlite+aiosqlite:///x.db", "sqlite", "sqlite+aiosqlite"),
+    ],
+)
+def test_a_url_gets_the_driver_that_its_world_needs(given: str, blocking: str, awaited: str) -> None:
+    assert (sync_url(given).drivername, async_url(given).drivername) == (blocking, awaited)
+
+
+def test_a_bad_url_does_not_show_its_password() -> None:
+    for url in ("mysql://u:secret@h/d", "postgresql://u:secret@h:port/d"):
+        with pytest.raises(InvalidValueError) as caught:
+            sync_url(url)
+        assert "secret" not in str(caught.value)
+
+
+def test_the_environment_names_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLJOBS_DATABASE_URL", raising=False)
+    assert url_from_env() == "sqlite:///mljobs.db"
+    monkeypatch.setenv("MLJOBS_DATABASE_URL", "sqlite:///other.db")
+    assert (url_from_env(), url_from_env("sqlite:///mine.db")) == ("sqlite:///other.db", "sqlite:///mine.db")
+    assert AsyncJobStore.from_env().engine.url.database == "other.db"
+
+
+@pytest.mark.parametrize("driver", [name for name in DRIVERS if "-" in name])
+def test_an_async_store_runs_on_a_hosts_engine_and_sessionmaker(driver: str, request: pytest.FixtureRequest) -> None:
+    plain: str = request.getfixturevalue("postgres_url" if driver.startswith("postgresql") else "sqlite_url")
+    url = make_url(plain).set(drivername=DRIVERS[driver])
+
+    async def life() -> None:
+        engine = create_async_engine(url)
+        for source in (engine, async_sessionmaker(engine)):
+            async with AsyncJobStore(source) as store:
+                job = await store.submit("train", "spam")
+                async with store.running(job) as run:
+                    run.metrics = {"n": 1}
+                assert (await store.wait(job, timeout=30)).metrics == {"n": 1}
+                assert await store.prune(older_than=timedelta(seconds=-5)) == 1
+                assert (await store.run(lambda bind: bind.execute(text("SELECT 1")).scalar())) == 1
+        await engine.dispose()
+
+    asyncio.run(life())
+
+
+@pytest.mark.parametrize("source", [None, 5, async_sessionmaker()])
+def test_an_async_source_that_is_none_is_refused(source: Any) -> None:
+    with pytest.raises(InvalidValueError) as caught:
+        AsyncJobStore(source)
+    assert caught.value.field == "source"
+
+
+def test_async_running_in_memory_is_refused() -> None:
+    async def attempt() -> None:
+        async with AsyncJobStore("sqlite+aiosqlite://") as store:
+            with pytest.raises(InvalidValueError, match="memory"):
+                async with store.running(1):
+                    pass
+
+    asyncio.run(attempt())
+
+
+def test_a_store_outlives_a_fork(url: str) -> None:
+    with JobStore(url) as store:
+        store.submit("train", "parent")
+        child = os.fork()
+        if child == 0:
+            try:
+                store.submit("train", "child")
+            finally:
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        store.submit("train", "parent")
+        assert sorted(job.target_name for job in store.find()) == ["child", "parent", "parent"]
+
+
+def _drop_connections(engine: Engine) -> None:
+    with engine.connect() as connection:
+        connection.execute(
+            text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        )
+
+
+def test_a_store_goes_on_after_the_server_dropped_its_connections(postgres_url: str) -> None:
+    admin = create_engine(postgres_url, poolclass=NullPool)
+    with JobStore(postgres_url) as store:
+        store.submit("train", "before")
+        _drop_connections(admin)
+        with pytest.raises(OperationalError):
+            store.submit("train", "lost")
+        store.submit("train", "after")
+        assert {job.target_name for job in store.find()} == {"before", "after"}
+    admin.dispose()
+
+
+def test_no_more_connections_are_kept_of_a_hosts_pool_than_it_can_spare(postgres_url: str) -> None:
+    engine = create_engine(postgres_url)
+    with JobStore(engine) as store:
+        contexts = [store.connect(atomic=False) for _ in range(4)]
+        for context in contexts:
+            context.__enter__()
+        for context in contexts:
+            context.__exit__(None, None, None)
+        assert engine.pool.checkedout() == 2  # type: ignore[attr-defined]
+    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    engine.dispose()
+
+
+def test_a_sleeper_whose_connection_is_lost_polls_and_listens_again(postgres_url: str) -> None:
+    admin = create_engine(postgres_url, poolclass=NullPool)
+    with JobStore(postgres_url) as store, Sleeper(store.engine, MlJob) as sleeper:
+        sleeper.sleep(0)
+        _drop_connections(admin)
+        sleeper.sleep(0.01)
+        sleeper.sleep(0)
+        assert sleeper._connection is not None
+    admin.dispose()
+
+
+@pytest.mark.parametrize("driver", [DRIVERS["postgresql-psycopg-async"], DRIVERS["postgresql-asyncpg"]])
+def test_an_async_sleeper_whose_connection_is_lost_polls_and_listens_again(postgres_url: str, driver: str) -> None:
+    admin = create_engine(postgres_url, poolclass=NullPool)
+
+    async def main() -> None:
+        engine = create_async_engine(postgres_url.replace("postgresql+psycopg", driver))
+        async with AsyncSleeper(engine, MlJob) as sleeper:
+            await sleeper.sleep(0)
+            await sleeper.sleep(0.01)
+            _drop_connections(admin)
+            for _ in range(3):
+                await sleeper.sleep(0.05)
+            assert sleeper._connection is not None
+        await engine.dispose()
+
+    asyncio.run(main())
+    admin.dispose()
+
+
+def test_an_end_that_cannot_be_recorded_is_noted_on_the_error(sqlite_url: str) -> None:
+    with JobStore(sqlite_url) as store:
+        job = store.submit("train", "spam")
+        with pytest.raises(ValueError, match="boom") as caught, store.running(job):
+            store.requeue(store.claim_one(store.submit("train", "other"), worker="x"))
+            with store.engine.begin() as connection:
+                connection.execute(text("DELETE FROM ml_job_leases"))
+            raise ValueError("boom")
+        assert "was not recorded" in caught.value.__notes__[0]
+        assert store.get(job.id).status is MlJobStatus.RUNNING
