@@ -10,7 +10,7 @@ import os
 
 from alembic import context
 
-from mljobs.engines import URL_VARIABLE, new_engine, sync_url
+from mljobs.engines import DEFAULT_URL, URL_VARIABLE, new_engine, sync_url
 from mljobs.schema import VERSION_TABLE, is_ours, migrating
 
 config = context.config
@@ -18,7 +18,7 @@ config = context.config
 
 def _url() -> str:
     given = context.get_x_argument(as_dictionary=True).get("url")
-    return given or os.environ.get(URL_VARIABLE) or config.get_main_option("sqlalchemy.url") or ""
+    return given or os.environ.get(URL_VARIABLE) or config.get_main_option("sqlalchemy.url", DEFAULT_URL)
 
 
 def _include_object(_object: object, name: str | None, kind: str, *_: object) -> bool:
@@ -52,8 +52,10 @@ elif "connection" in config.attributes:
         context.run_migrations()
 else:
     engine = new_engine(_url())
-    with engine.begin() as connection, migrating(connection):
-        _configure(connection=connection)
-        with context.begin_transaction():
-            context.run_migrations()
-    engine.dispose()
+    try:
+        with engine.begin() as connection, migrating(connection):
+            _configure(connection=connection)
+            with context.begin_transaction():
+                context.run_migrations()
+    finally:
+        engine.dispose()

@@ -28,6 +28,7 @@ ORDER = [
     "run",
     "store",
     "async_store",
+    "catalog",
     "schema",
     "demo",
     "cli",

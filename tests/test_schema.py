@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -14,13 +15,10 @@ from typing import Any
 import pytest
 from alembic import command
 from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.operations import Operations
 from sqlalchemy import Engine, create_engine, inspect, make_url, text
 from sqlalchemy.pool import NullPool
 
 from mljobs import MlJob, MlJobKind, MlJobStatus, SchemaError, TerminalStateError, metadata, schema
-from mljobs.errors import InvalidValueError
 from tests.postgres import Server
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +27,15 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def empty(empty_url: str) -> Any:
     engine = create_engine(empty_url, poolclass=NullPool)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def engine_of_create_all(empty: Engine, request: pytest.FixtureRequest) -> Any:
+    """An engine on a database of the same kind, made from the models."""
+    kind = "postgres" if empty.dialect.name == "postgresql" else "sqlite"
+    engine = create_engine(request.getfixturevalue(f"{kind}_url"), poolclass=NullPool)
     yield engine
     engine.dispose()
 
@@ -46,6 +53,35 @@ def test_migrations_make_what_the_models_describe(empty: Engine) -> None:
 def test_create_all_makes_what_the_migrations_make(empty: Engine) -> None:
     metadata.create_all(empty)
     schema.verify(empty)
+
+
+def _dump(engine: Engine, binaries: Path | None) -> list[str]:
+    """Return every definition in the database as the database itself tells it, whatever ``verify`` may think of it."""
+    if binaries is None:
+        with engine.connect() as connection:
+            rows = connection.exec_driver_sql("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")
+            # SQLite keeps the text as it was sent; the order of the CHECKs, a line each, is not fixed.
+            return sorted(
+                "\n".join(sorted(" ".join(line.split()).rstrip(",") for line in sql.splitlines())) for (sql,) in rows
+            )
+    url = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    dump = [binaries / "pg_dump", "--schema-only", "--no-owner", "--exclude-table", schema.VERSION_TABLE, url]
+    done = subprocess.run(dump, capture_output=True, text=True, check=True)
+    return sorted(line for line in done.stdout.split(";\n") if "\\restrict" not in line and "\\unrestrict" not in line)
+
+
+def test_both_ways_end_in_the_same_catalog_to_the_last_object(
+    empty: Engine, engine_of_create_all: Engine, request: pytest.FixtureRequest
+) -> None:
+    postgresql = empty.dialect.name == "postgresql"
+    binaries = request.getfixturevalue("postgres_server").binaries if postgresql else None
+    schema.upgrade(empty)
+    if not postgresql:
+        with empty.begin() as connection:
+            connection.exec_driver_sql(f"DROP TABLE {schema.VERSION_TABLE}")
+    made, wanted = _dump(empty, binaries), _dump(engine_of_create_all, binaries)
+    assert len(wanted) > 20
+    assert made == wanted
 
 
 def test_down_to_base_leaves_nothing_and_up_again_works(empty: Engine) -> None:
@@ -69,8 +105,7 @@ def test_the_check_lists_are_those_of_the_enums(empty: Engine) -> None:
     schema.upgrade(empty)
     checks = {check["name"]: str(check["sqltext"]) for check in inspect(empty).get_check_constraints("ml_jobs")}
     for name, enum in (("ck_ml_jobs_kind", MlJobKind), ("ck_ml_jobs_status", MlJobStatus)):
-        for member in enum:
-            assert f"'{member.token}'" in checks[name]
+        assert re.findall(r"'(\w+)'", checks[name]) == [member.token for member in enum]
 
 
 def test_a_connection_is_used_and_its_transaction_left_to_the_caller(empty: Engine) -> None:
@@ -79,11 +114,6 @@ def test_a_connection_is_used_and_its_transaction_left_to_the_caller(empty: Engi
         assert schema.current(connection) == schema.head()
         connection.rollback()
     assert _tables(empty) == set()
-
-
-def test_an_async_engine_is_refused_with_what_to_do_instead() -> None:
-    with pytest.raises(InvalidValueError, match="run_sync"):
-        schema.upgrade(object())  # type: ignore[arg-type]
 
 
 def _alembic(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -150,86 +180,6 @@ def test_offline_sql_is_applied_by_the_databases_own_shell(
         assert done.returncode == 0, done.stderr
     schema.verify(empty)
     assert schema.current(empty) == schema.head()
-
-
-BREAKS: dict[str, dict[str, str]] = {
-    "a lost trigger": {
-        "sqlite": "DROP TRIGGER ml_jobs_guard_delete",
-        "postgresql": "DROP TRIGGER ml_jobs_guard_delete ON ml_jobs",
-    },
-    "a trigger with another body": {
-        "sqlite": "DROP TRIGGER ml_jobs_guard_update ;; "
-        "CREATE TRIGGER ml_jobs_guard_update BEFORE UPDATE ON ml_jobs BEGIN SELECT 1; END",
-        "postgresql": "CREATE OR REPLACE FUNCTION ml_jobs_guard() RETURNS trigger LANGUAGE plpgsql "
-        "AS $$ BEGIN RETURN NEW; END $$",
-    },
-    "a trigger on fewer columns": {
-        "sqlite": "DROP TRIGGER ml_jobs_guard_key",
-        "postgresql": "DROP TRIGGER ml_jobs_guard_update ON ml_jobs ;; CREATE TRIGGER ml_jobs_guard_update BEFORE UPDATE OF "
-        "status ON ml_jobs FOR EACH ROW EXECUTE FUNCTION ml_jobs_guard()",
-    },
-    "a lost index": {"sqlite": "DROP INDEX ix_ml_jobs_queue", "postgresql": "DROP INDEX ix_ml_jobs_queue"},
-    "an index without its condition": {
-        "sqlite": "DROP INDEX ix_ml_jobs_queue ;; CREATE INDEX ix_ml_jobs_queue ON ml_jobs (priority DESC, created_at, id)",
-        "postgresql": "DROP INDEX ix_ml_jobs_queue ;; "
-        "CREATE INDEX ix_ml_jobs_queue ON ml_jobs (priority DESC, created_at, id)",
-    },
-    "a lost table": {"sqlite": "DROP TABLE ml_job_leases", "postgresql": "DROP TABLE ml_job_leases"},
-    "a lost column": {
-        "sqlite": "DROP INDEX ix_ml_job_leases_expires ;; ALTER TABLE ml_job_leases DROP COLUMN expires_at",
-        "postgresql": "ALTER TABLE ml_job_leases DROP COLUMN expires_at",
-    },
-    "a door table without its rows": {
-        "sqlite": "DELETE FROM ml_jobs_guard",
-        "postgresql": "ALTER TABLE ml_jobs DISABLE TRIGGER ml_jobs_guard_update",
-    },
-    "a lost check": {
-        "sqlite": "DROP TABLE ml_jobs_counts",
-        "postgresql": "ALTER TABLE ml_jobs DROP CONSTRAINT ck_ml_jobs_progress",
-    },
-    "a column of another type": {
-        "sqlite": "ALTER TABLE ml_job_leases RENAME COLUMN worker TO who",
-        "postgresql": "ALTER TABLE ml_job_leases ALTER COLUMN worker TYPE varchar(10)",
-    },
-}
-
-
-@pytest.mark.parametrize("harm", BREAKS)
-def test_verify_names_what_differs(engine: Engine, harm: str) -> None:
-    schema.verify(engine)
-    with engine.begin() as connection:
-        for statement in BREAKS[harm][engine.dialect.name].split(" ;; "):
-            connection.exec_driver_sql(statement)
-    with pytest.raises(SchemaError) as caught:
-        schema.verify(engine)
-    assert caught.value.problems
-    assert all("ml_job" in problem for problem in caught.value.problems)
-
-
-def test_what_a_host_adds_is_no_difference(engine: Engine) -> None:
-    with engine.begin() as connection:
-        connection.execute(text("ALTER TABLE ml_jobs ADD COLUMN owner INTEGER"))
-        connection.execute(text("CREATE INDEX ix_host ON ml_jobs (owner)"))
-    schema.verify(engine)
-
-
-def test_verifying_changes_nothing(engine: Engine) -> None:
-    with engine.connect() as connection:
-        schema.verify(connection)
-        if engine.dialect.name == "postgresql":
-            assert connection.scalar(text("SELECT count(*) FROM pg_class WHERE relpersistence = 't'")) == 0
-        connection.rollback()
-
-
-def test_a_sqlite_batch_rebuild_that_drops_the_guard_is_noticed(sqlite_url: str) -> None:
-    engine = create_engine(sqlite_url, poolclass=NullPool)
-    with engine.begin() as connection:
-        operations = Operations(MigrationContext.configure(connection))
-        with operations.batch_alter_table("ml_jobs", recreate="always"):
-            pass
-    with pytest.raises(SchemaError) as caught:
-        schema.verify(engine)
-    assert any("trigger ml_jobs_guard_update" in problem for problem in caught.value.problems)
 
 
 def test_a_schema_newer_than_the_code_is_refused(empty: Engine) -> None:
