@@ -34,7 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
-from mljobs.errors import InvalidValueError, LeaseLostError, TargetLockedError
+from mljobs.errors import InvalidValueError, LeaseLostError, TargetLockedError, TerminalStateError
 from mljobs.jobs._base import (
     Bind,
     JobRef,
@@ -128,7 +128,7 @@ def claim(
     Args:
         session: The caller's session or connection; the claim is part of its transaction.
         worker: A name for operators to read, e.g. ``"host-1234"``.
-        kinds: Only these; None for all.
+        kinds: Only this one, or these; None for all.
         limit: At most so many, 1 to 10,000.
         lease: Seconds until the claims end unless they are renewed.
         model: The mapped job class.
@@ -140,6 +140,8 @@ def claim(
         InvalidValueError: An argument is out of range.
     """
     table_of(model)
+    if isinstance(kinds, str):
+        kinds = [kinds]
     tokens = None if kinds is None else [to_member(model.__kinds__, "kinds", kind).value for kind in kinds]
     parameters = {"worker": _worker(worker), "kinds": tokens, **moments(check_lease(lease))}
     check_count("limit", limit, MAX_BATCH)
@@ -282,9 +284,10 @@ def set_progress_many(session: Bind, progress: Iterable[tuple[Claim, int]]) -> l
 
 def explain(connection: Connection, model: Model, claim: Claim, *, held: bool, wanted: MlJobStatus) -> Exception:
     """Return why a write under ``claim`` found nothing to change."""
-    status = state_of(connection, model, claim.job_id)
-    if held and status.is_terminal:
-        return refusal(connection, model, claim.job_id, wanted)
+    if held:
+        error = refusal(connection, model, claim.job_id, wanted)
+        if isinstance(error, TerminalStateError):
+            return error
     return LeaseLostError(claim.job_id, claim.token)
 
 
