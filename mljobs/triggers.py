@@ -199,12 +199,16 @@ _POSTGRES_DROP_COMPANIONS = (
 )
 
 # Rows for every pair are there from the start: an upsert in a trigger would obey an outer OR REPLACE and count from 1.
+# They start from what the table holds, which is nothing, but for a table that was rebuilt or is guarded late.
 _SQLITE_CREATE_COMPANIONS = (
     """\
 CREATE TABLE IF NOT EXISTS {counts} (
   kind TEXT NOT NULL, status TEXT NOT NULL, jobs INTEGER NOT NULL, PRIMARY KEY (kind, status)
 )""",
-    "INSERT OR IGNORE INTO {counts} (kind, status, jobs) VALUES {pairs}",
+    """\
+INSERT OR REPLACE INTO {counts} (kind, status, jobs)
+SELECT pair.column1, pair.column2,
+  (SELECT count(*) FROM {counted} WHERE kind = pair.column1 AND status = pair.column2) FROM (VALUES {pairs}) AS pair""",
     f"""\
 CREATE TRIGGER {{count_insert}} AFTER INSERT ON {{table}} WHEN NEW.status IN ({_FINISHED})
 BEGIN
@@ -287,10 +291,11 @@ def _render(element: CompanionDDL, compiler: DDLCompiler, **_: object) -> str:
         **names,
         **here,
         table=here["table_here"] if sqlite else f"{prefix}{here['table_here']}",
+        counted=f"{prefix}{here['table_here']}",
         columns=", ".join(preparer.quote(name) for name in GUARDED_COLUMNS),
         collides="id = NEW.id OR rowid = NEW.rowid" if rowid else "id = NEW.id",
         moves="NEW.id <> OLD.id OR NEW.rowid <> OLD.rowid" if rowid else "NEW.id <> OLD.id",
-        pairs=", ".join(f"({_listed([kind])}, '{status}', 0)" for kind in kinds for status in TERMINAL),
+        pairs=", ".join(f"({_listed([kind])}, '{status}')" for kind in kinds for status in TERMINAL),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import sqlite3
@@ -116,11 +115,11 @@ def test_a_connection_is_used_and_its_transaction_left_to_the_caller(empty: Engi
     assert _tables(empty) == set()
 
 
-def _alembic(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _alembic(url: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "MLJOBS_DATABASE_URL": url}
     return subprocess.run(
         [sys.executable, "-m", "alembic", *arguments],
-        cwd=ROOT,
+        cwd=cwd,
         env=environment,
         capture_output=True,
         text=True,
@@ -133,6 +132,25 @@ def test_the_alembic_command_upgrades_checks_and_downgrades(empty_url: str, empt
         done = _alembic(empty_url, *arguments)
         assert done.returncode == 0, done.stderr
     schema.verify(empty)
+
+
+def test_the_alembic_command_works_from_any_directory_and_takes_a_url(empty_url: str, tmp_path: Path) -> None:
+    ini = str(ROOT / "alembic.ini")
+    async_url = empty_url.replace("sqlite:", "sqlite+aiosqlite:").replace("+psycopg:", "+asyncpg:")
+    done = _alembic("", "-c", ini, "-x", f"url={async_url}", "upgrade", "head", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    schema.verify(empty_url)
+    assert not (tmp_path / "mljobs.db").exists()
+    done = _alembic("", "-c", ini, "upgrade", "head", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    schema.verify(f"sqlite:///{tmp_path / 'mljobs.db'}")
+
+
+def test_the_alembic_command_says_an_unknown_revision_in_one_line(empty_url: str) -> None:
+    done = _alembic(empty_url, "upgrade", "nowhere")
+    assert done.returncode != 0
+    assert "FAILED: Can't locate revision identified by 'nowhere'" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_change_of_the_model_is_seen_by_alembic_check(empty_url: str, empty: Engine) -> None:
@@ -155,114 +173,78 @@ def test_a_host_table_is_none_of_our_business(empty_url: str, empty: Engine) -> 
         assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "host1"
 
 
+def _apply(script: str, url: str, request: pytest.FixtureRequest) -> None:
+    """Give the script to the database's own shell."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        shell = sqlite3.connect(str(parsed.database))
+        shell.executescript(script)
+        shell.close()
+        return
+    server: Server = request.getfixturevalue("postgres_server")
+    plain = parsed.set(drivername="postgresql").render_as_string(hide_password=False)
+    psql = [server.binaries / "psql", "-v", "ON_ERROR_STOP=1", plain]
+    done = subprocess.run(psql, input=script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_offline_sql_is_applied_by_the_databases_own_shell(
     empty_url: str, empty: Engine, request: pytest.FixtureRequest
 ) -> None:
-    script = _alembic(empty_url, "upgrade", "head", "--sql")
-    assert script.returncode == 0, script.stderr
-    if empty.dialect.name == "sqlite":
-        shell = sqlite3.connect(str(empty.url.database))
-        shell.executescript(script.stdout)
-        shell.close()
-    else:
-        server: Server = request.getfixturevalue("postgres_server")
-        url = make_url(empty_url)
-        done = subprocess.run(
-            [
-                server.binaries / "psql", "-v", "ON_ERROR_STOP=1",
-                "-h", str(url.host), "-p", str(url.port), "-U", str(url.username), "-d", str(url.database),
-            ],
-            input=script.stdout,
-            capture_output=True,
-            text=True,
-            check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+    up = _alembic(empty_url, "upgrade", "head", "--sql")
+    assert up.returncode == 0, up.stderr
+    _apply(up.stdout, empty_url, request)
     schema.verify(empty)
     assert schema.current(empty) == schema.head()
+    down = _alembic(empty_url, "downgrade", "head:base", "--sql")
+    assert down.returncode == 0, down.stderr
+    _apply(down.stdout, empty_url, request)
+    assert _tables(empty) <= {schema.VERSION_TABLE}
+    assert schema.current(empty) is None
+
+
+def test_an_offline_script_that_fails_half_way_leaves_nothing(
+    empty_url: str, empty: Engine, request: pytest.FixtureRequest
+) -> None:
+    script = _alembic(empty_url, "upgrade", "head", "--sql").stdout.replace("COMMIT;", "this is not SQL;\nCOMMIT;")
+    with pytest.raises((sqlite3.OperationalError, AssertionError), match="syntax error"):
+        _apply(script, empty_url, request)
+    assert _tables(empty) == set()
 
 
 def test_a_schema_newer_than_the_code_is_refused(empty: Engine) -> None:
     schema.upgrade(empty)
     with empty.begin() as connection:
         connection.execute(text(f"UPDATE {schema.VERSION_TABLE} SET version_num = '9999_future'"))
-    actions: list[Callable[[Engine], None]] = [schema.upgrade, schema.downgrade, schema.verify]
+    actions: list[Callable[[Engine], None]] = [schema.upgrade, schema.downgrade, schema.verify, schema.stamp]
     for action in actions:
-        with pytest.raises(SchemaError, match="9999_future"):
+        with pytest.raises(SchemaError, match=r"version 9999_future, which this release .* does not know: .*install"):
             action(empty)
+    assert schema.current(empty) == "9999_future"
     assert "ml_jobs" in _tables(empty)
 
 
 def test_tables_from_elsewhere_are_refused_until_they_are_stamped(engine: Engine) -> None:
-    with pytest.raises(SchemaError, match="stamp"):
+    with pytest.raises(SchemaError, match=r"mljobs\.schema\.stamp"):
         schema.upgrade(engine)
-    schema.verify(engine)
     schema.stamp(engine)
     schema.upgrade(engine)
     assert schema.current(engine) == schema.head()
+
+
+def test_tables_that_are_not_ours_cannot_be_stamped(empty: Engine) -> None:
+    with empty.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE ml_jobs (id INTEGER PRIMARY KEY)")
+    with pytest.raises(SchemaError) as caught:
+        schema.stamp(empty)
+    assert "column kind of table ml_jobs is missing" in caught.value.problems
+    assert schema.current(empty) is None
 
 
 def test_a_revision_that_does_not_exist_is_a_clear_error(empty: Engine) -> None:
     with pytest.raises(SchemaError, match="nowhere"):
         schema.upgrade(empty, "nowhere")
     assert _tables(empty) == set()
-
-
-HALF_WAY = """
-from alembic import op
-revision = "0002_breaks"
-down_revision = "0001_ml_jobs"
-branch_labels = None
-depends_on = None
-
-def upgrade():
-    op.execute("CREATE TABLE half_way (id INTEGER)")
-    op.execute("INSERT INTO half_way VALUES (1)")
-    op.execute("this is not SQL")
-"""
-
-
-def test_an_upgrade_that_fails_half_way_leaves_nothing(
-    empty: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "0002_breaks.py").write_text(HALF_WAY)
-    original = schema._config
-
-    def config(connection: Any = None) -> Config:
-        made = original(connection)
-        made.set_main_option(
-            "version_locations", os.pathsep.join([str(schema.migrations_path() / "versions"), str(broken)])
-        )
-        return made
-
-    monkeypatch.setattr(schema, "_config", config)
-    with pytest.raises(Exception, match="syntax error"):
-        schema.upgrade(empty)
-    assert _tables(empty) == set()
-
-
-def _upgrade_when_told(url: str, barrier: Any, results: Any) -> None:
-    engine = create_engine(url, poolclass=NullPool)
-    barrier.wait(30)
-    try:
-        schema.upgrade(engine)
-        results.put("done")
-    except BaseException as error:  # noqa: BLE001 - to be shown by the test
-        results.put(repr(error))
-
-
-def test_processes_that_upgrade_at_the_same_moment_all_succeed(empty_url: str, empty: Engine) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    barrier, results = spawn.Barrier(4), spawn.Queue()
-    processes = [spawn.Process(target=_upgrade_when_told, args=(empty_url, barrier, results)) for _ in range(4)]
-    for process in processes:
-        process.start()
-    assert [results.get(timeout=60) for _ in processes] == ["done"] * 4
-    for process in processes:
-        process.join(30)
-    schema.verify(empty)
 
 
 def test_the_guard_of_a_migrated_database_holds(empty: Engine) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +14,8 @@ from sqlalchemy import Connection, Engine, MetaData, create_engine, text
 from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.pool import NullPool
 
-from mljobs import MlJob, MlJobLease, MlJobMixin, SchemaError, metadata, schema
+from mljobs import MlJob, MlJobLease, MlJobMixin, SchemaError, TerminalStateError, metadata, schema
 from mljobs.errors import InvalidValueError
-from mljobs.triggers import companion_ddl
 from tests.host import HostBase
 
 HARM_IN_SQLITE = {
@@ -349,9 +350,21 @@ def test_a_sqlite_batch_rebuild_of_the_leases_that_would_use_tokens_again_is_not
     ]
 
 
-def test_a_sqlite_batch_rebuild_from_the_model_with_its_companions_leaves_all_as_it_was(sqlite_url: str) -> None:
-    engine = _rebuild(sqlite_url, "ml_jobs", copy_from=MlJob.__table__)
+def test_a_sqlite_batch_rebuild_as_the_docs_show_it_leaves_all_as_it_was(sqlite_url: str) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "migrations.md").read_text()
+    (block,) = (part for part in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "batch_alter_table" in part)
+    migration: dict[str, Any] = {}
+    exec(compile(block, "migrations.md", "exec"), migration)
+    engine = create_engine(sqlite_url, poolclass=NullPool)
+    finished = {"kind": "train", "target_name": "spam", "status": "completed", "spec_json": "{}"}
     with engine.begin() as connection:
-        for statement in companion_ddl(MlJob.__table__, "sqlite"):
-            connection.execute(statement)
+        connection.execute(MlJob.__table__.insert(), finished)
+        with Operations.context(MigrationContext.configure(connection)):
+            migration["upgrade"]()
+    assert problems(engine) == []
+    with pytest.raises(TerminalStateError), engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE ml_jobs SET progress = 1")
+    with engine.connect() as connection:
+        counted = "SELECT jobs FROM ml_jobs_counts WHERE kind = 'train' AND status = 'completed'"
+        assert connection.exec_driver_sql(counted).scalar() == 1
     assert problems(_rebuild(sqlite_url, "ml_job_leases", copy_from=MlJobLease.__table__)) == []
