@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 from sqlalchemy import URL, Engine, create_engine, event, make_url
@@ -34,6 +35,7 @@ _ASYNC = {
     "sqlite+aiosqlite": "sqlite+aiosqlite",
 }
 _BUSY_SECONDS = 30.0
+_WAL_PAUSE = 0.02
 
 
 def url_from_env(url: str | None = None) -> str:
@@ -111,7 +113,24 @@ def set_pragmas(engine: Engine) -> None:
     @event.listens_for(engine, "connect")
     def on_connect(dbapi_connection: Any, _record: object) -> None:
         cursor = dbapi_connection.cursor()
-        cursor.execute("PRAGMA journal_mode = WAL")
+        _switch_to_wal(cursor)
         cursor.execute("PRAGMA foreign_keys = ON")
         cursor.execute("PRAGMA recursive_triggers = ON")
         cursor.close()
+
+
+def _switch_to_wal(cursor: Any) -> None:
+    """Switch the file to WAL, once in its life; wait for a writer, which SQLite's busy timeout does not do here."""
+    cursor.execute("PRAGMA busy_timeout")
+    (patience,) = cursor.fetchone()
+    end = time.monotonic() + patience / 1000
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+        except Exception as error:
+            # By its text: aiosqlite's cursor raises what sqlite3 raises, and Python 3.11 names no busy class.
+            if "locked" not in str(error) or time.monotonic() >= end:
+                raise
+            time.sleep(_WAL_PAUSE)
+        else:
+            return

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sqlite3
+import threading
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,3 +177,38 @@ def test_an_end_that_cannot_be_recorded_is_noted_on_the_error(sqlite_url: str) -
             raise ValueError("boom")
         assert "was not recorded" in caught.value.__notes__[0]
         assert store.get(job.id).status is MlJobStatus.RUNNING
+
+
+@pytest.mark.parametrize("driver", ["sqlite", "sqlite+aiosqlite"])
+def test_opening_a_file_that_somebody_writes_to_waits_for_the_writer(tmp_path: Path, driver: str) -> None:
+    """SQLite's busy timeout does not cover the switch to WAL: it fails at once while a writer holds the file."""
+    path = tmp_path / "fresh.db"
+    writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    writer.execute("CREATE TABLE host (x)")
+    writer.execute("BEGIN IMMEDIATE")
+    letting_go = threading.Timer(0.2, writer.execute, ["COMMIT"])
+    letting_go.start()
+
+    async def look() -> str:
+        async with AsyncJobStore(f"{driver}:///{path}") as store:
+            mode: str = await store.run(lambda bind: bind.execute(text("PRAGMA journal_mode")).scalar_one())
+            return mode
+
+    if driver == "sqlite":
+        with JobStore(f"sqlite:///{path}") as store, store.connect() as bind:
+            assert bind.execute(text("PRAGMA journal_mode")).scalar_one() == "wal"
+    else:
+        assert asyncio.run(look()) == "wal"
+    letting_go.join()
+    writer.close()
+
+
+def test_opening_a_file_that_is_never_let_go_ends_with_the_timeout(tmp_path: Path) -> None:
+    path = tmp_path / "fresh.db"
+    writer = sqlite3.connect(path, isolation_level=None)
+    writer.execute("CREATE TABLE host (x)")
+    writer.execute("BEGIN IMMEDIATE")
+    store = JobStore(f"sqlite:///{path}", connect_args={"timeout": 0.05})
+    with store, pytest.raises(OperationalError, match="locked"):
+        store.find()
+    writer.close()
