@@ -20,14 +20,14 @@ except ImportError as error:
 
 from mljobs import jobs
 from mljobs.engines import async_url, engine_options, set_pragmas, sync_url, url_from_env
-from mljobs.errors import InvalidValueError
+from mljobs.errors import InvalidValueError, MlJobsError
 from mljobs.following import Look, Steps, waiting, watching
 from mljobs.jobs import Bind, JobRef, Model
 from mljobs.jobs._base import id_of, plain
 from mljobs.jobs.claiming import DEFAULT_LEASE
 from mljobs.model import MlJob
 from mljobs.run import Keeper, Run, worker_name
-from mljobs.store import JobStore, modes, poll_seconds, record_end, refuse_memory, takes_model
+from mljobs.store import LEASE_GIVEN_BACK, JobStore, modes, poll_seconds, record_end, refuse_memory, takes_model
 from mljobs.wake import AsyncSleeper
 
 P = ParamSpec("P")
@@ -43,7 +43,10 @@ def new_async_engine(url: str | URL, *, autocommit: bool = False, **options: Any
 
 
 def _bound_async(
-    operation: Callable[Concatenate[Bind, P], R], *, atomic: bool | str = False
+    operation: Callable[Concatenate[Bind, P], R],
+    *,
+    atomic: bool | str = False,
+    stands: tuple[type[MlJobsError], ...] = (),
 ) -> Callable[Concatenate[AsyncJobStore, P], Coroutine[Any, Any, R]]:
     """Bind an operation to an ``AsyncJobStore``; see ``store._bound``."""
     of_model = takes_model(operation)
@@ -53,13 +56,21 @@ def _bound_async(
         if of_model:
             kw.setdefault("model", self.model)
         whole = bool(kw.get(atomic)) if isinstance(atomic, str) else atomic
-        return await self.run(partial(_call, operation, args, kw), atomic=whole)
+        result, told = await self.run(partial(_told, lambda bind: operation(bind, *args, **kw), stands), atomic=whole)
+        if told is not None:
+            raise told
+        return cast("R", result)
 
     return cast("Callable[Concatenate[AsyncJobStore, P], Coroutine[Any, Any, R]]", run)
 
 
-def _call(operation: Callable[..., R], args: tuple[Any, ...], kw: dict[str, Any], bind: Bind) -> R:
-    return operation(bind, *args, **kw)
+def _told(
+    operation: Callable[..., R], stands: tuple[type[MlJobsError], ...], bind: Bind
+) -> tuple[R | None, MlJobsError | None]:
+    try:
+        return operation(bind), None
+    except stands as error:
+        return None, error
 
 
 class AsyncJobStore:
@@ -146,11 +157,11 @@ class AsyncJobStore:
     release = _bound_async(jobs.release)
     set_progress = _bound_async(jobs.set_progress)
     set_progress_many = _bound_async(jobs.set_progress_many)
-    complete = _bound_async(jobs.complete)
+    complete = _bound_async(jobs.complete, stands=LEASE_GIVEN_BACK)
     complete_many = _bound_async(jobs.complete_many)
-    fail = _bound_async(jobs.fail)
+    fail = _bound_async(jobs.fail, stands=LEASE_GIVEN_BACK)
     fail_many = _bound_async(jobs.fail_many)
-    requeue = _bound_async(jobs.requeue)
+    requeue = _bound_async(jobs.requeue, stands=LEASE_GIVEN_BACK)
     requeue_many = _bound_async(jobs.requeue_many)
     finish_many = _bound_async(jobs.finish_many)
     cancel = _bound_async(jobs.cancel)

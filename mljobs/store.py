@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from mljobs import jobs
 from mljobs.engines import is_memory, new_engine, url_from_env
-from mljobs.errors import InvalidValueError
+from mljobs.errors import InvalidValueError, MlJobsError, TerminalStateError
 from mljobs.following import Look, Steps, waiting, watching
 from mljobs.jobs import Bind, JobRef, Model
 from mljobs.jobs._base import plain
@@ -43,6 +43,8 @@ _LEASE = DEFAULT_LEASE
 _READY_OWNED = 16
 _READY_SHARED = 2  # of a host's pool
 _FRESH_SECONDS = 1.0
+LEASE_GIVEN_BACK = (TerminalStateError,)
+"""How a finish says that the job was cancelled meanwhile; the lease that it gave back stays given back."""
 
 
 def takes_model(operation: Callable[..., Any]) -> bool:
@@ -51,13 +53,17 @@ def takes_model(operation: Callable[..., Any]) -> bool:
 
 
 def _bound(
-    operation: Callable[Concatenate[Bind, P], R], *, atomic: bool | str = False
+    operation: Callable[Concatenate[Bind, P], R],
+    *,
+    atomic: bool | str = False,
+    stands: tuple[type[MlJobsError], ...] = (),
 ) -> Callable[Concatenate[JobStore, P], R]:
     """Bind an operation to a ``JobStore``.
 
     Args:
         operation: From ``mljobs.jobs``.
         atomic: Whether it is several statements that stand or fall together; the name of the argument that makes it so.
+        stands: Errors that tell of something done: it is committed, then the error is raised.
     """
     of_model = takes_model(operation)
 
@@ -67,7 +73,11 @@ def _bound(
             kw.setdefault("model", self.model)
         whole = bool(kw.get(atomic)) if isinstance(atomic, str) else atomic
         with self.connect(atomic=whole) as bind:
-            return operation(bind, *args, **kw)
+            try:
+                return operation(bind, *args, **kw)
+            except stands as error:
+                told = error
+        raise told
 
     return cast("Callable[Concatenate[JobStore, P], R]", run)
 
@@ -142,11 +152,11 @@ class JobStore:
     release = _bound(jobs.release)
     set_progress = _bound(jobs.set_progress)
     set_progress_many = _bound(jobs.set_progress_many)
-    complete = _bound(jobs.complete)
+    complete = _bound(jobs.complete, stands=LEASE_GIVEN_BACK)
     complete_many = _bound(jobs.complete_many)
-    fail = _bound(jobs.fail)
+    fail = _bound(jobs.fail, stands=LEASE_GIVEN_BACK)
     fail_many = _bound(jobs.fail_many)
-    requeue = _bound(jobs.requeue)
+    requeue = _bound(jobs.requeue, stands=LEASE_GIVEN_BACK)
     requeue_many = _bound(jobs.requeue_many)
     finish_many = _bound(jobs.finish_many)
     cancel = _bound(jobs.cancel)

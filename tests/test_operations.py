@@ -421,6 +421,25 @@ def test_a_worker_whose_job_was_cancelled_is_told_and_changes_nothing(store: Any
     assert store.get(job.id).to_json() == before
 
 
+@pytest.mark.parametrize("end", ["complete", "fail", "requeue"])
+def test_a_finish_refused_by_a_cancel_gives_the_lease_back_once(store: Any, world: World, end: str) -> None:
+    def act() -> None:
+        arguments = ["why"] if end == "fail" else []
+        getattr(store, end)(claim, *arguments)
+
+    first, second = (store.submit("train", "spam", exclusive=True) for _ in range(2))
+    (claim,) = store.claim(worker="w")
+    store.cancel(claim.job_id)
+    assert leases(world) == 1
+    with pytest.raises(TerminalStateError, match="is cancelled"):
+        act()
+    assert leases(world) == 0
+    with pytest.raises(LeaseLostError):
+        act()
+    (following,) = store.claim(worker="w")
+    assert {claim.job_id, following.job_id} == {first.id, second.id}
+
+
 def test_finishing_twice_changes_nothing_finished_at_included(store: Any) -> None:
     job = store.submit("train", "spam")
     (claim,) = store.claim(worker="w")
