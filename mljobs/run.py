@@ -33,10 +33,12 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _PROGRESS_SECONDS = 1.0
+_RENEW_SECONDS = 5.0
 _TRACEBACK_FRAMES = 5
 _TRACEBACK_CHARACTERS = 4000
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 5.0
+_SHARED = threading.Lock()  # for all runs: it is held for a few instructions, and a lock for each would cost more
 
 
 class Recorder(Protocol):
@@ -89,14 +91,19 @@ class Run:
         metrics: What came out, any JSON-able value; recorded when the job completes.
     """
 
+    __slots__ = ("_cancelled", "_lost", "_progress", "_woken", "_written", "claim", "metrics")
+
     def __init__(self, claim: Claim) -> None:
         self.claim = claim
         self.metrics: Any = None
-        self._lock = threading.Lock()
         self._progress: int | None = None
         self._written = 0.0
-        self._cancelled = threading.Event()
-        self._lost = threading.Event()
+        self._cancelled = False
+        self._lost = False
+        self._woken: threading.Event | None = None  # made when somebody sleeps: a short job never does
+
+    def __repr__(self) -> str:
+        return f"<Run of job {self.claim.job_id}, attempt {self.attempt}, lease {self.claim.token}>"
 
     @property
     def job(self) -> MlJob:
@@ -116,12 +123,12 @@ class Run:
     @property
     def cancelled(self) -> bool:
         """Whether the job has been cancelled; the work should stop."""
-        return self._cancelled.is_set()
+        return self._cancelled
 
     @property
     def lost(self) -> bool:
         """Whether the lease is gone; the work should stop, nothing that it reports will be accepted."""
-        return self._lost.is_set()
+        return self._lost
 
     def check(self) -> None:
         """Stop here if the work is no longer wanted.
@@ -130,9 +137,9 @@ class Run:
             JobCancelled: The job was cancelled.
             LeaseLostError: The lease is gone.
         """
-        if self._cancelled.is_set():
+        if self._cancelled:
             raise JobCancelled(self.claim.job_id)
-        if self._lost.is_set():
+        if self._lost:
             raise LeaseLostError(self.claim.job_id, self.claim.token)
 
     def progress(self, percent: int) -> None:
@@ -146,8 +153,25 @@ class Run:
             LeaseLostError: The lease is gone.
         """
         self.check()
-        with self._lock:
+        with _SHARED:
             self._progress = max(0, min(100, int(percent)))
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, unless the work is no longer wanted; for a handler that waits for something outside.
+
+        Args:
+            seconds: How long at most.
+
+        Raises:
+            JobCancelled: The job was cancelled.
+            LeaseLostError: The lease is gone.
+        """
+        with _SHARED:
+            if self._woken is None:
+                self._woken = threading.Event()
+        self.check()
+        self._woken.wait(seconds)
+        self.check()
 
     @overload
     def track(self, items: AsyncIterable[_T], total: int | None = None) -> AsyncIterator[_T]: ...
@@ -190,7 +214,7 @@ class Run:
 
     def due_progress(self, now: float, *, everything: bool = False) -> int | None:
         """Take the value to be written now, if there is one."""
-        with self._lock:
+        with _SHARED:
             if self._progress is None or not (everything or now - self._written >= _PROGRESS_SECONDS):
                 return None
             value, self._progress, self._written = self._progress, None, now
@@ -198,17 +222,24 @@ class Run:
 
     def keep_progress(self, value: int) -> None:
         """Put back a value that could not be written, unless a later one has come."""
-        with self._lock:
+        with _SHARED:
             if self._progress is None:
                 self._progress = value
 
     def mark_cancelled(self) -> None:
         """Tell the work that the job was cancelled."""
-        self._cancelled.set()
+        self._cancelled = True
+        self._wake()
 
     def mark_lost(self) -> None:
         """Tell the work that the lease is gone."""
-        self._lost.set()
+        self._lost = True
+        self._wake()
+
+    def _wake(self) -> None:
+        with _SHARED:
+            if self._woken is not None:
+                self._woken.set()
 
 
 class Keeper:
@@ -216,32 +247,66 @@ class Keeper:
 
     Args:
         store: Where the jobs are.
-        lease: Seconds of each lease; renewed after a third of it.
+        lease: Seconds of each lease.
         clock: A monotonic clock, in seconds.
+        every: Seconds between two renewals, each of which also brings back cancels; None for a third of the lease, at
+            most 5.
     """
 
-    def __init__(self, store: Recorder, lease: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        store: Recorder,
+        lease: float,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        every: float | None = None,
+    ) -> None:
         self._store = store
         self._lease = lease
+        self._every = min(lease / 3, _RENEW_SECONDS) if every is None else every
         self._clock = clock
         self._runs: dict[int, tuple[Run, float]] = {}
         self._changed = threading.Condition()
         self._closed = False
+        self._resting = False
         self._thread: threading.Thread | None = None
 
     def add(self, run: Run) -> None:
         """Keep this run's lease from now on."""
+        self.add_many([run])
+
+    def add_many(self, runs: Iterable[Run], since: float | None = None) -> None:
+        """Keep the leases of these runs from now on.
+
+        Args:
+            runs: Claimed in one statement.
+            since: When the claim was asked for, on this keeper's clock; None for now.
+        """
+        until = (self._clock() if since is None else since) + self._lease
         with self._changed:
-            self._runs[run.claim.token] = (run, self._clock() + self._lease)
+            for run in runs:
+                self._runs[run.claim.token] = (run, until)
+            if self._resting:
+                self._changed.notify_all()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="mljobs-keeper", daemon=True)
                 self._thread.start()
-            self._changed.notify_all()
 
     def remove(self, run: Run) -> None:
         """Stop keeping this run's lease."""
+        self.remove_many([run])
+
+    def remove_many(self, runs: Iterable[Run]) -> None:
+        """Stop keeping the leases of these runs."""
         with self._changed:
-            self._runs.pop(run.claim.token, None)
+            for run in runs:
+                self._runs.pop(run.claim.token, None)
+
+    def overdue(self, run: Run) -> bool:
+        """Whether this run's lease may have ended unnoticed, because the whole process stood still."""
+        with self._changed:
+            kept = self._runs.get(run.claim.token)
+        return kept is None or kept[1] <= self._clock()
 
     def renew(self) -> None:
         """Renew all leases now, and tell the runs what was found."""
@@ -300,21 +365,26 @@ class Keeper:
             run.mark_lost()
 
     def _loop(self) -> None:
-        every = self._lease / 3
-        due = self._clock() + every
+        due = self._clock() + self._every
         while True:
             with self._changed:
-                self._changed.wait(max(0.0, min(due - self._clock(), _PROGRESS_SECONDS)))
+                if not self._closed:
+                    self._changed.wait(max(0.0, min(due - self._clock(), _PROGRESS_SECONDS)))
+                if not self._runs and not self._closed:  # nothing to keep, so not a tick until there is
+                    self._resting = True
+                    self._changed.wait()
+                    self._resting = False
+                    due = self._clock() + self._every
                 if self._closed:
                     return
             try:
                 self.write_progress()
                 if self._clock() >= due:
                     self.renew()
-                    due = self._clock() + every
+                    due = self._clock() + self._every
             except Exception:
                 logger.exception("the keeper goes on after an unexpected error")
-                due = self._clock() + every
+                due = self._clock() + self._every
 
     def close(self) -> None:
         """Stop the thread; the leases live on until they expire."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -13,7 +13,9 @@ from sqlalchemy import (
     Connection,
     Integer,
     Select,
+    String,
     Text,
+    and_,
     bindparam,
     case,
     delete,
@@ -24,6 +26,7 @@ from sqlalchemy import (
     null,
     select,
     tuple_,
+    type_coerce,
     update,
 )
 from sqlalchemy.exc import DBAPIError
@@ -50,7 +53,7 @@ from mljobs.jobs._base import (
 from mljobs.model import MlJob
 from mljobs.prepared import Prepared
 from mljobs.states import TERMINAL, MlJobStatus
-from mljobs.types import JobId, to_utc, utc_now
+from mljobs.types import JobId, to_member, to_utc, utc_now
 
 _ATTEMPTS_MAX = 32_767
 _BATCH_MAX = 10_000
@@ -76,7 +79,14 @@ class Rescue:
         return bool(self.requeued or self.failed or self.released or self.errors)
 
 
-def rescue(session: Bind, *, max_attempts: int = 5, limit: int = 1000, model: Model = MlJob) -> Rescue:
+def rescue(
+    session: Bind,
+    *,
+    max_attempts: int = 5,
+    kinds: Iterable[str] | None = None,
+    limit: int = 1000,
+    model: Model = MlJob,
+) -> Rescue:
     """Requeue running jobs whose lease has expired: progress 0, not started; fail them after ``max_attempts``.
 
     Decides on what stands at this moment: a lease that was renewed, or a job that was finished or claimed again since,
@@ -86,6 +96,7 @@ def rescue(session: Bind, *, max_attempts: int = 5, limit: int = 1000, model: Mo
     Args:
         session: The caller's session or connection.
         max_attempts: A job that was started so often, or more, fails instead, with the reason; 1 to 32,767.
+        kinds: Which may fail so, this one or these; jobs of other kinds are only requeued. None for all.
         limit: At most so many in one call, 1 to 10,000; the longest expired first.
         model: The mapped job class.
 
@@ -96,7 +107,10 @@ def rescue(session: Bind, *, max_attempts: int = 5, limit: int = 1000, model: Mo
     check_count("max_attempts", max_attempts, _ATTEMPTS_MAX)
     check_count("limit", limit, _BATCH_MAX)
     connection = connection_of(session)
-    parameters = {**moments(), "max_attempts": max_attempts}
+    if isinstance(kinds, str):
+        kinds = [kinds]
+    tokens = [to_member(model.__kinds__, "kinds", kind).value for kind in (model.__kinds__ if kinds is None else kinds)]
+    parameters = {**moments(), "max_attempts": max_attempts, "kinds": tokens}
     leases = _expired(model).rows(connection, {**parameters, "limit": limit})
     outcome = Rescue()
     if not leases:
@@ -312,7 +326,10 @@ def _rescue_statement(model: Model) -> Prepared:
         if dialect == "postgresql":
             gone = unnested("gone", ids=JobId(), reasons=Text())
             job_id, reason = gone.c.ids, gone.c.reasons
-        spent = jobs.c.attempts >= bindparam("max_attempts", type_=Integer())
+        spent = and_(
+            jobs.c.attempts >= bindparam("max_attempts", type_=Integer()),
+            any_of(type_coerce(jobs.c.kind, String()), "kinds", String(), dialect),
+        )
         values = {
             "status": case(
                 (spent, constant(MlJobStatus.FAILED)),
