@@ -164,6 +164,7 @@ class AsyncJobStore:
     requeue = _bound_async(jobs.requeue, stands=LEASE_GIVEN_BACK)
     requeue_many = _bound_async(jobs.requeue_many)
     finish_many = _bound_async(jobs.finish_many)
+    finish_and_claim = _bound_async(jobs.finish_and_claim)
     cancel = _bound_async(jobs.cancel)
     rescue = _bound_async(jobs.rescue, atomic=True)
 

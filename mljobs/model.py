@@ -567,6 +567,14 @@ def _add_indexes(table: Table) -> None:
         columns.id,
         where=f"status = '{MlJobStatus.QUEUED}'",
     )
+    index(
+        "kind",
+        columns.kind,
+        columns.priority.desc(),
+        columns.created_at,
+        columns.id,
+        where=f"status = '{MlJobStatus.QUEUED}'",
+    )
     index("active", columns.target_name, columns.kind, where=f"status IN ({_quoted(ACTIVE)})")
     index("created", columns.created_at, columns.id)
     index("finished", columns.finished_at, columns.id, where="finished_at IS NOT NULL")
@@ -593,8 +601,10 @@ def _lease_table(jobs: Table, name: str | None) -> Table:
         sqlite_autoincrement=True,
     )
     Index(_name("uq", leases, "job"), leases.c.job_id, unique=True)
-    Index(_name("uq", leases, "target"), leases.c.target_lock, unique=True)
-    Index(_name("ix", leases, "expires"), leases.c.expires_at)
+    # Partial, for most leases lock no target. And none by expires_at: the table is as small as the work in hand, and a
+    # heartbeat that changes no index is a HOT update.
+    held = text("target_lock IS NOT NULL")
+    Index(_name("uq", leases, "target"), leases.c.target_lock, unique=True, postgresql_where=held, sqlite_where=held)
     return leases
 
 

@@ -159,6 +159,7 @@ class JobStore:
     requeue = _bound(jobs.requeue, stands=LEASE_GIVEN_BACK)
     requeue_many = _bound(jobs.requeue_many)
     finish_many = _bound(jobs.finish_many)
+    finish_and_claim = _bound(jobs.finish_and_claim)
     cancel = _bound(jobs.cancel)
     rescue = _bound(jobs.rescue, atomic=True)
 

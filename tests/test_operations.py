@@ -440,6 +440,56 @@ def test_a_finish_refused_by_a_cancel_gives_the_lease_back_once(store: Any, worl
     assert {claim.job_id, following.job_id} == {first.id, second.id}
 
 
+def test_finish_and_claim_ends_some_and_begins_others_in_one_go(store: Any) -> None:
+    ids = [store.submit("train", f"t{number}").id for number in range(6)]
+    done, failed, back, lost, cancelled = store.claim(worker="w", limit=5)
+    store.cancel(cancelled.job_id)
+    store.requeue(lost)
+    errors, claims = store.finish_and_claim(
+        [
+            jobs.Outcome.completed(done, {"f1": 1}),
+            jobs.Outcome.failed(failed, "why"),
+            jobs.Outcome.requeued(back),
+            jobs.Outcome.completed(lost),
+            jobs.Outcome.completed(cancelled),
+            jobs.Outcome.completed(done, {"f1": 2}),
+        ],
+        worker="w",
+        limit=4,
+    )
+    assert [type(error) for error in errors] == [
+        type(None),
+        type(None),
+        type(None),
+        LeaseLostError,
+        TerminalStateError,
+        LeaseLostError,
+    ]
+    assert store.get(done.job_id).metrics == {"f1": 1}
+    assert [store.get(job_id).status for job_id in ids[:2]] == [COMPLETED, FAILED]
+    assert {ids[3], ids[5]} <= {claim.job_id for claim in claims}  # back may be seen now or by the next claim
+    assert all(claim.job.status is RUNNING and claim.token > cancelled.token for claim in claims)
+    errors, rest = store.finish_and_claim([jobs.Outcome.completed(claim) for claim in claims], worker="w", limit=4)
+    assert errors == [None] * len(claims)
+    assert {claim.job_id for claim in (*claims, *rest)} == {ids[2], ids[3], ids[5]}
+
+
+def test_finish_and_claim_leaves_everything_as_it_was_when_an_argument_is_wrong(store: Any) -> None:
+    store.submit("train", "spam")
+    (claim,) = store.claim(worker="w")
+    with pytest.raises(InvalidValueError, match="limit"):
+        store.finish_and_claim([jobs.Outcome.completed(claim)], worker="w", limit=0)
+    assert store.get(claim.job_id).status is RUNNING
+
+
+def test_a_rescue_fails_only_the_kinds_it_was_told_of(store: Any, world: World) -> None:
+    train, backfill = store.submit("train", "spam"), store.submit("backfill", "spam")
+    store.claim(worker="w", limit=2)
+    expire_leases(world)
+    rescue = store.rescue(max_attempts=1, kinds=["train"])
+    assert (rescue.failed, rescue.requeued) == ([train.id], [backfill.id])
+
+
 def test_finishing_twice_changes_nothing_finished_at_included(store: Any) -> None:
     job = store.submit("train", "spam")
     (claim,) = store.claim(worker="w")

@@ -40,9 +40,8 @@ HARM_IN_SQLITE = {
 LEASES = "DROP TABLE ml_job_leases ;; CREATE TABLE ml_job_leases (token INTEGER NOT NULL PRIMARY KEY{}, job_id {}"
 LEASE_END = (
     ", worker TEXT NOT NULL, acquired_at BIGINT NOT NULL, expires_at BIGINT NOT NULL, target_lock TEXT) ;; "
-    "CREATE INDEX ix_ml_job_leases_expires ON ml_job_leases (expires_at) ;; "
     "CREATE UNIQUE INDEX uq_ml_job_leases_job ON ml_job_leases (job_id) ;; "
-    "CREATE UNIQUE INDEX uq_ml_job_leases_target ON ml_job_leases (target_lock)"
+    "CREATE UNIQUE INDEX uq_ml_job_leases_target ON ml_job_leases (target_lock) WHERE target_lock IS NOT NULL"
 )
 CASCADE = "REFERENCES ml_jobs (id) ON DELETE CASCADE"
 HARM_IN_SQLITE |= {

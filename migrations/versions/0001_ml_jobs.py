@@ -45,6 +45,7 @@ CREATE TABLE ml_jobs (
     "CREATE INDEX ix_ml_jobs_created ON ml_jobs (created_at, id)",
     "CREATE INDEX ix_ml_jobs_failed ON ml_jobs (created_at, id) WHERE status = 'failed'",
     "CREATE INDEX ix_ml_jobs_finished ON ml_jobs (finished_at, id) WHERE finished_at IS NOT NULL",
+    "CREATE INDEX ix_ml_jobs_kind ON ml_jobs (kind, priority DESC, created_at, id) WHERE status = 'queued'",
     "CREATE INDEX ix_ml_jobs_queue ON ml_jobs (priority DESC, created_at, id) WHERE status = 'queued'",
     "CREATE INDEX ix_ml_jobs_retries ON ml_jobs (retry_of) WHERE retry_of IS NOT NULL",
     "CREATE INDEX ix_ml_jobs_target ON ml_jobs (target_name, created_at, id)",
@@ -117,9 +118,8 @@ CREATE TABLE ml_job_leases (
   PRIMARY KEY (token),
   FOREIGN KEY(job_id) REFERENCES ml_jobs (id) ON DELETE CASCADE
 )""",
-    "CREATE INDEX ix_ml_job_leases_expires ON ml_job_leases (expires_at)",
     "CREATE UNIQUE INDEX uq_ml_job_leases_job ON ml_job_leases (job_id)",
-    "CREATE UNIQUE INDEX uq_ml_job_leases_target ON ml_job_leases (target_lock)",
+    "CREATE UNIQUE INDEX uq_ml_job_leases_target ON ml_job_leases (target_lock) WHERE target_lock IS NOT NULL",
 )
 
 _SQLITE = (
@@ -153,6 +153,7 @@ CREATE TABLE ml_jobs (
     "CREATE INDEX ix_ml_jobs_created ON ml_jobs (created_at, id)",
     "CREATE INDEX ix_ml_jobs_failed ON ml_jobs (created_at, id) WHERE status = 'failed'",
     "CREATE INDEX ix_ml_jobs_finished ON ml_jobs (finished_at, id) WHERE finished_at IS NOT NULL",
+    "CREATE INDEX ix_ml_jobs_kind ON ml_jobs (kind, priority DESC, created_at, id) WHERE status = 'queued'",
     "CREATE INDEX ix_ml_jobs_queue ON ml_jobs (priority DESC, created_at, id) WHERE status = 'queued'",
     "CREATE INDEX ix_ml_jobs_retries ON ml_jobs (retry_of) WHERE retry_of IS NOT NULL",
     "CREATE INDEX ix_ml_jobs_target ON ml_jobs (target_name, created_at, id)",
@@ -216,9 +217,8 @@ CREATE TABLE ml_job_leases (
   target_lock TEXT,
   FOREIGN KEY(job_id) REFERENCES ml_jobs (id) ON DELETE CASCADE
 )""",
-    "CREATE INDEX ix_ml_job_leases_expires ON ml_job_leases (expires_at)",
     "CREATE UNIQUE INDEX uq_ml_job_leases_job ON ml_job_leases (job_id)",
-    "CREATE UNIQUE INDEX uq_ml_job_leases_target ON ml_job_leases (target_lock)",
+    "CREATE UNIQUE INDEX uq_ml_job_leases_target ON ml_job_leases (target_lock) WHERE target_lock IS NOT NULL",
 )
 
 _DROP_POSTGRESQL = (

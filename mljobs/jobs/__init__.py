@@ -10,6 +10,7 @@ By the question they answer:
 - :mod:`~mljobs.jobs.reading`: what is there (``get``, ``find``, ``history``, ``counts``)
 - :mod:`~mljobs.jobs.claiming`: who works on what now (``claim``, ``renew``, ``release``, ``set_progress``)
 - :mod:`~mljobs.jobs.finishing`: how it ended (``complete``, ``fail``, ``requeue``, ``cancel``)
+- :mod:`~mljobs.jobs.exchanging`: both at once, for busy workers (``finish_and_claim``)
 - :mod:`~mljobs.jobs.sweeping`: what nobody does any more (``rescue``, ``prune``)
 
 Every write names the state it expects, and a worker's write the lease it holds, in the condition of its own statement.
@@ -29,6 +30,7 @@ from mljobs.jobs.claiming import (
     set_progress,
     set_progress_many,
 )
+from mljobs.jobs.exchanging import finish_and_claim
 from mljobs.jobs.finishing import (
     Outcome,
     cancel,
@@ -67,6 +69,7 @@ __all__ = [
     "fail",
     "fail_many",
     "find",
+    "finish_and_claim",
     "finish_many",
     "get",
     "history",

@@ -23,12 +23,15 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
+    cast,
     delete,
     exists,
+    func,
     null,
     or_,
     select,
     type_coerce,
+    union_all,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert as pg_insert
@@ -139,15 +142,31 @@ def claim(
     Raises:
         InvalidValueError: An argument is out of range.
     """
+    which, parameters = wish(model, worker, kinds, limit, lease)
+    if parameters["kinds"] == []:
+        return []
+    return _claim(session, model, which, parameters, limit)
+
+
+def wish(
+    model: Model, worker: str, kinds: Iterable[str] | None, limit: int, lease: float
+) -> tuple[str, dict[str, Any]]:
+    """Return which statement claims what ``claim`` was asked for, and its parameters.
+
+    Raises:
+        InvalidValueError: An argument is out of range.
+    """
     table_of(model)
     if isinstance(kinds, str):
         kinds = [kinds]
-    tokens = None if kinds is None else [to_member(model.__kinds__, "kinds", kind).value for kind in kinds]
+    tokens = None if kinds is None else sorted({to_member(model.__kinds__, "kinds", kind).value for kind in kinds})
     parameters = {"worker": _worker(worker), "kinds": tokens, **moments(check_lease(lease))}
     check_count("limit", limit, MAX_BATCH)
-    if tokens is not None and not tokens:
-        return []
-    return _claim(session, model, "kinds" if tokens is not None else "any", parameters, limit)
+    if tokens is None or len(tokens) == len(model.__kinds__):
+        return "any", parameters
+    if len(tokens) == 1:
+        return "kind", {**parameters, "kind": tokens[0]}
+    return "kinds", parameters
 
 
 def claim_one(
@@ -330,14 +349,17 @@ def _claim(session: Bind, model: Model, which: str, parameters: dict[str, Any], 
     # A picked job whose exclusive target was taken in the same moment gets no lease: pick again in its place.
     for _ in range(_ROUNDS):
         attempt = {**parameters, "limit": limit - len(rows)}
-        got = (_claim_postgres if postgres else _claim_sqlite)(connection, model, which, attempt)
-        taken = [row for row in got if row[0] is not None]
+        taken, picked = (_claim_postgres if postgres else _claim_sqlite)(connection, model, which, attempt)
         rows += taken
-        if len(taken) == len(got) or len(rows) == limit:
+        if len(taken) == picked or len(rows) == limit:
             break
+    return claims_of(session, model, rows, parameters["worker"])
+
+
+def claims_of(session: Bind, model: Model, rows: list[tuple[Any, ...]], worker: str) -> list[Claim]:
+    """Return the claims that these rows of ``started`` are, in the order of the queue."""
     rows.sort(key=_queue_order(model))
     jobs = loaded(session, model, [record(model, row[2:]) for row in rows])
-    worker = parameters["worker"]
     return [Claim(job, row[0], worker, row[1]) for job, row in zip(jobs, rows, strict=True)]
 
 
@@ -350,24 +372,27 @@ def _queue_order(model: Model) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
 
 def _claim_postgres(
     connection: Connection, model: Model, which: str, parameters: dict[str, Any]
-) -> list[tuple[Any, ...]]:
-    return _claim_statement(model, which, _told(parameters)).rows(connection, parameters)
+) -> tuple[list[tuple[Any, ...]], int]:
+    return taken_and_picked(_claim_statement(model, which, told(parameters)).rows(connection, parameters))
+
+
+def taken_and_picked(rows: Sequence[tuple[Any, ...]]) -> tuple[list[tuple[Any, ...]], int]:
+    """Return the rows of ``started`` that are claims, and how many jobs were picked for them."""
+    taken = [row for row in rows if row[1] is not None]
+    return taken, sum(row[0] for row in rows if row[1] is None)
 
 
 def _claim_sqlite(
     connection: Connection, model: Model, which: str, parameters: dict[str, Any]
-) -> list[tuple[Any, ...]]:
-    picked = _pick_statement(model, which, _told(parameters)).rows(connection, parameters)
+) -> tuple[list[tuple[Any, ...]], int]:
+    picked = _pick_statement(model, which, told(parameters)).rows(connection, parameters)
     rows: list[tuple[Any, ...]] = []
     for job_id, target_lock in picked:
         own = {**parameters, "id": job_id, "target_lock": target_lock}
-        leased = _lease_statement(model).rows(connection, own)
-        if not leased:
-            rows.append((None,))
-            continue
-        started = _start_statement(model).rows(connection, own)
-        rows.append((leased[0][0], leased[0][1], *started[0]))
-    return rows
+        for token, expires_at in _lease_statement(model).rows(connection, own):
+            (job,) = _start_statement(model).rows(connection, own)
+            rows.append((token, expires_at, *job))
+    return rows, len(picked)
 
 
 def _picked(model: Model, which: str, limit: int, dialect: str) -> Select[Any]:
@@ -383,7 +408,9 @@ def _picked(model: Model, which: str, limit: int, dialect: str) -> Select[Any]:
         condition.append(any_of(jobs.c.id, "ids", JobId(), dialect))
     else:
         condition.append(or_(jobs.c.run_after.is_(None), jobs.c.run_after <= now_of(dialect)))
-    if which == "kinds":
+    if which == "kind":  # has an index of its own: a few training jobs behind a million of backfill are found at once
+        condition.append(type_coerce(jobs.c.kind, String()) == bindparam("kind", type_=String()))
+    elif which == "kinds":
         condition.append(any_of(type_coerce(jobs.c.kind, String()), "kinds", String(), dialect))
     return (
         select(jobs.c.id, case((jobs.c.exclusive, jobs.c.target_name), else_=null()).label("target_lock"))
@@ -393,7 +420,7 @@ def _picked(model: Model, which: str, limit: int, dialect: str) -> Select[Any]:
     )
 
 
-def _told(parameters: dict[str, Any]) -> int:
+def told(parameters: dict[str, Any]) -> int:
     """Return the limit that the statement itself says; 0 for one that is too rare to have a statement of its own.
 
     With the limit as a parameter, a prepared plan would have to reckon with a tenth of the queue.
@@ -405,37 +432,45 @@ def _told(parameters: dict[str, Any]) -> int:
 _LEASE_COLUMNS = ("job_id", "worker", "acquired_at", "expires_at", "target_lock")
 
 
+def started(model: Model, which: str, limit: int, dialect: str) -> Select[Any]:
+    """PostgreSQL: pick, lease and start in one statement; rows of token, end of the lease, and the record.
+
+    One more row tells how many were picked, with that number as its token and nothing else: joined to what they picked,
+    five hundred jobs would be compared with five hundred, for the planner expects one.
+    """
+    jobs, leases = table_of(model), model.__leases__
+    picked = _picked(model, which, limit, dialect).with_for_update(skip_locked=True, key_share=True).cte("picked")
+    source = select(
+        picked.c.id,
+        bindparam("worker", type_=Text()),
+        now_of(dialect),
+        expiry_of(dialect),
+        picked.c.target_lock,
+    ).order_by(picked.c.target_lock)  # two claims that take several targets wait for each other in one order
+    leased = (
+        pg_insert(leases)
+        .from_select(_LEASE_COLUMNS, source)
+        .on_conflict_do_nothing()
+        .returning(leases.c.token, leases.c.job_id, leases.c.expires_at)
+        .cte("leased")
+    )
+    begun = (
+        update(jobs)
+        .where(jobs.c.id == leased.c.job_id)
+        .values(_started(model, dialect))
+        .returning(leased.c.token, leased.c.expires_at, *jobs.columns)
+        .cte("started")
+    )
+    number = cast(func.count(), leases.c.token.type)
+    nothing = [cast(null(), column.type) for column in list(begun.columns)[1:]]
+    return union_all(  # type: ignore[return-value]
+        select(*begun.columns), select(number, *nothing).select_from(picked)
+    )
+
+
 @per_model
 def _claim_statement(model: Model, which: str, limit: int) -> Prepared:
-    """PostgreSQL: pick, lease and start in one statement; a picked job without lease comes back as a row of NULLs."""
-
-    def build(dialect: str) -> Select[Any]:
-        jobs, leases = table_of(model), model.__leases__
-        picked = _picked(model, which, limit, dialect).with_for_update(skip_locked=True, key_share=True).cte("picked")
-        source = select(
-            picked.c.id,
-            bindparam("worker", type_=Text()),
-            now_of(dialect),
-            expiry_of(dialect),
-            picked.c.target_lock,
-        ).order_by(picked.c.target_lock)  # two claims that take several targets wait for each other in one order
-        leased = (
-            pg_insert(leases)
-            .from_select(_LEASE_COLUMNS, source)
-            .on_conflict_do_nothing()
-            .returning(leases.c.token, leases.c.job_id, leases.c.expires_at)
-            .cte("leased")
-        )
-        started = (
-            update(jobs)
-            .where(jobs.c.id == leased.c.job_id)
-            .values(_started(model, dialect))
-            .returning(leased.c.token, leased.c.expires_at, *jobs.columns)
-            .cte("started")
-        )
-        return select(*started.columns).select_from(picked.outerjoin(started, started.c.id == picked.c.id))
-
-    return Prepared(build)
+    return Prepared(lambda dialect: started(model, which, limit, dialect))
 
 
 @per_model

@@ -16,10 +16,13 @@ from sqlalchemy import (
     case,
     cast,
     delete,
+    false,
     func,
     null,
     select,
+    true,
     type_coerce,
+    union_all,
     update,
 )
 
@@ -180,19 +183,31 @@ def finish_many(session: Bind, outcomes: Iterable[Outcome]) -> list[Exception | 
         return []
     model = model_of(outcome.claim for outcome in given)
     connection = connection_of(session)
+    rows = _finish(connection, model, first_of_each(given))
+    return answers(session, connection, model, given, rows)
+
+
+def first_of_each(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return one outcome for each lease: the same claim given twice is finished once, by the first."""
     first: dict[int, Outcome] = {}
-    for outcome in given:
+    for outcome in outcomes:
         first.setdefault(outcome.claim.token, outcome)
-    rows = _finish(connection, model, list(first.values()))
+    return list(first.values())
+
+
+def answers(
+    session: Bind, connection: Connection, model: Model, outcomes: Sequence[Outcome], rows: dict[int, bool]
+) -> list[Exception | None]:
+    """Return for each outcome, in order, None or why it was not recorded, from what the statement told of the leases."""
     errors: list[Exception | None] = []
-    for outcome in given:
+    for outcome in outcomes:
         token = outcome.claim.token
         if rows.get(token):
             errors.append(None)
-            del rows[token]  # the same claim given twice is finished once, by the first
+            del rows[token]
         else:
             errors.append(explain(connection, model, outcome.claim, held=token in rows, wanted=outcome.status))
-    refresh(session, model, [outcome.claim.job_id for outcome in given])
+    refresh(session, model, [outcome.claim.job_id for outcome in outcomes])
     return errors
 
 
@@ -234,14 +249,7 @@ def _finish_one(session: Bind, outcome: Outcome) -> None:
 def _finish(connection: Connection, model: Model, outcomes: Sequence[Outcome]) -> dict[int, bool]:
     """Write the outcomes; return for each lease that was held, and is gone now, whether its job was written."""
     if is_postgres(connection):
-        columns = {
-            "tokens": [outcome.claim.token for outcome in outcomes],
-            "ids": [outcome.claim.job_id for outcome in outcomes],
-            "statuses": [outcome.status.value for outcome in outcomes],
-            "errors": [outcome.error_message for outcome in outcomes],
-            "metrics": [outcome.metrics_json for outcome in outcomes],
-        }
-        return dict(_finish_statement(model).rows(connection, columns))
+        return whether_written(_finish_statement(model).rows(connection, as_lists(outcomes)))
     lock_sqlite(connection, model)
     rows: dict[int, bool] = {}
     for outcome in outcomes:
@@ -258,38 +266,56 @@ def _finish(connection: Connection, model: Model, outcomes: Sequence[Outcome]) -
     return rows
 
 
-@per_model
-def _finish_statement(model: Model) -> Prepared:
-    """PostgreSQL: the lease first, then its job.
+def whether_written(rows: Iterable[Sequence[Any]]) -> dict[int, bool]:
+    """Return for each lease in the rows of ``ended`` whether its job was written."""
+    written: dict[int, bool] = {}
+    for token, ended in rows:
+        written[token] = ended or written.get(token, False)
+    return written
+
+
+def as_lists(outcomes: Sequence[Outcome]) -> dict[str, list[Any]]:
+    """Return the parameters of ``ended``."""
+    return {
+        "tokens": [outcome.claim.token for outcome in outcomes],
+        "ids": [outcome.claim.job_id for outcome in outcomes],
+        "statuses": [outcome.status.value for outcome in outcomes],
+        "errors": [outcome.error_message for outcome in outcomes],
+        "metrics": [outcome.metrics_json for outcome in outcomes],
+    }
+
+
+def ended(model: Model, dialect: str) -> Select[Any]:
+    """PostgreSQL: the lease first, then its job; a row of token and False for the lease, one of True for its job.
 
     A job is written only from the row of a lease that this very statement deletes. Asking ``EXISTS`` of the lease
     instead would not do: after waiting for the job's lock, READ COMMITTED looks again at the job, not at the lease.
     """
+    jobs, leases = table_of(model), model.__leases__
+    wanted = unnested("wanted", tokens=BigInteger(), ids=JobId(), statuses=String(), errors=Text(), metrics=Text())
+    ordered = ordered_leases(model, dialect)
+    held = (
+        delete(leases)
+        .where(leases.c.token == ordered.c.token, leases.c.token == wanted.c.tokens, leases.c.job_id == wanted.c.ids)
+        .returning(leases.c.token, wanted.c.ids, wanted.c.statuses, wanted.c.errors, wanted.c.metrics)
+        .cte("held")
+    )
+    written = (
+        update(jobs)
+        .where(jobs.c.id == held.c.ids, jobs.c.status == constant(MlJobStatus.RUNNING))
+        .values(_finished(model, dialect, held.c.statuses, held.c.errors, held.c.metrics))
+        .returning(held.c.token)
+        .cte("written")
+    )
+    # Not joined: the planner expects one row of each and would compare every one with every other.
+    return union_all(  # type: ignore[return-value]
+        select(held.c.token, false().label("ended")), select(written.c.token, true())
+    )
 
-    def build(dialect: str) -> Select[Any]:
-        jobs, leases = table_of(model), model.__leases__
-        wanted = unnested("wanted", tokens=BigInteger(), ids=JobId(), statuses=String(), errors=Text(), metrics=Text())
-        ordered = ordered_leases(model, dialect)
-        held = (
-            delete(leases)
-            .where(
-                leases.c.token == ordered.c.token, leases.c.token == wanted.c.tokens, leases.c.job_id == wanted.c.ids
-            )
-            .returning(leases.c.token, wanted.c.ids, wanted.c.statuses, wanted.c.errors, wanted.c.metrics)
-            .cte("held")
-        )
-        written = (
-            update(jobs)
-            .where(jobs.c.id == held.c.ids, jobs.c.status == constant(MlJobStatus.RUNNING))
-            .values(_finished(model, dialect, held.c.statuses, held.c.errors, held.c.metrics))
-            .returning(jobs.c.id)
-            .cte("written")
-        )
-        return select(held.c.token, written.c.id.is_not(None)).select_from(
-            held.outerjoin(written, written.c.id == held.c.ids)
-        )
 
-    return Prepared(build)
+@per_model
+def _finish_statement(model: Model) -> Prepared:
+    return Prepared(lambda dialect: ended(model, dialect))
 
 
 @per_model
