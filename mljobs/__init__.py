@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mljobs.model import Base, MlJob, MlJobLease, MlJobMixin, kind_column, metadata
     from mljobs.states import MlJobKind, MlJobStatus
     from mljobs.store import JobStore
+    from mljobs.worker import Worker, exponential
 
 __version__ = "0.1.0"
 
@@ -49,6 +50,8 @@ __all__ = [
     "TargetLockedError",
     "TerminalStateError",
     "WaitTimeout",
+    "Worker",
+    "exponential",
     "kind_column",
     "metadata",
 ]
@@ -58,6 +61,7 @@ _MODULES = {
     "states": ("MlJobKind", "MlJobStatus"),
     "async_store": ("AsyncJobStore",),
     "store": ("JobStore",),
+    "worker": ("Worker", "exponential"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

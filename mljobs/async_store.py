@@ -83,6 +83,9 @@ class AsyncJobStore:
             URL of the engine.
         **options: With a URL, passed on to ``create_async_engine``.
 
+    Attributes:
+        keeper_url: Where a blocking store on the same database connects.
+
     Raises:
         InvalidValueError: ``source`` is none of these.
     """
@@ -112,7 +115,7 @@ class AsyncJobStore:
             raise InvalidValueError("source", source, "expected a URL, an AsyncEngine or an async_sessionmaker")
         single, whole = modes(engine.sync_engine, owned=self._owned)
         self._single, self._whole = AsyncEngine(single), AsyncEngine(whole)
-        self._keeper_url = sync_url(keeper_url or engine.url)
+        self.keeper_url = sync_url(keeper_url or engine.url)
         if self._sessions is None and not plain(model):
             self._sessions = async_sessionmaker(self._whole, expire_on_commit=False)
 
@@ -150,10 +153,12 @@ class AsyncJobStore:
     get = _bound_async(jobs.get)
     find = _bound_async(jobs.find)
     history = _bound_async(jobs.history)
+    lineage = _bound_async(jobs.lineage)
     counts = _bound_async(jobs.counts)
     claim = _bound_async(jobs.claim)
     claim_one = _bound_async(jobs.claim_one)
     renew = _bound_async(jobs.renew)
+    look = _bound_async(jobs.look)
     release = _bound_async(jobs.release)
     set_progress = _bound_async(jobs.set_progress)
     set_progress_many = _bound_async(jobs.set_progress_many)
@@ -226,9 +231,9 @@ class AsyncJobStore:
         Raises:
             InvalidValueError: A SQLite database in memory, which the thread that keeps the lease could not see.
         """
-        refuse_memory(self._keeper_url)
+        refuse_memory(self.keeper_url)
         run = Run(await self.claim_one(id_of(job), worker=worker or worker_name(), lease=lease))
-        with JobStore(self._keeper_url, model=self.model, pool_size=1) as twin, Keeper(twin, lease) as keeper:
+        with JobStore(self.keeper_url, model=self.model, pool_size=1) as twin, Keeper(twin, lease) as keeper:
             keeper.add(run)
             try:
                 yield run

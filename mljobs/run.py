@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar, overload
 from uuid import UUID
 
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from mljobs.errors import JobCancelled, LeaseLostError, MlJobsError, TerminalStateError
@@ -32,13 +32,16 @@ from mljobs.types import to_json_text
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+FIRST_PAUSE = 0.05
+"""Seconds before the first new attempt, while the database is away; each further pause is twice as long."""
+LONGEST_PAUSE = 5.0
 _PROGRESS_SECONDS = 1.0
 _RENEW_SECONDS = 5.0
 _TRACEBACK_FRAMES = 5
+_TOO_MUCH = "54"  # PostgreSQL's class for what is beyond a limit of the program: it will be so again
 _TRACEBACK_CHARACTERS = 4000
-_FIRST_PAUSE = 0.05
-_LONGEST_PAUSE = 5.0
 _SHARED = threading.Lock()  # for all runs: it is held for a few instructions, and a lock for each would cost more
+os.register_at_fork(after_in_child=lambda: globals().update(_SHARED=threading.Lock()))
 
 
 class Recorder(Protocol):
@@ -318,7 +321,7 @@ class Keeper:
         try:
             renewal = self._store.renew([run.claim for run in runs.values()], lease=self._lease)
         except (DBAPIError, PoolTimeout, OSError) as error:
-            logger.warning("cannot renew %d leases: %s", len(runs), _first_line(error))
+            logger.warning("cannot renew %d leases: %s", len(runs), first_line(error))
             self._give_up_expired()
             return
         with self._changed:
@@ -344,7 +347,7 @@ class Keeper:
         try:
             errors = self._store.set_progress_many([(run.claim, value) for run, value in pairs])
         except (DBAPIError, PoolTimeout, OSError) as error:
-            logger.warning("cannot write progress: %s", _first_line(error))
+            logger.warning("cannot write progress: %s", first_line(error))
             for run, value in pairs:
                 run.keep_progress(value)
             return
@@ -433,21 +436,21 @@ def record_outcome(store: Recorder, run: Run, outcome: Outcome, pause: Callable[
         LeaseLostError: The lease is gone; nothing was written.
     """
     wait = pause or threading.Event().wait
-    seconds, doubtful = _FIRST_PAUSE, False
+    seconds, doubtful = FIRST_PAUSE, False
     while True:
         try:
             (error,) = store.finish_many([outcome])
-        except (OperationalError, PoolTimeout, OSError) as failure:
-            if not _away(failure):
+        except (DBAPIError, PoolTimeout, OSError) as failure:
+            if not database_is_away(failure):
                 raise
-            logger.warning("cannot record the end of job %s yet: %s", outcome.claim.job_id, _first_line(failure))
+            logger.warning("cannot record the end of job %s yet: %s", outcome.claim.job_id, first_line(failure))
             if run.lost:
                 raise LeaseLostError(outcome.claim.job_id, outcome.claim.token) from failure
             doubtful = True
             wait(seconds)
-            seconds = min(seconds * 2, _LONGEST_PAUSE)
+            seconds = min(seconds * 2, LONGEST_PAUSE)
             continue
-        if error is None or (doubtful and _stands(store, outcome)):
+        if error is None or (doubtful and stands(store, outcome)):
             return
         if isinstance(error, TerminalStateError) and error.status is MlJobStatus.CANCELLED:
             run.mark_cancelled()
@@ -457,7 +460,7 @@ def record_outcome(store: Recorder, run: Run, outcome: Outcome, pause: Callable[
         raise error
 
 
-def _stands(store: Recorder, outcome: Outcome) -> bool:
+def stands(store: Recorder, outcome: Outcome) -> bool:
     """Whether an attempt whose answer was lost on the way has been recorded after all."""
     try:
         job = store.get(outcome.claim.job_id)
@@ -466,9 +469,15 @@ def _stands(store: Recorder, outcome: Outcome) -> bool:
     return job.status is outcome.status and job.attempts == outcome.claim.job.attempts
 
 
-def _away(error: BaseException) -> bool:
-    return not isinstance(error, DBAPIError) or isinstance(error, OperationalError) or error.connection_invalidated
+def database_is_away(error: BaseException) -> bool:
+    """Whether trying again later may help: no connection, a restart, a standby that is not promoted yet, a deadlock."""
+    if isinstance(error, DBAPIError):
+        if str(getattr(error.orig, "sqlstate", "")).startswith(_TOO_MUCH):
+            return False
+        return isinstance(error, OperationalError | InterfaceError | InternalError) or error.connection_invalidated
+    return isinstance(error, PoolTimeout | OSError)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException | str) -> str:
+    """Return the first line of what an error says."""
     return str(error).partition("\n")[0]

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import selectors
+import socket
 import threading
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -51,24 +54,46 @@ class Sleeper:
         self._lock = WORKER_LOCK if workers else WATCHER_LOCK
         self._listens = engine.dialect.name == "postgresql" and engine.dialect.driver == "psycopg"
         self._connection: Connection | None = None
-        self._never = threading.Event()
+        self._woken = threading.Event()
+        self._bell: socket.socket | None = None
+        self._ear: socket.socket | None = None
+        if self._listens:
+            self._bell, self._ear = socket.socketpair()
+
+    def wake(self) -> None:
+        """End the present sleep, or the next one; from any thread."""
+        self._woken.set()
+        if self._bell is not None:
+            with suppress(OSError):
+                self._bell.send(b"!")
 
     def sleep(self, seconds: float) -> None:
         """Sleep for ``seconds`` at most. The first time, and after a lost connection, only start to listen."""
-        if not self._listens:
-            self._never.wait(seconds)
-            return
         try:
-            if self._connection is None:
+            if self._ear is not None and self._connection is None:
                 self._listen()
                 return
-            driver: Any = self._connection.connection.driver_connection
-            for _ in driver.notifies(timeout=seconds, stop_after=1):
-                pass
+            if self._ear is not None and self._connection is not None:
+                self._hear(self._connection.connection.driver_connection, self._ear, seconds)
+                return
         except Exception as error:  # noqa: BLE001 - whatever breaks the hint, polling goes on
             logger.debug("cannot listen for notifications, polling instead: %s", error)
-            self.close()
-            self._never.wait(seconds)
+            self.rest()
+        self._woken.wait(seconds)
+        self._woken.clear()
+
+    def _hear(self, driver: Any, ear: socket.socket, seconds: float) -> None:
+        """Wait for the server or for ``wake``, whichever speaks first."""
+        if not _notified(driver):
+            with selectors.DefaultSelector() as selector:
+                selector.register(driver.fileno(), selectors.EVENT_READ)
+                selector.register(ear, selectors.EVENT_READ)
+                ready = selector.select(seconds)
+            if any(key.fileobj is not ear for key, _ in ready):
+                _notified(driver)
+        if self._woken.is_set():
+            self._woken.clear()
+            ear.recv(4096)
 
     def _listen(self) -> None:
         connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
@@ -77,7 +102,14 @@ class Sleeper:
         connection.exec_driver_sql(_LISTEN)
 
     def close(self) -> None:
-        """Give the connection back, without what it listened to."""
+        """Give the connection back, without what it listened to, for good."""
+        self.rest()
+        for end in (self._bell, self._ear):
+            if end is not None:
+                end.close()
+
+    def rest(self) -> None:
+        """Give the connection back until the next sleep, which listens anew."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.invalidate()  # closes it for good: the session's lock and LISTEN end with it
@@ -90,6 +122,11 @@ class Sleeper:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _notified(driver: Any) -> bool:
+    """Read what the server has sent; whether it was a notification."""
+    return any(True for _ in list(driver.notifies(timeout=0)))
 
 
 class AsyncSleeper:

@@ -28,6 +28,7 @@ ORDER = [
     "run",
     "store",
     "async_store",
+    "worker",
     "catalog",
     "schema",
     "demo",

@@ -9,7 +9,7 @@ import typer
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 import mljobs
-from mljobs.cli import demo, schema
+from mljobs.cli import demo, schema, work
 from mljobs.errors import MlJobsError
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ def main(
     """Machine-learning jobs in your database."""
 
 
-for module in (demo, schema):
+for module in (demo, schema, work):
     module.add_to(app)
 
 

@@ -25,6 +25,7 @@ from mljobs.jobs.claiming import (
     Renewal,
     claim,
     claim_one,
+    look,
     release,
     renew,
     set_progress,
@@ -42,7 +43,7 @@ from mljobs.jobs.finishing import (
     requeue,
     requeue_many,
 )
-from mljobs.jobs.reading import Counts, Page, conditions, counts, find, get, history
+from mljobs.jobs.reading import Counts, Page, conditions, counts, find, get, history, lineage
 from mljobs.jobs.submitting import retry, submit, submit_many
 from mljobs.jobs.sweeping import Cursor, Pruned, Rescue, prune, prune_batch, rescue
 
@@ -73,6 +74,8 @@ __all__ = [
     "finish_many",
     "get",
     "history",
+    "lineage",
+    "look",
     "prune",
     "prune_batch",
     "release",

@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import column as sqlalchemy_column
 from sqlalchemy.orm import Mapper, Session
-from sqlalchemy.types import TypeDecorator
+from sqlalchemy.types import NullType, TypeDecorator
 
 from mljobs.errors import InvalidTransitionError, InvalidValueError, JobNotFound, TerminalStateError
 from mljobs.model import MlJob, MlJobMixin
@@ -119,6 +119,9 @@ def constant(value: str | int) -> Any:
         return literal_column(str(value), Integer())
     return literal_column("'" + str(value).replace("'", "''") + "'", String())
 
+
+NULL: Any = literal_column("NULL", NullType())
+"""NULL without the label that SQLAlchemy gives each of its own."""
 
 # ---------------------------------------------------------------------------------------------------------- clock
 

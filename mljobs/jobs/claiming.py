@@ -39,6 +39,7 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from mljobs.errors import InvalidValueError, LeaseLostError, TargetLockedError, TerminalStateError
 from mljobs.jobs._base import (
+    NULL,
     Bind,
     JobRef,
     Model,
@@ -222,6 +223,30 @@ def renew(session: Bind, claims: Iterable[Claim], *, lease: float = DEFAULT_LEAS
     model = model_of(held.values())
     connection = connection_of(session)
     rows = _renewal(model).rows(connection, {**parameters, "tokens": list(held)})
+    renewal, requeued = _sorted(held, rows)
+    if requeued:
+        _release(model).rows(connection, {"tokens": requeued})
+    return renewal
+
+
+def look(session: Bind, claims: Iterable[Claim]) -> Renewal:
+    """Say which leases are held, lost and cancelled, as ``renew`` does, and extend none.
+
+    Args:
+        session: The caller's session or connection.
+        claims: Any number, of one model.
+    """
+    held = {claim.token: claim for claim in claims}
+    if not held:
+        return Renewal([], [], [])
+    model = model_of(held.values())
+    rows = _look(model).rows(connection_of(session), {"tokens": list(held)})
+    renewal, _ = _sorted(held, rows)
+    return renewal
+
+
+def _sorted(held: dict[int, Claim], rows: Iterable[Sequence[Any]]) -> tuple[Renewal, list[int]]:
+    """Sort leases by what rows of token, end and status tell; return also the tokens of jobs that nobody works on."""
     renewal = Renewal([], [], [])
     requeued = []
     for token, expires_at, status in rows:
@@ -234,9 +259,7 @@ def renew(session: Bind, claims: Iterable[Claim], *, lease: float = DEFAULT_LEAS
             requeued.append(token)
             renewal.lost.append(claim)
     renewal.lost.extend(held.values())
-    if requeued:
-        _release(model).rows(connection, {"tokens": requeued})
-    return renewal
+    return renewal, requeued
 
 
 def release(session: Bind, claims: Iterable[Claim]) -> int:
@@ -432,11 +455,14 @@ def told(parameters: dict[str, Any]) -> int:
 _LEASE_COLUMNS = ("job_id", "worker", "acquired_at", "expires_at", "target_lock")
 
 
-def started(model: Model, which: str, limit: int, dialect: str) -> Select[Any]:
+def started(model: Model, which: str, limit: int, dialect: str) -> list[Select[Any]]:
     """PostgreSQL: pick, lease and start in one statement; rows of token, end of the lease, and the record.
 
     One more row tells how many were picked, with that number as its token and nothing else: joined to what they picked,
     five hundred jobs would be compared with five hundred, for the planner expects one.
+
+    Returns:
+        What a UNION ALL joins, the rows with types first: PostgreSQL gives these types to the NULLs of the others.
     """
     jobs, leases = table_of(model), model.__leases__
     picked = _picked(model, which, limit, dialect).with_for_update(skip_locked=True, key_share=True).cte("picked")
@@ -462,15 +488,13 @@ def started(model: Model, which: str, limit: int, dialect: str) -> Select[Any]:
         .cte("started")
     )
     number = cast(func.count(), leases.c.token.type)
-    nothing = [cast(null(), column.type) for column in list(begun.columns)[1:]]
-    return union_all(  # type: ignore[return-value]
-        select(*begun.columns), select(number, *nothing).select_from(picked)
-    )
+    nothing = [NULL] * (len(begun.columns) - 1)
+    return [select(*begun.columns), select(number, *nothing).select_from(picked)]
 
 
 @per_model
 def _claim_statement(model: Model, which: str, limit: int) -> Prepared:
-    return Prepared(lambda dialect: started(model, which, limit, dialect))
+    return Prepared(lambda dialect: union_all(*started(model, which, limit, dialect)))
 
 
 @per_model
@@ -534,6 +558,18 @@ def ordered_leases(model: Model, dialect: str) -> Any:
         .order_by(leases.c.token)
         .with_for_update()
         .cte("ordered")
+    )
+
+
+@per_model
+def _look(model: Model) -> Prepared:
+    jobs, leases = table_of(model), model.__leases__
+    return Prepared(
+        lambda dialect: (
+            select(leases.c.token, leases.c.expires_at, jobs.c.status)
+            .join(jobs, jobs.c.id == leases.c.job_id)
+            .where(any_of(leases.c.token, "tokens", BigInteger(), dialect))
+        )
     )
 
 

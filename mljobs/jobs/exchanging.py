@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import Boolean, Connection, DateTime, Select, cast, null, select, union_all
+from sqlalchemy import Boolean, cast, null, select, union_all
 
-from mljobs.jobs._base import Bind, Model, connection_of, is_postgres, per_model, table_of
+from mljobs.jobs._base import NULL, Bind, Model, connection_of, is_postgres, per_model
 from mljobs.jobs.claiming import DEFAULT_LEASE, Claim, claim, claims_of, model_of, started, taken_and_picked, told, wish
-from mljobs.jobs.finishing import Outcome, answers, as_lists, ended, finish_many, first_of_each, whether_written
+from mljobs.jobs.finishing import Outcome, answers, ended, finish_many, first_of_each, parameters_of, whether_written
 from mljobs.model import MlJob
 from mljobs.prepared import Prepared
 
@@ -50,33 +50,31 @@ def finish_and_claim(
         errors = finish_many(session, given)
         return errors, claim(session, worker=worker, kinds=kinds, limit=limit, lease=lease, model=model)
     model_of(outcome.claim for outcome in given)
-    rows = _rows(connection, model, which, {**parameters, "limit": limit, **as_lists(first_of_each(given))})
-    leases = whether_written(row[:2] for row in rows if row[1] is not None)
-    taken, _ = taken_and_picked([(row[0], *row[2:]) for row in rows if row[1] is None])
+    distinct = first_of_each(given)
+    statement = _statement(model, which, told({"limit": limit}), len(distinct) == 1)
+    rows = statement.rows(connection, {**parameters, "limit": limit, **parameters_of(distinct)})
+    leases = whether_written((row[0], row[-1]) for row in rows if row[-1] is not None)
+    taken, _ = taken_and_picked([row[:-1] for row in rows if row[-1] is None])
     claims = claims_of(session, model, taken, worker)
     return answers(session, connection, model, given, leases), claims
 
 
-def _rows(connection: Connection, model: Model, which: str, parameters: dict[str, Any]) -> list[Any]:
-    return _statement(model, which, told(parameters)).rows(connection, parameters)
-
-
 @per_model
-def _statement(model: Model, which: str, limit: int) -> Prepared:
-    """Return the rows of ``ended``, and behind a column of NULLs those of ``started``.
+def _statement(model: Model, which: str, limit: int, single: bool) -> Prepared:  # noqa: FBT001 - private
+    """Return the rows of ``started``, and those of ``ended`` with what they tell behind NULLs.
 
     Jobs that end here are running in the statement's snapshot, and those that are picked are queued, so no row is
     written twice.
     """
 
-    def build(dialect: str) -> Select[Any]:
-        end = ended(model, dialect).subquery("ends")
-        begin = started(model, which, limit, dialect).subquery("begins")
-        token, expires_at, *columns = begin.columns
-        nothing = [cast(null(), column.type) for column in table_of(model).columns]
-        return union_all(  # type: ignore[return-value]
-            select(end.c.token, end.c.ended, cast(null(), DateTime(timezone=True)), *nothing),
-            select(token, cast(null(), Boolean()), expires_at, *columns),
-        )
+    def build(dialect: str) -> Any:
+        begins, count = started(model, which, limit, dialect)
+        # As short as can be: psycopg reads a text of more than 4096 characters anew each time.
+        nothing = [NULL] * (len(begins.selected_columns) - 1)
+        ends = [
+            select(token, *nothing, told_of)
+            for token, told_of in (end.selected_columns for end in ended(model, dialect, single=single))
+        ]
+        return union_all(begins.add_columns(cast(null(), Boolean())), count.add_columns(NULL), *ends)
 
     return Prepared(build)

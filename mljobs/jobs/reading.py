@@ -254,6 +254,29 @@ def history(
     return find(session, kind=kind, target=target_name, limit=limit, after=after, model=model)
 
 
+def lineage(session: Bind, job: JobRef, *, model: Model = MlJob) -> list[MlJob]:
+    """Return the job and those that it retries, the first attempt first.
+
+    Args:
+        session: The caller's session or connection.
+        job: The job or its id.
+        model: The mapped job class.
+
+    Raises:
+        JobNotFound: No record has this id.
+    """
+    found: Any = get(session, id_of(job), model=model)
+    line, seen = [found], {found.id}
+    while found.retry_of is not None and found.retry_of not in seen:
+        try:
+            found = get(session, found.retry_of, model=model)
+        except JobNotFound:  # pruned since
+            break
+        line.append(found)
+        seen.add(found.id)
+    return line[::-1]
+
+
 def counts(session: Bind, *, exact: bool = False, model: Model = MlJob) -> Counts:
     """Return how many jobs of each kind are in each state, within milliseconds at ten million finished jobs.
 

@@ -1,0 +1,1003 @@
+"""Workers: what handlers are given, where they run, what becomes of what they return or raise."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import pytest
+
+from mljobs import (
+    AsyncJobStore,
+    InvalidValueError,
+    JobStore,
+    LeaseLostError,
+    MlJob,
+    MlJobKind,
+    MlJobStatus,
+    SchemaError,
+    TerminalStateError,
+    Worker,
+    exponential,
+)
+from mljobs.jobs import Outcome
+from mljobs.run import Run
+from tests import worker_app
+from tests.test_operations import expire_leases
+from tests.worlds import World
+
+QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = MlJobStatus
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[JobStore]:
+    with JobStore(url) as store:
+        yield store
+
+
+def worker_of(store: Any, **options: Any) -> Worker:
+    return Worker(store, **{"poll": 0.05, "grace": 20, **options})
+
+
+def ended(store: JobStore, job: MlJob) -> MlJob:
+    return store.get(job.id)
+
+
+# ------------------------------------------------------------------------------------------------------ what is handled
+
+
+def test_a_handler_is_given_the_run_and_what_it_returns_becomes_the_metrics(store: JobStore) -> None:
+    worker = worker_of(store)
+    seen: list[Any] = []
+
+    @worker.handles(MlJobKind.TRAIN)
+    def train(run: Run) -> Any:
+        seen.append((run.spec, run.attempt, store.get(run.job.id).status))
+        return {"auc": 0.97}
+
+    job = store.submit("train", "spam", {"lr": 0.1})
+    tally = worker.run(until_idle=True)
+    assert seen == [({"lr": 0.1}, 1, RUNNING)]
+    job = ended(store, job)
+    assert (job.status, job.progress, job.metrics) == (COMPLETED, 100, {"auc": 0.97})
+    assert tally.jobs == {"completed": 1}
+    assert str(tally) == "1 completed"
+    assert train.__name__ == "train"
+
+
+def test_a_handler_that_returns_nothing_keeps_the_metrics_of_the_run(store: JobStore) -> None:
+    worker = worker_of(store)
+
+    @worker.handles("train")
+    def train(run: Run) -> None:
+        run.metrics = {"loss": 0.5}
+
+    job = store.submit("train", "spam")
+    worker.run(until_idle=True)
+    assert ended(store, job).metrics == {"loss": 0.5}
+
+
+def test_an_exception_fails_its_job_with_the_reason_and_no_other(store: JobStore) -> None:
+    worker = worker_of(store, concurrency=3)
+
+    @worker.handles("train")
+    def train(run: Run) -> int:
+        run.progress(30)
+        return 1 // run.spec["by"]
+
+    bad, good = store.submit("train", "bad", {"by": 0}), store.submit("train", "good", {"by": 1})
+    tally = worker.run(until_idle=True)
+    bad = ended(store, bad)
+    assert (bad.status, bad.progress) == (FAILED, 30)
+    assert bad.error_message is not None
+    assert bad.error_message.startswith("ZeroDivisionError")
+    assert "test_worker.py" in bad.error_message
+    assert ended(store, good).status is COMPLETED
+    assert tally.jobs == {"completed": 1, "failed": 1}
+
+
+@pytest.mark.parametrize("returned", [{1, 2}, float("nan"), {"x": object()}])
+def test_metrics_that_json_cannot_hold_fail_the_job(store: JobStore, returned: Any) -> None:
+    worker = worker_of(store)
+    worker.handles("train")(lambda run: returned)
+    job = store.submit("train", "spam")
+    worker.run(until_idle=True)
+    job = ended(store, job)
+    assert job.status is FAILED
+    assert "metrics" in str(job.error_message)
+
+
+def test_what_only_the_database_refuses_fails_its_job_and_no_other(store: JobStore) -> None:
+    worker = worker_of(store, concurrency=1, ahead=10)
+
+    class Odd(MlJob):
+        __abstract__ = True
+
+    def odd(run: Run) -> Any:
+        return run.spec
+
+    worker.handles("train")(odd)
+    jobs = store.submit_many([("train", f"t{number}", {"n": number}) for number in range(20)])
+    assert jobs == 20
+    trigger(store)
+    worker.run(until_idle=True)
+    by_target = {job.target_name: job for job in store.find(limit=100)}
+    assert by_target["t7"].status is FAILED
+    assert "refused" in str(by_target["t7"].error_message)
+    assert sum(job.status is COMPLETED for job in by_target.values()) == 19
+
+
+def trigger(store: JobStore) -> None:
+    """A host's own rule on its table, that one job's outcome breaks."""
+    with store.engine.begin() as connection:
+        if connection.dialect.name == "sqlite":
+            connection.exec_driver_sql(
+                "CREATE TRIGGER host_rule BEFORE UPDATE ON ml_jobs "
+                "WHEN NEW.target_name = 't7' AND NEW.status = 'completed' BEGIN SELECT RAISE(ABORT, 'not t7'); END"
+            )
+        else:
+            connection.exec_driver_sql(
+                "CREATE FUNCTION host_rule() RETURNS trigger LANGUAGE plpgsql AS "
+                "$$ BEGIN RAISE EXCEPTION 'not t7' USING ERRCODE = 'check_violation'; END $$"
+            )
+            connection.exec_driver_sql(
+                "CREATE TRIGGER host_rule BEFORE UPDATE ON ml_jobs FOR EACH ROW "
+                "WHEN (NEW.target_name = 't7' AND NEW.status = 'completed') EXECUTE FUNCTION host_rule()"
+            )
+
+
+def test_sys_exit_in_a_handler_fails_the_job_and_not_the_worker(store: JobStore) -> None:
+    worker = worker_of(store)
+
+    @worker.handles("train")
+    def train(run: Run) -> None:
+        raise SystemExit(3)
+
+    job = store.submit("train", "spam")
+    worker.run(until_idle=True)
+    job = ended(store, job)
+    assert (job.status, job.attempts) == (FAILED, 1)
+    assert "SystemExit" in str(job.error_message)
+
+
+def test_only_kinds_with_handlers_are_claimed(store: JobStore) -> None:
+    worker = worker_of(store, concurrency=2)
+    for kind in ("train", "backfill"):
+        worker.handles(kind)(lambda run: None)
+    jobs = [store.submit(kind, "spam") for kind in ("train", "backfill", "drift_compute")]
+    worker.run(until_idle=True)
+    assert [ended(store, job).status for job in jobs] == [COMPLETED, COMPLETED, QUEUED]
+    again = store.submit("backfill", "spam"), store.submit("train", "spam")
+    worker.run(until_idle=True, kinds="train")
+    assert [ended(store, job).status for job in again] == [QUEUED, COMPLETED]
+
+
+def test_every_job_is_run_once_by_two_workers_in_threads(store: JobStore) -> None:
+    ran: list[str] = []
+    lock = threading.Lock()
+
+    def train(run: Run) -> None:
+        with lock:
+            ran.append(run.job.target_name)
+
+    store.submit_many([("train", f"t{number}", {}) for number in range(400)])
+    workers = [worker_of(store, concurrency=3, name=f"w{number}") for number in range(2)]
+    threads = []
+    for worker in workers:
+        worker.handles("train")(train)
+        threads.append(threading.Thread(target=worker.run, kwargs={"until_idle": True}))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(ran) == sorted(f"t{number}" for number in range(400))
+    assert store.counts()["train", "completed"] == 400
+
+
+def test_jobs_of_one_exclusive_target_run_one_after_the_other_and_all_of_them(store: JobStore) -> None:
+    at_once, most = 0, 0
+    lock = threading.Lock()
+
+    def train(run: Run) -> None:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        threading.Event().wait(0.005)
+        with lock:
+            at_once -= 1
+
+    worker = worker_of(store, concurrency=4)
+    worker.handles("train")(train)
+    for _ in range(8):
+        store.submit("train", "spam", exclusive=True)
+    tally = worker.run(until_idle=True)
+    assert (most, tally.jobs) == (1, {"completed": 8})
+
+
+def test_short_jobs_are_claimed_ahead_and_long_ones_are_not(store: JobStore) -> None:
+    limits: list[int] = []
+    claim = store.finish_and_claim
+
+    def spy(*args: Any, **kw: Any) -> Any:
+        limits.append(kw["limit"])
+        return claim(*args, **kw)
+
+    store.finish_and_claim = spy  # type: ignore[method-assign]
+    worker = worker_of(store, concurrency=2)
+    worker.handles("train")(lambda run: None)
+    store.submit_many([("train", "short", {}) for _ in range(500)])
+    worker.run(until_idle=True)
+    assert max(limits) > 10
+    assert all(limit <= 512 for limit in limits)
+    limits.clear()
+    slow = worker_of(store, concurrency=2, ahead=0)
+    slow.handles("train")(lambda run: None)
+    store.submit_many([("train", "short", {}) for _ in range(50)])
+    slow.run(until_idle=True)
+    assert max(limits) <= 2
+
+
+# ------------------------------------------------------------------------------------------------------ wrong from the start
+
+
+def _two(run: Run, other: int) -> None: ...
+def _none() -> None: ...
+def _generator(run: Run) -> Iterator[int]:
+    yield 1
+
+
+def _of_job(job: MlJob) -> None: ...  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (_two, "one argument"),
+        (_none, "one argument"),
+        (_generator, "generator"),
+        (_of_job, "MlJob"),
+        (3, "expected a function"),
+        (Run, "expected a function"),
+    ],
+)
+def test_a_handler_that_cannot_work_is_refused_when_it_is_named(store: JobStore, function: Any, why: str) -> None:
+    with pytest.raises(InvalidValueError, match=why) as caught:
+        worker_of(store).handles("train")(function)
+    assert caught.value.field == "handler"
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"retries": -1}, "retries"),
+        ({"retries": True}, "retries"),
+        ({"backoff": -5}, "backoff"),
+        ({"backoff": "soon"}, "backoff"),
+    ],
+)
+def test_a_policy_out_of_range_is_refused(store: JobStore, options: Any, field: str) -> None:
+    with pytest.raises(InvalidValueError) as caught:
+        worker_of(store).handles("train", **options)(lambda run: None)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"concurrency": 0}, "concurrency"),
+        ({"concurrency": "4"}, "concurrency"),
+        ({"lease": 0}, "lease"),
+        ({"grace": -1}, "grace"),
+        ({"poll": 0}, "poll"),
+        ({"ahead": -1}, "ahead"),
+        ({"max_attempts": 0}, "max_attempts"),
+        ({"executor": 4}, "executor"),
+    ],
+)
+def test_a_worker_out_of_range_is_refused(store: JobStore, options: Any, field: str) -> None:
+    with pytest.raises(InvalidValueError) as caught:
+        Worker(store, **options)
+    assert caught.value.field == field
+
+
+def test_nothing_is_claimed_before_everything_is_known_to_fit(store: JobStore, empty_url: str) -> None:
+    job = store.submit("train", "spam")
+    worker = worker_of(store)
+    with pytest.raises(InvalidValueError, match="handles"):
+        worker.run(until_idle=True)
+    worker.handles("train")(lambda run: None)
+    with pytest.raises(InvalidValueError, match="handled by"):
+        worker.handles("train")
+    with pytest.raises(InvalidValueError, match="no handler"):
+        worker.run(until_idle=True, kinds=["backfill"])
+    with pytest.raises(InvalidValueError, match="nonsense"):
+        worker.run(until_idle=True, kinds=["nonsense"])
+    with pytest.raises(InvalidValueError, match="nonsense"):
+        worker.handles("nonsense")
+    with pytest.raises(InvalidValueError, match="one at least"):
+        worker.run(until_idle=True, kinds=[])
+    assert ended(store, job).attempts == 0
+    with JobStore(empty_url) as empty:
+        lost = worker_of(empty)
+        lost.handles("train")(lambda run: None)
+        with pytest.raises(SchemaError, match="mljobs upgrade"):
+            lost.run(until_idle=True)
+    with JobStore("sqlite://") as memory:
+        lost = worker_of(memory)
+        lost.handles("train")(lambda run: None)
+        with pytest.raises(InvalidValueError, match="memory"):
+            lost.run(until_idle=True)
+    with pytest.raises(InvalidValueError, match="JobStore"):
+        Worker("sqlite:///x.db")  # type: ignore[arg-type]
+
+
+def test_a_worker_runs_once_at_a_time(store: JobStore) -> None:
+    worker = worker_of(store)
+
+    @worker.handles("train")
+    def train(run: Run) -> None:
+        with pytest.raises(InvalidValueError, match="running already"):
+            worker.run(until_idle=True)
+
+    job = store.submit("train", "spam")
+    worker.run(until_idle=True)
+    assert ended(store, job).status is COMPLETED
+
+
+# ------------------------------------------------------------------------------------------------------------ retries
+
+
+def test_a_failure_ends_its_record_and_submits_the_next(store: JobStore) -> None:
+    worker = worker_of(store)
+
+    @worker.handles("train", retries=2, backoff=0)
+    def train(run: Run) -> None:
+        raise ValueError(f"no {run.spec['n']}")
+
+    first = store.submit("train", "spam", {"n": 1}, priority=3)
+    tally = worker.run(until_idle=True)
+    jobs = store.find(order="oldest").jobs if hasattr(store.find(), "jobs") else list(store.find())
+    line = sorted(jobs, key=lambda job: job.id)
+    assert [job.status for job in line] == [FAILED] * 3
+    assert [job.retry_of for job in line] == [None, line[0].id, line[1].id]
+    assert [job.attempts for job in line] == [1, 1, 1]
+    assert {(job.priority, job.target_name, job.spec["n"]) for job in line} == {(3, "spam", 1)}
+    assert (tally.jobs, tally.retried) == ({"failed": 3}, 2)
+    assert [job.id for job in store.lineage(line[2].id)] == [job.id for job in line]
+    assert line[0].id == first.id
+
+
+def test_a_retry_waits_as_long_as_the_backoff_says(store: JobStore) -> None:
+    asked: list[int] = []
+
+    def backoff(retry: int) -> float:
+        asked.append(retry)
+        return 3600
+
+    worker = worker_of(store)
+    worker.handles("train", retries=1, backoff=backoff)(partial(_fail, "no"))
+    store.submit("train", "spam")
+    worker.run(until_idle=True)
+    (retry,) = [job for job in store.find() if job.status is QUEUED]
+    assert asked == [1]
+    assert retry.run_after is not None
+    assert 3500 < (retry.run_after - retry.created_at).total_seconds() <= 3601
+
+
+def _fail(why: str, _run: Run) -> None:
+    raise RuntimeError(why)
+
+
+def test_a_retry_that_cannot_be_submitted_leaves_the_first_failed(store: JobStore) -> None:
+    with store.engine.begin() as connection:
+        connection.exec_driver_sql("CREATE UNIQUE INDEX host_once ON ml_jobs (target_name)")
+    worker = worker_of(store)
+    worker.handles("train", retries=3, backoff=0)(partial(_fail, "the reason"))
+    job = store.submit("train", "spam")
+    tally = worker.run(until_idle=True)
+    job = ended(store, job)
+    assert job.status is FAILED
+    assert "the reason" in str(job.error_message)
+    assert (tally.jobs, tally.retried) == ({"failed": 1}, 0)
+
+
+def test_a_backoff_that_raises_leaves_the_first_failed(store: JobStore) -> None:
+    worker = worker_of(store)
+
+    def backoff(_retry: int) -> float:
+        raise ZeroDivisionError
+
+    worker.handles("train", retries=3, backoff=backoff)(partial(_fail, "the reason"))
+    job = store.submit("train", "spam")
+    assert worker.run(until_idle=True).retried == 0
+    assert ended(store, job).status is FAILED
+
+
+def test_exponential_grows_up_to_the_longest_and_strays_a_little() -> None:
+    exact = exponential(10, 600, jitter=0)
+    assert [exact(retry) for retry in (1, 2, 3, 7, 5000)] == [10, 20, 40, 600, 600]
+    stray = {round(exponential(10, 600)(1), 6) for _ in range(20)}
+    assert len(stray) > 1
+    assert all(9 <= seconds <= 11 for seconds in stray)
+    for arguments in ((-1, 5), (10, 5)):
+        with pytest.raises(InvalidValueError):
+            exponential(*arguments)
+    for options in ({"factor": 0.5}, {"jitter": 1}):
+        with pytest.raises(InvalidValueError):
+            exponential(1, 2, **options)
+
+
+# --------------------------------------------------------------------------------------------------- cancels and leases
+
+
+def test_a_cancel_stops_the_handler_and_its_result_is_dropped(store: JobStore) -> None:
+    worker = worker_of(store, lease=0.6)
+
+    @worker.handles("train")
+    def train(run: Run) -> dict[str, int]:
+        store.cancel(run.job.id)
+        run.sleep(60)
+        return {"late": 1}
+
+    job = store.submit("train", "spam", exclusive=True)
+    following = store.submit("train", "spam", exclusive=True)
+    store.cancel(following.id)
+    tally = worker.run(until_idle=True)
+    job = ended(store, job)
+    assert (job.status, job.metrics) == (CANCELLED, None)
+    assert tally.jobs == {"cancelled": 1}
+    assert leases(store) == 0
+
+
+def test_a_cancel_that_no_handler_asked_for_drops_the_result_too(store: JobStore) -> None:
+    worker = worker_of(store)
+
+    @worker.handles("train")
+    def train(run: Run) -> dict[str, int]:
+        store.cancel(run.job.id)
+        return {"late": 1}
+
+    job = store.submit("train", "spam")
+    assert worker.run(until_idle=True).jobs == {"cancelled": 1}
+    assert ended(store, job).metrics is None
+    assert leases(store) == 0
+
+
+def leases(store: JobStore) -> int:
+    with store.engine.connect() as connection:
+        number: int = connection.exec_driver_sql("SELECT count(*) FROM ml_job_leases").scalar_one()
+        return number
+
+
+def test_a_lost_lease_drops_the_result_and_the_worker_goes_on(store: JobStore) -> None:
+    worker = worker_of(store)
+    tokens: list[int] = []
+
+    @worker.handles("train")
+    def train(run: Run) -> dict[str, int]:
+        if run.job.target_name == "spam":
+            tokens.append(run.claim.token)
+            if len(tokens) == 1:  # as if this process had stood still, and another had taken over and finished
+                with store.engine.begin() as connection:
+                    moment = "0" if connection.dialect.name == "sqlite" else "'2020-01-01'"
+                    connection.exec_driver_sql(f"UPDATE ml_job_leases SET expires_at = {moment}")
+                store.rescue()
+                claim = store.claim_one(run.job.id, worker="quick")
+                store.complete(claim, {"quick": 1})
+        return {"late": 1}
+
+    job, after = store.submit("train", "spam"), store.submit("train", "ham")
+    tally = worker.run(until_idle=True)
+    assert ended(store, job).metrics == {"quick": 1}
+    assert ended(store, after).status is COMPLETED
+    assert tally.jobs == {"lost": 1, "completed": 1}
+
+
+def test_a_lost_lease_stops_a_handler_that_listens(store: JobStore) -> None:
+    worker = worker_of(store, lease=0.6)
+    stopped = threading.Event()
+
+    @worker.handles("train")
+    def train(run: Run) -> None:
+        with store.engine.begin() as connection:
+            connection.exec_driver_sql("DELETE FROM ml_job_leases")
+        try:
+            run.sleep(60)
+        except LeaseLostError:
+            stopped.set()
+            raise
+
+    store.submit("train", "spam")
+    tally = worker.run(until_idle=True)
+    assert stopped.is_set()
+    assert tally.jobs == {"lost": 1}
+
+
+def test_a_worker_rescues_what_others_lost_its_own_kinds_to_the_end(store: JobStore, world_of: Any) -> None:
+    for kind in ("train", "backfill"):
+        store.submit(kind, "spam")
+    for attempt in range(2):
+        assert len(store.claim(worker="silent", limit=2)) == 2
+        expire(store)
+        if attempt == 0:
+            store.rescue()
+    worker = worker_of(store, max_attempts=2, lease=1.0)
+    handled = threading.Event()
+    worker.handles("train")(lambda run: handled.set())
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    finished = store.wait(next(iter(store.find(kind="train"))).id, timeout=60)
+    worker.stop()
+    thread.join(60)
+    assert finished.status is FAILED
+    assert "2 attempts" in str(finished.error_message)
+    assert not handled.is_set()
+    (other,) = store.find(kind="backfill")
+    assert other.status is QUEUED
+
+
+@pytest.fixture
+def world_of() -> None:
+    return None
+
+
+def expire(store: JobStore) -> None:
+    with store.engine.begin() as connection:
+        moment = "0" if connection.dialect.name == "sqlite" else "'2020-01-01'"
+        connection.exec_driver_sql(f"UPDATE ml_job_leases SET expires_at = {moment}")
+
+
+# ------------------------------------------------------------------------------------------------------------- stopping
+
+
+def test_stop_lets_handlers_finish_and_claims_nothing_more(store: JobStore) -> None:
+    worker = worker_of(store, concurrency=2)
+    begun, go = threading.Barrier(3), threading.Event()
+
+    @worker.handles("train")
+    def train(run: Run) -> None:
+        begun.wait(60)
+        go.wait(60)
+
+    jobs = [store.submit("train", f"t{number}") for number in range(5)]
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    begun.wait(60)
+    worker.stop()
+    threading.Timer(0.2, go.set).start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert sorted(ended(store, job).status for job in jobs) == sorted([COMPLETED] * 2 + [QUEUED] * 3)
+    assert worker.abandoned == 0
+
+
+def test_what_does_not_end_within_the_grace_is_put_back_and_its_late_result_dropped(store: JobStore) -> None:
+    worker = worker_of(store, grace=0.1)
+    begun, go, done = threading.Event(), threading.Event(), threading.Event()
+
+    @worker.handles("train")
+    def train(run: Run) -> dict[str, int]:
+        run.progress(50)
+        begun.set()
+        go.wait(60)
+        done.set()
+        return {"late": 1}
+
+    job = store.submit("train", "spam")
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    begun.wait(60)
+    worker.stop()
+    thread.join(60)
+    assert not thread.is_alive()
+    job = ended(store, job)
+    assert (job.status, job.progress, job.attempts) == (QUEUED, 0, 1)
+    assert worker.abandoned == 1
+    assert leases(store) == 0
+    go.set()
+    done.wait(60)
+    assert ended(store, job).status is QUEUED
+
+
+def test_a_second_stop_does_not_wait_for_the_grace(store: JobStore) -> None:
+    worker = worker_of(store, grace=3600)
+    begun = threading.Event()
+    stopped = threading.Event()
+
+    @worker.handles("train")
+    def train(run: Run) -> None:
+        begun.set()
+        try:
+            run.sleep(3600)
+        finally:
+            stopped.set()
+
+    job = store.submit("train", "spam")
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    begun.wait(60)
+    worker.stop()
+    worker.stop()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert ended(store, job).status is QUEUED
+    assert stopped.wait(60)  # a handler that listens is told
+
+
+def test_an_idle_worker_stops_at_once_and_wakes_for_a_new_job(store: JobStore) -> None:
+    worker = worker_of(store, poll=3600 if store.engine.dialect.name == "postgresql" else 0.05)
+    handled = threading.Event()
+    worker.handles("train")(lambda run: handled.set())
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    for _ in range(3):
+        handled.clear()
+        job = store.submit("train", "spam")
+        if store.engine.dialect.name == "postgresql":
+            _until(lambda: handled.is_set() or _listening(store))
+        assert handled.wait(60)
+        assert store.wait(job.id, timeout=60).status is COMPLETED
+    worker.stop()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def _listening(store: JobStore) -> bool:
+    with store.engine.connect() as connection:
+        number: int = connection.exec_driver_sql(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ShareLock'"
+        ).scalar_one()
+        return number > 0
+
+
+def _until(what: Any) -> None:
+    pause = threading.Event()
+    end = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < end
+        pause.wait(0.02)
+
+
+def test_what_was_claimed_ahead_and_waits_long_is_put_back_for_others(store: JobStore) -> None:
+    worker = worker_of(store, concurrency=1)
+    long, go = threading.Event(), threading.Event()
+
+    @worker.handles("train")
+    def train(run: Run) -> None:
+        if run.spec.get("long"):
+            long.set()
+            go.wait(60)
+
+    store.submit_many([("train", "short", {}) for _ in range(60)])
+    store.submit("train", "long", {"long": True})
+    store.submit_many([("train", "behind", {}) for _ in range(30)])
+    thread = threading.Thread(target=worker.run, kwargs={"until_idle": True})
+    thread.start()
+    assert long.wait(60)
+    _until(lambda: store.counts()["train", "queued"] == 30)
+    claims = store.claim(worker="free", limit=30)
+    store.complete_many([(claim, None) for claim in claims])
+    go.set()
+    thread.join(60)
+    assert len(claims) == 30
+    assert store.counts()["train", "completed"] == 91
+
+
+# ---------------------------------------------------------------------------------------------------- where handlers run
+
+
+def test_async_handlers_run_on_one_loop_many_at_a_time(store: JobStore) -> None:
+    worker = worker_of(store, concurrency=5)
+    loops: set[int] = set()
+    threads: set[int] = set()
+    waiting = 0
+    all_there: asyncio.Event | None = None
+
+    @worker.handles("train")
+    async def train(run: Run) -> dict[str, int]:
+        nonlocal waiting, all_there
+        all_there = all_there or asyncio.Event()
+        loops.add(id(asyncio.get_running_loop()))
+        threads.add(threading.get_ident())
+        waiting += 1
+        if waiting == 5:
+            all_there.set()
+        await asyncio.wait_for(all_there.wait(), 60)
+        return {"n": run.spec["n"]}
+
+    store.submit_many([("train", "spam", {"n": number}) for number in range(5)])
+    tally = worker.run(until_idle=True)
+    assert tally.jobs == {"completed": 5}
+    assert (len(loops), len(threads)) == (1, 1)
+    assert sorted(job.metrics["n"] for job in store.find()) == [0, 1, 2, 3, 4]
+
+
+def test_plain_and_async_handlers_live_in_one_worker(store: JobStore) -> None:
+    worker = worker_of(store, concurrency=3)
+
+    @worker.handles("train")
+    async def train(run: Run) -> str:
+        await asyncio.sleep(0)
+        raise ValueError("async")
+
+    worker.handles("backfill")(lambda run: "plain")
+    for number in range(6):
+        store.submit(("train", "backfill")[number % 2], "spam")
+    assert worker.run(until_idle=True).jobs == {"completed": 3, "failed": 3}
+
+
+def test_a_worker_runs_on_the_loop_of_an_application(world: World) -> None:
+    if not world.is_async:
+        pytest.skip("sync worlds have no loop") if False else None
+    url = world.url
+
+    async def main() -> Any:
+        there = asyncio.get_running_loop()
+        source: Any = AsyncJobStore(url) if world.is_async else JobStore(url)
+        worker = worker_of(source, concurrency=2)
+
+        @worker.handles("train")
+        async def train(run: Run) -> bool:
+            return asyncio.get_running_loop() is there
+
+        with world.outside.begin() as connection:
+            from sqlalchemy.orm import Session
+
+            with Session(connection) as session:
+                session.add_all([MlJob(kind="train", target_name=f"t{n}") for n in range(4)])
+                session.commit()
+        tally = await worker.run_async(until_idle=True)
+        closing = source.close()
+        if closing is not None:
+            await closing
+        worker.close()
+        return tally
+
+    assert asyncio.run(main()).jobs == {"completed": 4}
+    with JobStore(str(world.outside.url.render_as_string(hide_password=False))) as store:
+        assert [job.metrics for job in store.find()] == [True] * 4
+
+
+def test_cancelling_the_task_stops_the_worker_well(store: JobStore) -> None:
+    worker = worker_of(store, grace=20)
+    job = store.submit("train", "spam")
+
+    async def main() -> None:
+        begun, go = asyncio.Event(), asyncio.Event()
+
+        @worker.handles("train")
+        async def train(run: Run) -> str:
+            begun.set()
+            await go.wait()
+            return "finished"
+
+        task = asyncio.create_task(worker.run_async())
+        await begun.wait()
+        task.cancel()
+        asyncio.get_running_loop().call_later(0.2, go.set)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert ended(store, job).metrics == "finished"
+
+
+def test_async_handlers_that_do_not_end_in_time_are_cancelled_and_put_back(store: JobStore) -> None:
+    worker = worker_of(store, grace=0.1)
+    begun, cancelled = threading.Event(), threading.Event()
+
+    @worker.handles("train")
+    async def train(run: Run) -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    job = store.submit("train", "spam")
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    begun.wait(60)
+    worker.stop()
+    thread.join(60)
+    assert cancelled.wait(60)
+    assert ended(store, job).status is QUEUED
+
+
+def test_a_thread_pool_is_an_executor_like_any_other(store: JobStore) -> None:
+    names: set[str] = set()
+    with ThreadPoolExecutor(2, thread_name_prefix="mine") as executor:
+        worker = worker_of(store, concurrency=2, executor=executor)
+
+        @worker.handles("train")
+        def train(run: Run) -> int:
+            names.add(threading.current_thread().name.partition("_")[0])
+            return run.spec["n"] * 2
+
+        store.submit_many([("train", "spam", {"n": number}) for number in range(5)])
+        assert worker.run(until_idle=True).jobs == {"completed": 5}
+    assert names == {"mine"}
+    assert sorted(job.metrics for job in store.find()) == [0, 2, 4, 6, 8]
+
+
+def test_processes_give_back_metrics_failures_and_what_json_cannot_hold(store: JobStore) -> None:
+    with worker_app.pool() as executor:
+        worker = worker_of(store, executor=executor)
+        worker.handles("train")(worker_app.squares)
+        worker.handles("backfill")(worker_app.raises)
+        worker.handles("drift_compute")(worker_app.returns_a_set)
+        worker.handles("feature_refresh")(lambda run: None)  # cannot be pickled
+        good = store.submit("train", "spam", {"n": 1})
+        bad = store.submit("backfill", "spam", {"n": 2})
+        odd = store.submit("drift_compute", "spam")
+        far = store.submit("feature_refresh", "spam")
+        worker.run(until_idle=True)
+    good, bad, odd, far = (ended(store, job) for job in (good, bad, odd, far))
+    assert (good.status, good.metrics["spec"]) == (COMPLETED, {"n": 1})
+    assert good.metrics["process"] != os.getpid()
+    assert bad.status is FAILED
+    assert "Local: spec {'n': 2}" in str(bad.error_message)
+    assert "worker_app.py" in str(bad.error_message)
+    assert odd.status is FAILED
+    assert "metrics" in str(odd.error_message)
+    assert far.status is FAILED
+    assert "pickle" in str(far.error_message)
+
+
+def test_progress_and_cancels_cross_the_border_of_a_process(store: JobStore) -> None:
+    with worker_app.pool() as executor:
+        worker = worker_of(store, executor=executor)
+        worker.handles("train")(worker_app.until_cancelled)
+        job = store.submit("train", "spam")
+        thread = threading.Thread(target=worker.run, kwargs={"until_idle": True})
+        thread.start()
+        _until(lambda: ended(store, job).progress == 10)
+        store.cancel(job.id)
+        thread.join(60)
+        assert not thread.is_alive()
+    assert ended(store, job).status is CANCELLED
+    assert leases(store) == 0
+
+
+def test_a_process_that_dies_puts_its_job_back_and_ends_the_worker_with_the_reason(store: JobStore) -> None:
+    with worker_app.pool() as executor:
+        worker = worker_of(store, executor=executor)
+        worker.handles("train")(worker_app.dies)
+        job = store.submit("train", "spam")
+        with pytest.raises(BrokenExecutor):
+            worker.run(until_idle=True)
+    job = ended(store, job)
+    assert (job.status, job.attempts) == (QUEUED, 1)
+    with worker_app.pool() as executor:
+        worker = worker_of(store, executor=executor, max_attempts=2)
+        worker.handles("train")(worker_app.dies)
+        with pytest.raises(BrokenExecutor):
+            worker.run(until_idle=True)
+    job = ended(store, job)
+    assert (job.status, job.attempts) == (FAILED, 2)
+    assert "2 attempts" in str(job.error_message)
+
+
+# ------------------------------------------------------------------------------------------------------------------ logs
+
+
+def test_each_job_is_one_line_of_log_with_its_data(store: JobStore, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "mljobs.worker")
+    worker = worker_of(store, name="w7")
+    worker.handles("train")(partial(_fail, "why\nand where"))
+    worker.handles("backfill")(lambda run: None)
+    bad, good = store.submit("train", "spam"), store.submit("backfill", "embeddings_v2")
+    worker.run(until_idle=True)
+    records = {record.job_id: record for record in caplog.records if hasattr(record, "job_id")}
+    assert set(records) == {str(bad.id), str(good.id)}
+    line = records[str(bad.id)]
+    assert line.levelname == "WARNING"
+    assert f"job {bad.id} train spam failed after" in line.getMessage()
+    assert "RuntimeError: why" in line.getMessage()
+    assert "\n" not in line.getMessage()
+    assert (line.outcome, line.attempt, line.kind, line.target) == ("failed", 1, "train", "spam")
+    assert records[str(good.id)].levelname == "INFO"
+    assert [record.getMessage() for record in caplog.records if "w7" in record.getMessage()] == [
+        "worker w7 begins: train, backfill, 1 at a time",
+        "worker w7 ends: 1 completed, 1 failed",
+    ]
+
+
+# -------------------------------------------------------------------------------------------- a database that goes away
+
+
+class Flaky(JobStore):
+    """A store whose database goes away when told."""
+
+    away = False
+    lose_answer = False
+
+    def finish_and_claim(self, *args: Any, **kw: Any) -> Any:
+        self._leave()
+        answer = super().finish_and_claim(*args, **kw)
+        self._forget(args)
+        return answer
+
+    def finish_many(self, *args: Any, **kw: Any) -> Any:
+        self._leave()
+        answer = super().finish_many(*args, **kw)
+        self._forget(args)
+        return answer
+
+    def _leave(self) -> None:
+        from sqlalchemy.exc import OperationalError
+
+        if self.away:
+            raise OperationalError("SELECT 1", None, Exception("the server went away"))
+
+    def _forget(self, args: Any) -> None:
+        from sqlalchemy.exc import OperationalError
+
+        if args and args[0] and self.lose_answer:
+            self.lose_answer = False
+            raise OperationalError("COMMIT", None, Exception("the connection broke"))
+
+
+def test_a_finish_waits_for_the_database_and_is_recorded(url: str) -> None:
+    with Flaky(url) as store:
+        worker = worker_of(store)
+
+        @worker.handles("train")
+        def train(run: Run) -> dict[str, int]:
+            store.away = True
+            threading.Timer(0.3, setattr, (store, "away", False)).start()
+            return {"n": 1}
+
+        job = store.submit("train", "spam")
+        assert worker.run(until_idle=True).jobs == {"completed": 1}
+        assert ended(store, job).metrics == {"n": 1}
+
+
+def test_a_finish_whose_answer_was_lost_is_counted_once(url: str) -> None:
+    with Flaky(url) as store:
+        worker = worker_of(store)
+
+        @worker.handles("train", retries=1, backoff=0)
+        def train(run: Run) -> dict[str, int]:
+            store.lose_answer = True
+            return {"n": 1}
+
+        job = store.submit("train", "spam")
+        assert worker.run(until_idle=True).jobs == {"completed": 1}
+        assert ended(store, job).metrics == {"n": 1}
+        with pytest.raises(TerminalStateError):
+            store.retry(job.id).id and store.claim_one(job.id, worker="w")
+
+
+def test_an_outcome_is_dropped_when_the_lease_is_gone_meanwhile(url: str) -> None:
+    with Flaky(url) as store:
+        worker = worker_of(store)
+
+        @worker.handles("train")
+        def train(run: Run) -> dict[str, int]:
+            run.mark_lost()
+            return {"n": 1}
+
+        job = store.submit("train", "spam")
+        claim_lost = worker.run(until_idle=True)
+        assert claim_lost.jobs == {"lost": 1}
+        assert ended(store, job).status is RUNNING  # its lease still stands; a rescue decides
+        assert Outcome.requeued(store_claim(store, job)).status is QUEUED
+
+
+def store_claim(store: JobStore, job: MlJob) -> Any:
+    expire(store)
+    store.rescue()
+    return store.claim_one(job.id, worker="next")
+
+
+_ = expire_leases

@@ -1,0 +1,85 @@
+"""A worker as an application has it; tests start it in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+from mljobs import JobStore, Worker
+from mljobs.run import Run
+
+worker = Worker(
+    JobStore.from_env(),
+    concurrency=2,
+    lease=float(os.environ.get("LEASE", "60")),
+    grace=float(os.environ.get("GRACE", "30")),
+    poll=0.1,
+)
+not_a_worker = object()
+
+
+@worker.handles("train")
+def train(run: Run) -> dict[str, Any]:
+    """Do what the spec says."""
+    say(f"begun {run.job.id.hex} {run.claim.token}")
+    act = (run.spec or {}).get("act", "return")
+    if act == "kill":
+        os.kill(os.getpid(), 9)
+    if act == "hang":  # and does not listen
+        threading.Event().wait()
+    if act == "wait":  # and listens
+        run.sleep(600)
+    if act == "line":  # until the test says go
+        sys.stdin.readline()
+    return {"act": act, "attempt": run.attempt, "process": os.getpid()}
+
+
+def say(line: str) -> None:
+    """Tell the test."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+# ------------------------------------------------------------------------------- for executors: functions of a module
+
+
+def squares(run: Run) -> dict[str, Any]:
+    """Work in another process, with progress."""
+    for number in run.track(range(4)):
+        _ = number**2
+    return {"process": os.getpid(), "spec": run.spec}
+
+
+def until_cancelled(run: Run) -> None:
+    """Wait for a cancel that comes through the database."""
+    run.progress(10)
+    run.sleep(600)
+
+
+def raises(run: Run) -> None:
+    """Fail with what cannot be pickled."""
+
+    class Local(Exception):
+        """Of no module."""
+
+    raise Local(f"spec {run.spec}")
+
+
+def returns_a_set(run: Run) -> Any:
+    """Return what JSON cannot hold."""
+    return {run.attempt}
+
+
+def dies(_run: Run) -> None:
+    """Take the process along."""
+    os._exit(3)
+
+
+def pool(workers: int = 1) -> ProcessPoolExecutor:
+    """Return processes that begin afresh: a fork would take the test's threads along."""
+    import multiprocessing
+
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
