@@ -134,6 +134,7 @@ class Intake:
         try:
             while True:
                 if self._stopped:
+                    self._outbox.nudge()  # no claim will take along what this lane has just put there
                     return None
                 if len(self._under_way) < self._wanted.slots:
                     if not self._leading and len(self._shelf) <= (0 if self._dry else self._low()):
