@@ -83,19 +83,29 @@ class Prepared:
             connection: Where to run it.
             parameters: By name; names that the statement does not use are ignored.
         """
+        rows, read = self.fetched(connection, parameters)
+        return [read(raw) for raw in rows]
+
+    def fetched(
+        self, connection: Connection, parameters: Mapping[str, Any]
+    ) -> tuple[Sequence[Sequence[Any]], Callable[[Sequence[Any]], Row]]:
+        """Run the statement; return its rows as the driver gives them, and what makes Python values of one.
+
+        Args:
+            connection: Where to run it.
+            parameters: By name; names that the statement does not use are ignored.
+        """
         dialect = connection.dialect
         if connection.get_execution_options().get("schema_translate_map"):  # the text differs from tenant to tenant
             statement = self._statement(dialect)
             used = statement.compile(dialect=dialect).params  # type: ignore[attr-defined]
             mapped = connection.execute(statement, {name: parameters[name] for name in used if name in parameters})
-            return list(mapped) if mapped.returns_rows else []
+            return list(mapped) if mapped.returns_rows else [], list
         compiled = self._compiled.get(dialect)
         if compiled is None:
             compiled = self._compiled[dialect] = _Compiled(self._statement(dialect), dialect)
         result = connection.exec_driver_sql(compiled.text, compiled.parameters(parameters))
-        if not result.returns_rows:
-            return []
-        return [compiled.row(raw) for raw in result.fetchall()]
+        return result.fetchall() if result.returns_rows else [], compiled.row
 
     def _statement(self, dialect: Dialect) -> Executable:
         statement = self._statements.get(dialect.name)

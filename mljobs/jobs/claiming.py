@@ -7,12 +7,13 @@ condition of every later write, so a worker that lost its lease can write nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Self
 from uuid import UUID
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     Connection,
     Integer,
@@ -21,6 +22,7 @@ from sqlalchemy import (
     String,
     Text,
     and_,
+    any_,
     bindparam,
     case,
     cast,
@@ -78,26 +80,87 @@ _ROUNDS = 20
 _TOLD_MAX = 128
 
 
-@dataclass(frozen=True, slots=True)
 class Claim:
     """The right to work on a job until the lease ends.
 
     Attributes:
-        job: The record as it was claimed.
         token: The fencing token: grows with every claim, never used twice.
         worker: The name that the claim was made under.
         expires_at: When the lease ends unless it is renewed, UTC.
+        job_id: The id of the claimed job.
     """
 
-    job: MlJob
-    token: int
-    worker: str
-    expires_at: datetime
+    __slots__ = ("_job", "_read", "_row", "expires_at", "job_id", "token", "worker")
+
+    def __init__(self, job: MlJob, token: int, worker: str, expires_at: datetime) -> None:
+        self._job: Any = job
+        self.job_id = job.id
+        self.token = token
+        self.worker = worker
+        self.expires_at = expires_at
+
+    @classmethod
+    def unread(cls, read: _Reader, row: Sequence[Any], token: int, worker: str, expires_at: datetime) -> Self:
+        """Return a claim whose record is made of its row when somebody asks; a busy worker often need not."""
+        claim = cls.__new__(cls)
+        claim._job = None
+        claim._read = read
+        claim._row = row
+        claim.job_id = row[read.at_id]
+        claim.token = token
+        claim.worker = worker
+        claim.expires_at = expires_at
+        return claim
 
     @property
-    def job_id(self) -> UUID:
-        """The id of the claimed job."""
-        return self.job.id
+    def job(self) -> MlJob:
+        """The record as it was claimed."""
+        if self._job is None:
+            self._job = record(self._read.model, self._read.record(self._row))
+        job: MlJob = self._job
+        return job
+
+    @property
+    def model(self) -> Model:
+        """The mapped class of the job."""
+        return self._read.model if self._job is None else type(self._job)
+
+    @property
+    def kind(self) -> str:
+        """The kind of the job."""
+        kind: str = self._row[self._read.at_kind] if self._job is None else self._job.kind
+        return kind
+
+    def until(self, expires_at: datetime) -> Claim:
+        """Return the same claim with a later end."""
+        return Claim(self.job, self.token, self.worker, expires_at)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Claim, (self.job, self.token, self.worker, self.expires_at)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Claim) and (self.token, self.job_id) == (other.token, other.job_id)
+
+    def __hash__(self) -> int:
+        return hash(self.token)
+
+    def __repr__(self) -> str:
+        return f"<Claim of job {self.job_id} by {self.worker}, token {self.token}, until {self.expires_at}>"
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """What makes records of the rows of one statement: token, end of the lease, record."""
+
+    model: Model
+    columns: slice
+    at_id: int
+    at_kind: int
+    values: Callable[[Sequence[Any]], Sequence[Any]]
+
+    def record(self, row: Sequence[Any]) -> Sequence[Any]:
+        """Return the values of the record's columns."""
+        return self.values(row)[self.columns]
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,9 +315,9 @@ def _sorted(held: dict[int, Claim], rows: Iterable[Sequence[Any]]) -> tuple[Rene
     for token, expires_at, status in rows:
         claim = held.pop(token)
         if status is MlJobStatus.RUNNING:
-            renewal.held.append(replace(claim, expires_at=expires_at))
+            renewal.held.append(claim.until(expires_at))
         elif status.is_terminal:
-            renewal.cancelled.append(replace(claim, expires_at=expires_at))
+            renewal.cancelled.append(claim.until(expires_at))
         else:  # somebody put the job back by hand; let the next worker have it
             requeued.append(token)
             renewal.lost.append(claim)
@@ -339,7 +402,7 @@ def model_of(claims: Iterable[Claim]) -> Model:
     Raises:
         InvalidValueError: They are of several.
     """
-    models: set[Model] = {type(claim.job) for claim in claims}
+    models: set[Model] = {claim.model for claim in claims}
     if len(models) != 1:
         raise InvalidValueError("claims", models, "one call takes claims of one model")
     return models.pop()
@@ -368,54 +431,84 @@ def _claim(session: Bind, model: Model, which: str, parameters: dict[str, Any], 
     postgres = is_postgres(connection)
     if not postgres:
         lock_sqlite(connection, model)
-    rows: list[tuple[Any, ...]] = []
+    taken: list[Taken] = []
     # A picked job whose exclusive target was taken in the same moment gets no lease: pick again in its place.
     for _ in range(_ROUNDS):
-        attempt = {**parameters, "limit": limit - len(rows)}
-        taken, picked = (_claim_postgres if postgres else _claim_sqlite)(connection, model, which, attempt)
-        rows += taken
-        if len(taken) == picked or len(rows) == limit:
+        attempt = {**parameters, "limit": limit - len(taken)}
+        if postgres:
+            rows, values = _claim_statement(model, which, told(attempt)).fetched(connection, attempt)
+            now_taken, picked = taken_and_picked(rows, values)
+        else:
+            now_taken, picked, values = *_claim_sqlite(connection, model, which, attempt), list
+        taken += now_taken
+        if len(now_taken) == picked or len(taken) == limit:
             break
-    return claims_of(session, model, rows, parameters["worker"])
+    return claims_of(session, model, taken, parameters["worker"], values)
 
 
-def claims_of(session: Bind, model: Model, rows: list[tuple[Any, ...]], worker: str) -> list[Claim]:
-    """Return the claims that these rows of ``started`` are, in the order of the queue."""
-    rows.sort(key=_queue_order(model))
-    jobs = loaded(session, model, [record(model, row[2:]) for row in rows])
-    return [Claim(job, row[0], worker, row[1]) for job, row in zip(jobs, rows, strict=True)]
+Taken = tuple[int, Any, Sequence[Any]]
+"""A claim: token, end of the lease, and a row as ``_Reader`` takes it."""
+
+
+def claims_of(
+    session: Bind, model: Model, taken: list[Taken], worker: str, values: Callable[[Sequence[Any]], Sequence[Any]]
+) -> list[Claim]:
+    """Return claims in the order of the queue; their records are members of the caller's session, if it is one."""
+    in_order, read = _shape(model)
+    taken.sort(key=in_order)
+    reader = read(values)
+    claims = [Claim.unread(reader, row, token, worker, expires_at) for token, expires_at, row in taken]
+    if isinstance(session, Connection):
+        return claims
+    jobs = loaded(session, model, [claim.job for claim in claims])
+    return [Claim(job, claim.token, worker, claim.expires_at) for job, claim in zip(jobs, claims, strict=True)]
 
 
 @per_model
-def _queue_order(model: Model) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    names = [column.name for column in table_of(model).columns]
-    priority, created, job_id = (2 + names.index(name) for name in ("priority", "created_at", "id"))
-    return lambda row: (-row[priority], row[created], row[job_id])
+def _shape(model: Model) -> tuple[Callable[[Taken], Any], Callable[[Callable[..., Sequence[Any]]], _Reader]]:
+    """Return the order of the queue, and what makes a reader of a model's rows."""
+    names = ["token", "expires_at", *(column.name for column in table_of(model).columns)]
+    priority, created, job_id, kind = (names.index(name, 2) for name in ("priority", "created_at", "id", "kind"))
+    columns = slice(2, len(names))
+
+    def in_order(taken: Taken) -> Any:
+        row = taken[2]
+        return -row[priority], row[created], row[job_id]
+
+    return in_order, lambda values: _Reader(model, columns, job_id, kind, values)
 
 
-def _claim_postgres(
-    connection: Connection, model: Model, which: str, parameters: dict[str, Any]
-) -> tuple[list[tuple[Any, ...]], int]:
-    return taken_and_picked(_claim_statement(model, which, told(parameters)).rows(connection, parameters))
-
-
-def taken_and_picked(rows: Sequence[tuple[Any, ...]]) -> tuple[list[tuple[Any, ...]], int]:
-    """Return the rows of ``started`` that are claims, and how many jobs were picked for them."""
-    taken = [row for row in rows if row[1] is not None]
-    return taken, sum(row[0] for row in rows if row[1] is None)
+def taken_and_picked(
+    rows: Sequence[Sequence[Any]], values: Callable[[Sequence[Any]], Sequence[Any]]
+) -> tuple[list[Taken], int]:
+    """Return the claims in the rows of ``started``, and how many jobs were picked for them."""
+    leases: dict[Any, int] = {}
+    records: list[Sequence[Any]] = []
+    expires_at, picked = None, 0
+    for row in rows:
+        token = row[0]
+        if token is None:
+            records.append(row)
+        elif row[1] is None:
+            picked += token
+        else:
+            if expires_at is None:  # one statement, one moment
+                expires_at = values(row)[1]
+            leases[row[2]] = token
+    return [(leases[row[2]], expires_at, row) for row in records], picked
 
 
 def _claim_sqlite(
     connection: Connection, model: Model, which: str, parameters: dict[str, Any]
-) -> tuple[list[tuple[Any, ...]], int]:
+) -> tuple[list[Taken], int]:
     picked = _pick_statement(model, which, told(parameters)).rows(connection, parameters)
-    rows: list[tuple[Any, ...]] = []
+    taken: list[Taken] = []
     for job_id, target_lock in picked:
         own = {**parameters, "id": job_id, "target_lock": target_lock}
         for token, expires_at in _lease_statement(model).rows(connection, own):
             (job,) = _start_statement(model).rows(connection, own)
-            rows.append((token, expires_at, *job))
-    return rows, len(picked)
+            taken.append((token, expires_at, (token, expires_at, *job)))
+    return taken, len(picked)
 
 
 def _picked(model: Model, which: str, limit: int, dialect: str) -> Select[Any]:
@@ -456,10 +549,11 @@ _LEASE_COLUMNS = ("job_id", "worker", "acquired_at", "expires_at", "target_lock"
 
 
 def started(model: Model, which: str, limit: int, dialect: str) -> list[Select[Any]]:
-    """PostgreSQL: pick, lease and start in one statement; rows of token, end of the lease, and the record.
+    """PostgreSQL: pick, lease and start in one statement; rows of the record, of its lease, and of a count.
 
-    One more row tells how many were picked, with that number as its token and nothing else: joined to what they picked,
-    five hundred jobs would be compared with five hundred, for the planner expects one.
+    A record has no token and no end; a lease has both and the id of its job; the last row tells, in the place of the
+    token, how many jobs were picked. None of these is joined to another: the planner, which knows nothing of how many there
+    will be, would read the whole table for it, or compare five hundred with five hundred.
 
     Returns:
         What a UNION ALL joins, the rows with types first: PostgreSQL gives these types to the NULLs of the others.
@@ -482,14 +576,19 @@ def started(model: Model, which: str, limit: int, dialect: str) -> list[Select[A
     )
     begun = (
         update(jobs)
-        .where(jobs.c.id == leased.c.job_id)
+        .where(jobs.c.id == any_(func.array(select(leased.c.job_id).scalar_subquery(), type_=ARRAY(JobId()))))
         .values(_started(model, dialect))
-        .returning(leased.c.token, leased.c.expires_at, *jobs.columns)
+        .returning(*jobs.columns)
         .cte("started")
     )
+    token, end = (cast(null(), leases.c[name].type).label(name) for name in ("token", "expires_at"))
     number = cast(func.count(), leases.c.token.type)
-    nothing = [NULL] * (len(begun.columns) - 1)
-    return [select(*begun.columns), select(number, *nothing).select_from(picked)]
+    nothing = [NULL] * len(begun.columns)
+    return [
+        select(token, end, *begun.columns),
+        select(leased.c.token, leased.c.expires_at, leased.c.job_id, *nothing[1:]),
+        select(number, NULL, *nothing).select_from(picked),
+    ]
 
 
 @per_model

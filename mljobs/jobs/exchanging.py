@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import Boolean, cast, null, select, union_all
+from sqlalchemy import ARRAY, BigInteger, Boolean, cast, null, select, union_all
 
 from mljobs.jobs._base import NULL, Bind, Model, connection_of, is_postgres, per_model
 from mljobs.jobs.claiming import DEFAULT_LEASE, Claim, claim, claims_of, model_of, started, taken_and_picked, told, wish
@@ -52,10 +52,10 @@ def finish_and_claim(
     model_of(outcome.claim for outcome in given)
     distinct = first_of_each(given)
     statement = _statement(model, which, told({"limit": limit}), len(distinct) == 1)
-    rows = statement.rows(connection, {**parameters, "limit": limit, **parameters_of(distinct)})
-    leases = whether_written((row[0], row[-1]) for row in rows if row[-1] is not None)
-    taken, _ = taken_and_picked([row[:-1] for row in rows if row[-1] is None])
-    claims = claims_of(session, model, taken, worker)
+    rows, values = statement.fetched(connection, {**parameters, "limit": limit, **parameters_of(distinct)})
+    leases = whether_written(row[-2:] for row in rows if row[-2] is not None)
+    taken, _ = taken_and_picked([row for row in rows if row[-2] is None], values)
+    claims = claims_of(session, model, taken, worker, values)
     return answers(session, connection, model, given, leases), claims
 
 
@@ -68,13 +68,11 @@ def _statement(model: Model, which: str, limit: int, single: bool) -> Prepared: 
     """
 
     def build(dialect: str) -> Any:
-        begins, count = started(model, which, limit, dialect)
+        first, *others = started(model, which, limit, dialect)
         # As short as can be: psycopg reads a text of more than 4096 characters anew each time.
-        nothing = [NULL] * (len(begins.selected_columns) - 1)
-        ends = [
-            select(token, *nothing, told_of)
-            for token, told_of in (end.selected_columns for end in ended(model, dialect, single=single))
-        ]
-        return union_all(begins.add_columns(cast(null(), Boolean())), count.add_columns(NULL), *ends)
+        nothing = [NULL] * len(first.selected_columns)
+        ends = [select(*nothing, *end.selected_columns) for end in ended(model, dialect, single=single)]
+        none = cast(null(), Boolean()).label("ended"), cast(null(), ARRAY(BigInteger())).label("tokens")
+        return union_all(first.add_columns(*none), *(other.add_columns(NULL, NULL) for other in others), *ends)
 
     return Prepared(build)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     Connection,
     Select,
@@ -269,10 +270,8 @@ def _finish(connection: Connection, model: Model, outcomes: Sequence[Outcome]) -
 
 def whether_written(rows: Iterable[Sequence[Any]]) -> dict[int, bool]:
     """Return for each lease in the rows of ``ended`` whether its job was written."""
-    written: dict[int, bool] = {}
-    for token, ended in rows:
-        written[token] = ended or written.get(token, False)
-    return written
+    tokens = {ended: tokens or () for ended, tokens in rows}
+    return dict.fromkeys(tokens[False], False) | dict.fromkeys(tokens[True], True)
 
 
 def parameters_of(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -296,7 +295,7 @@ def parameters_of(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def ended(model: Model, dialect: str, *, single: bool) -> list[Select[Any]]:
-    """PostgreSQL: the lease first, then its job; a row of token and False for the lease, one of True for its job.
+    """PostgreSQL: the lease first, then its job; two rows, False with the leases' tokens, True with those of their jobs.
 
     A job is written only from the row of a lease that this very statement deletes. Asking ``EXISTS`` of the lease
     instead would not do: after waiting for the job's lock, READ COMMITTED looks again at the job, not at the lease.
@@ -336,7 +335,11 @@ def ended(model: Model, dialect: str, *, single: bool) -> list[Select[Any]]:
         .cte("written")
     )
     # Not joined: the planner expects one row of each and would compare every one with every other.
-    return [select(held.c.token, false().label("ended")), select(written.c.token, true())]
+    tokens = ARRAY(BigInteger())
+    return [
+        select(false().label("ended"), func.array_agg(held.c.token, type_=tokens).label("tokens")),
+        select(true(), func.array_agg(written.c.token, type_=tokens)),
+    ]
 
 
 def _scalars() -> tuple[Any, Any, Any]:
