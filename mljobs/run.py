@@ -27,7 +27,6 @@ from mljobs.jobs.claiming import Claim, Renewal
 from mljobs.jobs.finishing import Outcome
 from mljobs.model import MlJob
 from mljobs.states import MlJobStatus
-from mljobs.types import to_json_text
 
 logger = logging.getLogger(__name__)
 
@@ -92,13 +91,15 @@ class Run:
     Attributes:
         claim: The lease under which the work is done.
         metrics: What came out, any JSON-able value; recorded when the job completes.
+        until: When the lease ends as far as its keeper knows, on the keeper's clock.
     """
 
-    __slots__ = ("_cancelled", "_lost", "_progress", "_woken", "_written", "claim", "metrics")
+    __slots__ = ("_cancelled", "_lost", "_progress", "_woken", "_written", "claim", "metrics", "until")
 
     def __init__(self, claim: Claim) -> None:
         self.claim = claim
         self.metrics: Any = None
+        self.until = 0.0
         self._progress: int | None = None
         self._written = 0.0
         self._cancelled = False
@@ -268,7 +269,7 @@ class Keeper:
         self._lease = lease
         self._every = min(lease / 3, _RENEW_SECONDS) if every is None else every
         self._clock = clock
-        self._runs: dict[int, tuple[Run, float]] = {}
+        self._runs: dict[int, Run] = {}
         self._changed = threading.Condition()
         self._closed = False
         self._resting = False
@@ -288,7 +289,8 @@ class Keeper:
         until = (self._clock() if since is None else since) + self._lease
         with self._changed:
             for run in runs:
-                self._runs[run.claim.token] = (run, until)
+                run.until = until
+                self._runs[run.claim.token] = run
             if self._resting:
                 self._changed.notify_all()
             if self._thread is None:
@@ -307,14 +309,12 @@ class Keeper:
 
     def overdue(self, run: Run) -> bool:
         """Whether this run's lease may have ended unnoticed, because the whole process stood still."""
-        with self._changed:
-            kept = self._runs.get(run.claim.token)
-        return kept is None or kept[1] <= self._clock()
+        return run.until <= self._clock()
 
     def renew(self) -> None:
         """Renew all leases now, and tell the runs what was found."""
         with self._changed:
-            runs = {token: run for token, (run, _) in self._runs.items()}
+            runs = dict(self._runs)
         if not runs:
             return
         asked = self._clock()
@@ -326,8 +326,7 @@ class Keeper:
             return
         with self._changed:
             for claim in (*renewal.held, *renewal.cancelled):
-                if claim.token in self._runs:
-                    self._runs[claim.token] = (runs[claim.token], asked + self._lease)
+                runs[claim.token].until = asked + self._lease
             for claim in renewal.lost:
                 self._runs.pop(claim.token, None)
         for claim in renewal.cancelled:
@@ -339,7 +338,7 @@ class Keeper:
         """Write the progress that is due; of ``only`` whatever is there."""
         now = self._clock()
         with self._changed:
-            runs = [only] if only is not None else [run for run, _ in self._runs.values()]
+            runs = [only] if only is not None else list(self._runs.values())
         due = [(run, run.due_progress(now, everything=only is not None)) for run in runs]
         pairs = [(run, value) for run, value in due if value is not None]
         if not pairs:
@@ -361,7 +360,7 @@ class Keeper:
         """Where nothing could be renewed for a whole lease, somebody else may have the job by now."""
         now = self._clock()
         with self._changed:
-            expired = [run for run, until in self._runs.values() if until <= now]
+            expired = [run for run in self._runs.values() if run.until <= now]
             for run in expired:
                 del self._runs[run.claim.token]
         for run in expired:
@@ -415,7 +414,6 @@ def outcome_of(run: Run, error: BaseException | None) -> Outcome | None:
     if run.cancelled or run.lost:
         return None
     if error is None:
-        to_json_text("metrics", run.metrics)
         return Outcome.completed(run.claim, run.metrics)
     if isinstance(error, Exception):
         return Outcome.failed(run.claim, failure_text(error))

@@ -102,7 +102,7 @@ def test_prepared_statements_hide_no_constant_in_a_parameter() -> None:
     from sqlalchemy.dialects import postgresql, sqlite
 
     from mljobs import MlJob
-    from mljobs.jobs import claiming, finishing, sweeping
+    from mljobs.jobs import claiming, exchanging, finishing, sweeping
     from mljobs.prepared import _Compiled
 
     statements = {
@@ -110,7 +110,8 @@ def test_prepared_statements_hide_no_constant_in_a_parameter() -> None:
             *(claiming._claim_statement(MlJob, which, 10) for which in ("any", "kinds", "ids")),
             claiming._renewal(MlJob),
             claiming._progress_statement(MlJob),
-            finishing._finish_statement(MlJob),
+            *(finishing._finish_statement(MlJob, single) for single in (True, False)),
+            *(exchanging._statement(MlJob, "any", 10, single) for single in (True, False)),
             finishing._cancellation(MlJob),
             sweeping._expired(MlJob),
             sweeping._rescue_statement(MlJob),

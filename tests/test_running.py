@@ -192,7 +192,7 @@ def test_progress_is_written_once_a_second_and_the_last_value_never_lost(flaky: 
     claim = _claimed(flaky)
     with Keeper(flaky, 3600, clock) as keeper:
         run = Run(claim)
-        keeper._runs[claim.token] = (run, clock() + 3600)  # without its thread: the test says when
+        keeper._runs[claim.token] = run  # without its thread: the test says when
         flaky.calls.clear()
         for value in range(50):
             run.progress(value)
@@ -216,7 +216,8 @@ def test_a_database_that_is_away_for_a_whole_lease_costs_the_lease(flaky: FlakyS
     claim = _claimed(flaky)
     with Keeper(flaky, 60, clock) as keeper:
         run = Run(claim)
-        keeper._runs[claim.token] = (run, clock() + 60)
+        run.until = clock() + 60
+        keeper._runs[claim.token] = run
         flaky.away = True
         clock.now += 59
         keeper.renew()
@@ -233,7 +234,8 @@ def test_a_database_that_comes_back_in_time_costs_nothing(flaky: FlakyStore) -> 
     claim = _claimed(flaky)
     with Keeper(flaky, 60, clock) as keeper:
         run = Run(claim)
-        keeper._runs[claim.token] = (run, clock() + 60)
+        run.until = clock() + 60
+        keeper._runs[claim.token] = run
         for away in (True, False, True):
             flaky.away = away
             clock.now += 40

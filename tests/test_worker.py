@@ -236,7 +236,7 @@ def test_short_jobs_are_claimed_ahead_and_long_ones_are_not(store: JobStore) -> 
     store.submit_many([("train", "short", {}) for _ in range(500)])
     worker.run(until_idle=True)
     assert max(limits) > 10
-    assert all(limit <= 512 for limit in limits)
+    assert all(limit <= 1024 for limit in limits)
     limits.clear()
     slow = worker_of(store, concurrency=2, ahead=0)
     slow.handles("train")(lambda run: None)

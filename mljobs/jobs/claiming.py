@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Self
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
@@ -90,49 +90,34 @@ class Claim:
         job_id: The id of the claimed job.
     """
 
-    __slots__ = ("_job", "_read", "_row", "expires_at", "job_id", "token", "worker")
+    __slots__ = ("_job", "expires_at", "job_id", "token", "worker")
 
-    def __init__(self, job: MlJob, token: int, worker: str, expires_at: datetime) -> None:
-        self._job: Any = job
+    def __init__(self, job: MlJob | Unread, token: int, worker: str, expires_at: datetime) -> None:
+        self._job = job
         self.job_id = job.id
         self.token = token
         self.worker = worker
         self.expires_at = expires_at
 
-    @classmethod
-    def unread(cls, read: _Reader, row: Sequence[Any], token: int, worker: str, expires_at: datetime) -> Self:
-        """Return a claim whose record is made of its row when somebody asks; a busy worker often need not."""
-        claim = cls.__new__(cls)
-        claim._job = None
-        claim._read = read
-        claim._row = row
-        claim.job_id = row[read.at_id]
-        claim.token = token
-        claim.worker = worker
-        claim.expires_at = expires_at
-        return claim
-
     @property
     def job(self) -> MlJob:
         """The record as it was claimed."""
-        if self._job is None:
-            self._job = record(self._read.model, self._read.record(self._row))
-        job: MlJob = self._job
-        return job
-
-    @property
-    def model(self) -> Model:
-        """The mapped class of the job."""
-        return self._read.model if self._job is None else type(self._job)
+        if isinstance(self._job, Unread):
+            self._job = self._job.read()
+        return self._job
 
     @property
     def kind(self) -> str:
         """The kind of the job."""
-        kind: str = self._row[self._read.at_kind] if self._job is None else self._job.kind
-        return kind
+        return self._job.kind
+
+    @property
+    def model(self) -> Model:
+        """The mapped class of the job."""
+        return self._job.reader.model if isinstance(self._job, Unread) else type(self._job)
 
     def until(self, expires_at: datetime) -> Claim:
-        """Return the same claim with a later end."""
+        """Return the same claim with another end."""
         return Claim(self.job, self.token, self.worker, expires_at)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -149,18 +134,42 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reader:
-    """What makes records of the rows of one statement: token, end of the lease, record."""
+class Reader:
+    """What makes records of the rows of one statement: token, end of the lease, record.
+
+    Attributes:
+        model: The mapped job class.
+        columns: Where in a row the record is.
+        at_kind: Where its kind is.
+        values: Makes Python values of what the driver gives.
+    """
 
     model: Model
     columns: slice
-    at_id: int
     at_kind: int
     values: Callable[[Sequence[Any]], Sequence[Any]]
 
-    def record(self, row: Sequence[Any]) -> Sequence[Any]:
-        """Return the values of the record's columns."""
-        return self.values(row)[self.columns]
+
+class Unread:
+    """A job that nobody has asked for yet, in its row: a busy worker often needs no more than its id and kind."""
+
+    __slots__ = ("id", "reader", "row")
+
+    def __init__(self, reader: Reader, row: Sequence[Any], job_id: UUID) -> None:
+        self.reader = reader
+        self.row = row
+        self.id = job_id
+
+    @property
+    def kind(self) -> str:
+        """The token of its kind."""
+        kind: str = self.row[self.reader.at_kind]
+        return kind
+
+    def read(self) -> MlJob:
+        """Return the record."""
+        job: MlJob = record(self.reader.model, self.reader.values(self.row)[self.reader.columns])
+        return job
 
 
 @dataclass(frozen=True, slots=True)
@@ -454,28 +463,37 @@ def claims_of(
     session: Bind, model: Model, taken: list[Taken], worker: str, values: Callable[[Sequence[Any]], Sequence[Any]]
 ) -> list[Claim]:
     """Return claims in the order of the queue; their records are members of the caller's session, if it is one."""
-    in_order, read = _shape(model)
-    taken.sort(key=in_order)
-    reader = read(values)
-    claims = [Claim.unread(reader, row, token, worker, expires_at) for token, expires_at, row in taken]
+    order = _queue_order(model)
+    taken.sort(key=order)
+    columns = _whole(model)
     if isinstance(session, Connection):
-        return claims
-    jobs = loaded(session, model, [claim.job for claim in claims])
-    return [Claim(job, claim.token, worker, claim.expires_at) for job, claim in zip(jobs, claims, strict=True)]
+        reader, at_id = Reader(model, columns, _at(model, "kind"), values), _at(model, "id")
+        return [Claim(Unread(reader, row, row[at_id]), token, worker, end) for token, end, row in taken]
+    jobs = loaded(session, model, [record(model, values(row)[columns]) for _, _, row in taken])
+    return [Claim(job, token, worker, end) for job, (token, end, _) in zip(jobs, taken, strict=True)]
 
 
 @per_model
-def _shape(model: Model) -> tuple[Callable[[Taken], Any], Callable[[Callable[..., Sequence[Any]]], _Reader]]:
-    """Return the order of the queue, and what makes a reader of a model's rows."""
-    names = ["token", "expires_at", *(column.name for column in table_of(model).columns)]
-    priority, created, job_id, kind = (names.index(name, 2) for name in ("priority", "created_at", "id", "kind"))
-    columns = slice(2, len(names))
+def _whole(model: Model) -> slice:
+    """Return where in a row the record is: behind the token and the end of the lease."""
+    return slice(2, 2 + len(table_of(model).columns))
 
-    def in_order(taken: Taken) -> Any:
+
+@per_model
+def _at(model: Model, column: str) -> int:
+    """Return where in a row this column is."""
+    return 2 + [column.name for column in table_of(model).columns].index(column)
+
+
+@per_model
+def _queue_order(model: Model) -> Callable[[Taken], Any]:
+    priority, created, job_id = (_at(model, name) for name in ("priority", "created_at", "id"))
+
+    def order(taken: Taken) -> Any:
         row = taken[2]
-        return -row[priority], row[created], row[job_id]
+        return -row[priority], row[created], row[job_id].int  # UUIDs compare in Python, and slowly
 
-    return in_order, lambda values: _Reader(model, columns, job_id, kind, values)
+    return order
 
 
 def taken_and_picked(

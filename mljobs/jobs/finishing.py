@@ -289,9 +289,14 @@ def parameters_of(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "tokens": [outcome.claim.token for outcome in outcomes],
         "ids": [outcome.claim.job_id for outcome in outcomes],
         "statuses": [outcome.status.value for outcome in outcomes],
-        "errors": [outcome.error_message for outcome in outcomes],
-        "metrics": [outcome.metrics_json for outcome in outcomes],
+        "errors": _or_nothing([outcome.error_message for outcome in outcomes]),
+        "metrics": _or_nothing([outcome.metrics_json for outcome in outcomes]),
     }
+
+
+def _or_nothing(values: list[str | None]) -> list[str | None]:
+    """Return ``values``, or an empty list for nothing but None: ``unnest`` fills the shorter list up with NULLs."""
+    return values if values.count(None) < len(values) else []
 
 
 def ended(model: Model, dialect: str, *, single: bool) -> list[Select[Any]]:
@@ -336,10 +341,9 @@ def ended(model: Model, dialect: str, *, single: bool) -> list[Select[Any]]:
     )
     # Not joined: the planner expects one row of each and would compare every one with every other.
     tokens = ARRAY(BigInteger())
-    return [
-        select(false().label("ended"), func.array_agg(held.c.token, type_=tokens).label("tokens")),
-        select(true(), func.array_agg(written.c.token, type_=tokens)),
-    ]
+    of_leases: Any = select(false().label("ended"), func.array_agg(held.c.token, type_=tokens).label("tokens"))
+    of_jobs: Any = select(true(), func.array_agg(written.c.token, type_=tokens))
+    return [of_leases, of_jobs]
 
 
 def _scalars() -> tuple[Any, Any, Any]:

@@ -56,14 +56,13 @@ class Entry:
     @property
     def plain(self) -> bool:
         """Whether it is nothing but an outcome, which may share a statement with others."""
-        return self.outcome is not None and not self.retries
+        outcome = self.outcome
+        return outcome is not None and (outcome.status is not MlJobStatus.FAILED or not self.retries)
 
     @property
     def retries(self) -> bool:
-        """Whether a new record has to follow in the same transaction."""
-        outcome, handler = self.outcome, self.handler
-        failed = outcome is not None and outcome.status is MlJobStatus.FAILED
-        return failed and handler is not None and handler.retries > 0
+        """Whether a new record has to follow a failure in the same transaction."""
+        return self.handler is not None and self.handler.retries > 0
 
 
 @dataclass
@@ -148,9 +147,7 @@ class Outbox:
         for entry in entries:
             entry.doubtful = True
             (lost if entry.run.lost else kept).append(entry)
-        for entry in lost:
-            self._end(entry, "lost")
-        self._let_go(lost)
+        self._end(lost, ["lost"] * len(lost))
         for entry in reversed(kept):
             (self._waiting if entry.plain else self._others).appendleft(entry)
         if kept:
@@ -158,17 +155,17 @@ class Outbox:
 
     def settle(self, entries: Sequence[Entry], errors: Sequence[Exception | None]) -> None:
         """Take note of what was committed, and of what was refused because the job is not ours any more."""
-        for entry, error in zip(entries, errors, strict=True):
-            outcome = entry.outcome
-            if outcome is not None and (error is None or (entry.doubtful and stands(self._store, outcome))):
-                self._end(entry, _WORDS[outcome.status])
-            elif isinstance(error, TerminalStateError):
-                entry.run.mark_cancelled()
-                self._end(entry, "cancelled")
-            else:
-                entry.run.mark_lost()
-                self._end(entry, "lost")
-        self._let_go(entries)
+        self._end(entries, [self._what_became(entry, error) for entry, error in zip(entries, errors, strict=True)])
+
+    def _what_became(self, entry: Entry, error: Exception | None) -> str:
+        outcome = entry.outcome
+        if outcome is not None and (error is None or (entry.doubtful and stands(self._store, outcome))):
+            return _WORDS[outcome.status]
+        if isinstance(error, TerminalStateError):
+            entry.run.mark_cancelled()
+            return "cancelled"
+        entry.run.mark_lost()
+        return "lost"
 
     def write(self, entries: Sequence[Entry]) -> None:
         """Write what was taken: all that is nothing but an outcome in one statement, the others one by one.
@@ -194,8 +191,7 @@ class Outbox:
                     groups.appendleft([_as_refused(group[0], error)])
                 else:
                     logger.exception("job %s: its end could not be recorded", group[0].run.claim.job_id)
-                    self._end(group[0], "lost")  # its lease will run out, and a rescue decide
-                    self._let_go(group)
+                    self._end(group, ["lost"])  # its lease will run out, and a rescue decide
             else:
                 groups.popleft()
 
@@ -203,9 +199,8 @@ class Outbox:
         first = group[0]
         if first.outcome is None:
             held = not first.run.lost and self._store.release([first.run.claim]) > 0
-            self._end(first, "cancelled" if held else "lost")
-            self._let_go(group)
-        elif first.retries:
+            self._end(group, ["cancelled" if held else "lost"])
+        elif not first.plain:
             self._write_with_retry(first)
         else:
             outcomes = [entry.outcome for entry in group if entry.outcome is not None]
@@ -223,16 +218,17 @@ class Outbox:
             logger.info("job %s will be retried as %s in %.0f s", entry.run.claim.job_id, *retry)
         self.settle([entry], errors)
 
-    def _let_go(self, entries: Sequence[Entry]) -> None:
+    def _end(self, entries: Sequence[Entry], words: Sequence[str]) -> None:
+        """Count and log what became of each, and let its lease go."""
+        with self._idle:
+            self.tally.jobs.update(words)
+        if logger.isEnabledFor(logging.WARNING):
+            for entry, word in zip(entries, words, strict=True):
+                level = logging.WARNING if word in _ALARMING else logging.INFO
+                if level == logging.WARNING or logger.isEnabledFor(logging.INFO):
+                    _log(level, entry, word)
         self._keeper.remove_many([entry.run for entry in entries])
         self.on_recorded(entries)
-
-    def _end(self, entry: Entry, word: str) -> None:
-        with self._idle:
-            self.tally.jobs[word] += 1
-        level = logging.WARNING if word in ("failed", "lost") else logging.INFO
-        if logger.isEnabledFor(level):
-            _log(level, entry, word)
 
     def done_writing(self) -> None:
         """Say that what was taken has been settled or put back."""
@@ -304,6 +300,9 @@ _WORDS = {
     MlJobStatus.FAILED: "failed",
     MlJobStatus.QUEUED: "requeued",
 }
+
+
+_ALARMING = ("failed", "lost")
 
 
 def _as_refused(entry: Entry, error: Exception) -> Entry:

@@ -14,7 +14,7 @@ from sqlalchemy import URL
 from mljobs.errors import InvalidValueError
 from mljobs.jobs import Claim, Model, Outcome, Renewal
 from mljobs.model import MlJob
-from mljobs.run import Keeper, Run, failure_text, outcome_of
+from mljobs.run import Keeper, Run, failure_text
 from mljobs.states import MlJobStatus
 from mljobs.store import JobStore
 from mljobs.worker.handlers import Function
@@ -47,7 +47,7 @@ def perform(function: Function, run: Run) -> Outcome | None:
         returned = function(run)
     except BaseException as error:  # noqa: BLE001 - whatever it is, it ends this job and no other
         return ending(run, error)
-    return _returned(run, returned)
+    return ending(run, None, returned)
 
 
 async def perform_async(function: Callable[[Run], Awaitable[Any]], run: Run) -> Outcome | None:
@@ -56,29 +56,24 @@ async def perform_async(function: Callable[[Run], Awaitable[Any]], run: Run) -> 
         returned = await function(run)
     except BaseException as error:  # noqa: BLE001 - as above
         return ending(run, error)
-    return _returned(run, returned)
+    return ending(run, None, returned)
 
 
-def _returned(run: Run, returned: Any) -> Outcome | None:
-    if returned is not None:
-        run.metrics = returned
-    return ending(run, None)
-
-
-def ending(run: Run, error: BaseException | None) -> Outcome | None:
+def ending(run: Run, error: BaseException | None, returned: Any = None) -> Outcome | None:
     """Return what to record of a handler that ended so.
 
     ``sys.exit()`` in a handler, or a cancelled coroutine, fails the job: put back, it would do the same again.
     """
     if run.cancelled or run.lost:
         return None
-    if error is not None and not isinstance(error, Exception):
+    if error is not None:
         return Outcome.failed(run.claim, failure_text(error))
+    if returned is not None:
+        run.metrics = returned
     try:
-        outcome = outcome_of(run, error)
+        return Outcome.completed(run.claim, run.metrics)
     except InvalidValueError as unfit:  # metrics that JSON cannot hold
         return Outcome.failed(run.claim, unfit)
-    return outcome
 
 
 # ------------------------------------------------------------------------------------------------- in another process

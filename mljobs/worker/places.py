@@ -83,12 +83,13 @@ class Lanes:
             thread.start()
 
     def _loop(self) -> None:
-        desk, start = self._desk, self._start
+        start, following = self._start, self._desk.intake.next
+        handlers: Mapping[str, Handler] = {str(kind): handler for kind, handler in self._desk.handlers.items()}
         try:
-            while (run := desk.intake.next()) is not None:
-                start(run, desk.handlers[run.claim.job.kind])
+            while (run := following()) is not None:
+                start(run, handlers[run.claim.kind])
         except BaseException as error:  # noqa: BLE001 - told to whoever called run()
-            desk.on_error(error)
+            self._desk.on_error(error)
 
     def join(self, timeout: float) -> None:
         """Wait for those that are not in a handler that hangs."""

@@ -39,7 +39,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _CONCURRENCY_MAX = 1000
 _AHEAD_MAX = 10_000
-_AHEAD = 512
+_AHEAD = 1024
 _POLL = 1.0
 _ATTEMPTS_MAX = 32_767
 _LAST_SECONDS = 5.0
