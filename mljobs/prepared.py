@@ -1,8 +1,9 @@
 """Send a statement that was compiled once, its parameters and rows still passing through its types.
 
 ``Connection.execute`` spends as much time around a small statement as PostgreSQL spends on it. Operations that run a
-thousand times a second go through here instead: SQLAlchemy writes the text once for each dialect, and
-``exec_driver_sql`` sends it, so events, pools and the translation of errors work as everywhere.
+thousand times a second go through here instead: SQLAlchemy writes the text once for each dialect, and the driver's
+cursor sends it, or ``exec_driver_sql`` where somebody listens; so events, pools and the translation of errors work as
+everywhere.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class _Compiled:
             process = column.type.dialect_impl(dialect).result_processor(dialect, None)
             if process is not None:
                 self.result.append((at, process))
+        self.returns_rows = bool(columns)
         for name in self.fixed:
             if name in self.bind:
                 self.fixed[name] = self.bind.pop(name)(self.fixed[name])
@@ -104,7 +106,10 @@ class Prepared:
         compiled = self._compiled.get(dialect)
         if compiled is None:
             compiled = self._compiled[dialect] = _Compiled(self._statement(dialect), dialect)
-        result = connection.exec_driver_sql(compiled.text, compiled.parameters(parameters))
+        values = compiled.parameters(parameters)
+        if _unwatched(connection):
+            return _by_cursor(connection, compiled, values), compiled.row
+        result = connection.exec_driver_sql(compiled.text, values)
         return result.fetchall() if result.returns_rows else [], compiled.row
 
     def _statement(self, dialect: Dialect) -> Executable:
@@ -112,3 +117,40 @@ class Prepared:
         if statement is None:
             statement = self._statements[dialect.name] = self._build(dialect.name)
         return statement
+
+
+def _unwatched(connection: Any) -> bool:
+    """Whether nobody listens to the statements of this connection, and it is in a transaction that goes on.
+
+    SQLAlchemy makes an object of each column of each result, which takes longer than many of our statements. Where
+    somebody listens (an instrumentation, ``echo``), where it has to begin a transaction first or to refuse, and with
+    drivers that it adapts, the statement goes the whole way.
+    """
+    transaction = connection.get_nested_transaction() or connection.get_transaction()
+    return (
+        transaction is not None
+        and transaction.is_active
+        and connection.dialect.driver in _PLAIN_DRIVERS
+        and not (
+            getattr(connection, "_has_events", True)
+            or getattr(connection.engine, "_has_events", True)
+            or getattr(connection, "_echo", True)
+            or connection.dialect.dispatch.do_execute
+        )
+    )
+
+
+_PLAIN_DRIVERS = frozenset({"psycopg", "pysqlite"})
+
+
+def _by_cursor(connection: Any, compiled: _Compiled, values: Any) -> Sequence[Sequence[Any]]:
+    cursor = None
+    try:
+        cursor = connection.connection.cursor()
+        cursor.execute(compiled.text, values)
+        rows: Sequence[Sequence[Any]] = cursor.fetchall() if compiled.returns_rows else []
+        cursor.close()
+    except BaseException as error:  # noqa: BLE001 - SQLAlchemy decides: it wraps, tells its listeners, gives the connection up
+        connection._handle_dbapi_exception(error, compiled.text, values, cursor, None)  # noqa: SLF001 - there is no public way
+        raise
+    return rows

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import time
 
 import uvloop
 from oban import Oban, worker
@@ -11,7 +12,9 @@ from psycopg_pool import AsyncConnectionPool
 
 @worker(queue="default")
 class Noop:
-    async def process(self, _job: object) -> None: ...
+    async def process(self, _job: object) -> None:
+        if LISTENS:
+            print(time.monotonic(), flush=True)
 
 
 async def fill(url: str, number: int) -> None:
@@ -39,5 +42,30 @@ async def drain(url: str, limit: int) -> None:
                         break
 
 
+async def listen(url: str) -> None:
+    async with AsyncConnectionPool(url, min_size=4, max_size=10) as pool, Oban(pool=pool, queues={"default": 1}):
+        print("ready", flush=True)
+        await asyncio.Event().wait()
+
+
+async def submit(url: str) -> None:
+    async with AsyncConnectionPool(url, min_size=1, max_size=4) as pool:
+        oban = Oban(pool=pool)
+        async with oban:
+            print("ready", flush=True)
+            while await asyncio.to_thread(sys.stdin.readline):
+                began = time.monotonic()
+                await oban.enqueue(Noop.new({}))
+                print(began, flush=True)
+
+
 action, address, *rest = sys.argv[1:]
-uvloop.run(fill(address, int(rest[0])) if action == "fill" else drain(address, 1 if rest[0] == "single" else 200))
+LISTENS = action == "listen"
+uvloop.run(
+    {
+        "fill": lambda: fill(address, int(rest[0])),
+        "drain": lambda: drain(address, 1 if rest[0] == "single" else 200),
+        "listen": lambda: listen(address),
+        "submit": lambda: submit(address),
+    }[action]()
+)

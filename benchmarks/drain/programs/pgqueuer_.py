@@ -47,6 +47,7 @@ async def listen(url: str) -> None:
 
 async def submit(url: str) -> None:
     queries = Queries(AsyncpgDriver(await asyncpg.connect(url)))
+    print("ready", flush=True)
     while await asyncio.to_thread(sys.stdin.readline):
         began = time.monotonic()
         await queries.enqueue("noop", b"{}", 0)

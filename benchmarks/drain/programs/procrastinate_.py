@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import time
 
 import procrastinate
 
@@ -10,7 +11,9 @@ def application(url: str) -> procrastinate.App:
     app = procrastinate.App(connector=procrastinate.PsycopgConnector(conninfo=url, min_size=4, max_size=20))
 
     @app.task(name="noop", pass_context=False)
-    async def noop() -> None: ...
+    async def noop() -> None:
+        if LISTENS:
+            print(time.monotonic(), flush=True)
 
     return app
 
@@ -33,8 +36,30 @@ async def drain(url: str, concurrency: int) -> None:
         print("done", flush=True)
 
 
+async def listen(url: str) -> None:
+    app = application(url)
+    async with app.open_async():
+        print("ready", flush=True)
+        await app.run_worker_async(concurrency=1)
+
+
+async def submit(url: str) -> None:
+    app = application(url)
+    async with app.open_async():
+        print("ready", flush=True)
+        while await asyncio.to_thread(sys.stdin.readline):
+            began = time.monotonic()
+            await app.tasks["noop"].defer_async()
+            print(began, flush=True)
+
+
 action, address, *rest = sys.argv[1:]
-if action == "fill":
-    asyncio.run(fill(address, int(rest[0])))
-else:
-    asyncio.run(drain(address, 1 if rest[0] == "single" else 20))
+LISTENS = action == "listen"
+asyncio.run(
+    {
+        "fill": lambda: fill(address, int(rest[0])),
+        "drain": lambda: drain(address, 1 if rest[0] == "single" else 20),
+        "listen": lambda: listen(address),
+        "submit": lambda: submit(address),
+    }[action]()
+)

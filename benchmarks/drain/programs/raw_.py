@@ -1,0 +1,84 @@
+"""The bound: psycopg alone with the very statements that mljobs sends, and nothing around them."""
+
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+
+from benchmarks.lifecycle import COLUMNS, row, sql
+from mljobs import JobStore, MlJob
+from mljobs.jobs.claiming import _claim_statement
+from mljobs.jobs.exchanging import _statement
+from mljobs.jobs.finishing import _finish_statement
+from mljobs.jobs.submitting import _insertion
+from mljobs.triggers import WORKER_LOCK
+
+action, url, *rest = sys.argv[1:]
+store = JobStore(url.replace("postgresql://", "postgresql+psycopg://"))
+WANTED = {"worker": "raw", "lease": timedelta(seconds=60), "kind": "train"}
+
+
+def claims(rows: list[Any]) -> dict[Any, int]:
+    return {row[2]: row[0] for row in rows if row[0] is not None and row[2] is not None}
+
+
+def drain(connection: psycopg.Connection[Any], limit: int) -> None:
+    single = limit == 1
+    fused = sql(_statement(MlJob, "kind", limit if single else 0, single), store)
+    begin = sql(_claim_statement(MlJob, "kind", limit if single else 0), store)
+    held = claims(connection.execute(begin, {**WANTED, "limit": limit}, prepare=True).fetchall())
+    while held:
+        if single:
+            ((job_id, token),) = held.items()
+            ended = {"token": token, "id": job_id, "status": "completed", "error": None, "metrics": None}
+        else:
+            ended = {
+                "tokens": list(held.values()),
+                "ids": list(held),
+                "statuses": ["completed"] * len(held),
+                "errors": [],
+                "metrics": [],
+            }
+        held = claims(connection.execute(fused, {**WANTED, "limit": limit, **ended}, prepare=True).fetchall())
+
+
+def listen(connection: psycopg.Connection[Any]) -> None:
+    begin, finish = sql(_claim_statement(MlJob, "kind", 1), store), sql(_finish_statement(MlJob, True), store)
+    connection.execute(
+        f"SELECT pg_advisory_lock_shared({WORKER_LOCK}, ('ml_jobs'::regclass::oid::bigint & 2147483647)::integer)"
+    )
+    connection.execute("LISTEN mljobs")
+    print("ready", flush=True)
+    while True:
+        held = claims(connection.execute(begin, {**WANTED, "limit": 1}, prepare=True).fetchall())
+        if held:
+            print(time.monotonic(), flush=True)
+            ((job_id, token),) = held.items()
+            ended = {"token": token, "id": job_id, "status": "completed", "error": None, "metrics": None}
+            connection.execute(finish, ended, prepare=True).fetchall()
+        else:
+            for _ in connection.notifies(timeout=1, stop_after=1):
+                pass
+
+
+def submit(connection: psycopg.Connection[Any]) -> None:
+    insertion = sql(_insertion(MlJob), store)
+    print("ready", flush=True)
+    while sys.stdin.readline():
+        began = time.monotonic()
+        connection.execute(insertion, dict(zip(COLUMNS, row(), strict=True)), prepare=True)
+        print(began, flush=True)
+
+
+with psycopg.connect(url, autocommit=True) as raw:
+    if action == "drain":
+        print("ready", flush=True)
+        sys.stdin.readline()
+        drain(raw, 1 if rest[0] == "single" else 1024)
+        print("done", flush=True)
+    elif action == "listen":
+        listen(raw)
+    else:
+        submit(raw)
