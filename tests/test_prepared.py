@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, event, select
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError, StatementError
+from sqlalchemy.types import NullType
 
 from mljobs import JobStore, MlJob, MlJobStatus, jobs
 from mljobs.jobs import _base
