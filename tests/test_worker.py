@@ -866,6 +866,22 @@ def test_a_process_that_dies_puts_its_job_back_and_ends_the_worker_with_the_reas
     assert "2 attempts" in str(job.error_message)
 
 
+def test_a_broken_executor_costs_a_job_one_attempt_and_no_more(store: JobStore) -> None:
+    class Broken(ThreadPoolExecutor):
+        def submit(self, *args: Any, **kw: Any) -> Any:
+            raise BrokenExecutor("all processes are gone")
+
+    with Broken() as executor:
+        for attempts in range(1, 4):
+            worker = worker_of(store, executor=executor, concurrency=3)
+            worker.handles("train")(lambda run: None)
+            job = next(iter(store.find()), None) or store.submit("train", "spam")
+            with pytest.raises(BrokenExecutor):
+                worker.run(until_idle=True)
+            job = ended(store, job)
+            assert (job.status, job.attempts) == (QUEUED, attempts)
+
+
 # ------------------------------------------------------------------------------------------------------------------ logs
 
 

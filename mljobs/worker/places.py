@@ -198,7 +198,6 @@ class Elsewhere:
                 future = self._executor.submit(do, errand)
         except BaseException as error:  # noqa: BLE001 - the executor is broken, or closed
             self._broken(run, handler, error)
-            self._desk.on_error(error)
             return
         self._futures.add(future)
         future.add_done_callback(lambda done: self._ended(done, run, handler, began))
@@ -210,7 +209,6 @@ class Elsewhere:
             result = future.result()
         except BrokenExecutor as error:
             self._broken(run, handler, error)
-            self._desk.on_error(error)
             return
         except (CancelledError, Exception) as error:  # noqa: BLE001 - it could not be sent, or its answer could not
             self._desk.settle(run, handler, ending(run, _as_exception(error)), seconds)
@@ -222,6 +220,8 @@ class Elsewhere:
 
     def _broken(self, run: Run, handler: Handler, error: BaseException) -> None:
         """Put a job back whose process died with it; fail it if that has happened too often."""
+        self._desk.on_error(error)
+        self._desk.intake.stop()  # before the job is back: claimed again here, it would lose an attempt to no process
         claim = run.claim
         if run.attempt >= self._desk.max_attempts:
             reason = f"gave up after {run.attempt} attempts: {failure_text(error)}"
