@@ -311,6 +311,13 @@ class Keeper:
             kept = self._runs.get(run.claim.token)
         return kept is None or kept[1] <= self._clock()
 
+    def catch_up(self) -> None:
+        """Renew now if a lease may have ended unnoticed: what nobody else took is ours still."""
+        with self._changed:
+            late = any(until <= self._clock() for _, until in self._runs.values())
+        if late:
+            self.renew()
+
     def renew(self) -> None:
         """Renew all leases now, and tell the runs what was found."""
         with self._changed:

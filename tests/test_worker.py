@@ -953,6 +953,27 @@ def test_a_finish_waits_for_the_database_and_is_recorded(url: str) -> None:
         assert ended(store, job).metrics == {"n": 1}
 
 
+def test_a_second_stop_is_heard_while_the_database_is_away(url: str) -> None:
+    with Flaky(url) as store:
+        worker = worker_of(store, grace=3600)
+        ending = threading.Event()
+
+        @worker.handles("train")
+        def train(run: Run) -> None:
+            store.away = True
+            worker.stop()
+            ending.set()
+
+        job = store.submit("train", "spam")
+        thread = threading.Thread(target=worker.run)
+        thread.start()
+        assert ending.wait(60)
+        worker.stop()
+        thread.join(60)
+        assert not thread.is_alive()
+        assert ended(store, job).status is RUNNING  # until its lease ends
+
+
 def test_a_finish_whose_answer_was_lost_is_counted_once(url: str) -> None:
     with Flaky(url) as store:
         worker = worker_of(store)

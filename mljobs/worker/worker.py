@@ -302,6 +302,7 @@ class _Shift:
         self._store = store
         self._wanted = wanted
         self._events = events
+        self._keeper = keeper
         self._outbox = Outbox(store, keeper)
         self._intake = Intake(
             store, wanted, keeper=keeper, outbox=self._outbox, on_quiet=lambda: events.put((_QUIET, None))
@@ -340,9 +341,15 @@ class _Shift:
         """Run until told to stop; return what went wrong, if anything did."""
         self._lanes.open()
         error = self._until_told()
-        patience = self._wind_up()
-        self._outbox.drain(patience)
+        self._drain(self._wind_up())
         return error
+
+    def _drain(self, patience: float | None) -> None:
+        """Wait until the last outcomes are recorded: None for as long as it takes, or until told once more."""
+        while not self._outbox.drain(_TICK if patience is None else patience) and patience is None:
+            while not self._events.empty():
+                if self._events.get()[0] == _STOP:
+                    patience = 0.0
 
     def _until_told(self) -> BaseException | None:
         """Rescue now and then, until somebody says stop, or nothing is left to do."""
@@ -361,10 +368,12 @@ class _Shift:
                 error: BaseException = detail
                 return error
             if event == _STOP:
+                self._intake.stop()  # before it is said
                 logger.info("worker %s stops claiming; %d jobs go on", self._worker.name, len(self._intake.under_way()))
             return None
 
     def _rescue(self) -> None:
+        self._keeper.catch_up()  # a process that stood still must not rescue its own jobs from itself
         try:
             rescue = self._store.rescue(max_attempts=self._worker.max_attempts, kinds=self._wanted.kinds)
         except Exception as error:
