@@ -20,6 +20,7 @@ from typing import Any
 from mljobs import jobs
 from mljobs.errors import TerminalStateError
 from mljobs.jobs import Bind, Claim, Outcome
+from mljobs.patience import answers_within
 from mljobs.run import FIRST_PAUSE, LONGEST_PAUSE, Keeper, Run, database_is_away, first_line, stands
 from mljobs.states import MlJobStatus
 from mljobs.store import JobStore
@@ -91,13 +92,15 @@ class Outbox:
     Args:
         store: Where the jobs are.
         keeper: Keeps the leases until then.
+        patience: Seconds to wait for the database's answer to one statement; None for as long as it takes.
 
     Attributes:
         tally: What has been recorded.
         on_recorded: Called with the entries after each write, whatever became of them.
     """
 
-    def __init__(self, store: JobStore, keeper: Keeper) -> None:
+    def __init__(self, store: JobStore, keeper: Keeper, patience: float | None = None) -> None:
+        self._patience = patience
         self.tally = Tally()
         self._store = store
         self._keeper = keeper
@@ -182,7 +185,8 @@ class Outbox:
         while groups:
             group = groups[0]
             try:
-                self._write_group(group)
+                with answers_within(self._patience):
+                    self._write_group(group)
             except Exception as error:
                 if database_is_away(error):
                     self.put_back([entry for group in groups for entry in group])

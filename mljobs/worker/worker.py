@@ -22,6 +22,7 @@ from sqlalchemy import inspect
 from mljobs.errors import InvalidValueError, SchemaError
 from mljobs.jobs import DEFAULT_LEASE, Outcome, table_of
 from mljobs.jobs._base import check_lease
+from mljobs.patience import answer_seconds, answers_within
 from mljobs.run import Keeper, Run, database_is_away, first_line, worker_name
 from mljobs.store import JobStore, refuse_memory
 from mljobs.types import to_member
@@ -303,7 +304,8 @@ class _Shift:
         self._wanted = wanted
         self._events = events
         self._keeper = keeper
-        self._outbox = Outbox(store, keeper)
+        self._patience = answer_seconds(worker.lease)
+        self._outbox = Outbox(store, keeper, self._patience)
         self._intake = Intake(
             store, wanted, keeper=keeper, outbox=self._outbox, on_quiet=lambda: events.put((_QUIET, None))
         )
@@ -375,7 +377,8 @@ class _Shift:
     def _rescue(self) -> None:
         self._keeper.catch_up()  # a process that stood still must not rescue its own jobs from itself
         try:
-            rescue = self._store.rescue(max_attempts=self._worker.max_attempts, kinds=self._wanted.kinds)
+            with answers_within(self._patience):
+                rescue = self._store.rescue(max_attempts=self._worker.max_attempts, kinds=self._wanted.kinds)
         except Exception as error:
             if not database_is_away(error):
                 logger.exception("the rescue failed; it will be tried again")
@@ -416,7 +419,8 @@ class _Shift:
         logger.warning("worker %s puts back %d jobs that have not ended in time", self._worker.name, len(runs))
         self._intake.abandon(runs)
         try:
-            self._store.finish_many([Outcome.requeued(run.claim) for run in runs])
+            with answers_within(self._patience):
+                self._store.finish_many([Outcome.requeued(run.claim) for run in runs])
         except Exception as error:  # noqa: BLE001 - their leases run out, and another worker rescues them
             logger.warning("cannot put them back, their leases will run out: %s", first_line(error))
         for run in runs:
