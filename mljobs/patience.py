@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sqlalchemy import event
 
 if TYPE_CHECKING:
-    from sqlalchemy import Engine
+    from sqlalchemy import Connection, Engine
 
 _T = TypeVar("_T")
 _LONGEST = 30.0
@@ -64,6 +64,19 @@ class answers_within:  # noqa: N801 - used like a function
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _limit.seconds = self._before
+
+
+def end_if_silent(connection: Connection, seconds: float) -> None:
+    """Have PostgreSQL end this transaction if nothing more comes from us for so long.
+
+    Behind a partition, or in a process that was stopped, its locks would last until TCP gives up: for hours.
+
+    Args:
+        connection: In the transaction.
+        seconds: Between two statements.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = {max(1, int(seconds * 1000))}")
 
 
 def watch(engine: Engine) -> None:

@@ -91,8 +91,8 @@ class WorkerProcess:
     def stand_still(self, store: JobStore) -> None:
         """Stop it as a machine that is suspended does, outside a transaction: SQLite's lock would stay with it."""
         while True:
-            self.send(signal.SIGSTOP)
-            if store.engine.dialect.name != "sqlite" or _can_write(store):
+            freeze(self.process)
+            if store.engine.dialect.name != "sqlite" or can_write(store):
                 return
             self.send(signal.SIGCONT)
 
@@ -124,7 +124,14 @@ class WorkerProcess:
             self.process.stdin.close()
 
 
-def _can_write(store: JobStore) -> bool:
+def freeze(process: subprocess.Popen[Any]) -> None:
+    """Stop a process, and wait until each of its threads stands still."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+
+def can_write(store: JobStore) -> bool:
+    """Whether nobody holds SQLite's lock."""
     with closing(sqlite3.connect(str(store.engine.url.database), timeout=0.5)) as connection:
         try:
             connection.execute("BEGIN IMMEDIATE")

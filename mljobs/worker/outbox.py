@@ -20,7 +20,8 @@ from typing import Any
 from mljobs import jobs
 from mljobs.errors import TerminalStateError
 from mljobs.jobs import Bind, Claim, Outcome
-from mljobs.patience import answers_within
+from mljobs.jobs._base import connection_of
+from mljobs.patience import answers_within, end_if_silent
 from mljobs.run import FIRST_PAUSE, LONGEST_PAUSE, Keeper, Run, database_is_away, first_line, stands
 from mljobs.states import MlJobStatus
 from mljobs.store import JobStore
@@ -218,6 +219,8 @@ class Outbox:
     def _write_with_retry(self, entry: Entry) -> None:
         retry = None
         with self._store.connect() as bind:
+            if self._patience is not None:
+                end_if_silent(connection_of(bind), self._patience)
             errors = jobs.finish_many(bind, [entry.outcome] if entry.outcome is not None else [])
             if errors == [None]:
                 retry = _submit_retry(bind, entry)

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import inspect
 
+from mljobs import jobs
 from mljobs.errors import InvalidValueError, SchemaError
 from mljobs.jobs import DEFAULT_LEASE, Outcome, table_of
-from mljobs.jobs._base import check_lease
-from mljobs.patience import answer_seconds, answers_within
+from mljobs.jobs._base import check_lease, connection_of
+from mljobs.patience import answer_seconds, answers_within, end_if_silent
 from mljobs.run import Keeper, Run, database_is_away, first_line, worker_name
 from mljobs.store import JobStore, refuse_memory
 from mljobs.types import to_member
@@ -377,8 +378,14 @@ class _Shift:
     def _rescue(self) -> None:
         self._keeper.catch_up()  # a process that stood still must not rescue its own jobs from itself
         try:
-            with answers_within(self._patience):
-                rescue = self._store.rescue(max_attempts=self._worker.max_attempts, kinds=self._wanted.kinds)
+            with answers_within(self._patience), self._store.connect() as bind:
+                end_if_silent(connection_of(bind), self._patience)
+                rescue = jobs.rescue(
+                    bind,
+                    max_attempts=self._worker.max_attempts,
+                    kinds=self._wanted.kinds,
+                    model=self._store.model,
+                )
         except Exception as error:
             if not database_is_away(error):
                 logger.exception("the rescue failed; it will be tried again")

@@ -141,6 +141,7 @@ class _Battle:
         at, cancelled, pause = 0, 0, Event()
         self._submit(portions[0])
         while True:
+            looked = time.monotonic()
             self.fleet.tend()
             try:
                 finished, left = self._look()
@@ -156,6 +157,8 @@ class _Battle:
                     return
             except DBAPIError:
                 self.saboteur.counts["looks of the test itself that failed"] += 1
+            if time.monotonic() - looked > 1:
+                logger.info("a look took %.1f s", time.monotonic() - looked)
             if time.monotonic() >= end:
                 self.wrong.append(f"not at its end after {self.plan.bound} s: act {at} of {len(acts)}, {self._state()}")
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -12,8 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
+from tests.processes import freeze
+
 ROOT = Path(__file__).parents[3]
 _REFUSED = 1
+logger = logging.getLogger("chaos")
 
 _COUNTED = {
     "rescued: queued again": r"rescued jobs .*: (\d+) queued again",
@@ -54,8 +58,14 @@ class Member:
         """Send a signal."""
         if number in (signal.SIGKILL, signal.SIGTERM):
             self.told.append(number)
-        self.stopped = number is signal.SIGSTOP
+        if number is signal.SIGCONT:
+            self.stopped = False
         self.process.send_signal(number)
+
+    def freeze(self) -> None:
+        """Have it stand still until SIGCONT."""
+        self.stopped = True
+        freeze(self.process)
 
 
 class Fleet:
@@ -104,6 +114,7 @@ class Fleet:
                 stdout=out,
                 stderr=out,
             )
+        logger.info("%s begins%s", name, ", behind the proxy" if behind else "")
         member = Member(name, behind, process, log)
         self._all.append(member)
         self.members.append(member)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-import sqlite3
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass, field
 from random import Random
-from signal import SIGCONT, SIGKILL, SIGSTOP, SIGTERM
+from signal import SIGCONT, SIGKILL, SIGTERM
 
 from sqlalchemy.exc import DBAPIError
 
 from mljobs import JobStore, MlJobsError
 from tests.postgres import Cluster
+from tests.processes import can_write
 from tests.slow.chaos.fleet import Fleet, Member
 from tests.slow.chaos.proxy import Proxy
 
@@ -100,22 +99,13 @@ class Saboteur:
             return set(connection.exec_driver_sql("SELECT DISTINCT worker FROM ml_job_leases").scalars())
 
     def _stop(self, member: Member, holders: set[str]) -> None:
-        member.send(SIGSTOP)
-        while self.cluster is None and not self._can_write():  # SQLite's lock would stand still with it
+        member.freeze()
+        while self.cluster is None and not can_write(self.store):  # SQLite's lock would stand still with it
             self.counts["SIGSTOPs inside a transaction of SQLite, taken back"] += 1
             member.send(SIGCONT)
-            member.send(SIGSTOP)
+            member.freeze()
         self.counts["SIGSTOPs" + (" past the lease" if member.name in holders else " of an idle worker")] += 1
         self._holds.append(Hold("stop", {member.name}, lambda: member.send(SIGCONT)))
-
-    def _can_write(self) -> bool:
-        with closing(sqlite3.connect(str(self.store.engine.url.database), timeout=0.2)) as connection:
-            try:
-                connection.execute("BEGIN IMMEDIATE")
-            except sqlite3.OperationalError:
-                return False
-            connection.rollback()
-            return True
 
     def _stall(self, holders: set[str]) -> None:
         assert self.proxy is not None
