@@ -12,6 +12,7 @@ kernel still acknowledges what nobody reads.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Generator
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _LONGEST = 30.0
 _SHORTEST = 1.0
+_SHORTEST_CONNECT = 2  # libpq's own least
 
 
 class _Limit(threading.local):
@@ -36,16 +38,21 @@ class _Limit(threading.local):
 _limit = _Limit()
 
 
-def answer_seconds(lease: float) -> float:
-    """Return how long whoever holds leases waits for an answer: half a lease, and from 1 to 30 s."""
-    return max(_SHORTEST, min(_LONGEST, lease / 2))
+def answer_seconds(lease: float, left: float = math.inf) -> float:
+    """Return how long whoever holds leases waits for an answer: half a lease, and from 1 to 30 s.
+
+    Args:
+        lease: Seconds of each.
+        left: Seconds until the first ends, after which no answer helps.
+    """
+    return max(_SHORTEST, min(_LONGEST, lease / 2, left))
 
 
 class answers_within:  # noqa: N801 - used like a function
-    """Around calls of this thread: no statement waits longer for the server.
+    """Around calls of this thread: no statement, and no attempt to connect, waits longer for the server.
 
     Args:
-        seconds: For each statement; None for as long as it takes.
+        seconds: For each; None for as long as it takes. To connect at least 2.
 
     Raises:
         OperationalError: The server did not answer; what became of the statement is not known.
@@ -86,6 +93,9 @@ def watch(engine: Engine) -> None:
 
     @event.listens_for(engine, "do_connect")
     def connect(_dialect: object, _record: object, arguments: Any, parameters: Any) -> Any:
+        if _limit.seconds is not None:
+            said = int(parameters.get("connect_timeout") or 0) or math.inf
+            parameters = {**parameters, "connect_timeout": min(said, max(_SHORTEST_CONNECT, math.ceil(_limit.seconds)))}
         return _connection_class().connect(*arguments, **parameters)
 
 

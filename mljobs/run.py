@@ -325,11 +325,12 @@ class Keeper:
         """Renew all leases now, and tell the runs what was found; return False where the database is away."""
         with self._changed:
             runs = {token: run for token, (run, _) in self._runs.items()}
+            first_end = min((until for _, until in self._runs.values()), default=0.0)
         if not runs:
             return True
         asked = self._clock()
         try:
-            with answers_within(self._patience):
+            with answers_within(answer_seconds(self._lease, first_end - asked)):
                 renewal = self._store.renew([run.claim for run in runs.values()], lease=self._lease)
         except (DBAPIError, PoolTimeout, OSError) as error:
             logger.warning("cannot renew %d leases: %s", len(runs), first_line(error))
