@@ -138,7 +138,7 @@ class _Battle:
         acts = self.saboteur.plan(self.plan.acts)
         portions = list(_portions(self.plan, self.random, len(acts) + 1))
         due = [sum(map(len, portions[: at + 1])) - len(portions[at]) // 2 for at in range(len(acts))]
-        at, cancelled, pause = 0, 0, Event()
+        begun, at, cancelled, pause = 0, 0, 0, Event()
         self._submit(portions[0])
         while True:
             looked = time.monotonic()
@@ -148,11 +148,14 @@ class _Battle:
                 self.saboteur.release()
                 self.saboteur.cancel(finished // 40 - cancelled)
                 cancelled = max(cancelled, finished // 40)
-                if at < len(acts) and finished >= due[at] and self.saboteur.may(acts[at]):
-                    at += 1
-                    self._submit(portions[at])
-                    logger.info("%d finished: %s", finished, acts[at - 1])
-                    self.saboteur.do(acts[at - 1])
+                if at < len(acts) and finished >= due[at]:
+                    if begun == at:
+                        begun += 1
+                        self._submit(portions[begun])
+                    elif self.saboteur.ready(acts[at]) or left == 0:
+                        at += 1
+                        logger.info("%d finished: %s", finished, acts[at - 1])
+                        self.saboteur.do(acts[at - 1])
                 if at == len(acts) and left == 0 and finished >= len(self.submitted):
                     return
             except DBAPIError:

@@ -67,9 +67,13 @@ class Saboteur:
         self.random.shuffle(plan)
         return plan
 
-    def may(self, act: str) -> bool:
-        """Whether this may begin now: a second of what lasts waits for the end of the first."""
-        return all(hold.act != act for hold in self._holds)
+    def ready(self, act: str) -> bool:
+        """Whether this may begin: what lasts is not done twice at once, and whoever is hit should have something to lose."""
+        if any(hold.act == act for hold in self._holds):
+            return False
+        holders = self._holders()
+        hit = [member for member in self.fleet.members if not member.stopped and (member.behind or act != "stall")]
+        return act not in ("kill", "stop", "stall") or any(member.name in holders for member in hit)
 
     def do(self, act: str) -> None:
         """Do it."""
