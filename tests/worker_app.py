@@ -87,6 +87,23 @@ def squares(run: Run) -> dict[str, Any]:
     return {"process": os.getpid(), "spec": run.spec}
 
 
+def fit(run: Run) -> dict[str, Any]:
+    """Train a real classifier, epoch by epoch."""
+    from mljobs.demo import SPEC, Training
+
+    training = Training({**SPEC, **run.spec})
+    for epoch in run.track(training):
+        run.metrics = {"epochs": epoch.number, "accuracy": epoch.accuracy, "process": os.getpid()}
+    return run.metrics
+
+
+def dies_at_first(run: Run) -> int:
+    """Take the process along, the first time."""
+    if run.attempt == 1:
+        os._exit(3)
+    return os.getpid()
+
+
 def until_cancelled(run: Run) -> None:
     """Wait for a cancel that comes through the database."""
     run.progress(10)
