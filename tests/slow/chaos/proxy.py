@@ -40,7 +40,7 @@ class Proxy:
         self._loop.run_forever()
         for task in asyncio.all_tasks(self._loop):
             task.cancel()
-            with suppress(asyncio.CancelledError):
+            with suppress(asyncio.CancelledError, OSError):
                 self._loop.run_until_complete(task)
         self._loop.close()
 
