@@ -138,7 +138,7 @@ def _results(evidence: Evidence, counts: Counter[str]) -> None:
         last = max(tokens, default=0)
         if token is None:
             counts["jobs failed by the rescue after their last attempt"] += 1
-            counts["of these, jobs whose handler was never called"] += not set(tokens) & set(evidence.calls)
+            counts["jobs failed by the rescue, their handler never called"] += not set(tokens) & set(evidence.calls)
             reason = str(row["error_message"])
             if not reason.startswith("gave up after") or row["attempts"] < evidence.max_attempts:
                 evidence.says(f"job {job} failed after {row['attempts']} attempts: {reason}")
