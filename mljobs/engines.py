@@ -10,6 +10,7 @@ from sqlalchemy import URL, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError
 
 from mljobs.errors import InvalidValueError
+from mljobs.patience import watch
 
 URL_VARIABLE = "MLJOBS_DATABASE_URL"
 DEFAULT_URL = "sqlite:///mljobs.db"
@@ -35,6 +36,15 @@ _ASYNC = {
     "sqlite+aiosqlite": "sqlite+aiosqlite",
 }
 _BUSY_SECONDS = 30.0
+_NETWORK: dict[str, int] = {
+    "connect_timeout": 10,  # seconds
+    "keepalives_idle": 30,  # seconds; the system's own default is two hours
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,  # milliseconds; Linux only
+}
+"""How soon libpq notices that a host or a network is gone, unless the URL, or the environment, says otherwise."""
+_SAID_ELSEWHERE = {"connect_timeout": "PGCONNECT_TIMEOUT"}
 _WAL_PAUSE = 0.02
 
 
@@ -65,6 +75,9 @@ def new_engine(url: str | URL, *, autocommit: bool = False, **options: Any) -> E
     """Return an engine with the settings that jobs need.
 
     SQLite: WAL, so that readers never wait; foreign keys; a busy timeout of 30 s; see ``guards.enforce_sqlite``.
+    PostgreSQL by psycopg: a connection attempt ends after 10 s, and one over a network that is gone is noticed within a
+    minute at rest (TCP keepalives) or 30 s at work (``tcp_user_timeout``). Options of the URL, or of ``connect_args``,
+    come first: ``postgresql://host/db?connect_timeout=3&tcp_user_timeout=5000``.
 
     Args:
         url: Where the database is.
@@ -74,6 +87,7 @@ def new_engine(url: str | URL, *, autocommit: bool = False, **options: Any) -> E
     parsed = sync_url(url)
     engine = create_engine(parsed, **engine_options(parsed, options, autocommit=autocommit))
     set_pragmas(engine)
+    watch(engine)
     return engine
 
 
@@ -100,6 +114,11 @@ def engine_options(url: URL, options: dict[str, Any], *, autocommit: bool) -> di
         options.setdefault("connect_args", {}).setdefault("timeout", _BUSY_SECONDS)
     else:
         options.setdefault("pool_pre_ping", True)
+        if url.get_driver_name().startswith("psycopg"):
+            said = options["connect_args"] = dict(options.get("connect_args", {}))
+            for name, value in _NETWORK.items():
+                if name not in url.query and _SAID_ELSEWHERE.get(name, "") not in os.environ:
+                    said.setdefault(name, value)
         if autocommit:
             options.setdefault("isolation_level", "AUTOCOMMIT")
     return options

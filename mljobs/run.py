@@ -26,6 +26,7 @@ from mljobs.errors import JobCancelled, LeaseLostError, MlJobsError, TerminalSta
 from mljobs.jobs.claiming import Claim, Renewal
 from mljobs.jobs.finishing import Outcome
 from mljobs.model import MlJob
+from mljobs.patience import answer_seconds, answers_within
 from mljobs.states import MlJobStatus
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 5.0
 _PROGRESS_SECONDS = 1.0
 _RENEW_SECONDS = 5.0
+_AGAIN_SECONDS = 0.5
 _TRACEBACK_FRAMES = 5
 _TOO_MUCH = "54"  # PostgreSQL's class for what is beyond a limit of the program: it will be so again
 _TRACEBACK_CHARACTERS = 4000
@@ -267,6 +269,7 @@ class Keeper:
     ) -> None:
         self._store = store
         self._lease = lease
+        self._patience = answer_seconds(lease)
         self._every = min(lease / 3, _RENEW_SECONDS) if every is None else every
         self._clock = clock
         self._runs: dict[int, Run] = {}
@@ -311,19 +314,28 @@ class Keeper:
         """Whether this run's lease may have ended unnoticed, because the whole process stood still."""
         return run.until <= self._clock()
 
-    def renew(self) -> None:
-        """Renew all leases now, and tell the runs what was found."""
+    def catch_up(self) -> None:
+        """Renew now if a lease may have ended unnoticed: what nobody else took is ours still."""
+        with self._changed:
+            late = any(run.until <= self._clock() for run in self._runs.values())
+        if late:
+            self.renew()
+
+    def renew(self) -> bool:
+        """Renew all leases now, and tell the runs what was found; return False where the database is away."""
         with self._changed:
             runs = dict(self._runs)
+            first_end = min((run.until for run in runs.values()), default=0.0)
         if not runs:
-            return
+            return True
         asked = self._clock()
         try:
-            renewal = self._store.renew([run.claim for run in runs.values()], lease=self._lease)
+            with answers_within(answer_seconds(self._lease, first_end - asked)):
+                renewal = self._store.renew([run.claim for run in runs.values()], lease=self._lease)
         except (DBAPIError, PoolTimeout, OSError) as error:
             logger.warning("cannot renew %d leases: %s", len(runs), first_line(error))
             self._give_up_expired()
-            return
+            return False
         with self._changed:
             for claim in (*renewal.held, *renewal.cancelled):
                 runs[claim.token].until = asked + self._lease
@@ -333,6 +345,7 @@ class Keeper:
             runs[claim.token].mark_cancelled()
         for claim in renewal.lost:
             runs[claim.token].mark_lost()
+        return True
 
     def write_progress(self, only: Run | None = None) -> None:
         """Write the progress that is due; of ``only`` whatever is there."""
@@ -344,7 +357,8 @@ class Keeper:
         if not pairs:
             return
         try:
-            errors = self._store.set_progress_many([(run.claim, value) for run, value in pairs])
+            with answers_within(self._patience):
+                errors = self._store.set_progress_many([(run.claim, value) for run, value in pairs])
         except (DBAPIError, PoolTimeout, OSError) as error:
             logger.warning("cannot write progress: %s", first_line(error))
             for run, value in pairs:
@@ -382,8 +396,8 @@ class Keeper:
             try:
                 self.write_progress()
                 if self._clock() >= due:
-                    self.renew()
-                    due = self._clock() + self._every
+                    pause = self._every if self.renew() else min(self._every, _AGAIN_SECONDS)
+                    due = self._clock() + pause
             except Exception:
                 logger.exception("the keeper goes on after an unexpected error")
                 due = self._clock() + self._every

@@ -23,6 +23,7 @@ from sqlalchemy.exc import DBAPIError
 
 from mljobs.bulk import qualified_name
 from mljobs.jobs import table_of
+from mljobs.patience import answers_within
 from mljobs.triggers import WAKE_CHANNEL, WATCHER_LOCK, WORKER_LOCK
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 _LOCK = text(
     "SELECT pg_advisory_lock_shared(:lock, (CAST(CAST(:table AS regclass) AS oid)::bigint & 2147483647)::integer)"
 )
+_LISTEN_SECONDS = 10.0
 _LISTEN = f"LISTEN {WAKE_CHANNEL}"
 
 
@@ -96,10 +98,11 @@ class Sleeper:
             ear.recv(4096)
 
     def _listen(self) -> None:
-        connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        self._connection = connection
-        connection.execute(_LOCK, {"lock": self._lock, "table": qualified_name(connection, table_of(self._model))})
-        connection.exec_driver_sql(_LISTEN)
+        with answers_within(_LISTEN_SECONDS):
+            connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            self._connection = connection
+            connection.execute(_LOCK, {"lock": self._lock, "table": qualified_name(connection, table_of(self._model))})
+            connection.exec_driver_sql(_LISTEN)
 
     def close(self) -> None:
         """Give the connection back, without what it listened to, for good."""

@@ -72,6 +72,86 @@ def _copy_of_wheel(work: Path) -> Path:
     return install / "bin"
 
 
+class Cluster:
+    """A data directory and the server on it, which may be stopped and started again on the same port.
+
+    Args:
+        work: An empty directory of its own.
+        fsync: Whether what is committed is on the disk; an immediate stop of the server does not ask for it, but a test
+            that stops it so means it.
+    """
+
+    def __init__(self, work: Path, *, fsync: bool) -> None:
+        self._work = work
+        self._account = _unprivileged()
+        self._fsync = fsync
+        self._process: subprocess.Popen[bytes] | None = None
+        chosen = os.environ.get("MLJOBS_TEST_POSTGRES_BIN")
+        self.binaries = Path(chosen) if chosen else _copy_of_wheel(work)
+        self.port = _free_port()
+        for path in (work, *work.rglob("*")):
+            if self._account and not path.is_symlink():
+                os.chown(path, self._account["user"], self._account["group"])
+        subprocess.run(
+            [self.binaries / "initdb", "-D", work / "data", "--no-sync", "-A", "trust", "-U", "postgres"],
+            check=True,
+            capture_output=True,
+            cwd=work,
+            **self._account,
+        )
+
+    @property
+    def url(self) -> str:
+        """The SQLAlchemy URL of the ``postgres`` database."""
+        return f"postgresql+psycopg://postgres@127.0.0.1:{self.port}/postgres"
+
+    def start(self) -> None:
+        """Start the server, and wait until it answers."""
+        options = [
+            f"port={self.port}",
+            "listen_addresses=127.0.0.1",
+            "unix_socket_directories=",
+            f"fsync={'on' if self._fsync else 'off'}",
+            "max_connections=200",
+        ]
+        with (self._work / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    self.binaries / "postgres",
+                    "-D",
+                    self._work / "data",
+                    *(part for option in options for part in ("-c", option)),
+                ],
+                stdout=log,
+                stderr=log,
+                cwd=self._work,
+                **self._account,
+            )
+        _wait_until_ready(self.port, self._process)
+
+    def stop(self, *, immediate: bool = False) -> None:
+        """Stop the server: fast, which ends every connection and writes all to disk; or at once, as a crash would."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.send_signal(signal.SIGQUIT if immediate else signal.SIGINT)
+            process.wait(30)
+
+
+@contextmanager
+def cluster(*, fsync: bool = False) -> Iterator[Cluster]:
+    """Run a server until the block ends, which the block may stop and start."""
+    work = Path(tempfile.mkdtemp(prefix="mljobs-pg-"))
+    try:
+        made = Cluster(work, fsync=fsync)
+        try:
+            made.start()
+            yield made
+        finally:
+            made.stop()
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 @contextmanager
 def server() -> Iterator[Server]:
     """Run a server until the block ends.
@@ -79,48 +159,12 @@ def server() -> Iterator[Server]:
     ``MLJOBS_TEST_POSTGRES_URL`` names a running one instead, ``MLJOBS_TEST_POSTGRES_BIN`` the programs of another version.
     """
     named = os.environ.get("MLJOBS_TEST_POSTGRES_URL")
-    chosen = os.environ.get("MLJOBS_TEST_POSTGRES_BIN")
     if named:
+        chosen = os.environ.get("MLJOBS_TEST_POSTGRES_BIN")
         yield Server(named, Path(chosen or shutil.which("psql") or _wheel_root() / "pginstall/bin/psql").parent)
         return
-    account = _unprivileged()
-    work = Path(tempfile.mkdtemp(prefix="mljobs-pg-"))
-    try:
-        binaries = Path(chosen) if chosen else _copy_of_wheel(work)
-        data, port = work / "data", _free_port()
-        for path in (work, *work.rglob("*")):
-            if account and not path.is_symlink():
-                os.chown(path, account["user"], account["group"])
-        subprocess.run(
-            [binaries / "initdb", "-D", data, "--no-sync", "-A", "trust", "-U", "postgres"],
-            check=True,
-            capture_output=True,
-            cwd=work,
-            **account,
-        )
-        options = [
-            f"port={port}",
-            "listen_addresses=127.0.0.1",
-            "unix_socket_directories=",
-            f"fsync={os.environ.get('MLJOBS_TEST_POSTGRES_FSYNC', 'off')}",
-            "max_connections=200",
-        ]
-        with (work / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [binaries / "postgres", "-D", data, *(part for option in options for part in ("-c", option))],
-                stdout=log,
-                stderr=log,
-                cwd=work,
-                **account,
-            )
-        try:
-            _wait_until_ready(port, process)
-            yield Server(f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres", binaries)
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(30)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with cluster(fsync=os.environ.get("MLJOBS_TEST_POSTGRES_FSYNC", "off") == "on") as made:
+        yield Server(made.url, made.binaries)
 
 
 def _wait_until_ready(port: int, process: subprocess.Popen[bytes]) -> None:

@@ -22,6 +22,7 @@ ORDER = [
     "prepared",
     "bulk",
     "jobs",
+    "patience",
     "engines",
     "wake",
     "following",

@@ -243,6 +243,24 @@ def test_a_database_that_comes_back_in_time_costs_nothing(flaky: FlakyStore) -> 
         assert not run.lost
 
 
+def test_a_process_that_stood_still_for_a_lease_looks_whether_it_is_its_own_still(flaky: FlakyStore) -> None:
+    clock = Clock()
+    claim = _claimed(flaky)
+    with Keeper(flaky, 60, clock) as keeper:
+        run = Run(claim)
+        run.until = clock() + 60
+        keeper._runs[claim.token] = run
+        flaky.calls.clear()
+        clock.now += 59
+        keeper.catch_up()
+        assert flaky.calls == []
+        clock.now += 2
+        keeper.catch_up()
+        assert flaky.calls == ["renew"]
+        assert not run.lost
+        assert not keeper.overdue(run)
+
+
 def test_a_finish_is_tried_until_it_is_recorded(flaky: FlakyStore) -> None:
     claim = _claimed(flaky)
     pauses: list[float] = []

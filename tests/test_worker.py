@@ -13,6 +13,8 @@ from functools import partial
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 from mljobs import (
     AsyncJobStore,
@@ -27,10 +29,8 @@ from mljobs import (
     Worker,
     exponential,
 )
-from mljobs.jobs import Outcome
 from mljobs.run import Run
 from tests import worker_app
-from tests.test_operations import expire_leases
 from tests.worlds import World
 
 QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = MlJobStatus
@@ -116,14 +116,7 @@ def test_metrics_that_json_cannot_hold_fail_the_job(store: JobStore, returned: A
 
 def test_what_only_the_database_refuses_fails_its_job_and_no_other(store: JobStore) -> None:
     worker = worker_of(store, concurrency=1, ahead=10)
-
-    class Odd(MlJob):
-        __abstract__ = True
-
-    def odd(run: Run) -> Any:
-        return run.spec
-
-    worker.handles("train")(odd)
+    worker.handles("train")(lambda run: run.spec)
     jobs = store.submit_many([("train", f"t{number}", {"n": number}) for number in range(20)])
     assert jobs == 20
     trigger(store)
@@ -364,8 +357,7 @@ def test_a_failure_ends_its_record_and_submits_the_next(store: JobStore) -> None
 
     first = store.submit("train", "spam", {"n": 1}, priority=3)
     tally = worker.run(until_idle=True)
-    jobs = store.find(order="oldest").jobs if hasattr(store.find(), "jobs") else list(store.find())
-    line = sorted(jobs, key=lambda job: job.id)
+    line = sorted(store.find(), key=lambda job: job.id)
     assert [job.status for job in line] == [FAILED] * 3
     assert [job.retry_of for job in line] == [None, line[0].id, line[1].id]
     assert [job.attempts for job in line] == [1, 1, 1]
@@ -486,9 +478,7 @@ def test_a_lost_lease_drops_the_result_and_the_worker_goes_on(store: JobStore) -
         if run.job.target_name == "spam":
             tokens.append(run.claim.token)
             if len(tokens) == 1:  # as if this process had stood still, and another had taken over and finished
-                with store.engine.begin() as connection:
-                    moment = "0" if connection.dialect.name == "sqlite" else "'2020-01-01'"
-                    connection.exec_driver_sql(f"UPDATE ml_job_leases SET expires_at = {moment}")
+                expire(store)
                 store.rescue()
                 claim = store.claim_one(run.job.id, worker="quick")
                 store.complete(claim, {"quick": 1})
@@ -521,7 +511,7 @@ def test_a_lost_lease_stops_a_handler_that_listens(store: JobStore) -> None:
     assert tally.jobs == {"lost": 1}
 
 
-def test_a_worker_rescues_what_others_lost_its_own_kinds_to_the_end(store: JobStore, world_of: Any) -> None:
+def test_a_worker_rescues_what_others_lost_its_own_kinds_to_the_end(store: JobStore) -> None:
     for kind in ("train", "backfill"):
         store.submit(kind, "spam")
     for attempt in range(2):
@@ -542,11 +532,6 @@ def test_a_worker_rescues_what_others_lost_its_own_kinds_to_the_end(store: JobSt
     assert not handled.is_set()
     (other,) = store.find(kind="backfill")
     assert other.status is QUEUED
-
-
-@pytest.fixture
-def world_of() -> None:
-    return None
 
 
 def expire(store: JobStore) -> None:
@@ -735,8 +720,6 @@ def test_plain_and_async_handlers_live_in_one_worker(store: JobStore) -> None:
 
 
 def test_a_worker_runs_on_the_loop_of_an_application(world: World) -> None:
-    if not world.is_async:
-        pytest.skip("sync worlds have no loop") if False else None
     url = world.url
 
     async def main() -> Any:
@@ -748,12 +731,8 @@ def test_a_worker_runs_on_the_loop_of_an_application(world: World) -> None:
         async def train(run: Run) -> bool:
             return asyncio.get_running_loop() is there
 
-        with world.outside.begin() as connection:
-            from sqlalchemy.orm import Session
-
-            with Session(connection) as session:
-                session.add_all([MlJob(kind="train", target_name=f"t{n}") for n in range(4)])
-                session.commit()
+        with Session(world.outside) as session, session.begin():
+            session.add_all([MlJob(kind="train", target_name=f"t{n}") for n in range(4)])
         tally = await worker.run_async(until_idle=True)
         closing = source.close()
         if closing is not None:
@@ -887,6 +866,22 @@ def test_a_process_that_dies_puts_its_job_back_and_ends_the_worker_with_the_reas
     assert "2 attempts" in str(job.error_message)
 
 
+def test_a_broken_executor_costs_a_job_one_attempt_and_no_more(store: JobStore) -> None:
+    class Broken(ThreadPoolExecutor):
+        def submit(self, *args: Any, **kw: Any) -> Any:
+            raise BrokenExecutor("all processes are gone")
+
+    with Broken() as executor:
+        for attempts in range(1, 4):
+            worker = worker_of(store, executor=executor, concurrency=3)
+            worker.handles("train")(lambda run: None)
+            job = next(iter(store.find()), None) or store.submit("train", "spam")
+            with pytest.raises(BrokenExecutor):
+                worker.run(until_idle=True)
+            job = ended(store, job)
+            assert (job.status, job.attempts) == (QUEUED, attempts)
+
+
 # ------------------------------------------------------------------------------------------------------------------ logs
 
 
@@ -934,14 +929,10 @@ class Flaky(JobStore):
         return answer
 
     def _leave(self) -> None:
-        from sqlalchemy.exc import OperationalError
-
         if self.away:
             raise OperationalError("SELECT 1", None, Exception("the server went away"))
 
     def _forget(self, args: Any) -> None:
-        from sqlalchemy.exc import OperationalError
-
         if args and args[0] and self.lose_answer:
             self.lose_answer = False
             raise OperationalError("COMMIT", None, Exception("the connection broke"))
@@ -962,6 +953,27 @@ def test_a_finish_waits_for_the_database_and_is_recorded(url: str) -> None:
         assert ended(store, job).metrics == {"n": 1}
 
 
+def test_a_second_stop_is_heard_while_the_database_is_away(url: str) -> None:
+    with Flaky(url) as store:
+        worker = worker_of(store, grace=3600)
+        ending = threading.Event()
+
+        @worker.handles("train")
+        def train(run: Run) -> None:
+            store.away = True
+            worker.stop()
+            ending.set()
+
+        job = store.submit("train", "spam")
+        thread = threading.Thread(target=worker.run)
+        thread.start()
+        assert ending.wait(60)
+        worker.stop()
+        thread.join(60)
+        assert not thread.is_alive()
+        assert ended(store, job).status is RUNNING  # until its lease ends
+
+
 def test_a_finish_whose_answer_was_lost_is_counted_once(url: str) -> None:
     with Flaky(url) as store:
         worker = worker_of(store)
@@ -975,7 +987,8 @@ def test_a_finish_whose_answer_was_lost_is_counted_once(url: str) -> None:
         assert worker.run(until_idle=True).jobs == {"completed": 1}
         assert ended(store, job).metrics == {"n": 1}
         with pytest.raises(TerminalStateError):
-            store.retry(job.id).id and store.claim_one(job.id, worker="w")
+            store.claim_one(job.id, worker="w")
+        assert list(store.find(status="queued")) == []
 
 
 def test_an_outcome_is_dropped_when_the_lease_is_gone_meanwhile(url: str) -> None:
@@ -991,13 +1004,6 @@ def test_an_outcome_is_dropped_when_the_lease_is_gone_meanwhile(url: str) -> Non
         claim_lost = worker.run(until_idle=True)
         assert claim_lost.jobs == {"lost": 1}
         assert ended(store, job).status is RUNNING  # its lease still stands; a rescue decides
-        assert Outcome.requeued(store_claim(store, job)).status is QUEUED
-
-
-def store_claim(store: JobStore, job: MlJob) -> Any:
-    expire(store)
-    store.rescue()
-    return store.claim_one(job.id, worker="next")
-
-
-_ = expire_leases
+        expire(store)
+        assert store.rescue().requeued == [job.id]
+        assert store.claim_one(job.id, worker="next").job.attempts == 2

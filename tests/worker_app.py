@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -16,25 +19,56 @@ worker = Worker(
     concurrency=2,
     lease=float(os.environ.get("LEASE", "60")),
     grace=float(os.environ.get("GRACE", "30")),
+    max_attempts=int(os.environ.get("MAX_ATTEMPTS", "5")),
     poll=0.1,
 )
 not_a_worker = object()
+without_handlers = Worker(JobStore.from_env())
+HOLD_SECONDS = 0.1
 
 
 @worker.handles("train")
 def train(run: Run) -> dict[str, Any]:
-    """Do what the spec says."""
+    """Do what the spec says: ``acts`` has one word for each attempt, the last for all further ones."""
     say(f"begun {run.job.id.hex} {run.claim.token}")
-    act = (run.spec or {}).get("act", "return")
+    acts = run.spec["acts"]
+    act = acts[min(run.attempt, len(acts)) - 1]
     if act == "kill":
-        os.kill(os.getpid(), 9)
+        os.kill(os.getpid(), signal.SIGKILL)
     if act == "hang":  # and does not listen
         threading.Event().wait()
     if act == "wait":  # and listens
         run.sleep(600)
     if act == "line":  # until the test says go
         sys.stdin.readline()
+    if act == "hog":
+        hog(run.spec["seconds"])
+    if act == "hold":
+        hold(run.spec["seconds"])
     return {"act": act, "attempt": run.attempt, "process": os.getpid()}
+
+
+@worker.handles("backfill")
+async def block(run: Run) -> dict[str, Any]:
+    """Block the event loop, as a coroutine should not."""
+    say(f"begun {run.job.id.hex} {run.claim.token}")
+    threading.Event().wait(run.spec["seconds"])
+    return {"attempt": run.attempt, "process": os.getpid()}
+
+
+def hold(seconds: float) -> None:
+    """Make one call in C that keeps the GIL all the time."""
+    ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+
+
+def hog(seconds: float) -> None:
+    """Leave the other threads hardly any time: calls in C one after the other, then a tight loop."""
+    end = time.monotonic() + seconds / 2
+    while time.monotonic() < end:
+        hold(HOLD_SECONDS)
+    end += seconds / 2
+    while time.monotonic() < end:
+        pass
 
 
 def say(line: str) -> None:
@@ -51,6 +85,23 @@ def squares(run: Run) -> dict[str, Any]:
     for number in run.track(range(4)):
         _ = number**2
     return {"process": os.getpid(), "spec": run.spec}
+
+
+def fit(run: Run) -> dict[str, Any]:
+    """Train a real classifier, epoch by epoch."""
+    from mljobs.demo import SPEC, Training
+
+    training = Training({**SPEC, **run.spec})
+    for epoch in run.track(training):
+        run.metrics = {"epochs": epoch.number, "accuracy": epoch.accuracy, "process": os.getpid()}
+    return run.metrics
+
+
+def dies_at_first(run: Run) -> int:
+    """Take the process along, the first time."""
+    if run.attempt == 1:
+        os._exit(3)
+    return os.getpid()
 
 
 def until_cancelled(run: Run) -> None:

@@ -22,6 +22,7 @@ from typing import Literal
 from mljobs.errors import InvalidValueError
 from mljobs.jobs import Claim, Outcome
 from mljobs.jobs.claiming import MAX_BATCH
+from mljobs.patience import answer_seconds, answers_within
 from mljobs.run import FIRST_PAUSE, LONGEST_PAUSE, Keeper, Run, database_is_away, first_line
 from mljobs.store import JobStore
 from mljobs.wake import Sleeper
@@ -84,6 +85,7 @@ class Intake:
     ) -> None:
         self._store = store
         self._wanted = wanted
+        self._patience = answer_seconds(wanted.lease)
         self._keeper = keeper
         self._outbox = outbox
         self._on_quiet = on_quiet
@@ -238,9 +240,10 @@ class Intake:
         number = self._number()
         asked = self._clock()
         try:
-            errors, claims = self._store.finish_and_claim(
-                outcomes, worker=wanted.worker, kinds=wanted.kinds, limit=number, lease=wanted.lease
-            )
+            with answers_within(self._patience):
+                errors, claims = self._store.finish_and_claim(
+                    outcomes, worker=wanted.worker, kinds=wanted.kinds, limit=number, lease=wanted.lease
+                )
         except Exception as error:
             if taken and not database_is_away(error):  # one of the outcomes is at fault
                 self._outbox.write(taken)

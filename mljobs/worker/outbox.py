@@ -20,6 +20,8 @@ from typing import Any
 from mljobs import jobs
 from mljobs.errors import TerminalStateError
 from mljobs.jobs import Bind, Claim, Outcome
+from mljobs.jobs._base import connection_of
+from mljobs.patience import answers_within, end_if_silent
 from mljobs.run import FIRST_PAUSE, LONGEST_PAUSE, Keeper, Run, database_is_away, first_line, stands
 from mljobs.states import MlJobStatus
 from mljobs.store import JobStore
@@ -90,13 +92,15 @@ class Outbox:
     Args:
         store: Where the jobs are.
         keeper: Keeps the leases until then.
+        patience: Seconds to wait for the database's answer to one statement; None for as long as it takes.
 
     Attributes:
         tally: What has been recorded.
         on_recorded: Called with the entries after each write, whatever became of them.
     """
 
-    def __init__(self, store: JobStore, keeper: Keeper) -> None:
+    def __init__(self, store: JobStore, keeper: Keeper, patience: float | None = None) -> None:
+        self._patience = patience
         self.tally = Tally()
         self._store = store
         self._keeper = keeper
@@ -179,7 +183,8 @@ class Outbox:
         while groups:
             group = groups[0]
             try:
-                self._write_group(group)
+                with answers_within(self._patience):
+                    self._write_group(group)
             except Exception as error:
                 if database_is_away(error):
                     self.put_back([entry for group in groups for entry in group])
@@ -209,6 +214,8 @@ class Outbox:
     def _write_with_retry(self, entry: Entry) -> None:
         retry = None
         with self._store.connect() as bind:
+            if self._patience is not None:
+                end_if_silent(connection_of(bind), self._patience)
             errors = jobs.finish_many(bind, [entry.outcome] if entry.outcome is not None else [])
             if errors == [None]:
                 retry = _submit_retry(bind, entry)

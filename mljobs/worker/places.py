@@ -212,7 +212,10 @@ class Elsewhere:
             self._broken(run, handler, error)
             return
         except (CancelledError, Exception) as error:  # noqa: BLE001 - it could not be sent, or its answer could not
-            self._desk.settle(run, handler, ending(run, _as_exception(error)), seconds)
+            if _came_to_nothing(error):
+                self._put_back(run, handler, error)
+            else:
+                self._desk.settle(run, handler, ending(run, error), seconds)
             return
         outcome = result.outcome(run.claim) if isinstance(result, Ended) else result
         if outcome is None and isinstance(result, Ended) and not (run.cancelled or run.lost):
@@ -220,9 +223,13 @@ class Elsewhere:
         self._desk.settle(run, handler, outcome, seconds)
 
     def _broken(self, run: Run, handler: Handler, error: BaseException) -> None:
-        """Claim nothing more; put a job back whose process died with it, or fail it if that has happened too often."""
+        """Stop the worker: this executor takes nothing any more."""
         self._desk.on_error(error)
-        self._desk.intake.stop()  # before the slot is free, or the next job would be claimed for nothing
+        self._desk.intake.stop()  # before the job is back: claimed again here, it would lose an attempt to no process
+        self._put_back(run, handler, error)
+
+    def _put_back(self, run: Run, handler: Handler, error: BaseException) -> None:
+        """Put a job back whose process died with it; fail it if that has happened too often."""
         claim = run.claim
         if run.attempt >= self._desk.max_attempts:
             reason = f"gave up after {run.attempt} attempts: {failure_text(error)}"
@@ -237,5 +244,14 @@ class Elsewhere:
             future.cancel()
 
 
-def _as_exception(error: BaseException) -> Exception:
-    return error if isinstance(error, Exception) else RuntimeError("the executor dropped the call")
+_DEATHS = {
+    "distributed": {"KilledWorker"},
+    "ray": {"WorkerCrashedError", "NodeDiedError", "OutOfMemoryError", "ActorDiedError"},
+}
+"""How engines say that a process died, by the package and the name: none of them need be installed."""
+
+
+def _came_to_nothing(error: BaseException) -> bool:
+    """Whether the call ended without the handler's doing: its process died, or the executor dropped it."""
+    names = _DEATHS.get(type(error).__module__.partition(".")[0], ())
+    return isinstance(error, CancelledError) or type(error).__name__ in names

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import inspect
 
+from mljobs import jobs
 from mljobs.errors import InvalidValueError, SchemaError
 from mljobs.jobs import DEFAULT_LEASE, Outcome, table_of
-from mljobs.jobs._base import check_lease
+from mljobs.jobs._base import check_lease, connection_of
+from mljobs.patience import answer_seconds, answers_within, end_if_silent
 from mljobs.run import Keeper, Run, database_is_away, first_line, worker_name
 from mljobs.store import JobStore, refuse_memory
 from mljobs.types import to_member
@@ -302,7 +304,9 @@ class _Shift:
         self._store = store
         self._wanted = wanted
         self._events = events
-        self._outbox = Outbox(store, keeper)
+        self._keeper = keeper
+        self._patience = answer_seconds(worker.lease)
+        self._outbox = Outbox(store, keeper, self._patience)
         self._intake = Intake(
             store, wanted, keeper=keeper, outbox=self._outbox, on_quiet=lambda: events.put((_QUIET, None))
         )
@@ -340,9 +344,15 @@ class _Shift:
         """Run until told to stop; return what went wrong, if anything did."""
         self._lanes.open()
         error = self._until_told()
-        patience = self._wind_up()
-        self._outbox.drain(patience)
+        self._drain(self._wind_up())
         return error
+
+    def _drain(self, patience: float | None) -> None:
+        """Wait until the last outcomes are recorded: None for as long as it takes, or until told once more."""
+        while not self._outbox.drain(_TICK if patience is None else patience) and patience is None:
+            while not self._events.empty():
+                if self._events.get()[0] == _STOP:
+                    patience = 0.0
 
     def _until_told(self) -> BaseException | None:
         """Rescue now and then, until somebody says stop, or nothing is left to do."""
@@ -361,12 +371,21 @@ class _Shift:
                 error: BaseException = detail
                 return error
             if event == _STOP:
+                self._intake.stop()  # before it is said
                 logger.info("worker %s stops claiming; %d jobs go on", self._worker.name, len(self._intake.under_way()))
             return None
 
     def _rescue(self) -> None:
+        self._keeper.catch_up()  # a process that stood still must not rescue its own jobs from itself
         try:
-            rescue = self._store.rescue(max_attempts=self._worker.max_attempts, kinds=self._wanted.kinds)
+            with answers_within(self._patience), self._store.connect() as bind:
+                end_if_silent(connection_of(bind), self._patience)
+                rescue = jobs.rescue(
+                    bind,
+                    max_attempts=self._worker.max_attempts,
+                    kinds=self._wanted.kinds,
+                    model=self._store.model,
+                )
         except Exception as error:
             if not database_is_away(error):
                 logger.exception("the rescue failed; it will be tried again")
@@ -407,7 +426,8 @@ class _Shift:
         logger.warning("worker %s puts back %d jobs that have not ended in time", self._worker.name, len(runs))
         self._intake.abandon(runs)
         try:
-            self._store.finish_many([Outcome.requeued(run.claim) for run in runs])
+            with answers_within(self._patience):
+                self._store.finish_many([Outcome.requeued(run.claim) for run in runs])
         except Exception as error:  # noqa: BLE001 - their leases run out, and another worker rescues them
             logger.warning("cannot put them back, their leases will run out: %s", first_line(error))
         for run in runs:

@@ -1,0 +1,129 @@
+"""Handlers on an engine that exists already: Dask, on a cluster of two processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from typing import Any
+
+import dask
+import pytest
+from distributed import Client, LocalCluster
+
+from mljobs import JobStore, MlJob, MlJobStatus, Worker
+from tests import worker_app
+from tests.processes import until
+
+QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = MlJobStatus
+PAGE = Path(__file__).parent.parent / "docs" / "executors.md"
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    settings = {"distributed.scheduler.allowed-failures": 0, "distributed.worker.daemon": True}
+    with (
+        dask.config.set(settings),
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[JobStore]:
+    with JobStore(url) as store:
+        yield store
+
+
+@pytest.fixture
+def file_store(sqlite_url: str) -> Iterator[JobStore]:
+    with JobStore(sqlite_url) as store:
+        yield store
+
+
+def test_training_spreads_over_the_processes_of_a_dask_cluster(store: JobStore, client: Client) -> None:
+    worker = Worker(store, concurrency=4, executor=client.get_executor(), poll=0.1)
+    worker.handles("train")(worker_app.fit)
+    store.submit_many([("train", f"digits_{seed}", {"seed": seed, "epochs": 5}) for seed in range(6)])
+    assert worker.run(until_idle=True).jobs == {"completed": 6}
+    jobs = list(store.find())
+    assert all(job.metrics["accuracy"] > 0.9 for job in jobs)
+    assert {job.metrics["epochs"] for job in jobs} == {5}
+    processes = {job.metrics["process"] for job in jobs}
+    assert len(processes) == 2
+    assert os.getpid() not in processes
+
+
+def test_progress_and_cancels_reach_a_dask_process(store: JobStore, client: Client) -> None:
+    worker = Worker(store, executor=client.get_executor(), poll=0.1)
+    worker.handles("train")(worker_app.until_cancelled)
+    job = store.submit("train", "spam")
+    thread = threading.Thread(target=worker.run, kwargs={"until_idle": True})
+    thread.start()
+    until(lambda: store.get(job.id).progress == 10)
+    store.cancel(job.id)
+    thread.join(60)
+    assert not thread.is_alive()
+    assert store.get(job.id).status is CANCELLED
+
+
+def test_a_failure_on_dask_is_the_jobs_own_with_its_reason(file_store: JobStore, client: Client) -> None:
+    worker = Worker(file_store, executor=client.get_executor(), poll=0.1)
+    worker.handles("train")(worker_app.raises)
+    job = file_store.submit("train", "spam", {"n": 2})
+    assert worker.run(until_idle=True).jobs == {"failed": 1}
+    assert str(file_store.get(job.id).error_message).startswith("tests.worker_app.raises.<locals>.Local: spec {'n': 2}")
+
+
+def test_a_dask_process_that_dies_puts_its_job_back_and_the_worker_goes_on(store: JobStore, client: Client) -> None:
+    worker = Worker(store, executor=client.get_executor(), poll=0.1)
+    worker.handles("train")(worker_app.dies_at_first)
+    job = store.submit("train", "spam")
+    assert worker.run(until_idle=True).jobs == {"requeued": 1, "completed": 1}
+    done = store.get(job.id)
+    assert (done.status, done.attempts) == (COMPLETED, 2)
+
+
+def test_a_dask_process_that_dies_every_time_fails_its_job(file_store: JobStore, client: Client) -> None:
+    worker = Worker(file_store, executor=client.get_executor(), poll=0.1, max_attempts=2)
+    worker.handles("train")(worker_app.dies)
+    job = file_store.submit("train", "spam")
+    assert worker.run(until_idle=True).jobs == {"requeued": 1, "failed": 1}
+    assert "gave up after 2 attempts: " in str(file_store.get(job.id).error_message)
+
+
+def test_a_call_that_the_executor_drops_is_put_back(file_store: JobStore) -> None:
+    class Drops(Executor):
+        dropped = False
+
+        def submit(self, fn: Any, /, *args: Any, **kw: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            if not self.dropped:
+                self.dropped = True
+                future.cancel()
+                future.set_running_or_notify_cancel()
+            else:
+                future.set_result(fn(*args, **kw))
+            return future
+
+    worker = Worker(file_store, executor=Drops(), poll=0.1)
+    worker.handles("train")(worker_app.squares)
+    job = file_store.submit("train", "spam")
+    assert worker.run(until_idle=True).jobs == {"requeued": 1, "completed": 1}
+    assert file_store.get(job.id).attempts == 2
+
+
+def test_what_the_docs_show_of_dask_runs(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLJOBS_DATABASE_URL", sqlite_url)
+    block = re.search(r"```py\n(# dask.*?)```", PAGE.read_text(), re.DOTALL)
+    assert block is not None
+    names: dict[str, Any] = {}
+    with JobStore(sqlite_url) as store:
+        job: MlJob = store.submit("train", "digits", {"epochs": 3})
+        exec(compile(block[1], str(PAGE), "exec"), names)
+        assert store.get(job.id).metrics["epochs"] == 3
+    names["worker"]._store.close()
