@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 from http import HTTPStatus
@@ -56,7 +56,7 @@ class Meaning:
     name: str
     title: str
     why: str
-    public: Mapping[str, str] = MappingProxyType({})
+    public: Mapping[str, str] = field(default_factory=dict)
 
 
 _JOB = {"job_id": "job_id"}

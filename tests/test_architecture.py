@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "mljobs"
 ORDER = [
     "states",
     "errors",
+    "problems",
     "types",
     "triggers",
     "codec",
@@ -31,6 +32,7 @@ ORDER = [
     "worker",
     "catalog",
     "schema",
+    "contrib",
     "demo",
     "cli",
     "__main__",

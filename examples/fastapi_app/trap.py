@@ -4,8 +4,6 @@ With the default scope FastAPI runs what follows the ``yield`` after the answer 
 because the job has finished meanwhile, then raises where nobody listens: the client reads 200, and nothing was written.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Annotated
 from uuid import UUID

@@ -1,0 +1,196 @@
+"""The example applications do what their users would have them do, on SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+
+from mljobs import JobStore, MlJob, jobs
+from mljobs.engines import async_url
+from mljobs.problems import MEDIA_TYPE
+
+
+@contextmanager
+def _fastapi_sync(url: str) -> Iterator[Any]:
+    from fastapi.testclient import TestClient
+
+    from examples.fastapi_app.sync_app import create_app
+
+    with TestClient(create_app(url)) as client:
+        yield client
+
+
+@contextmanager
+def _fastapi_async(url: str) -> Iterator[Any]:
+    from fastapi.testclient import TestClient
+
+    from examples.fastapi_app.async_app import create_app
+
+    with TestClient(create_app(async_url(url).render_as_string(hide_password=False), poll=0.01)) as client:
+        yield client
+
+
+APPS = {"fastapi-sync": _fastapi_sync, "fastapi-async": _fastapi_async}
+
+
+@pytest.fixture(params=list(APPS))
+def client(request: pytest.FixtureRequest, empty_url: str) -> Iterator[Any]:
+    with APPS[request.param](empty_url) as made:
+        yield made
+
+
+@pytest.fixture
+def outside(empty_url: str) -> Iterator[JobStore]:
+    """Another process on the same database."""
+    with JobStore(create_engine(empty_url, poolclass=NullPool)) as store:
+        yield store
+
+
+def _upload(client: Any, path: str = "emails.csv") -> dict[str, Any]:
+    response = client.post("/uploads", json={"path": path, "spec": {"lr": 0.1}})
+    assert response.status_code == 201, response.text
+    made: dict[str, Any] = response.json()
+    return made
+
+
+def _count(store: JobStore, table: str) -> int:
+    with store.connect() as bind:
+        return int(bind.execute(text(f"SELECT count(*) FROM {table}")).scalar_one())
+
+
+def test_a_job_is_submitted_with_its_business_row(client: Any, outside: JobStore) -> None:
+    made = _upload(client)
+    job = made["job"]
+    assert (made["path"], job["status"], job["spec"], job["target_name"]) == (
+        "emails.csv",
+        "queued",
+        {"lr": 0.1},
+        "emails.csv",
+    )
+    assert outside.get(job["id"]).spec == {"lr": 0.1}
+    assert (_count(outside, "uploads"), _count(outside, "ml_jobs")) == (1, 1)
+
+
+def test_a_job_that_is_refused_takes_its_business_row_along(client: Any, outside: JobStore) -> None:
+    response = client.post("/uploads", json={"path": "a\x00b", "spec": {}})  # no text of PostgreSQL or ours
+    assert response.status_code == 422, response.text
+    assert response.headers["content-type"] == MEDIA_TYPE
+    assert response.json()["field"] == "target_name"
+    assert (_count(outside, "uploads"), _count(outside, "ml_jobs")) == (0, 0)
+
+
+def test_progress_and_outcome_are_read_as_the_worker_writes_them(client: Any, outside: JobStore) -> None:
+    job_id = _upload(client)["job"]["id"]
+    claim = outside.claim_one(job_id, worker="w")
+    outside.set_progress(claim, 40)
+    seen = client.get(f"/jobs/{job_id}").json()
+    assert (seen["status"], seen["progress"], seen["is_terminal"], seen["finished_at"]) == ("running", 40, False, None)
+    outside.complete(claim, {"f1": 0.93})
+    seen = client.get(f"/jobs/{job_id}").json()
+    assert (seen["status"], seen["progress"], seen["metrics"]) == ("completed", 100, {"f1": 0.93})
+    assert seen["finished_at"].endswith("Z")
+    assert seen["duration_ms"] == seen["finished_at_ms"] - seen["started_at_ms"]
+
+
+def test_a_cancel_is_final_and_a_second_one_is_a_conflict(client: Any, outside: JobStore) -> None:
+    job_id = _upload(client)["job"]["id"]
+    response = client.post(f"/jobs/{job_id}/cancel")
+    assert (response.status_code, response.json()["status"]) == (200, "cancelled")
+    assert outside.get(job_id).status == "cancelled"
+    response = client.post(f"/jobs/{job_id}/cancel")
+    assert response.status_code == 409
+    assert response.headers["content-type"] == MEDIA_TYPE
+    problem = response.json()
+    assert problem["type"] == "urn:mljobs:terminal-state"
+    assert (problem["job_id"], problem["job_status"]) == (job_id, "cancelled")
+    assert problem["instance"] == f"/jobs/{job_id}/cancel"
+
+
+def test_a_job_that_does_not_exist_is_not_found(client: Any) -> None:
+    for response in (client.get(f"/jobs/{uuid4()}"), client.post(f"/jobs/{uuid4()}/cancel")):
+        assert (response.status_code, response.json()["type"]) == (404, "urn:mljobs:job-not-found")
+
+
+# ------------------------------------------------------------------------------------------------------------ FastAPI
+
+
+def test_fastapi_streams_progress_until_the_job_has_finished(empty_url: str, outside: JobStore) -> None:
+    with _fastapi_async(empty_url) as client:
+        job_id = _upload(client)["job"]["id"]
+        claim = outside.claim_one(job_id, worker="w")
+        seen: list[tuple[str, int]] = []
+        with client.stream("GET", f"/jobs/{job_id}/events") as response:
+            assert response.headers["content-type"].startswith("text/event-stream")
+            for line in response.iter_lines():
+                if not line.startswith("data:"):
+                    continue
+                job = json.loads(line.removeprefix("data:"))
+                seen.append((job["status"], job["progress"]))
+                if seen[-1] == ("running", 0):
+                    outside.set_progress(claim, 70)
+                elif seen[-1] == ("running", 70):
+                    outside.complete(claim)
+        assert seen == [("running", 0), ("running", 70), ("completed", 100)]
+        missing = client.get(f"/jobs/{uuid4()}/events")
+        assert (missing.status_code, missing.headers["content-type"]) == (404, MEDIA_TYPE)
+
+
+def test_fastapis_trap_answers_200_for_what_was_refused_and_the_scope_of_the_function_avoids_it(url: str) -> None:
+    from fastapi.testclient import TestClient
+
+    from examples.fastapi_app.trap import create_app
+
+    engine = create_engine(url, poolclass=NullPool)
+    store = JobStore(engine)
+
+    def meanwhile(job_id: UUID) -> None:
+        store.cancel(job_id)
+
+    client = TestClient(create_app(engine, meanwhile), raise_server_exceptions=False)
+    trapped, safe = store.submit("train", "trapped"), store.submit("train", "safe")
+    answer = client.post(f"/trapped/{trapped.id}")
+    assert (answer.status_code, answer.json()) == (200, 50)  # the lie
+    assert store.get(trapped.id).progress == 0
+    answer = client.post(f"/safe/{safe.id}")
+    assert (answer.status_code, answer.headers["content-type"]) == (409, MEDIA_TYPE)
+    assert store.get(safe.id).progress == 0
+
+
+def test_what_the_database_refuses_by_raw_sql_in_a_hosts_session_is_a_conflict_too(url: str) -> None:
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+
+    from mljobs.contrib.fastapi import install
+
+    engine = create_engine(url, poolclass=NullPool)
+    with Session(engine) as session, session.begin():
+        job = jobs.submit(session, "train", "spam")
+        job.cancel()
+        digits = job.id.hex
+    app = FastAPI()
+    install(app)
+
+    @app.post("/raw/{path}")
+    def raw(path: str) -> None:
+        with Session(engine) as session, session.begin():
+            if path == "text":
+                session.execute(text("UPDATE ml_jobs SET progress = 1"))
+            elif path == "core":
+                session.execute(MlJob.__table__.update().values(progress=1))
+            else:
+                session.connection().exec_driver_sql("DELETE FROM ml_jobs")
+
+    client = TestClient(app)
+    for path in ("text", "core", "driver"):
+        response = client.post(f"/raw/{path}")
+        assert (response.status_code, response.json()["type"]) == (409, "urn:mljobs:terminal-state"), response.text
+        if engine.dialect.name == "postgresql":
+            assert UUID(response.json()["job_id"]).hex == digits
