@@ -239,22 +239,25 @@ def _text(text: str) -> str:
 
 def _plain(value: object) -> Any:
     """Return ``value`` as JSON can hold it: what a client may have sent as it is, all else as a short text."""
-    if isinstance(value, UUID):
-        return str(value)
-    if isinstance(value, datetime):
-        return value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    if isinstance(value, Enum):
-        return _plain(value.value)
-    if isinstance(value, Mapping):  # the changes: {field: (old, new)}
-        return {str(field): {"from": _plain(old), "to": _plain(new)} for field, (old, new) in value.items()}
-    if isinstance(value, str):
-        text = _text(value)
-        return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
-    if value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, float) and value - value == 0:  # JSON has no infinities
-        return value
-    return _text(shown(value))
+    match value:
+        case Enum():
+            return _plain(value.value)
+        case None | bool() | int():
+            plain: Any = value
+        case float() if value - value == 0:  # JSON has no infinities
+            plain = value
+        case UUID():
+            plain = str(value)
+        case datetime():
+            plain = value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        case Mapping():  # the changes: {field: (old, new)}
+            plain = {str(name): {"from": _plain(old), "to": _plain(new)} for name, (old, new) in value.items()}
+        case str():
+            text = _text(value)
+            plain = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+        case _:
+            plain = _text(shown(value))
+    return plain
 
 
 _LONGEST = 1000

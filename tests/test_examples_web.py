@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from mljobs import JobStore, MlJob, jobs
 from mljobs.engines import async_url
 from mljobs.problems import MEDIA_TYPE
+
+ROOT = Path(__file__).parent.parent
 
 
 @contextmanager
@@ -38,7 +45,59 @@ def _fastapi_async(url: str) -> Iterator[Any]:
         yield client
 
 
-APPS = {"fastapi-sync": _fastapi_sync, "fastapi-async": _fastapi_async}
+@contextmanager
+def _flask(url: str) -> Iterator[Any]:
+    import httpx
+
+    from examples.flask_app.app import create_app, db
+
+    app = create_app(url)
+    with httpx.Client(transport=httpx.WSGITransport(app=app), base_url="http://testserver") as client:
+        yield client
+    with app.app_context():
+        db.engine.dispose()
+
+
+@contextmanager
+def _litestar(url: str) -> Iterator[Any]:
+    from litestar.testing import TestClient
+
+    from examples.litestar_app.app import create_app
+
+    with TestClient(create_app(async_url(url).render_as_string(hide_password=False))) as client:
+        yield client
+
+
+@contextmanager
+def _django(url: str) -> Iterator[Any]:
+    """Django has one set of settings in a process, so it gets a process of its own: migrated and served as in its README."""
+    import httpx
+
+    site = ROOT / "examples" / "django_asgi"
+    environment = {**os.environ, "DATABASE_URL": url, "POLL": "0.01", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "manage.py", "migrate", "--verbosity", "0"],
+        cwd=site,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        command = ["uvicorn", "project.asgi:application", "--fd", str(listening.fileno()), "--log-level", "warning"]
+        server = subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=site, env=environment, pass_fds=[listening.fileno()]
+        )
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=30) as client:
+                yield client
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+APPS = {"fastapi-sync": _fastapi_sync, "fastapi-async": _fastapi_async, "flask": _flask, "litestar": _litestar}
 
 
 @pytest.fixture(params=list(APPS))
@@ -50,7 +109,7 @@ def client(request: pytest.FixtureRequest, empty_url: str) -> Iterator[Any]:
 @pytest.fixture
 def outside(empty_url: str) -> Iterator[JobStore]:
     """Another process on the same database."""
-    with JobStore(create_engine(empty_url, poolclass=NullPool)) as store:
+    with JobStore(empty_url) as store:
         yield store
 
 
@@ -61,9 +120,14 @@ def _upload(client: Any, path: str = "emails.csv") -> dict[str, Any]:
     return made
 
 
-def _count(store: JobStore, table: str) -> int:
+def _rows(store: JobStore) -> int:
+    """Return how many uploads there are, and make sure that each has a job."""
     with store.connect() as bind:
-        return int(bind.execute(text(f"SELECT count(*) FROM {table}")).scalar_one())
+        tables = set(inspect(bind).get_table_names())
+        uploads = "uploads_upload" if "uploads_upload" in tables else "uploads"
+        count = int(bind.execute(text(f"SELECT count(*) FROM {uploads}")).scalar_one())
+    assert store.counts(exact=True).total() == count
+    return count
 
 
 def test_a_job_is_submitted_with_its_business_row(client: Any, outside: JobStore) -> None:
@@ -76,15 +140,16 @@ def test_a_job_is_submitted_with_its_business_row(client: Any, outside: JobStore
         "emails.csv",
     )
     assert outside.get(job["id"]).spec == {"lr": 0.1}
-    assert (_count(outside, "uploads"), _count(outside, "ml_jobs")) == (1, 1)
+    assert _rows(outside) == 1
 
 
 def test_a_job_that_is_refused_takes_its_business_row_along(client: Any, outside: JobStore) -> None:
+    before = _rows(outside)
     response = client.post("/uploads", json={"path": "a\x00b", "spec": {}})  # no text of PostgreSQL or ours
     assert response.status_code == 422, response.text
     assert response.headers["content-type"] == MEDIA_TYPE
     assert response.json()["field"] == "target_name"
-    assert (_count(outside, "uploads"), _count(outside, "ml_jobs")) == (0, 0)
+    assert _rows(outside) == before
 
 
 def test_progress_and_outcome_are_read_as_the_worker_writes_them(client: Any, outside: JobStore) -> None:
@@ -119,28 +184,48 @@ def test_a_job_that_does_not_exist_is_not_found(client: Any) -> None:
         assert (response.status_code, response.json()["type"]) == (404, "urn:mljobs:job-not-found")
 
 
+def _progress_is_streamed(client: Any, outside: JobStore, stream: str) -> None:
+    job_id = _upload(client)["job"]["id"]
+    claim = outside.claim_one(job_id, worker="w")
+    seen: list[tuple[str, int]] = []
+    with client.stream("GET", stream.format(job_id)) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        for line in response.iter_lines():
+            if not line.startswith("data:"):
+                continue
+            job = json.loads(line.removeprefix("data:"))
+            seen.append((job["status"], job["progress"]))
+            if seen[-1] == ("running", 0):
+                outside.set_progress(claim, 70)
+            elif seen[-1] == ("running", 70):
+                outside.complete(claim)
+    assert seen == [("running", 0), ("running", 70), ("completed", 100)]
+    missing = client.get(stream.format(uuid4()))
+    assert (missing.status_code, missing.headers["content-type"]) == (404, MEDIA_TYPE)
+
+
+# ------------------------------------------------------------------------------------------------------------- Django
+
+
+def test_a_django_site_does_the_same_with_both_orms_in_one_transaction(empty_url: str, outside: JobStore) -> None:
+    with _django(empty_url) as client:
+        for story in (
+            test_a_job_is_submitted_with_its_business_row,
+            test_a_job_that_is_refused_takes_its_business_row_along,
+            test_progress_and_outcome_are_read_as_the_worker_writes_them,
+            test_a_cancel_is_final_and_a_second_one_is_a_conflict,
+        ):
+            story(client, outside)
+        test_a_job_that_does_not_exist_is_not_found(client)
+        _progress_is_streamed(client, outside, "/stream/{}")  # Starlette's, next to Django
+
+
 # ------------------------------------------------------------------------------------------------------------ FastAPI
 
 
 def test_fastapi_streams_progress_until_the_job_has_finished(empty_url: str, outside: JobStore) -> None:
     with _fastapi_async(empty_url) as client:
-        job_id = _upload(client)["job"]["id"]
-        claim = outside.claim_one(job_id, worker="w")
-        seen: list[tuple[str, int]] = []
-        with client.stream("GET", f"/jobs/{job_id}/events") as response:
-            assert response.headers["content-type"].startswith("text/event-stream")
-            for line in response.iter_lines():
-                if not line.startswith("data:"):
-                    continue
-                job = json.loads(line.removeprefix("data:"))
-                seen.append((job["status"], job["progress"]))
-                if seen[-1] == ("running", 0):
-                    outside.set_progress(claim, 70)
-                elif seen[-1] == ("running", 70):
-                    outside.complete(claim)
-        assert seen == [("running", 0), ("running", 70), ("completed", 100)]
-        missing = client.get(f"/jobs/{uuid4()}/events")
-        assert (missing.status_code, missing.headers["content-type"]) == (404, MEDIA_TYPE)
+        _progress_is_streamed(client, outside, "/jobs/{}/events")
 
 
 def test_fastapis_trap_answers_200_for_what_was_refused_and_the_scope_of_the_function_avoids_it(url: str) -> None:
@@ -149,7 +234,7 @@ def test_fastapis_trap_answers_200_for_what_was_refused_and_the_scope_of_the_fun
     from examples.fastapi_app.trap import create_app
 
     engine = create_engine(url, poolclass=NullPool)
-    store = JobStore(engine)
+    store = JobStore(url)
 
     def meanwhile(job_id: UUID) -> None:
         store.cancel(job_id)
@@ -162,6 +247,7 @@ def test_fastapis_trap_answers_200_for_what_was_refused_and_the_scope_of_the_fun
     answer = client.post(f"/safe/{safe.id}")
     assert (answer.status_code, answer.headers["content-type"]) == (409, MEDIA_TYPE)
     assert store.get(safe.id).progress == 0
+    store.close()
 
 
 def test_what_the_database_refuses_by_raw_sql_in_a_hosts_session_is_a_conflict_too(url: str) -> None:
@@ -194,3 +280,27 @@ def test_what_the_database_refuses_by_raw_sql_in_a_hosts_session_is_a_conflict_t
         assert (response.status_code, response.json()["type"]) == (409, "urn:mljobs:terminal-state"), response.text
         if engine.dialect.name == "postgresql":
             assert UUID(response.json()["job_id"]).hex == digits
+
+
+# ----------------------------------------------------------------------------------------------------------- Litestar
+
+
+def test_litestars_trap_answers_201_for_what_was_refused_and_a_commit_in_the_handler_avoids_it(url: str) -> None:
+    from litestar.testing import TestClient
+
+    from examples.litestar_app.trap import create_app
+
+    engine = create_engine(url, poolclass=NullPool)
+    store = JobStore(url)
+
+    def meanwhile(job_id: UUID) -> None:
+        store.cancel(job_id)
+
+    trapped, safe = store.submit("train", "trapped"), store.submit("train", "safe")
+    with TestClient(create_app(engine, meanwhile)) as client:
+        answer = client.post(f"/trapped/{trapped.id}")
+        assert (answer.status_code, answer.json()) == (201, 50)  # the lie
+        answer = client.post(f"/safe/{safe.id}")
+        assert (answer.status_code, answer.headers["content-type"]) == (409, MEDIA_TYPE)
+    assert [store.get(job.id).progress for job in (trapped, safe)] == [0, 0]
+    store.close()

@@ -34,7 +34,7 @@ def create_app(url: str | None = None) -> FastAPI:
     engine = create_engine(url or os.environ.get("DATABASE_URL", "sqlite:///app.db"))
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:  # noqa: RUF029 - FastAPI wants it so
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         schema.upgrade(engine)  # or in your deployment: mljobs upgrade --url ...
         Base.metadata.create_all(engine)  # or your own Alembic
         app.state.sessions = sessionmaker(engine, expire_on_commit=False)

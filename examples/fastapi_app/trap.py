@@ -12,7 +12,7 @@ from fastapi import Depends, FastAPI
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from mljobs import MlJob, jobs
+from mljobs import jobs
 from mljobs.contrib.fastapi import install
 
 
