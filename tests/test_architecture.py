@@ -20,6 +20,7 @@ ORDER = [
     "codec",
     "guards",
     "model",
+    "events",
     "prepared",
     "bulk",
     "jobs",

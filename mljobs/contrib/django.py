@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction
@@ -19,6 +19,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
+from mljobs import events
 from mljobs.errors import InvalidValueError, MlJobsError
 from mljobs.guards import translate_error
 from mljobs.problems import MEDIA_TYPE, body_of, status_of
@@ -131,6 +132,8 @@ def connection(using: str = "default") -> Iterator[Connection]:
     database = connections[using]
     engine = _engine(using, database.vendor)
     with transaction.atomic(using=using), engine.connect() as lent:
+        if events.subscribed():
+            events.hand_over(lent, partial(transaction.on_commit, using=using))
         yield lent
         lent.commit()  # says so to listeners; Django decides
 
