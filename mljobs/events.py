@@ -49,6 +49,7 @@ Bind = Session | Connection
 Callback = Callable[[Any], Any]
 _CHUNK = 1000
 _KEPT = "mljobs.finished"
+_MAKER = "mljobs.maker"
 
 
 class Source:
@@ -188,7 +189,11 @@ def _matching_async(target: object, subscription: Subscription) -> Callable[[Any
     if asyncio is not None:
         of = asyncio.async_session
         if isinstance(target, asyncio.async_sessionmaker):
-            target = target.class_
+            # Its sessions are of no class of their own; but each takes over the maker's info.
+            info = dict(target.kw.get("info") or {})
+            mark = info.setdefault(_MAKER, object())
+            target.configure(info=info)
+            return lambda _job, origin: origin.session is not None and origin.session.info.get(_MAKER) is mark
         if isinstance(target, type) and issubclass(target, asyncio.AsyncSession):
             kind = target
             return lambda _job, origin: origin.session is not None and isinstance(of(origin.session), kind)
@@ -268,9 +273,16 @@ def note(bind: Bind, model: type[MlJobMixin], ids: Iterable[UUID]) -> None:
     if not wanted:
         return
     kept = _of_session(bind) if isinstance(bind, Session) else _of_connection(bind)
-    if any(subscription.matches(None, kept.origin) for subscription in _subscriptions):
+    if _interesting(kept.origin):
         connection = bind.connection() if isinstance(bind, Session) else bind
         kept.add(_read(connection, model, wanted))
+
+
+def _interesting(origin: _Origin) -> bool:
+    """Whether anybody may want to hear of jobs of this origin."""
+    if origin.store is not None and origin.store.told_later is not None:
+        return True
+    return any(subscription.matches(None, origin) for subscription in _subscriptions)
 
 
 def _read(connection: Connection, model: type[MlJobMixin], ids: Sequence[UUID]) -> list[Any]:
@@ -456,8 +468,7 @@ def _on_execute(state: ORMExecuteState) -> Any:
         return None
     statement: Any = state.statement
     session = state.session
-    origin = _of_session(session).origin
-    if not any(subscription.matches(None, origin) for subscription in _subscriptions):
+    if not _interesting(_of_session(session).origin):
         return None
     given = state.parameters
     record = next(table for table in inspect(model).tables if "spec_json" in table.c)
@@ -505,7 +516,6 @@ class _OfConnection(_Kept):
         super().__init__()
         self._connection = ref(connection)
         self.hand: Callable[[Callable[[], None]], object] = lambda tell: tell()
-        event.listen(connection, "savepoint", lambda _, name: self.enter(name))
         event.listen(connection, "release_savepoint", lambda _, name, _context: self.release(name))
         event.listen(connection, "rollback_savepoint", lambda _, name, _context: self.forget(name))
         event.listen(connection, "commit", lambda _: self._will_commit())
@@ -517,8 +527,15 @@ class _OfConnection(_Kept):
         self._will: int | None = None
 
     def add(self, jobs: Iterable[Any]) -> None:
-        super().add(jobs)
         connection = self._connection()
+        savepoint: Any = None if connection is None else connection.get_nested_transaction()
+        around: list[str] = []
+        while savepoint is not None:  # neither is public; without them a rollback to a savepoint would forget too much
+            around.append(getattr(savepoint, "_savepoint", ""))
+            savepoint = getattr(savepoint, "_previous_nested", None)
+        for name in reversed(around):
+            self.enter(name)
+        super().add(jobs)
         if self.store is None and connection is not None and _commits_by_itself(connection):
             self.tell()
 

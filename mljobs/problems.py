@@ -85,7 +85,7 @@ MEANINGS: Mapping[type[MlJobsError], Meaning] = MappingProxyType(
             "terminal-state",
             "The job has finished and cannot change",
             "the request conflicts with the state of the resource; repeating it will not help",
-            {**_JOB, "status": "job_status", "finished_at": "finished_at", "changes": "changes"},
+            {**_JOB, "status": "job_status", "finished_at": "finished_at"},
         ),
         InvalidTransitionError: Meaning(
             409,
@@ -195,8 +195,12 @@ def problem(error: MlJobsError, *, instance: str | None = None) -> dict[str, Any
         found["instance"] = _text(instance)
     for attribute, name in meaning.public.items():
         value = getattr(error, attribute)
-        if value is not None and value != {}:
+        if value is not None:
             found[name] = _plain(value)
+    if isinstance(error, TerminalStateError) and error.changes:
+        found["changes"] = {
+            field: {"from": _plain(old), "to": _plain(new)} for field, (old, new) in error.changes.items()
+        }
     return found
 
 
@@ -250,8 +254,6 @@ def _plain(value: object) -> Any:
             plain = str(value)
         case datetime():
             plain = value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        case Mapping():  # the changes: {field: (old, new)}
-            plain = {str(name): {"from": _plain(old), "to": _plain(new)} for name, (old, new) in value.items()}
         case str():
             text = _text(value)
             plain = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

@@ -104,6 +104,7 @@ def server() -> Iterator[Server]:
             "unix_socket_directories=",
             f"fsync={os.environ.get('MLJOBS_TEST_POSTGRES_FSYNC', 'off')}",
             "max_connections=200",
+            "max_prepared_transactions=10",
         ]
         with (work / "log").open("wb") as log:
             process = subprocess.Popen(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, create_engine, event, inspect, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Session, scoped_session, sessionmaker
 from sqlalchemy.pool import NullPool
 
 from mljobs import (
@@ -20,7 +20,6 @@ from mljobs import (
     InvalidValueError,
     JobStore,
     MlJob,
-    MlJobMixin,
     MlJobStatus,
     TerminalStateError,
     Worker,
@@ -248,7 +247,9 @@ def test_a_subclass_comes_with_its_own_columns_and_a_class_can_be_listened_to(ur
     on_finished(grids.append, GridRun)
     store = JobStore(engine, model=TrainingRun)
     with Session(engine) as session, session.begin():
-        session.add_all([GridRun(kind="train", target_name="grid", points=9), TrainingRun(kind="train", target_name="x")])
+        session.add_all(
+            [GridRun(kind="train", target_name="grid", points=9), TrainingRun(kind="train", target_name="x")]
+        )
         session.add(_job("ours"))
     with Session(engine) as session, session.begin():
         jobs.cancel(session, session.scalars(select(MlJob)).one())
@@ -269,7 +270,8 @@ def test_a_session_may_be_used_again_by_the_callback_and_after_it(url: str, told
         for job in session.scalars(select(MlJob)).all():
             job.cancel()
         session.commit()
-        assert found == [2, 3] or found == [2, 2]
+        assert found[0] == 2
+        assert len(found) == 2
         session.rollback()
         assert len(session.scalars(select(MlJob)).all()) >= 2
     engine.dispose()
@@ -278,18 +280,23 @@ def test_a_session_may_be_used_again_by_the_callback_and_after_it(url: str, told
 
 def test_two_phases_are_told_after_the_second(postgres_url: str, told: Seen) -> None:
     engine = create_engine(postgres_url, poolclass=NullPool)
-    with engine.connect() as connection:
-        possible = connection.exec_driver_sql("SHOW max_prepared_transactions").scalar() != "0"
-    with Session(engine, twophase=possible) as session:
-        session.add(_job("a"))
-        session.flush()
-        session.scalars(select(MlJob)).one().cancel()
-        session.flush()
-        if possible:
-            session.prepare()
+    with Session(engine, twophase=True) as session:
+        first, second = jobs.submit(session, "train", "a"), jobs.submit(session, "train", "b")
+        second_id = second.id
+        first.cancel()
+        session.prepare()
         assert told == []
         session.commit()
-    assert told == [("a", "cancelled")]
+        assert told == [("a", "cancelled")]
+        second.cancel()
+        session.prepare()
+        session.rollback()
+    with engine.connect() as connection:
+        transaction = connection.begin_twophase()
+        jobs.cancel(connection, second_id)
+        transaction.prepare()
+        transaction.commit()
+    assert told == [("a", "cancelled"), ("b", "cancelled")]
 
 
 def test_a_commit_that_fails_is_not_told(url: str, told: Seen) -> None:
@@ -312,11 +319,11 @@ def test_a_commit_that_fails_is_not_told(url: str, told: Seen) -> None:
         job = jobs.submit(bind, "train", "a")
         jobs.cancel(bind, job)
 
-    with pytest.raises(Exception, match="(?i)foreign key"), Session(engine) as session, session.begin():
+    with pytest.raises(Exception, match=r"(?i)foreign key"), Session(engine) as session, session.begin():
         finish(session)
-    with pytest.raises(Exception, match="(?i)foreign key"), engine.begin() as connection:
+    with pytest.raises(Exception, match=r"(?i)foreign key"), engine.begin() as connection:
         finish(connection)
-    with pytest.raises(Exception, match="(?i)foreign key"), JobStore(engine).connect() as connection:
+    with pytest.raises(Exception, match=r"(?i)foreign key"), JobStore(engine).connect() as connection:
         finish(connection)
     assert told == []
     with engine.begin() as connection:
@@ -589,10 +596,10 @@ def test_async_targets_hear_what_is_their_own_and_await_coroutine_functions(worl
 def _coroutine_functions_need_an_async_target() -> None:
     async def callback(_job: MlJob) -> None: ...
 
-    class Callable_:
+    class Called:
         async def __call__(self, _job: MlJob) -> None: ...
 
-    for unfit in (callback, Callable_()):
+    for unfit in (callback, Called()):
         for target in (None, Session, MlJob):
             with pytest.raises(InvalidValueError, match="callback"):
                 on_finished(unfit, target)
@@ -627,7 +634,7 @@ def test_a_callback_that_fails_undoes_nothing_is_logged_and_does_not_keep_others
 
     world.run(life)
     assert heard == ["by store", "by session"]
-    assert caplog.text.count("in the callback") == 2
+    assert len(caplog.records) == 2
     assert "broken" in caplog.text
     assert {job.status for job in store.find()} == {MlJobStatus.CANCELLED}
 

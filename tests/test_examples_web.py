@@ -220,6 +220,19 @@ def test_a_django_site_does_the_same_with_both_orms_in_one_transaction(empty_url
         _progress_is_streamed(client, outside, "/stream/{}")  # Starlette's, next to Django
 
 
+def test_djangos_transaction_holds_for_both_orms_whatever_happens_in_it(empty_url: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(ROOT / "tests" / "django_stories.py")],
+        cwd=ROOT / "examples" / "django_asgi",
+        env={**os.environ, "DATABASE_URL": empty_url, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 10, done.stdout
+
+
 # ------------------------------------------------------------------------------------------------------------ FastAPI
 
 

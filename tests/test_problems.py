@@ -142,6 +142,8 @@ def test_the_applications_own_faults_are_logged_and_the_clients_are_not(caplog: 
         object(),
         None,
         [1],
+        {"lr": {1, 2}},
+        {},
         MOMENT,
         RUNNING,
         10**30,

@@ -131,11 +131,10 @@ def connection(using: str = "default") -> Iterator[Connection]:
     """
     database = connections[using]
     engine = _engine(using, database.vendor)
-    with transaction.atomic(using=using), engine.connect() as lent:
+    with transaction.atomic(using=using), engine.begin() as lent:  # its commit is none, but tells listeners
         if events.subscribed():
             events.hand_over(lent, partial(transaction.on_commit, using=using))
         yield lent
-        lent.commit()  # says so to listeners; Django decides
 
 
 @contextmanager
@@ -162,9 +161,9 @@ def session(using: str = "default", **options: Any) -> Iterator[Session]:
     with (
         connection(using) as lent,
         Session(lent, join_transaction_mode="create_savepoint", **options) as opened,
-        opened.begin(),
     ):
         yield opened
+        opened.commit()
 
 
 # ----------------------------------------------------------------------------------------- in transactions of their own
