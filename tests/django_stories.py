@@ -17,16 +17,17 @@ sys.path.insert(0, str(Path.cwd()))
 django.setup()
 
 from django.core.management import call_command  # noqa: E402
-from django.db import connection, transaction  # noqa: E402
+from django.db import IntegrityError, connection, models, transaction  # noqa: E402
 from django.http import HttpRequest, HttpResponse  # noqa: E402
 from django.test import Client  # noqa: E402
-from django.urls import path  # noqa: E402
+from django.urls import clear_url_caches, path  # noqa: E402
 from project import urls  # noqa: E402
 from sqlalchemy import select, text  # noqa: E402
 from uploads.models import Upload  # noqa: E402
 
-from mljobs import MlJob, TerminalStateError, jobs, on_finished  # noqa: E402
+from mljobs import MlJob, TerminalStateError, Worker, jobs, on_finished  # noqa: E402
 from mljobs.contrib import django as ours  # noqa: E402
+from mljobs.run import Run  # noqa: E402
 
 STORIES: list[Callable[[], None]] = []
 
@@ -179,6 +180,7 @@ def what_djangos_own_connection_is_refused_is_a_conflict() -> None:
         return HttpResponse("lost")
 
     urls.urlpatterns.extend([path("raw", raw), path("other", other)])
+    clear_url_caches()
     client = Client(raise_request_exception=False)
     response = client.get("/raw")
     assert (response.status_code, response["content-type"]) == (409, "application/problem+json")
@@ -186,6 +188,89 @@ def what_djangos_own_connection_is_refused_is_a_conflict() -> None:
     assert client.get("/other").status_code == 500
     response = client.get(f"/jobs/{uuid4()}")
     assert response.status_code == 404
+
+
+class Seen(models.Model):
+    """What a reader may map by hand."""
+
+    target_name = models.TextField()
+    status = models.CharField(max_length=16)
+    created_at = models.DateTimeField()
+    id = models.UUIDField(primary_key=True)
+
+    class Meta:
+        app_label = "uploads"
+        managed = False
+        db_table = "ml_jobs"
+
+    def __str__(self) -> str:
+        return self.target_name
+
+
+@story
+def an_unmanaged_model_reads_the_record_and_cannot_change_a_finished_one() -> None:
+    with ours.session() as session:
+        job = jobs.submit(session, "train", "unmanaged")
+        job.cancel()
+    fields = ["id", "target_name", "status"]
+    if connection.vendor == "postgresql":  # SQLite keeps times as integers
+        fields.append("created_at")
+    seen = Seen.objects.only(*fields).get(target_name="unmanaged")
+    assert (seen.id, seen.status) == (job.id, "cancelled")
+    if connection.vendor == "postgresql":
+        assert seen.created_at == job.created_at
+    with pytest.raises(IntegrityError, match="terminal state"):
+        Seen.objects.filter(pk=job.id).update(status="queued")
+
+
+@story
+def a_foreign_key_holds() -> None:
+    if connection.vendor != "postgresql":
+        return
+    with connection.cursor() as cursor:
+        cursor.execute("DELETE FROM uploads_upload")
+        cursor.execute("ALTER TABLE uploads_upload ADD FOREIGN KEY (job_id) REFERENCES ml_jobs (id)")
+    with pytest.raises(IntegrityError):
+        Upload.objects.create(path="orphan", job_id=uuid4())
+    with ours.session() as session:
+        Upload.objects.create(path="child", job_id=jobs.submit(session, "train", "parent").id)
+
+
+@story
+def a_worker_works_on_djangos_database() -> None:
+    with ours.store() as store:
+        job = store.submit("backfill", "worker", {"n": 2})
+        worker = Worker(store, poll=0.05)
+
+        @worker.handles("backfill")
+        def backfill(run: Run) -> dict[str, int]:
+            return {"uploads": Upload.objects.filter(path="nobody's").count(), "n": run.spec["n"]}
+
+        worker.run(until_idle=True)
+        assert store.get(job).metrics == {"uploads": 0, "n": 2}
+
+
+@story
+def requests_in_one_transaction_roll_back_whole() -> None:
+    before = rows()
+
+    def view(_request: HttpRequest) -> HttpResponse:
+        with ours.session() as session:
+            Upload.objects.create(path="x", job_id=jobs.submit(session, "train", "x").id)
+        with ours.session() as session:
+            done = jobs.submit(session, "train", "x")
+            done.cancel()
+            done.cancel()
+        return HttpResponse("lost")
+
+    urls.urlpatterns.append(path("atomic", view))
+    clear_url_caches()
+    connection.settings_dict["ATOMIC_REQUESTS"] = True
+    try:
+        assert Client().get("/atomic").status_code == 409
+    finally:
+        connection.settings_dict["ATOMIC_REQUESTS"] = False
+    assert rows() == before
 
 
 @story

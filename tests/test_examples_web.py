@@ -233,6 +233,19 @@ def test_djangos_transaction_holds_for_both_orms_whatever_happens_in_it(empty_ur
     assert len(done.stdout.splitlines()) >= 10, done.stdout
 
 
+def test_the_django_sites_own_tests_pass_in_the_test_database_that_django_makes(empty_url: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "manage.py", "test"],
+        cwd=ROOT / "examples" / "django_asgi",
+        env={**os.environ, "DATABASE_URL": empty_url, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Ran 2 tests" in done.stderr
+
+
 # ------------------------------------------------------------------------------------------------------------ FastAPI
 
 
