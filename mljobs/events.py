@@ -26,7 +26,7 @@ from typing import Any, Self
 from uuid import UUID
 from weakref import WeakKeyDictionary, ref
 
-from sqlalchemy import Connection, Table, event, inspect, select
+from sqlalchemy import Connection, Engine, Table, event, inspect, select
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.orm import (
     Mapper,
@@ -516,15 +516,11 @@ class _OfConnection(_Kept):
         super().__init__()
         self._connection = ref(connection)
         self.hand: Callable[[Callable[[], None]], object] = lambda tell: tell()
-        event.listen(connection, "release_savepoint", lambda _, name, _context: self.release(name))
-        event.listen(connection, "rollback_savepoint", lambda _, name, _context: self.forget(name))
-        event.listen(connection, "commit", lambda _: self._will_commit())
-        event.listen(connection, "commit_twophase", lambda *_: self._will_commit())
-        event.listen(connection, "rollback", lambda _: self._rolled_back())
-        event.listen(connection, "rollback_twophase", lambda *_: self._rolled_back())
-        event.listen(connection, "begin", lambda _: self.committed())
-        event.listen(connection, "begin_twophase", lambda *_: self.committed())
         self._will: int | None = None
+        engine = connection.engine
+        if engine not in _watched:
+            _watched[engine] = True
+            _watch(engine)
 
     def add(self, jobs: Iterable[Any]) -> None:
         connection = self._connection()
@@ -539,19 +535,21 @@ class _OfConnection(_Kept):
         if self.store is None and connection is not None and _commits_by_itself(connection):
             self.tell()
 
-    def _will_commit(self) -> None:
+    def will_commit(self) -> None:
+        """Take note that the transaction is about to be committed."""
         connection = self._connection()
         if connection is None or self.store is not None or not any(kept for _, kept in self._levels):
             return
         self._will = id(connection.connection.dbapi_connection)
         _committing[self._will] = self
-        engine = connection.engine
-        if engine.pool not in _watched:
-            _watched[engine.pool] = True
-            event.listen(engine.pool, "checkin", _on_checkin)
-            event.listen(engine, "handle_error", _on_error)
+        pool = connection.engine.pool
+        if pool not in _watched:
+            _watched[pool] = True
+            event.listen(pool, "checkin", _on_checkin)
+            event.listen(connection.engine, "handle_error", _on_error)
 
-    def _rolled_back(self) -> None:
+    def rolled_back(self) -> None:
+        """Forget all that was kept."""
         self._settle()
         self.take()
 
@@ -581,6 +579,33 @@ def _of_connection(connection: Connection) -> _OfConnection:
     if kept is None:
         kept = _connections[connection] = _OfConnection(connection)
     return kept
+
+
+def _watch(engine: Engine) -> None:
+    """Hear how the transactions of this engine end.
+
+    Of the engine: SQLAlchemy 2.0 takes no listener for one connection of an engine that has options.
+    """
+
+    def heard(act: Callable[..., object], *, named: bool = False) -> Callable[..., None]:
+        def hear(connection: Connection, *details: Any) -> None:
+            kept = _connections.get(connection)
+            if kept is not None:
+                act(kept, *details[: 1 if named else 0])
+
+        return hear
+
+    event.listen(engine, "release_savepoint", heard(_OfConnection.release, named=True))
+    event.listen(engine, "rollback_savepoint", heard(_OfConnection.forget, named=True))
+    for ending, act in (
+        ("commit", _OfConnection.will_commit),
+        ("commit_twophase", _OfConnection.will_commit),
+        ("rollback", _OfConnection.rolled_back),
+        ("rollback_twophase", _OfConnection.rolled_back),
+        ("begin", _OfConnection.committed),
+        ("begin_twophase", _OfConnection.committed),
+    ):
+        event.listen(engine, ending, heard(act))
 
 
 def _on_checkin(driver_connection: object, _record: object) -> None:
