@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         TerminalStateError,
         WaitTimeout,
     )
+    from mljobs.events import on_finished
     from mljobs.model import Base, MlJob, MlJobLease, MlJobMixin, kind_column, metadata
     from mljobs.states import MlJobKind, MlJobStatus
     from mljobs.store import JobStore
@@ -54,9 +55,11 @@ __all__ = [
     "exponential",
     "kind_column",
     "metadata",
+    "on_finished",
 ]
 
 _MODULES = {
+    "events": ("on_finished",),
     "model": ("Base", "MlJob", "MlJobLease", "MlJobMixin", "kind_column", "metadata"),
     "states": ("MlJobKind", "MlJobStatus"),
     "async_store": ("AsyncJobStore",),

@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise ImportError("AsyncJobStore needs the extra: pip install 'mljobs[async]'") from error
 
-from mljobs import jobs
+from mljobs import events, jobs
 from mljobs.engines import async_url, engine_options, set_pragmas, sync_url, url_from_env
 from mljobs.errors import InvalidValueError, MlJobsError
 from mljobs.following import Look, Steps, waiting, watching
@@ -73,7 +73,7 @@ def _told(
         return None, error
 
 
-class AsyncJobStore:
+class AsyncJobStore(events.Source):
     """Jobs in a database, each operation a transaction of its own, awaited. The same names as ``JobStore``.
 
     Args:
@@ -136,6 +136,19 @@ class AsyncJobStore:
             operation: Takes the session or connection.
             atomic: Whether what it does stands or falls together.
         """
+        if not events.subscribed():
+            return await self._run(operation, atomic=atomic)
+        taken: list[Callable[[], list[Any]]] = []
+
+        def keeping(bind: Bind) -> R:
+            taken.append(events.kept_by(bind, self))
+            return operation(bind)
+
+        result = await self._run(keeping, atomic=atomic)
+        await events.deliver_async([job for take in taken for job in take()], events.origin_of(self))
+        return result
+
+    async def _run(self, operation: Callable[[Bind], R], *, atomic: bool) -> R:
         if self._sessions is not None:
             async with self._sessions.begin() as session:
                 return await session.run_sync(partial(_detached, operation))
@@ -238,9 +251,16 @@ class AsyncJobStore:
             try:
                 yield run
             except BaseException as error:
-                await asyncio.shield(asyncio.to_thread(record_end, twin, keeper, run, error))
+                await asyncio.shield(self._record_end(twin, keeper, run, error))
                 raise
-            await asyncio.to_thread(record_end, twin, keeper, run, None)
+            await self._record_end(twin, keeper, run, None)
+
+    async def _record_end(self, twin: JobStore, keeper: Keeper, run: Run, error: BaseException | None) -> None:
+        twin.told_later = []  # callbacks belong on this store's loop, not in that thread
+        try:
+            await asyncio.to_thread(record_end, twin, keeper, run, error)
+        finally:
+            await events.deliver_async(twin.told_later, events.origin_of(self))
 
     async def close(self) -> None:
         """Close the connections of a store that was made from a URL."""

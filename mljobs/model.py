@@ -513,7 +513,7 @@ def _furnish(mapper: Mapper[Any], cls: type[MlJobMixin]) -> None:
     table = mapper.local_table
     if not isinstance(table, Table) or "spec_json" not in table.c or "mljobs" in table.info:
         return  # a subclass that shares the table, or has one of its own beside it
-    table.info["mljobs"] = True
+    table.info["mljobs"] = cls
     kinds: type[StrEnum] = table.c.kind.type.enum
     cls.__kinds__ = kinds
     for constraint in _checks(table, kinds):

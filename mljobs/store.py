@@ -23,7 +23,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
 from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from mljobs import jobs
+from mljobs import events, jobs
 from mljobs.engines import is_memory, new_engine, url_from_env
 from mljobs.errors import InvalidValueError, MlJobsError, TerminalStateError
 from mljobs.following import Look, Steps, waiting, watching
@@ -82,7 +82,7 @@ def _bound(
     return cast("Callable[Concatenate[JobStore, P], R]", run)
 
 
-class JobStore:
+class JobStore(events.Source):
     """Jobs in a database, each operation a transaction of its own. May be shared by threads.
 
     Args:
@@ -133,6 +133,10 @@ class JobStore:
         Args:
             atomic: Whether what is done in the block stands or falls together.
         """
+        inner = self._connect(atomic=atomic)
+        return events.telling(inner, self) if events.subscribed() else inner
+
+    def _connect(self, *, atomic: bool) -> AbstractContextManager[Bind]:
         if self._sessions is not None:
             return _detaching(self._sessions)
         if atomic or self.engine.dialect.name != "postgresql":

@@ -113,6 +113,7 @@ class Cluster:
             "unix_socket_directories=",
             f"fsync={'on' if self._fsync else 'off'}",
             "max_connections=200",
+            "max_prepared_transactions=10",
         ]
         with (self._work / "log").open("ab") as log:
             self._process = subprocess.Popen(

@@ -27,6 +27,7 @@ from sqlalchemy import (
     update,
 )
 
+from mljobs import events
 from mljobs.jobs._base import (
     Bind,
     JobRef,
@@ -209,6 +210,9 @@ def answers(
         else:
             errors.append(explain(connection, model, outcome.claim, held=token in rows, wanted=outcome.status))
     refresh(session, model, [outcome.claim.job_id for outcome in outcomes])
+    if events.subscribed():
+        ended_now = zip(outcomes, errors, strict=True)
+        events.note(session, model, [outcome.claim.job_id for outcome, error in ended_now if error is None])
     return errors
 
 
@@ -235,6 +239,8 @@ def cancel(session: Bind, job: JobRef, *, model: Model = MlJob) -> bool:
     if not cancelled:
         state_of(connection, model, job_id)
     refresh(session, model, [job_id])
+    if cancelled and events.subscribed():
+        events.note(session, model, [job_id])
     return cancelled
 
 

@@ -32,6 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from mljobs import events
 from mljobs.errors import InvalidValueError, MlJobsError
 from mljobs.guards import set_retention_door
 from mljobs.jobs._base import (
@@ -124,6 +125,8 @@ def rescue(
     for lease, error in _one_bad_row_stops_nothing(connection, leases, sweep):
         outcome.errors[lease[1]] = error
     refresh(session, model, [*outcome.requeued, *outcome.failed])
+    if outcome.failed and events.subscribed():
+        events.note(session, model, outcome.failed)
     return outcome
 
 

@@ -1,0 +1,1 @@
+"""The history of its tables, and of ours."""

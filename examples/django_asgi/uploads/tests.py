@@ -1,0 +1,30 @@
+"""``manage.py test``: our tables are there, for ``migrate`` made them."""
+
+from __future__ import annotations
+
+from django.test import TestCase
+
+from mljobs import jobs
+from mljobs.contrib.django import session
+from uploads.models import Upload
+
+
+class UploadTest(TestCase):
+    """Each test is a transaction that Django rolls back, jobs included."""
+
+    def test_an_upload_queues_its_training(self) -> None:
+        response = self.client.post(
+            "/uploads", {"path": "emails.csv", "spec": {"lr": 0.1}}, content_type="application/json"
+        )
+        self.assertEqual(response.status_code, 201)
+        upload = Upload.objects.get()
+        with session() as mljobs_session:
+            self.assertEqual(jobs.get(mljobs_session, upload.job_id).spec, {"lr": 0.1})
+
+    def test_a_finished_job_cannot_be_cancelled(self) -> None:
+        with session() as mljobs_session:
+            job = jobs.submit(mljobs_session, "train", "emails.csv")
+            job.cancel()
+        response = self.client.post(f"/jobs/{job.id}/cancel")
+        self.assertEqual(response.status_code, 409)
+        self.assertEqual(response.json()["job_status"], "cancelled")

@@ -1,0 +1,1 @@
+"""mljobs in a Flask application."""

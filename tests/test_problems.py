@@ -1,0 +1,259 @@
+"""Each error is what it should be over HTTP, in every framework, and says what a client may know."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from importlib import import_module
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+import mljobs
+from mljobs import (
+    InvalidTransitionError,
+    InvalidValueError,
+    JobCancelled,
+    JobDecodeError,
+    JobNotFound,
+    LeaseLostError,
+    MlJob,
+    MlJobsError,
+    MlJobStatus,
+    SchemaError,
+    TargetLockedError,
+    TerminalStateError,
+    WaitTimeout,
+)
+from mljobs.problems import MEANINGS, MEDIA_TYPE, body_of, problem, schema, status_of
+
+JOB = UUID("0199f3c2-0000-7000-8000-000000000001")
+MOMENT = datetime(2026, 11, 23, 20, 14, 5, 7000, tzinfo=UTC)
+RUNNING = MlJobStatus.RUNNING
+EXAMPLES: list[tuple[MlJobsError, int, dict[str, Any]]] = [
+    (MlJobsError("boom"), 500, {}),
+    (
+        InvalidValueError("progress", 101, "expected 0 to 100"),
+        422,
+        {"field": "progress", "value": 101, "reason": "expected 0 to 100"},
+    ),
+    (JobDecodeError("status", "unknown token"), 422, {"field": "status", "reason": "unknown token"}),
+    (JobNotFound(JOB), 404, {"job_id": str(JOB)}),
+    (
+        TerminalStateError(JOB, MlJobStatus.COMPLETED, MOMENT, {"progress": (100, 50)}),
+        409,
+        {
+            "job_id": str(JOB),
+            "job_status": "completed",
+            "finished_at": "2026-11-23T20:14:05.007Z",
+            "changes": {"progress": {"from": 100, "to": 50}},
+        },
+    ),
+    (TerminalStateError(), 409, {}),
+    (
+        InvalidTransitionError(JOB, MlJobStatus.QUEUED, MlJobStatus.COMPLETED),
+        409,
+        {"job_id": str(JOB), "job_status": "queued", "wanted_status": "completed"},
+    ),
+    (TargetLockedError(JOB), 409, {"job_id": str(JOB)}),
+    (LeaseLostError(JOB, 7), 409, {"job_id": str(JOB), "token": 7}),
+    (JobCancelled(JOB), 409, {"job_id": str(JOB)}),
+    (WaitTimeout(JOB, 2.5, RUNNING), 504, {"job_id": str(JOB), "timeout_seconds": 2.5, "job_status": "running"}),
+    (SchemaError("no table ml_jobs", ["column spec_json is text"]), 503, {}),
+]
+MEMBERS = {"type", "title", "status", "detail"}
+
+
+def _of_ours(kind: type[MlJobsError]) -> Iterator[type[MlJobsError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        if child.__module__.startswith("mljobs."):
+            yield from _of_ours(child)
+
+
+def test_every_error_of_the_package_has_a_line_of_its_own_and_an_example_here() -> None:
+    for module in pkgutil.walk_packages(mljobs.__path__, "mljobs."):
+        if ".migrations" not in module.name and not module.name.endswith("__main__"):
+            import_module(module.name)
+    found = set(_of_ours(MlJobsError))
+    assert found == set(MEANINGS), "give each error a line in mljobs/problems.py, with its status and why"
+    assert found == {type(error) for error, _, _ in EXAMPLES}
+    assert len({meaning.name for meaning in MEANINGS.values()}) == len(MEANINGS)
+    assert all(meaning.why and meaning.title for meaning in MEANINGS.values())
+
+
+@pytest.mark.parametrize(("error", "status", "data"), EXAMPLES, ids=lambda value: type(value).__name__)
+def test_a_problem_has_the_members_of_the_rfc_and_the_data_of_the_error(
+    error: MlJobsError, status: int, data: dict[str, Any]
+) -> None:
+    found = json.loads(body_of(error, instance="/jobs/1"))
+    assert found == problem(error, instance="/jobs/1")
+    assert found["status"] == status == status_of(error) == status_of(type(error))
+    assert found["type"].startswith("urn:mljobs:")
+    assert found.pop("instance") == "/jobs/1"
+    assert set(found) == MEMBERS | set(data)
+    assert {name: found[name] for name in data} == data
+    if status < 500 or status == 504:
+        assert found["detail"] == str(error)
+    assert set(schema()["required"]) <= set(found)
+
+
+def test_an_error_that_a_host_derives_is_what_its_parent_is() -> None:
+    class OutOfQuota(InvalidValueError):
+        """Of the host."""
+
+    assert status_of(OutOfQuota) == 422
+    assert problem(OutOfQuota("gpus", 9, "you have 4"))["field"] == "gpus"
+
+
+def test_what_the_application_did_wrong_is_no_fault_of_the_client_and_no_secret_leaves() -> None:
+    for error in (
+        InvalidValueError("url", "postgresql://me:hunter2@db/x", "not a database URL"),
+        InvalidValueError("session", object(), "expected a Session"),
+        SchemaError("table hunter2 is missing", ["hunter2"]),
+        MlJobsError("hunter2"),
+    ):
+        body = body_of(error).decode()
+        assert "hunter2" not in body
+        assert json.loads(body)["status"] in (500, 503)
+        assert set(json.loads(body)) == MEMBERS
+
+
+def test_the_applications_own_faults_are_logged_and_the_clients_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    body_of(JobNotFound(JOB), instance="/x")
+    assert not caplog.records
+    body_of(SchemaError("no table ml_jobs"), instance="/x")
+    assert "no table ml_jobs" in caplog.text
+    assert "/x" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "\ud800",
+        "x" * 100_000,
+        float("nan"),
+        float("inf"),
+        {1, 2},
+        b"\xff",
+        object(),
+        None,
+        [1],
+        {"lr": {1, 2}},
+        {},
+        MOMENT,
+        RUNNING,
+        10**30,
+        2.5,
+    ],
+)
+def test_whatever_value_was_refused_the_problem_is_valid_json_and_short(value: object) -> None:
+    body = body_of(InvalidValueError("spec", value, "no"), instance="/\udcff")
+    json.loads(body, parse_constant=pytest.fail)
+    body.decode("utf-8")
+    assert len(body) < 3000
+
+
+# ------------------------------------------------------------------------------------------------------ in frameworks
+
+
+def _starlette(error: Exception) -> tuple[int, str, bytes]:
+    from starlette.applications import Starlette
+    from starlette.routing import Route
+    from starlette.testclient import TestClient
+
+    from mljobs.contrib.starlette import install
+
+    def fail(_request: Any) -> Any:
+        raise error
+
+    app = Starlette(routes=[Route("/fail", fail)])
+    install(app)
+    response = TestClient(app).get("/fail")
+    return response.status_code, response.headers["content-type"], response.content
+
+
+def _fastapi(error: Exception) -> tuple[int, str, bytes]:
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+
+    from mljobs.contrib.fastapi import install
+
+    app = FastAPI()
+    install(app)
+
+    @app.get("/fail")
+    def fail() -> None:
+        raise error
+
+    response = TestClient(app).get("/fail")
+    return response.status_code, response.headers["content-type"], response.content
+
+
+def _flask(error: Exception) -> tuple[int, str, bytes]:
+    from flask import Flask
+
+    from mljobs.contrib.flask import install
+
+    app = Flask("app")
+    install(app)
+
+    @app.get("/fail")
+    def fail() -> str:
+        raise error
+
+    response = app.test_client().get("/fail")
+    return response.status_code, response.headers["content-type"], response.data
+
+
+def _litestar(error: Exception) -> tuple[int, str, bytes]:
+    from litestar import Litestar, get
+    from litestar.testing import TestClient
+
+    from mljobs.contrib.litestar import MlJobsPlugin
+
+    @get("/fail", sync_to_thread=False)
+    def fail() -> None:
+        raise error
+
+    with TestClient(Litestar([fail], plugins=[MlJobsPlugin()])) as client:
+        response = client.get("/fail")
+        return response.status_code, response.headers["content-type"], response.content
+
+
+FRAMEWORKS: dict[str, Callable[[Exception], tuple[int, str, bytes]]] = {
+    "starlette": _starlette,
+    "fastapi": _fastapi,
+    "flask": _flask,
+    "litestar": _litestar,
+}
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("error", [error for error, _, _ in EXAMPLES], ids=lambda error: type(error).__name__)
+def test_every_framework_answers_an_error_with_its_status_and_its_problem(framework: str, error: MlJobsError) -> None:
+    status, content_type, body = FRAMEWORKS[framework](error)
+    assert status == status_of(error)
+    assert content_type == MEDIA_TYPE
+    assert json.loads(body) == problem(error, instance="/fail")
+
+
+def test_openapi_tells_of_problems() -> None:
+    from fastapi import FastAPI
+
+    from mljobs.contrib.fastapi import responses
+    from mljobs.contrib.pydantic import MlJobRead
+
+    app = FastAPI()
+
+    @app.get("/jobs/{job_id}", response_model=MlJobRead, responses=responses(404, 409, 418))
+    def read(job_id: UUID) -> MlJob:
+        raise NotImplementedError
+
+    told = app.openapi()["paths"]["/jobs/{job_id}"]["get"]["responses"]
+    assert told["404"]["description"] == "No such job"
+    assert told["409"]["content"][MEDIA_TYPE]["schema"] == schema()
+    assert told["418"]["description"] == "I'm a Teapot"
