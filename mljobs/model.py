@@ -44,6 +44,7 @@ from uuid_utils.compat import uuid7
 from mljobs import codec
 from mljobs.errors import InvalidTransitionError, InvalidValueError, TerminalStateError
 from mljobs.guards import install_hooks, install_triggers, is_expression
+from mljobs.overview import install_overview
 from mljobs.states import ACTIVE, TERMINAL, MlJobKind, MlJobStatus
 from mljobs.types import (
     EPOCH,
@@ -92,6 +93,8 @@ class MlJobMixin:
 
     __lease_tablename__: ClassVar[str | None] = None
     """Name of the lease table; ``<table>_leases`` where None."""
+    __overview_name__: ClassVar[str | None] = None
+    """Name of the view for people with a SQL shell; no view where None. See :mod:`mljobs.overview`."""
     __leases__: ClassVar[Table]
     """The lease table."""
     __kinds__: ClassVar[type[StrEnum]] = MlJobKind
@@ -521,6 +524,8 @@ def _furnish(mapper: Mapper[Any], cls: type[MlJobMixin]) -> None:
     _add_indexes(table)
     cls.__leases__ = _lease_table(table, cls.__lease_tablename__)
     install_triggers(table)
+    if cls.__overview_name__ is not None:
+        install_overview(table, cls.__leases__, cls.__overview_name__)
 
 
 def _name(prefix: str, table: Table, suffix: str) -> str:
@@ -629,6 +634,7 @@ class MlJob(MlJobMixin, Base):
 
     __tablename__ = "ml_jobs"
     __lease_tablename__ = "ml_job_leases"
+    __overview_name__ = "ml_jobs_overview"
 
     kind: Mapped[MlJobKind] = kind_column(MlJobKind, sort_order=-15)
 
