@@ -60,7 +60,7 @@ def _stored(target: object, name: str) -> Any:
 def _changes(state: InstanceState[Any]) -> dict[str, tuple[object, object]]:
     """Return the net changes of guarded columns, ``{field: (old, new)}``; an unloaded old value is ``None``."""
     changes: dict[str, tuple[object, object]] = {}
-    for name in state.committed_state.keys() & _GUARDED:
+    for name in (column for column in GUARDED_COLUMNS if column in state.committed_state):
         history = state.attrs[name].history
         if history.has_changes():
             changes[name] = (

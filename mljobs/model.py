@@ -663,7 +663,8 @@ class MlJob(MlJobMixin, Base):
     __lease_tablename__ = "ml_job_leases"
     __overview_name__ = "ml_jobs_overview"
 
-    kind: Mapped[MlJobKind] = kind_column(MlJobKind, sort_order=-15)
+    if TYPE_CHECKING:
+        kind: Mapped[MlJobKind]
 
 
 class MlJobLease(Base):

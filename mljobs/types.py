@@ -10,13 +10,26 @@ import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from enum import EnumType, StrEnum
-from operator import eq, ne
+from operator import add, eq, ne, sub
 from typing import Any, Literal, TypeVar
 from typing import cast as cast_type
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import BigInteger, Double, Text, Uuid, bindparam, cast, literal, literal_column
+from sqlalchemy import (
+    CHAR,
+    BigInteger,
+    DateTime,
+    Double,
+    Interval,
+    Text,
+    Uuid,
+    bindparam,
+    cast,
+    literal,
+    literal_column,
+    type_coerce,
+)
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
@@ -169,14 +182,28 @@ def _refuse_constant(token: str) -> object:
 class JobId(TypeDecorator[UUID]):
     """A 128-bit id: ``uuid`` on PostgreSQL, ``CHAR(32)`` of lower-case hex digits elsewhere."""
 
-    impl = Uuid
+    # For tools that ask a TypeDecorator what it decorates (admin forms): an id can be typed as text. No database sees it.
+    impl = CHAR
     cache_ok = True
+
+    def __init__(self) -> None:
+        super().__init__(_DASHED_LENGTH)
+
+    @property
+    def python_type(self) -> type[UUID]:
+        return UUID
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return dialect.type_descriptor(Uuid())
 
     def process_bind_param(self, value: object, dialect: Dialect) -> UUID | None:  # noqa: ARG002 - SQLAlchemy's signature
         return None if value is None else to_job_id(value)
 
     def coerce_compared_value(self, op: object, value: object) -> TypeEngine[Any]:  # noqa: ARG002
         return self
+
+    def __repr__(self) -> str:
+        return "JobId()"
 
 
 class TokenType(TypeDecorator[StrEnum]):
@@ -190,6 +217,10 @@ class TokenType(TypeDecorator[StrEnum]):
         self.length = length
         self.field = field
         super().__init__(length)
+
+    @property
+    def python_type(self) -> type[StrEnum]:
+        return self.enum
 
     def process_bind_param(self, value: object, dialect: Dialect) -> str | None:  # noqa: ARG002
         return None if value is None else to_member(self.enum, self.field, value).value
@@ -233,15 +264,51 @@ class TokenType(TypeDecorator[StrEnum]):
 _TOKEN_OPERATORS = (eq, ne, in_op, not_in_op)
 
 
-class UtcMillis(TypeDecorator[datetime]):
-    """An aware UTC time: ``timestamptz(3)`` on PostgreSQL, integer epoch milliseconds elsewhere."""
+class Span(TypeDecorator[timedelta]):
+    """What lies between two times: ``interval`` on PostgreSQL, integer milliseconds elsewhere."""
 
-    impl = BigInteger
+    impl = Interval
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return dialect.type_descriptor(Interval() if dialect.name == "postgresql" else BigInteger())
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        return value if value is None or dialect.name == "postgresql" else value // _MILLISECOND
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> timedelta | None:
+        return value if value is None or dialect.name == "postgresql" else timedelta(milliseconds=value)
+
+
+class UtcMillis(TypeDecorator[datetime]):
+    """An aware UTC time: ``timestamptz(3)`` on PostgreSQL, integer epoch milliseconds elsewhere.
+
+    In a query ``finished_at - started_at`` is a ``timedelta``, and ``created_at + timedelta(hours=1)`` a time, on both.
+    """
+
+    impl = DateTime
     cache_ok = True
 
     def __init__(self, field: str) -> None:
         self.field = field
-        super().__init__()
+        super().__init__(timezone=True)
+
+    @property
+    def python_type(self) -> type[datetime]:
+        return datetime
+
+    class comparator_factory(TypeDecorator.Comparator[datetime], DateTime.Comparator[datetime]):
+        """Knows what the difference of two times is where times are integers."""
+
+        def operate(self, op: Any, *other: Any, **kw: Any) -> ColumnElement[Any]:
+            result = super().operate(op, *other, **kw)
+            if op not in (add, sub):
+                return result
+            of_span = isinstance(other[0], timedelta) or isinstance(getattr(other[0], "type", None), Span)
+            return type_coerce(result, self.type if of_span else Span())
+
+    def coerce_compared_value(self, op: object, value: object) -> TypeEngine[Any]:  # noqa: ARG002
+        return Span() if isinstance(value, timedelta) else self
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         # The type itself, not dialect.type_descriptor(...): that adapts it and loses the precision.
@@ -271,6 +338,10 @@ class PlainText(TypeDecorator[str]):
     def __init__(self, field: str) -> None:
         self.field = field
         super().__init__()
+
+    @property
+    def python_type(self) -> type[str]:
+        return str
 
     def process_bind_param(self, value: object, dialect: Dialect) -> str | None:  # noqa: ARG002
         return None if value is None else storable_text(self.field, value)
@@ -338,6 +409,10 @@ class JsonText(TypeDecorator[str]):
     def __init__(self, field: str) -> None:
         self.field = field
         super().__init__()
+
+    @property
+    def python_type(self) -> type[str]:
+        return str
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         return _PostgresJson() if dialect.name == "postgresql" else Text()

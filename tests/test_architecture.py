@@ -20,6 +20,7 @@ ORDER = [
     "codec",
     "guards",
     "model",
+    "admin",
     "prepared",
     "bulk",
     "jobs",
