@@ -178,6 +178,10 @@ def test_sqlacodegens_models_compile_and_round_trip_a_row(
         str(path),
         engine.url.render_as_string(hide_password=False),
     ]
+    if (
+        engine.dialect.name == "sqlite"
+    ):  # sqlacodegen 4.0.4 writes the condition of a partial index there without quotes
+        command[3:3] = ["--options", "noindexes"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     spec = spec_from_file_location("reflected", path)
