@@ -17,7 +17,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, create_engine, func, text
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
@@ -496,6 +496,24 @@ def test_a_bucket_holds_the_time_and_begins_where_it_should(engine: Engine, widt
             begin = session.query(time_bucket(MlJob.created_at, width)).filter(MlJob.id == job.id).scalar()
             assert begin <= moment < begin + width
             assert (begin - EPOCH) % width == timedelta(0)
+
+
+def test_times_differ_by_a_timedelta_and_move_by_one(engine: Engine) -> None:
+    start = datetime(2026, 2, 28, 23, 59, 59, 999_000, tzinfo=UTC)
+    span = timedelta(days=1, milliseconds=1)
+    with Session(engine) as session:
+        values = {"created_at": start, "started_at": start, "finished_at": start + span, "status": "completed"}
+        session.add(MlJob(kind="train", target_name="spam", **values))
+        session.flush()
+        took = MlJob.finished_at - MlJob.started_at
+        assert session.query(took).scalar() == span
+        assert session.query(func.max(took)).scalar() == span
+        assert session.query(MlJob.started_at - MlJob.run_after).scalar() is None
+        assert session.query(MlJob.created_at + span).scalar() == start + span
+        assert session.query(MlJob.finished_at - span).scalar() == start
+        assert session.query(start - MlJob.finished_at).scalar() == -span
+        assert session.query(MlJob).filter(took >= span, took < span + timedelta(milliseconds=1)).count() == 1
+        assert session.query(MlJob).filter(MlJob.created_at + timedelta(hours=25) > MlJob.finished_at).count() == 1
 
 
 @pytest.mark.parametrize("width", [timedelta(0), timedelta(seconds=-5), timedelta(milliseconds=1500), 60])
