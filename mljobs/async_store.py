@@ -222,6 +222,12 @@ class AsyncJobStore:
                 else:
                     yield step
 
+    async def to_arrow(self, **options: Any) -> Any:
+        """Return jobs as an Arrow table; see ``JobStore.to_arrow``."""
+        from mljobs.arrow import to_arrow  # noqa: PLC0415 - an extra
+
+        return await self.run(partial(to_arrow, model=self.model, **options))
+
     @asynccontextmanager
     async def running(
         self, job: JobRef, *, worker: str | None = None, lease: float = DEFAULT_LEASE

@@ -24,6 +24,7 @@ ORDER = [
     "prepared",
     "bulk",
     "jobs",
+    "arrow",
     "engines",
     "wake",
     "following",
