@@ -19,7 +19,7 @@ except ImportError as error:
     raise ImportError("AsyncJobStore needs the extra: pip install 'mljobs[async]'") from error
 
 from mljobs import events, jobs
-from mljobs.engines import async_url, engine_options, set_pragmas, sync_url, url_from_env
+from mljobs.engines import async_url, engine_options, set_up_connections, sync_url, url_from_env
 from mljobs.errors import InvalidValueError, MlJobsError
 from mljobs.following import Look, Steps, waiting, watching
 from mljobs.jobs import Bind, JobRef, Model
@@ -38,7 +38,7 @@ def new_async_engine(url: str | URL, *, autocommit: bool = False, **options: Any
     """Return an async engine with the settings that jobs need; see ``engines.new_engine``."""
     parsed = async_url(url)
     engine = create_async_engine(parsed, **engine_options(parsed, options, autocommit=autocommit))
-    set_pragmas(engine.sync_engine)
+    set_up_connections(engine.sync_engine)
     return engine
 
 
@@ -234,6 +234,12 @@ class AsyncJobStore(events.Source):
                     await sleeper.sleep(step)
                 else:
                     yield step
+
+    async def to_arrow(self, **options: Any) -> Any:
+        """Return jobs as an Arrow table; see ``JobStore.to_arrow``."""
+        from mljobs.arrow import to_arrow  # noqa: PLC0415 - an extra
+
+        return await self.run(partial(to_arrow, model=self.model, **options))
 
     @asynccontextmanager
     async def running(

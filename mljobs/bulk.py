@@ -17,7 +17,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from sqlalchemy import Boolean, Integer, SmallInteger, String, Text, Uuid, cast, insert, select, type_coerce
+from sqlalchemy import Boolean, Integer, SmallInteger, String, Text, Uuid, cast, func, insert, select, type_coerce
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import BigInteger, Date, DateTime, Double, Float, LargeBinary, NullType, TypeEngine
 from sqlalchemy.util import await_only
@@ -65,9 +65,15 @@ def insert_rows(connection: Connection, table: Table, columns: Sequence[str], ro
     """
     checked = _checked(table, columns, rows)
     types = _copy_types(table, columns) if connection.dialect.name == "postgresql" else None
-    if types is None:
+    if types is None or _row_security(connection, table):
         return _insert_chunks(connection, table, columns, checked)
     return _copy_in(connection, table, columns, checked, types)
+
+
+def _row_security(connection: Connection, table: Table) -> bool:
+    """Whether policies bind this role, under which PostgreSQL refuses COPY into the table."""
+    asked = select(func.row_security_active(cast(qualified_name(connection, table), Text)))
+    return bool(connection.scalar(asked))
 
 
 def qualified_name(connection: Connection, table: Table) -> str:

@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import StaticPool
 
 from mljobs.errors import InvalidValueError, SchemaError
+from mljobs.overview import overview_of
 from mljobs.triggers import companion_names
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _SHOWN = 100
 
 
 def differences(connection: Connection, metadata: MetaData) -> list[str]:
-    """Return one sentence for each part of a job table or its leases that is not as ``metadata`` has it.
+    """Return one sentence for each part of a job table, its leases or its view that is not as ``metadata`` has it.
 
     Raises:
         InvalidValueError: No job table is in ``metadata``; or the connection is in AUTOCOMMIT.
@@ -42,7 +43,7 @@ def differences(connection: Connection, metadata: MetaData) -> list[str]:
     expected = expect(connection, tables)
     problems = []
     for table in tables:
-        found = read(connection, table.name, _schema_of(connection, table))
+        found = read(connection, table, _schema_of(connection, table))
         if not found:
             problems.append(f"table {table.name} is missing")
             continue
@@ -142,13 +143,13 @@ def _expected_sqlite(_connection: Connection, tables: list[Table]) -> dict[Table
     try:
         with engine.begin() as connection:
             _create(connection, tables, None)
-            return {table: _read_sqlite(connection, table.name, None) for table in tables}
+            return {table: _read_sqlite(connection, table, None) for table in tables}
     finally:
         engine.dispose()
 
 
-def _read_sqlite(connection: Connection, table: str, schema: str | None) -> _Found:
-    quote = connection.dialect.identifier_preparer.quote
+def _read_sqlite(connection: Connection, read: Table, schema: str | None) -> _Found:
+    quote, table = connection.dialect.identifier_preparer.quote, read.name
     prefix = f"{quote(schema)}." if schema else ""
     found: _Found = {}
 
@@ -169,7 +170,17 @@ def _read_sqlite(connection: Connection, table: str, schema: str | None) -> _Fou
     for row in connection.exec_driver_sql(f"PRAGMA {prefix}foreign_key_list({quote(table)})"):
         add("foreign key", row[3], f"REFERENCES {row[2]} ({row[4]}) ON UPDATE {row[5]} ON DELETE {row[6]}")
     _read_sqlite_master(connection, table, prefix, add)
+    view = _view_of(read)
+    statement = f"SELECT sql FROM {prefix}sqlite_master WHERE type = 'view' AND name = ?"  # noqa: S608 - quoted
+    for (sql,) in connection.exec_driver_sql(statement, (view,)):
+        add("view", view, sql)
     return found
+
+
+def _view_of(table: Table) -> str:
+    """Return the name of the view that is compared with this table: the leases', which come last; none is empty."""
+    overview = overview_of(table)
+    return overview.name if overview is not None and overview.leases is table else ""
 
 
 def _read_sqlite_master(
@@ -199,7 +210,7 @@ def _expected_postgresql(connection: Connection, tables: list[Table]) -> dict[Ta
     undone = savepoint(connection)
     try:
         _create(connection, tables, "pg_temp")
-        return {table: _read_postgresql(connection, table.name, "pg_temp") for table in tables}
+        return {table: _read_postgresql(connection, table, "pg_temp") for table in tables}
     except DBAPIError as error:
         if _sqlstate(error) in _NOT_ALLOWED:
             reason = str(error.orig).partition("\n")[0]
@@ -237,11 +248,16 @@ SELECT t.tgname, pg_get_triggerdef(t.oid), CASE WHEN t.tgenabled IN ('O', 'A') T
   p.proname, p.prosrc
 FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid WHERE t.tgrelid = :table AND NOT t.tgisinternal
 ORDER BY t.tgname""")
+# In the schema of the table, wherever that is. With the options, for one decides whose rights it reads with.
+_VIEW = text("""\
+SELECT v.relname, concat_ws(' ', v.reloptions::text, pg_get_viewdef(v.oid))
+FROM pg_class v JOIN pg_class t ON t.relnamespace = v.relnamespace
+WHERE t.oid = :table AND v.relkind = 'v' AND v.relname = :view""")
 _STATISTICS = text("SELECT stxname, pg_get_statisticsobjdef(oid) FROM pg_statistic_ext WHERE stxrelid = :table")
 
 
-def _read_postgresql(connection: Connection, table: str, schema: str | None) -> _Found:
-    quote = connection.dialect.identifier_preparer.quote
+def _read_postgresql(connection: Connection, read: Table, schema: str | None) -> _Found:
+    quote, table = connection.dialect.identifier_preparer.quote, read.name
     row = connection.execute(_TABLE, {"name": f"{quote(schema)}.{quote(table)}" if schema else quote(table)}).first()
     found: _Found = {}
     if row is None:
@@ -265,4 +281,6 @@ def _read_postgresql(connection: Connection, table: str, schema: str | None) -> 
         add("function", function, body)
     for statistics, definition in connection.execute(_STATISTICS, values):
         add("statistics", statistics, definition)
+    for view, definition in connection.execute(_VIEW, {**values, "view": _view_of(read)}):
+        add("view", view, definition)
     return found

@@ -78,6 +78,7 @@ def new_engine(url: str | URL, *, autocommit: bool = False, **options: Any) -> E
     PostgreSQL by psycopg: a connection attempt ends after 10 s, and one over a network that is gone is noticed within a
     minute at rest (TCP keepalives) or 30 s at work (``tcp_user_timeout``). Options of the URL, or of ``connect_args``,
     come first: ``postgresql://host/db?connect_timeout=3&tcp_user_timeout=5000``.
+    PostgreSQL: behind a pooler psycopg prepares no statements, for the next one may reach another server process.
 
     Args:
         url: Where the database is.
@@ -86,7 +87,7 @@ def new_engine(url: str | URL, *, autocommit: bool = False, **options: Any) -> E
     """
     parsed = sync_url(url)
     engine = create_engine(parsed, **engine_options(parsed, options, autocommit=autocommit))
-    set_pragmas(engine)
+    set_up_connections(engine)
     watch(engine)
     return engine
 
@@ -124,18 +125,44 @@ def engine_options(url: URL, options: dict[str, Any], *, autocommit: bool) -> di
     return options
 
 
-def set_pragmas(engine: Engine) -> None:
-    """Set on each connection of a SQLite engine what jobs need; another engine is left as it is."""
-    if engine.dialect.name != "sqlite":
-        return
+def set_up_connections(engine: Engine) -> None:
+    """Set on each connection of an engine what jobs need."""
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _set_pragmas)
+    elif engine.dialect.driver in ("psycopg", "psycopg_async"):
+        event.listen(engine, "connect", _prepare_nothing_behind_a_pooler)
 
-    @event.listens_for(engine, "connect")
-    def on_connect(dbapi_connection: Any, _record: object) -> None:
-        cursor = dbapi_connection.cursor()
-        _switch_to_wal(cursor)
-        cursor.execute("PRAGMA foreign_keys = ON")
-        cursor.execute("PRAGMA recursive_triggers = ON")
-        cursor.close()
+
+def pooled(server_pid: int, told_pid: int) -> bool:
+    """Whether a pooler stands between: it answers for the server when a client connects, with a process id of its own.
+
+    In PgBouncer's transaction mode what belongs to a session (LISTEN, an advisory lock, a prepared statement) is left
+    behind on a server process that goes to the next client.
+
+    Args:
+        server_pid: What ``pg_backend_pid()`` says.
+        told_pid: What the driver was told at the start.
+    """
+    return server_pid != told_pid
+
+
+def _prepare_nothing_behind_a_pooler(dbapi_connection: Any, _record: object) -> None:
+    cursor = dbapi_connection.cursor()
+    cursor.execute("SELECT pg_backend_pid()")
+    (server_pid,) = cursor.fetchone()
+    cursor.close()
+    dbapi_connection.rollback()
+    driver = getattr(dbapi_connection, "driver_connection", dbapi_connection)
+    if pooled(server_pid, driver.info.backend_pid):
+        driver.prepare_threshold = None
+
+
+def _set_pragmas(dbapi_connection: Any, _record: object) -> None:
+    cursor = dbapi_connection.cursor()
+    _switch_to_wal(cursor)
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute("PRAGMA recursive_triggers = ON")
+    cursor.close()
 
 
 def _switch_to_wal(cursor: Any) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
@@ -32,9 +33,12 @@ _SHOWN = 80
 
 
 def shown(value: object) -> str:
-    """Return ``repr(value)``, cut to a length that suits a message."""
+    """Return a value as a message shows it: its ``repr``, a time as one reads it, cut to a sensible length."""
     try:
-        text = repr(value)
+        if isinstance(value, datetime):
+            text = value.isoformat(" ", "milliseconds" if value.microsecond % 1000 == 0 else "auto")
+        else:
+            text = repr(value.value) if isinstance(value, StrEnum) else repr(value)
     except Exception:  # noqa: BLE001 - a broken __repr__ must not hide the error that is being reported
         text = f"<{type(value).__name__}>"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

@@ -60,7 +60,7 @@ def _stored(target: object, name: str) -> Any:
 def _changes(state: InstanceState[Any]) -> dict[str, tuple[object, object]]:
     """Return the net changes of guarded columns, ``{field: (old, new)}``; an unloaded old value is ``None``."""
     changes: dict[str, tuple[object, object]] = {}
-    for name in state.committed_state.keys() & _GUARDED:
+    for name in (column for column in GUARDED_COLUMNS if column in state.committed_state):
         history = state.attrs[name].history
         if history.has_changes():
             changes[name] = (
@@ -254,12 +254,21 @@ def _diagnosis(error: BaseException) -> tuple[str | None, str | None]:
     return (_SQLITE_MESSAGES.get(message), None) if isinstance(message, str) else (None, None)
 
 
+_LOST_STATEMENT = ("26000", "42P05")  # a prepared statement that is not there, or is there already
+_POOLER = (
+    "mljobs: is this a pooler in transaction mode? Prepared statements do not survive there: with psycopg give the engine "
+    'connect_args={"prepare_threshold": None}; asyncpg needs PgBouncer 1.21 or later with max_prepared_statements. '
+    "See docs/pgbouncer.md."
+)
 _CONSTRAINTS = frozenset({TERMINAL_CONSTRAINT, TRANSITION_CONSTRAINT})
 _SQLITE_MESSAGES = {TERMINAL_MESSAGE: TERMINAL_CONSTRAINT, TRANSITION_MESSAGE: TRANSITION_CONSTRAINT}
 
 
 @event.listens_for(Engine, "handle_error")
 def _translate(context: ExceptionContext) -> MlJobsError | None:
+    error = context.sqlalchemy_exception
+    if error is not None and getattr(context.original_exception, "sqlstate", None) in _LOST_STATEMENT:
+        error.add_note(_POOLER)
     return translate_error(context.original_exception)
 
 

@@ -230,6 +230,35 @@ class JobStore(events.Source):
                 else:
                     yield step
 
+    def to_arrow(self, **options: Any) -> Any:
+        """Return jobs as an Arrow table, for pandas, polars and DuckDB.
+
+        Args:
+            **options: ``columns``, ``spread``, ``ids`` and filters; see ``mljobs.arrow.to_arrow``.
+        """
+        from mljobs.arrow import to_arrow  # noqa: PLC0415 - an extra
+
+        with self.connect() as bind:
+            return to_arrow(bind, model=self.model, **options)
+
+    @contextmanager
+    def arrow_batches(self, **options: Any) -> Iterator[Any]:
+        """Read jobs as Arrow batches, in constant memory: ``with store.arrow_batches() as reader: for batch in reader``.
+
+        Args:
+            **options: ``columns``, ``spread``, ``ids``, ``batch`` and filters; see ``mljobs.arrow.arrow_batches``.
+        """
+        from mljobs.arrow import reader_of  # noqa: PLC0415 - an extra
+
+        postgresql = self.engine.dialect.name == "postgresql"
+        with self.engine.connect() as connection:
+            if postgresql:
+                connection.execution_options(isolation_level="REPEATABLE READ")
+            else:
+                connection.exec_driver_sql("BEGIN")  # Python's driver begins none for reading: two reads, two states
+            with reader_of(connection, model=self.model, **options) as reader:
+                yield reader
+
     @contextmanager
     def running(self, job: JobRef, *, worker: str | None = None, lease: float = _LEASE) -> Iterator[Run]:
         """Run a job by hand: claim it, keep its lease alive from a thread, record how the block ends.

@@ -9,19 +9,34 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from enum import StrEnum
+from enum import EnumType, StrEnum
+from operator import add, eq, ne, sub
 from typing import Any, Literal, TypeVar
 from typing import cast as cast_type
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import BigInteger, Text, Uuid, cast
+from sqlalchemy import (
+    CHAR,
+    BigInteger,
+    DateTime,
+    Double,
+    Interval,
+    Text,
+    Uuid,
+    bindparam,
+    cast,
+    literal,
+    literal_column,
+    type_coerce,
+)
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.operators import in_op, not_in_op
 from sqlalchemy.types import String, TypeDecorator, TypeEngine, UserDefinedType
 
 from mljobs.errors import InvalidValueError
@@ -167,14 +182,28 @@ def _refuse_constant(token: str) -> object:
 class JobId(TypeDecorator[UUID]):
     """A 128-bit id: ``uuid`` on PostgreSQL, ``CHAR(32)`` of lower-case hex digits elsewhere."""
 
-    impl = Uuid
+    # For tools that ask a TypeDecorator what it decorates (admin forms): an id can be typed as text. No database sees it.
+    impl = CHAR
     cache_ok = True
+
+    def __init__(self) -> None:
+        super().__init__(_DASHED_LENGTH)
+
+    @property
+    def python_type(self) -> type[UUID]:
+        return UUID
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return dialect.type_descriptor(Uuid())
 
     def process_bind_param(self, value: object, dialect: Dialect) -> UUID | None:  # noqa: ARG002 - SQLAlchemy's signature
         return None if value is None else to_job_id(value)
 
     def coerce_compared_value(self, op: object, value: object) -> TypeEngine[Any]:  # noqa: ARG002
         return self
+
+    def __repr__(self) -> str:
+        return "JobId()"
 
 
 class TokenType(TypeDecorator[StrEnum]):
@@ -188,6 +217,10 @@ class TokenType(TypeDecorator[StrEnum]):
         self.length = length
         self.field = field
         super().__init__(length)
+
+    @property
+    def python_type(self) -> type[StrEnum]:
+        return self.enum
 
     def process_bind_param(self, value: object, dialect: Dialect) -> str | None:  # noqa: ARG002
         return None if value is None else to_member(self.enum, self.field, value).value
@@ -204,16 +237,78 @@ class TokenType(TypeDecorator[StrEnum]):
     def __repr__(self) -> str:
         return f"String(length={self.length})"
 
+    class comparator_factory(TypeDecorator.Comparator[StrEnum], String.Comparator[StrEnum]):
+        """Compares with tokens as text of the statement: from ``status = ?`` SQLite cannot tell that an index serves."""
+
+        type: TokenType
+
+        def operate(self, op: Any, *other: Any, **kw: Any) -> ColumnElement[Any]:
+            if op in _TOKEN_OPERATORS and other:
+                other = (self._as_text(other[0], many=op in (in_op, not_in_op)), *other[1:])
+            return super().operate(op, *other, **kw)
+
+        def _as_text(self, token: Any, *, many: bool) -> Any:
+            if isinstance(token, str) and not many:
+                value: Any = to_member(self.type.enum, self.type.field, token)
+            elif (
+                many
+                and isinstance(token, list | tuple | set | frozenset | EnumType)
+                and all(isinstance(t, str) for t in token)
+            ):
+                value = [to_member(self.type.enum, self.type.field, one) for one in token]
+            else:
+                return token
+            return bindparam(None, value, self.type, unique=True, expanding=many, literal_execute=True)
+
+
+_TOKEN_OPERATORS = (eq, ne, in_op, not_in_op)
+
+
+class Span(TypeDecorator[timedelta]):
+    """What lies between two times: ``interval`` on PostgreSQL, integer milliseconds elsewhere."""
+
+    impl = Interval
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return dialect.type_descriptor(Interval() if dialect.name == "postgresql" else BigInteger())
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        return value if value is None or dialect.name == "postgresql" else value // _MILLISECOND
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> timedelta | None:
+        return value if value is None or dialect.name == "postgresql" else timedelta(milliseconds=value)
+
 
 class UtcMillis(TypeDecorator[datetime]):
-    """An aware UTC time: ``timestamptz(3)`` on PostgreSQL, integer epoch milliseconds elsewhere."""
+    """An aware UTC time: ``timestamptz(3)`` on PostgreSQL, integer epoch milliseconds elsewhere.
 
-    impl = BigInteger
+    In a query ``finished_at - started_at`` is a ``timedelta``, and ``created_at + timedelta(hours=1)`` a time, on both.
+    """
+
+    impl = DateTime
     cache_ok = True
 
     def __init__(self, field: str) -> None:
         self.field = field
-        super().__init__()
+        super().__init__(timezone=True)
+
+    @property
+    def python_type(self) -> type[datetime]:
+        return datetime
+
+    class comparator_factory(TypeDecorator.Comparator[datetime], DateTime.Comparator[datetime]):
+        """Knows what the difference of two times is where times are integers."""
+
+        def operate(self, op: Any, *other: Any, **kw: Any) -> ColumnElement[Any]:
+            result = super().operate(op, *other, **kw)
+            if op not in (add, sub):
+                return result
+            of_span = isinstance(other[0], timedelta) or isinstance(getattr(other[0], "type", None), Span)
+            return type_coerce(result, self.type if of_span else Span())
+
+    def coerce_compared_value(self, op: object, value: object) -> TypeEngine[Any]:  # noqa: ARG002
+        return Span() if isinstance(value, timedelta) else self
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         # The type itself, not dialect.type_descriptor(...): that adapts it and loses the precision.
@@ -243,6 +338,10 @@ class PlainText(TypeDecorator[str]):
     def __init__(self, field: str) -> None:
         self.field = field
         super().__init__()
+
+    @property
+    def python_type(self) -> type[str]:
+        return str
 
     def process_bind_param(self, value: object, dialect: Dialect) -> str | None:  # noqa: ARG002
         return None if value is None else storable_text(self.field, value)
@@ -311,6 +410,10 @@ class JsonText(TypeDecorator[str]):
         self.field = field
         super().__init__()
 
+    @property
+    def python_type(self) -> type[str]:
+        return str
+
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         return _PostgresJson() if dialect.name == "postgresql" else Text()
 
@@ -337,3 +440,95 @@ def _millis_of_integer(element: epoch_millis, compiler: SQLCompiler, **kw: Any) 
 @compiles(epoch_millis, "postgresql")
 def _millis_of_timestamp(element: epoch_millis, compiler: SQLCompiler, **kw: Any) -> str:
     return f"CAST(EXTRACT(EPOCH FROM {compiler.process(element.clauses, **kw)}) * 1000 AS BIGINT)"
+
+
+class _Bucket(FunctionElement[datetime]):
+    inherit_cache = True
+    name: Literal["time_bucket"] = "time_bucket"
+
+
+@compiles(_Bucket)
+def _bucket_of_integer(element: _Bucket, compiler: SQLCompiler, **kw: Any) -> str:
+    moment, seconds = (compiler.process(part, **kw) for part in element.clauses)
+    return f"({moment} - {moment} % ({seconds} * 1000))"
+
+
+@compiles(_Bucket, "postgresql")
+def _bucket_of_timestamp(element: _Bucket, compiler: SQLCompiler, **kw: Any) -> str:
+    moment, seconds = (compiler.process(part, **kw) for part in element.clauses)
+    return f"to_timestamp(floor(extract(epoch FROM {moment}) / {seconds}) * {seconds})"
+
+
+def time_bucket(moment: Any, width: timedelta) -> ColumnElement[datetime]:
+    """Return the expression for the beginning of the hour, day or other span that a time lies in, on both databases.
+
+    Args:
+        moment: A time of a record, e.g. ``MlJob.finished_at``.
+        width: A whole number of seconds. Spans are counted from 1970-01-01 UTC, so days begin at midnight UTC.
+
+    Raises:
+        InvalidValueError: ``width`` is not a whole number of seconds above 0.
+
+    Example:
+        ``hour = time_bucket(MlJob.finished_at, timedelta(hours=1))``
+    """
+    if not isinstance(width, timedelta) or width < timedelta(seconds=1) or width.microseconds:
+        raise InvalidValueError("width", width, "expected a timedelta of whole seconds, at least one")
+    seconds = literal_column(str(width.days * 86_400 + width.seconds), BigInteger())
+    bucket = _Bucket(moment, seconds)
+    bucket.type = UtcMillis("time_bucket")
+    return bucket
+
+
+class _JsonNumber(FunctionElement[float | None]):
+    type: TypeEngine[float | None] = Double()
+    inherit_cache = True
+    name: Literal["json_number"] = "json_number"
+
+
+@compiles(_JsonNumber)
+def _number_of_text(element: _JsonNumber, compiler: SQLCompiler, **kw: Any) -> str:
+    column, key = (compiler.process(part, **kw) for part in element.clauses)
+    # Of a key that stands there twice the last one counts, as for every JSON parser.
+    return (
+        f"(SELECT CAST(value AS REAL) FROM json_each({column}) WHERE key = {key}"  # noqa: S608 - compiled parts
+        " AND type IN ('integer', 'real') ORDER BY id DESC LIMIT 1)"
+    )
+
+
+@compiles(_JsonNumber, "postgresql")
+def _number_of_json(element: _JsonNumber, compiler: SQLCompiler, **kw: Any) -> str:
+    column, key = (compiler.process(part, **kw) for part in element.clauses)
+    number = f"CAST({column} ->> {key} AS DOUBLE PRECISION)"
+    return f"CASE WHEN json_typeof({column} -> {key}) = 'number' THEN {number} END"
+
+
+def json_number(column: Any, key: str) -> ColumnElement[float | None]:
+    """Return the expression for the number under a key of a JSON column, NULL where there is none, on both databases.
+
+    A text or ``null`` under the key, which a plain cast would stumble over, counts as no number.
+    """
+    return _JsonNumber(column, cast(literal(key, Text()), Text()))
+
+
+class _FirstLine(FunctionElement[str | None]):
+    type: TypeEngine[Any] = Text()
+    inherit_cache = True
+    name: Literal["first_line"] = "first_line"
+
+
+@compiles(_FirstLine)
+def _first_line_by_instr(element: _FirstLine, compiler: SQLCompiler, **kw: Any) -> str:
+    column = compiler.process(element.clauses, **kw)
+    end = f"coalesce(nullif(instr({column}, char(10)), 0) - 1, length({column}))"
+    return f"substr({column}, 1, {end})"
+
+
+@compiles(_FirstLine, "postgresql")
+def _first_line_by_split(element: _FirstLine, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"split_part({compiler.process(element.clauses, **kw)}, chr(10), 1)"
+
+
+def first_line(column: Any) -> ColumnElement[str | None]:
+    """Return the expression for the first line of a text, on both databases."""
+    return _FirstLine(column)

@@ -4,7 +4,8 @@ A notification is a hint and never the truth. Whoever sleeps here looks at the t
 connection, a pooler that swallows LISTEN, or SQLite, which has no notifications, cost time and nothing else.
 
 On PostgreSQL a sleeper holds a shared advisory lock on its own connection; the trigger sends notifications only while
-somebody holds it, see :mod:`mljobs.triggers`.
+somebody holds it, see :mod:`mljobs.triggers`. Behind a pooler neither may be: in transaction mode the lock would stay on a
+server process that others use, and nobody would hear the notification. So a sleeper there only polls.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from mljobs.bulk import qualified_name
+from mljobs.engines import pooled
 from mljobs.jobs import table_of
 from mljobs.patience import answers_within
 from mljobs.triggers import WAKE_CHANNEL, WATCHER_LOCK, WORKER_LOCK
@@ -39,6 +41,7 @@ _LOCK = text(
 )
 _LISTEN_SECONDS = 10.0
 _LISTEN = f"LISTEN {WAKE_CHANNEL}"
+_PID = text("SELECT pg_backend_pid()")
 
 
 class Sleeper:
@@ -72,7 +75,7 @@ class Sleeper:
     def sleep(self, seconds: float) -> None:
         """Sleep for ``seconds`` at most. The first time, and after a lost connection, only start to listen."""
         try:
-            if self._ear is not None and self._connection is None:
+            if self._ear is not None and self._listens and self._connection is None:
                 self._listen()
                 return
             if self._ear is not None and self._connection is not None:
@@ -101,6 +104,11 @@ class Sleeper:
         with answers_within(_LISTEN_SECONDS):
             connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
             self._connection = connection
+            driver: Any = connection.connection.driver_connection
+            if pooled(connection.scalar(_PID), driver.info.backend_pid):
+                self._listens = False
+                self.rest()
+                return
             connection.execute(_LOCK, {"lock": self._lock, "table": qualified_name(connection, table_of(self._model))})
             connection.exec_driver_sql(_LISTEN)
 
@@ -179,10 +187,15 @@ class AsyncSleeper:
         connection = await self._engine.connect()
         self._connection = connection
         await connection.execution_options(isolation_level="AUTOCOMMIT")
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        told = driver.get_server_pid() if self._driver == "asyncpg" else driver.info.backend_pid
+        if pooled(await connection.scalar(_PID), told):
+            self._driver = ""
+            await self.close()
+            return
         name = await connection.run_sync(qualified_name, table_of(self._model))
         await connection.execute(_LOCK, {"lock": self._lock, "table": name})
         if self._driver == "asyncpg":
-            driver: Any = (await connection.get_raw_connection()).driver_connection
             await driver.add_listener(WAKE_CHANNEL, lambda *_: self._woken.set())
         else:
             await connection.exec_driver_sql(_LISTEN)

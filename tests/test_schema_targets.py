@@ -91,8 +91,8 @@ def test_an_engine_of_any_kind_goes_up_and_down_and_keeps_its_settings(of_any_ki
 
 BROKEN = """
 from alembic import op
-revision = "0002_breaks"
-down_revision = "0001_ml_jobs"
+revision = "9999_breaks"
+down_revision = "0002_overview"
 branch_labels = None
 depends_on = None
 
@@ -105,10 +105,10 @@ def upgrade():
 
 @pytest.fixture
 def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A release whose second revision fails half-way."""
+    """A release whose last revision fails half-way."""
     more = tmp_path / "broken"
     more.mkdir()
-    (more / "0002_breaks.py").write_text(BROKEN)
+    (more / "9999_breaks.py").write_text(BROKEN)
     original = schema._config
 
     def config(connection: Connection | None = None) -> Config:

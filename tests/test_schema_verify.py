@@ -16,6 +16,7 @@ from sqlalchemy.pool import NullPool
 
 from mljobs import MlJob, MlJobLease, MlJobMixin, SchemaError, TerminalStateError, metadata, schema
 from mljobs.errors import InvalidValueError
+from mljobs.overview import overview_ddl
 from tests.host import HostBase
 
 HARM_IN_SQLITE = {
@@ -30,12 +31,16 @@ HARM_IN_SQLITE = {
     "index ix_ml_jobs_retries of table ml_jobs is 'CREATE INDEX ix_ml_jobs_retries ON ml_jobs (retry_of)'": "DROP INDEX "
     "ix_ml_jobs_retries ;; CREATE INDEX ix_ml_jobs_retries ON ml_jobs (retry_of)",
     "table ml_job_leases is missing": "DROP TABLE ml_job_leases",
-    "column worker of table ml_job_leases is missing": "ALTER TABLE ml_job_leases RENAME COLUMN worker TO who",
+    "column worker of table ml_job_leases is missing": "DROP VIEW ml_jobs_overview ;; "
+    "ALTER TABLE ml_job_leases RENAME COLUMN worker TO who",
     "companion ml_jobs_counts of table ml_jobs is missing": "DROP TABLE ml_jobs_counts",
     "rows of companion ml_jobs_counts of table ml_jobs": "DELETE FROM ml_jobs_counts WHERE kind = 'train'",
     "rows of companion ml_jobs_guard of table ml_jobs is 'replace=0, retention=1', expected 'replace=0, retention=0'": (
         "UPDATE ml_jobs_guard SET open = 1 WHERE name = 'retention'"
     ),
+    "view ml_jobs_overview of table ml_job_leases is missing": "DROP VIEW ml_jobs_overview",
+    "view ml_jobs_overview of table ml_job_leases differs from character": "DROP VIEW ml_jobs_overview ;; "
+    "CREATE VIEW ml_jobs_overview AS SELECT id, status FROM ml_jobs",
 }
 LEASES = "DROP TABLE ml_job_leases ;; CREATE TABLE ml_job_leases (token INTEGER NOT NULL PRIMARY KEY{}, job_id {}"
 LEASE_END = (
@@ -72,13 +77,13 @@ HARM_IN_POSTGRESQL = {
     "created_at)'": "DROP INDEX ix_ml_jobs_created ;; CREATE INDEX ix_ml_jobs_created ON ml_jobs (id, created_at)",
     "index ix_ml_jobs_queue of table ml_jobs differs from character": "DROP INDEX ix_ml_jobs_queue ;; "
     "CREATE INDEX ix_ml_jobs_queue ON ml_jobs (priority, created_at, id) WHERE status = 'queued'",
-    "table ml_job_leases is missing": "DROP TABLE ml_job_leases",
+    "table ml_job_leases is missing": "DROP TABLE ml_job_leases CASCADE",
     "column worker of table ml_job_leases is 'character varying(10) NOT NULL', expected 'text NOT NULL'": (
-        "ALTER TABLE ml_job_leases ALTER COLUMN worker TYPE varchar(10)"
+        "DROP VIEW ml_jobs_overview ;; ALTER TABLE ml_job_leases ALTER COLUMN worker TYPE varchar(10)"
     ),
     "column created_at of table ml_jobs is 'timestamp(6) with time zone NOT NULL', "
-    "expected 'timestamp(3) with time zone NOT NULL'": "DROP TRIGGER ml_jobs_guard_update ON ml_jobs ;; "
-    "ALTER TABLE ml_jobs ALTER COLUMN created_at TYPE timestamptz(6)",
+    "expected 'timestamp(3) with time zone NOT NULL'": "DROP VIEW ml_jobs_overview ;; "
+    "DROP TRIGGER ml_jobs_guard_update ON ml_jobs ;; ALTER TABLE ml_jobs ALTER COLUMN created_at TYPE timestamptz(6)",
     "column target_name of table ml_jobs is 'text', expected 'text NOT NULL'": (
         "ALTER TABLE ml_jobs ALTER COLUMN target_name DROP NOT NULL"
     ),
@@ -103,6 +108,13 @@ HARM_IN_POSTGRESQL = {
         "ALTER TABLE ml_job_leases DROP CONSTRAINT ml_job_leases_pkey"
     ),
     "statistics ml_jobs_kind_status of table ml_jobs is missing": "DROP STATISTICS ml_jobs_kind_status",
+    "view ml_jobs_overview of table ml_job_leases is missing": "DROP VIEW ml_jobs_overview",
+    "view ml_jobs_overview of table ml_job_leases differs from character": "CREATE OR REPLACE VIEW ml_jobs_overview "
+    "WITH (security_invoker = true) AS "
+    "SELECT * FROM (SELECT (jsonb_populate_record(NULL::ml_jobs_overview, '{}')).*) AS nothing",
+    "view ml_jobs_overview of table ml_job_leases differs from": (
+        "ALTER VIEW ml_jobs_overview SET (security_invoker = false)"
+    ),
 }
 HARM = [("sqlite", *harm) for harm in HARM_IN_SQLITE.items()]
 HARM += [("postgresql", *harm) for harm in HARM_IN_POSTGRESQL.items()]
@@ -129,7 +141,8 @@ def test_verify_names_what_differs(
     found = problems(engine)
     assert [problem for problem in found if problem.startswith(sentence)], found
     # Some harm cannot be done alone.
-    assert all(problem.startswith((sentence, "trigger ml_jobs_guard_update")) for problem in found), found
+    with_it = ("trigger ml_jobs_guard_update", "view ml_jobs_overview")
+    assert all(problem.startswith((sentence, *with_it)) for problem in found), found
 
 
 def test_each_difference_is_one_sentence_that_fits_a_terminal(engine: Engine) -> None:
@@ -200,9 +213,9 @@ def test_an_empty_database_has_every_table_missing(empty_url: str) -> None:
 
 def test_a_schema_behind_this_release_is_told_to_upgrade(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     schema.stamp(engine)
-    monkeypatch.setattr(schema, "head", lambda: "0002_later")
+    monkeypatch.setattr(schema, "head", lambda: "9999_later")
     assert problems(engine) == [
-        "the schema is at version 0001_ml_jobs, this release expects 0002_later: run an upgrade"
+        "the schema is at version 0002_overview, this release expects 9999_later: run an upgrade"
     ]
 
 
@@ -332,8 +345,12 @@ def _rebuild(url: str, table: str, **options: Any) -> Engine:
     engine = create_engine(url, poolclass=NullPool)
     with engine.begin() as connection:
         operations = Operations(MigrationContext.configure(connection))
+        for statement in overview_ddl(MlJob.__table__, "sqlite", create=False):  # it stands in the way of the rename
+            operations.execute(statement)
         with operations.batch_alter_table(table, recreate="always", **options):
             pass
+        for statement in overview_ddl(MlJob.__table__, "sqlite"):
+            operations.execute(statement)
     return engine
 
 

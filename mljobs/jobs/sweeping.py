@@ -58,6 +58,7 @@ from mljobs.types import JobId, to_member, to_utc, utc_now
 
 _ATTEMPTS_MAX = 32_767
 _BATCH_MAX = 10_000
+_NO_PRIVILEGE = "42501"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +178,7 @@ def prune(
 
     Raises:
         InvalidValueError: An argument is out of range.
+        ProgrammingError: The role may not delete.
     """
     total, after = 0, None
     limit = _limit_of(older_than)
@@ -256,6 +258,8 @@ def _attempt(connection: Connection, rows: Sequence[Any], sweep: Callable[[Seque
         if isinstance(error, DBAPIError) and error.connection_invalidated:
             raise
         savepoint.rollback()
+        if getattr(getattr(error, "orig", None), "sqlstate", None) == _NO_PRIVILEGE:
+            raise  # no matter of this row: the role may do it to none
         return error
     except BaseException:
         savepoint.rollback()

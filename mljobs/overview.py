@@ -1,0 +1,192 @@
+"""The view beside a job table for people who only have a SQL shell: what runs, waits and is stuck, in words.
+
+One row for each job, with its lease: ages and durations ready to read, no JSON. It is made with the lease table, which it
+reads, and dropped before it. Migrations hold a frozen copy of the text, never a call to this module.
+
+A host's own table has no view unless its class sets ``__overview_name__``: on SQLite a view stands in the way of
+``batch_alter_table``, which renames the table that the view reads, and a host that was not asked would find out in its next
+migration. With one, a migration that changes a column of the record drops the view first and makes it again after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, Table, event
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.schema import ExecutableDDLElement
+from sqlalchemy.sql.compiler import DDLCompiler
+
+from mljobs.errors import InvalidValueError
+from mljobs.states import TERMINAL, MlJobStatus
+
+_FINISHED = ", ".join(f"'{status}'" for status in TERMINAL)
+_QUEUED, _RUNNING = MlJobStatus.QUEUED, MlJobStatus.RUNNING
+_ERROR_SHOWN = 200
+
+_NOTE = f"""\
+CASE
+    WHEN {{j}}status = '{_RUNNING}' AND {{l}}token IS NULL THEN 'started by hand, no lease'
+    WHEN {{j}}status = '{_RUNNING}' AND {{l}}expires_at < {{now}} THEN 'its worker is silent'
+    WHEN {{j}}status IN ({_FINISHED}) AND {{l}}token IS NOT NULL THEN 'its worker has not stopped yet'
+    WHEN {{j}}status = '{_QUEUED}' AND {{j}}run_after > {{now}} THEN 'not before run_after'
+    WHEN {{j}}status = '{_QUEUED}' AND {{j}}{{exclusive}}
+      AND EXISTS (SELECT 1 FROM {{{{leases}}}} h WHERE h.target_lock = {{j}}target_name) THEN 'its target is taken'
+  END AS note"""
+
+# PostgreSQL: intervals, which sort and compare, and which psql shows as 1 day 02:03:04.
+_POSTGRES_VIEW = f"""\
+CREATE VIEW {{view}} AS
+SELECT j.id, j.kind, j.target_name, j.status, j.progress,
+  date_trunc('second', greatest(statement_timestamp() - j.created_at, interval '0')) AS age,
+  date_trunc('second', greatest(
+    coalesce(j.started_at, j.finished_at, statement_timestamp()) - greatest(j.created_at, j.run_after), interval '0'
+  )) AS queue_wait,
+  date_trunc('second', CASE
+    WHEN j.finished_at >= j.started_at THEN j.finished_at - j.started_at
+    WHEN j.status = '{_RUNNING}' AND j.started_at <= statement_timestamp() THEN statement_timestamp() - j.started_at
+  END) AS duration,
+  l.worker, l.expires_at AS lease_ends_at,
+  j.status = '{_RUNNING}' AND coalesce(l.expires_at < statement_timestamp(), false) AS stuck,
+  {_NOTE.format(j="j.", l="l.", now="statement_timestamp()", exclusive="exclusive")},
+  j.attempts, j.priority, j.created_at, j.started_at, j.finished_at, j.run_after,
+  CASE WHEN j.finished_at >= j.started_at
+    THEN (extract(epoch FROM j.finished_at - j.started_at) * 1000)::bigint END AS duration_ms,
+  j.retry_of,
+  left(split_part(j.error_message, chr(10), 1), {_ERROR_SHOWN}) AS error
+FROM {{jobs}} j LEFT JOIN {{leases}} l ON l.job_id = j.id"""
+
+# Since PostgreSQL 15 a view may read with the rights of whoever asks; otherwise it would pass row security by.
+_POSTGRES_INVOKER = """\
+DO $mljobs$
+BEGIN
+  IF current_setting('server_version_num')::integer >= 150000 THEN
+    ALTER VIEW {view} SET (security_invoker = true);
+  END IF;
+END
+$mljobs$"""
+
+
+def _span(seconds: str) -> str:
+    return f"""\
+CASE WHEN {seconds} >= 172800 THEN ({seconds} / 86400) || ' days ' WHEN {seconds} >= 86400 THEN '1 day ' ELSE '' END
+    || time({seconds}, 'unixepoch') AS {seconds}"""
+
+
+def _moment(millis: str, name: str = "") -> str:
+    seconds = f"strftime('%Y-%m-%d %H:%M:%S', {millis} / 1000, 'unixepoch')"
+    return f"{seconds} || printf('.%03d', {millis} % 1000) AS {name or millis}"
+
+
+# SQLite: the same as text, times in UTC. Now is put together of whole numbers, for julianday() is a float.
+_SQLITE_VIEW = f"""\
+CREATE VIEW {{view}} AS
+SELECT id, kind, target_name, status, progress,
+  {_span("age")},
+  {_span("queue_wait")},
+  {_span("duration")},
+  worker, {_moment("expires_at", "lease_ends_at")},
+  status = '{_RUNNING}' AND coalesce(expires_at < now, 0) AS stuck,
+  {_NOTE.format(j="", l="", now="now", exclusive='"exclusive"')},
+  attempts, priority,
+  {_moment("created_at")},
+  {_moment("started_at")},
+  {_moment("finished_at")},
+  {_moment("run_after")},
+  duration_ms, retry_of,
+  substr(error_message, 1,
+    min(coalesce(nullif(instr(error_message, char(10)), 0) - 1, {_ERROR_SHOWN}), {_ERROR_SHOWN})) AS error
+FROM (
+  SELECT *,
+    max(now - created_at, 0) / 1000 AS age,
+    max(coalesce(started_at, finished_at, now) - max(created_at, coalesce(run_after, 0)), 0) / 1000 AS queue_wait,
+    CASE WHEN finished_at >= started_at THEN finished_at - started_at
+      WHEN status = '{_RUNNING}' AND started_at <= now THEN now - started_at END / 1000 AS duration,
+    CASE WHEN finished_at >= started_at THEN finished_at - started_at END AS duration_ms
+  FROM (
+    SELECT j.id, j.kind, j.target_name, j.status, j.progress, j.attempts, j.priority, j."exclusive",
+      j.created_at, j.started_at, j.finished_at, j.run_after, j.retry_of, j.error_message,
+      l.token, l.worker, l.expires_at,
+      CAST(strftime('%s', 'now') AS INTEGER) * 1000 + CAST(substr(strftime('%f', 'now'), 4) AS INTEGER) AS now
+    FROM {{jobs}} j LEFT JOIN {{leases}} l ON l.job_id = j.id
+  )
+)"""
+
+_POSTGRES_CREATE = (_POSTGRES_VIEW, _POSTGRES_INVOKER)
+_SQLITE_CREATE = (_SQLITE_VIEW,)
+_DROP = ("DROP VIEW IF EXISTS {view}",)
+
+_TEXTS = {
+    ("postgresql", True): _POSTGRES_CREATE,
+    ("postgresql", False): _DROP,
+    ("sqlite", True): _SQLITE_CREATE,
+    ("sqlite", False): _DROP,
+}
+_INFO = "mljobs_overview"
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """A view: its name, and the tables that it reads."""
+
+    name: str
+    jobs: Table
+    leases: Table
+
+
+class OverviewDDL(ExecutableDDLElement):
+    """One statement that creates or drops a view."""
+
+    inherit_cache = False
+
+    def __init__(self, overview: Overview, text: str) -> None:
+        self.overview = overview
+        self.text = text
+
+
+@compiles(OverviewDDL)
+def _render(element: OverviewDDL, compiler: DDLCompiler, **_: object) -> str:
+    preparer, overview = compiler.preparer, element.overview
+    schema = preparer.schema_for_object(overview.jobs)
+    prefix = f"{preparer.quote_schema(schema)}." if schema else ""
+    # SQLite: a view reads from the schema that it is in, and may name no other.
+    inside = "" if compiler.dialect.name == "sqlite" else prefix
+    return element.text.format(
+        view=prefix + preparer.quote(overview.name),
+        jobs=inside + preparer.quote(overview.jobs.name),
+        leases=inside + preparer.quote(overview.leases.name),
+    )
+
+
+def overview_of(table: Table) -> Overview | None:
+    """Return the view beside a job table, or beside its leases; None where there is none."""
+    found: Overview | None = table.info.get(_INFO)
+    return found
+
+
+def overview_ddl(table: Table, dialect_name: str, *, create: bool = True) -> Sequence[OverviewDDL]:
+    """Return the statements that create (or drop) the view beside a job table, in order; none for an unknown dialect.
+
+    Raises:
+        InvalidValueError: The table has none; set ``__overview_name__`` in its class.
+    """
+    overview = overview_of(table)
+    if overview is None:
+        raise InvalidValueError("table", table.name, "it has no overview; set __overview_name__ in its class")
+    return [OverviewDDL(overview, text) for text in _TEXTS.get((dialect_name, create), ())]
+
+
+def install_overview(jobs: Table, leases: Table, name: str) -> None:
+    """Create the view with the tables and drop it with them, where a host uses ``metadata.create_all``."""
+    jobs.info[_INFO] = leases.info[_INFO] = Overview(name, jobs, leases)
+
+    @event.listens_for(leases, "after_create")
+    def create(_table: Table, connection: Connection, **_: object) -> None:
+        for statement in overview_ddl(jobs, connection.dialect.name):
+            connection.execute(statement)
+
+    @event.listens_for(leases, "before_drop")
+    def drop(_table: Table, connection: Connection, **_: object) -> None:
+        for statement in overview_ddl(jobs, connection.dialect.name, create=False):
+            connection.execute(statement)
