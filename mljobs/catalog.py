@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, NestedTransaction, create_engine, inspect, text
@@ -16,10 +17,16 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import StaticPool
 
 from mljobs.errors import InvalidValueError, SchemaError
-from mljobs.triggers import companion_names
+from mljobs.triggers import GUARD_ROLES, companion_names
 
 if TYPE_CHECKING:
     from sqlalchemy import MetaData, Table
+
+VERSION_TABLE = "mljobs_alembic_version"
+"""Where Alembic keeps our version."""
+
+OWN_TABLES = frozenset({"ml_jobs", "ml_jobs_guard", "ml_jobs_counts", "ml_job_leases", VERSION_TABLE})
+"""Every table that our migrations make, on either database; for a host's autogenerate, which must not drop them."""
 
 _Found = dict[tuple[str, str], str]
 """What a table is and what stands beside it: the kind and name of each part, and its definition."""
@@ -55,6 +62,58 @@ def differences(connection: Connection, metadata: MetaData) -> list[str]:
             elif have != definition:
                 problems.append(f"{subject} {_difference(have, definition)}")
     return problems
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a job table that is not as this release makes it.
+
+    Attributes:
+        kind: ``trigger``, ``function``, ``check``, ``index`` and so on.
+        name: Its name.
+        have: Its definition in the database; None where it is missing.
+    """
+
+    kind: str
+    name: str
+    have: str | None
+
+
+def record_differences(connection: Connection, table: Table) -> list[Part]:
+    """Return the parts of a job table, as the mixin alone makes it, that differ; none where the table is missing.
+
+    A host's own columns, keys and triggers are not looked at, nor made for the comparison.
+
+    Raises:
+        InvalidValueError: The connection is in AUTOCOMMIT.
+        SchemaError: The role may not make temporary tables.
+    """
+    from mljobs.model import record_table  # noqa: PLC0415 - upgrading works without the model
+
+    bare = record_table(table)
+    postgresql = connection.dialect.name == "postgresql"
+    read, expect = (_read_postgresql, _expected_postgresql) if postgresql else (_read_sqlite, _expected_sqlite)
+    found = read(connection, table.name, _schema_of(connection, table))
+    if not found:
+        return []
+    expected = expect(connection, [bare])[bare]
+    return [
+        Part(kind, name, found.get((kind, name)))
+        for (kind, name), definition in expected.items()
+        if found.get((kind, name)) != definition
+    ]
+
+
+def guarded_tables(connection: Connection, schema: str | None) -> set[str]:
+    """Return the tables of a schema beside which a guard stands, whole or in part."""
+    if connection.dialect.name == "postgresql":
+        rows = connection.execute(_GUARDED, {"schema": schema})
+    else:
+        prefix = f"{connection.dialect.identifier_preparer.quote(schema)}." if schema else ""
+        rows = connection.exec_driver_sql(f"SELECT tbl_name, name FROM {prefix}sqlite_master WHERE type = 'trigger'")  # noqa: S608 - quoted
+    triggers = rows.all()
+    guards = {table: {companion_names(table)[role] for role in GUARD_ROLES} for table, _ in triggers}
+    return {table for table, trigger in triggers if trigger in guards[table]}
 
 
 def savepoint(connection: Connection) -> NestedTransaction:
@@ -237,6 +296,10 @@ SELECT t.tgname, pg_get_triggerdef(t.oid), CASE WHEN t.tgenabled IN ('O', 'A') T
   p.proname, p.prosrc
 FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid WHERE t.tgrelid = :table AND NOT t.tgisinternal
 ORDER BY t.tgname""")
+_GUARDED = text("""\
+SELECT c.relname, t.tgname FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
+WHERE c.relnamespace = CAST(coalesce(quote_ident(:schema), quote_ident(current_schema())) AS regnamespace)
+  AND NOT t.tgisinternal""")
 _STATISTICS = text("SELECT stxname, pg_get_statisticsobjdef(oid) FROM pg_statistic_ext WHERE stxrelid = :table")
 
 

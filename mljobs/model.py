@@ -6,7 +6,6 @@ outcome is one method, which sets every field that belongs to it, so no illegal 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from datetime import datetime
@@ -38,6 +37,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.hybrid import hybrid_property
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedColumn, Mapper, mapped_column, validates
+from sqlalchemy.sql.elements import conv
 from sqlalchemy.types import JSON
 from uuid_utils.compat import uuid7
 
@@ -45,11 +45,13 @@ from mljobs import codec
 from mljobs.errors import InvalidTransitionError, InvalidValueError, TerminalStateError
 from mljobs.guards import install_hooks, install_triggers, is_expression
 from mljobs.states import ACTIVE, TERMINAL, MlJobKind, MlJobStatus
+from mljobs.triggers import GUARDED_COLUMNS, short_name
 from mljobs.types import (
     EPOCH,
     JobId,
     JsonText,
     PlainText,
+    SqliteCheck,
     TokenType,
     UtcMillis,
     epoch_millis,
@@ -64,7 +66,6 @@ from mljobs.types import (
 )
 
 _SMALLINT_MAX = 32_767
-_IDENTIFIER_MAX = 63  # PostgreSQL's limit, in bytes
 _PROGRESS_MAX = 100
 
 
@@ -516,19 +517,31 @@ def _furnish(mapper: Mapper[Any], cls: type[MlJobMixin]) -> None:
     table.info["mljobs"] = True
     kinds: type[StrEnum] = table.c.kind.type.enum
     cls.__kinds__ = kinds
-    for constraint in _checks(table, kinds):
-        table.append_constraint(constraint)
-    _add_indexes(table)
+    _add_checks_and_indexes(table, kinds)
     cls.__leases__ = _lease_table(table, cls.__lease_tablename__)
     install_triggers(table)
 
 
-def _name(prefix: str, table: Table, suffix: str) -> str:
-    name = f"{prefix}_{table.name}_{suffix}"
-    if len(name.encode()) > _IDENTIFIER_MAX:
-        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-        name = f"{name[: _IDENTIFIER_MAX - 9]}_{digest}"
-    return name
+def _add_checks_and_indexes(table: Table, kinds: type[StrEnum]) -> None:
+    for constraint in _checks(table, kinds):
+        table.append_constraint(constraint)
+    _add_indexes(table)
+
+
+def record_table(table: Table) -> Table:
+    """Return what the mixin alone makes of a mapped job table: none of the host's columns, keys, checks and indexes."""
+    columns = [Column(name, table.c[name].type, primary_key=name == "id") for name in GUARDED_COLUMNS]
+    with_rowid = table.dialect_options["sqlite"]["with_rowid"]
+    bare = Table(table.name, MetaData(), *columns, schema=table.schema, sqlite_with_rowid=with_rowid)
+    kind_type: Any = table.c.kind.type
+    _add_checks_and_indexes(bare, kind_type.enum)
+    install_triggers(bare)
+    return bare
+
+
+def _name(prefix: str, table: Table, suffix: str) -> conv:
+    """Return a name that no naming convention of the host's changes, and that PostgreSQL can hold."""
+    return conv(short_name(f"{prefix}_{table.name}_{suffix}"))
 
 
 def _quoted(tokens: type[StrEnum] | tuple[StrEnum, ...]) -> str:
@@ -536,8 +549,8 @@ def _quoted(tokens: type[StrEnum] | tuple[StrEnum, ...]) -> str:
 
 
 def _checks(table: Table, kinds: type[StrEnum]) -> list[CheckConstraint]:
-    def check(suffix: str, condition: str) -> CheckConstraint:
-        return CheckConstraint(text(condition), name=_name("ck", table, suffix))
+    def check(suffix: str, condition: str, kind: type[CheckConstraint] = CheckConstraint) -> CheckConstraint:
+        return kind(text(condition), name=_name("ck", table, suffix))
 
     hex_digits = "length(id) = 32 AND id NOT GLOB '*[^0-9a-f]*'"
     return [
@@ -545,9 +558,9 @@ def _checks(table: Table, kinds: type[StrEnum]) -> list[CheckConstraint]:
         check("status", f"status IN ({_quoted(tuple(MlJobStatus))})"),
         check("progress", f"progress BETWEEN 0 AND {_PROGRESS_MAX}"),
         # PostgreSQL's uuid and json types check these themselves.
-        check("id", hex_digits).ddl_if(dialect="sqlite"),
-        check("spec_json", "json_valid(spec_json)").ddl_if(dialect="sqlite"),
-        check("metrics_json", "metrics_json IS NULL OR json_valid(metrics_json)").ddl_if(dialect="sqlite"),
+        check("id", hex_digits, SqliteCheck),
+        check("spec_json", "json_valid(spec_json)", SqliteCheck),
+        check("metrics_json", "metrics_json IS NULL OR json_valid(metrics_json)", SqliteCheck),
     ]
 
 

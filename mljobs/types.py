@@ -10,17 +10,17 @@ import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 from typing import cast as cast_type
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import BigInteger, Text, Uuid, cast
+from sqlalchemy import BigInteger, CheckConstraint, Table, Text, Uuid, cast
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.elements import ColumnElement
+from sqlalchemy.sql.elements import ColumnElement, TextClause
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import String, TypeDecorator, TypeEngine, UserDefinedType
 
@@ -233,6 +233,9 @@ class UtcMillis(TypeDecorator[datetime]):
             return moment if moment.tzinfo is UTC else moment.astimezone(UTC)
         return from_millis(value)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.field!r})"
+
 
 class PlainText(TypeDecorator[str]):
     """Text that every database can hold: no NUL, which PostgreSQL cannot store, and no lone surrogates."""
@@ -246,6 +249,9 @@ class PlainText(TypeDecorator[str]):
 
     def process_bind_param(self, value: object, dialect: Dialect) -> str | None:  # noqa: ARG002
         return None if value is None else storable_text(self.field, value)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.field!r})"
 
 
 def storable_text(field: str, value: object) -> str:
@@ -316,6 +322,24 @@ class JsonText(TypeDecorator[str]):
 
     def process_bind_param(self, value: object, dialect: Dialect) -> str | None:  # noqa: ARG002
         return None if value is None else storable_json(self.field, value)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.field!r})"
+
+
+# ------------------------------------------------------------------------------------------------ constraints
+
+
+class SqliteCheck(CheckConstraint):
+    """A CHECK for SQLite only: what PostgreSQL's types check themselves. Migrations of hosts name it."""
+
+    def __init__(self, sqltext: str | TextClause, name: str | None = None, **kw: Any) -> None:
+        super().__init__(sqltext, name=name, **kw)
+        self.ddl_if(dialect="sqlite")
+
+    def _copy(self, *, target_table: Table | None = None, **_: Any) -> Self:
+        # SQLAlchemy's own makes a plain CHECK of it, for Table.to_metadata and for Alembic.
+        return type(self)(self.sqltext, self.name, table=target_table)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------ SQL expressions
