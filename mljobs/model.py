@@ -74,11 +74,12 @@ def kind_column(enum: type[StrEnum], **kw: Any) -> MappedColumn[Any]:
 
     Args:
         enum: The kinds; each value is a token of at most 32 characters.
-        **kw: Passed on to ``mapped_column``.
+        **kw: Passed on to ``mapped_column``. Where ``sort_order`` is not among them, the column stands second as in ours.
 
     Example:
         ``kind: Mapped[MyKind] = kind_column(MyKind)``
     """
+    kw.setdefault("sort_order", -15)
     return mapped_column(TokenType(enum, 32, "kind"), nullable=False, **kw)
 
 
@@ -530,7 +531,9 @@ def _add_checks_and_indexes(table: Table, kinds: type[StrEnum]) -> None:
 
 def record_table(table: Table) -> Table:
     """Return what the mixin alone makes of a mapped job table: none of the host's columns, keys, checks and indexes."""
-    columns = [Column(name, table.c[name].type, primary_key=name == "id") for name in GUARDED_COLUMNS]
+    # In the host's order, which PostgreSQL's statistics keep.
+    names = [column.name for column in table.c if column.name in GUARDED_COLUMNS]
+    columns = [Column(name, table.c[name].type, primary_key=name == "id") for name in names]
     with_rowid = table.dialect_options["sqlite"]["with_rowid"]
     bare = Table(table.name, MetaData(), *columns, schema=table.schema, sqlite_with_rowid=with_rowid)
     kind_type: Any = table.c.kind.type
@@ -643,7 +646,7 @@ class MlJob(MlJobMixin, Base):
     __tablename__ = "ml_jobs"
     __lease_tablename__ = "ml_job_leases"
 
-    kind: Mapped[MlJobKind] = kind_column(MlJobKind, sort_order=-15)
+    kind: Mapped[MlJobKind] = kind_column(MlJobKind)
 
 
 class MlJobLease(Base):

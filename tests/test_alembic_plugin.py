@@ -151,6 +151,8 @@ def test_a_revision_runs_as_a_script(history: Callable[..., History], empty: Eng
     command.upgrade(host.config, "head", sql=True)
     script = host.output.getvalue()
     driver: Any
+    with empty.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE alembic_version")
     with empty.connect() as connection:
         driver = connection.connection.driver_connection
         if empty.dialect.name == "sqlite":
@@ -335,6 +337,7 @@ def test_the_comparison_can_be_turned_off(history: Callable[..., History], empty
     own = {"training_runs_guard", "training_runs_counts", "backfills_guard", "backfills_counts"}
     host.config.attributes["options"].update(
         autogenerate_plugins=["alembic.autogenerate.*", "~mljobs"],
+        compare_server_default=False,
         include_name=lambda name, kind, _: kind != "table" or name not in own,
     )
     host.check()
@@ -403,7 +406,7 @@ def test_a_table_is_renamed_with_its_guard(history: Callable[..., History], empt
         operations.drop_mljobs_guard("backfills")
         operations.rename_table("backfills", "refills")
         operations.create_mljobs_guard("refills", kinds=[kind.value for kind in MlJobKind])
-        with pytest.raises((TerminalStateError, Exception), match="terminal"), connection.begin_nested():
+        with pytest.raises(TerminalStateError), connection.begin_nested():
             connection.execute(
                 text(
                     "INSERT INTO refills (id, kind, target_name, status, progress, created_at, spec_json)"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from alembic.operations import ops
-from sqlalchemy import Identity, Table
+from sqlalchemy import Identity, Table, inspect
 
 from mljobs.alembic_plugin.operations import CreateMljobsGuardOp, DropMljobsGuardOp
 from mljobs.alembic_plugin.rendering import render_ours
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _GUARD_KINDS = frozenset(
-    {"trigger", "state of trigger", "function", "statistics", "companion", "rows of companion"},
+    {"trigger", "state of trigger", "function", "statistics", "companion", "rows of companion"}
 )
 
 
@@ -85,20 +85,42 @@ def _place(operation: Any) -> tuple[str | None, str]:
 
 
 def _drop_guards_first(connection: Connection, upgrade: Any, guarded: set[tuple[str | None, str]]) -> None:
-    """Take down the guard of each job table that goes; and let the table go last, after the leases that refer to it."""
-    for drop in [found for found in upgrade.ops if isinstance(found, ops.DropTableOp) and _place(found) in guarded]:
+    """Take down the guard of each job table that goes, and let no table go before those that refer to it."""
+    drops = [found for found in upgrade.ops if isinstance(found, ops.DropTableOp)]
+    if guarded.isdisjoint(map(_place, drops)):
+        return
+    ordered: list[Any] = []
+    for drop in _referring_first(connection, drops):
         schema, name = place = _place(drop)
-        with_it = [found for found in upgrade.ops if _place(found) == place]
-        others = [found for found in upgrade.ops if _place(found) != place]
-        kinds = _stored_kinds(connection, name, schema)
-        upgrade.ops[:] = [*others, DropMljobsGuardOp(name, schema=schema, kinds=kinds), *with_it]
-        log.info("Detected removed job table %r", name)
+        if place in guarded:
+            kinds = _stored_kinds(connection, name, schema)
+            ordered.append(DropMljobsGuardOp(name, schema=schema, kinds=kinds))
+            log.info("Detected removed job table %r", name)
+        ordered.append(drop)
+    upgrade.ops[:] = [found for found in upgrade.ops if found not in drops] + ordered
+
+
+def _referring_first(connection: Connection, drops: list[Any]) -> list[Any]:
+    """Return the drops in an order that foreign keys allow; Alembic itself gives none."""
+    seen = inspect(connection)
+    referred = {
+        _place(drop): {
+            (key["referred_schema"], key["referred_table"])
+            for key in seen.get_foreign_keys(drop.table_name, schema=drop.schema)
+        }
+        for drop in drops
+    }
+    left, ordered = list(drops), []
+    while left:
+        needed = set().union(*(referred[_place(drop)] - {_place(drop)} for drop in left))
+        free = [drop for drop in left if _place(drop) not in needed] or left  # a circle: as it came
+        ordered += free
+        left = [drop for drop in left if drop not in free]
+    return ordered
 
 
 def _stored_kinds(connection: Connection, name: str, schema: str | None) -> list[str]:
     """Return the tokens that the CHECK in the database lists."""
-    from sqlalchemy import inspect  # noqa: PLC0415
-
     for check in inspect(connection).get_check_constraints(name, schema=schema):
         if re.search(r"\bkind\b", str(check["sqltext"])):
             return [token.replace("''", "'") for token in re.findall(r"'((?:[^']|'')*)'", str(check["sqltext"]))]

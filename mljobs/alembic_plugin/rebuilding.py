@@ -52,10 +52,12 @@ def _carry_over(table: Table, connection: Connection | None, _ddl_runner: object
         else None
     )
 
+    waiting = [temporary]
+
     def renamed(used: Connection, _cursor: object, statement: str, *_: object) -> None:
-        if not re.match(rf'ALTER TABLE .*"?{re.escape(temporary)}"? RENAME TO', statement):
+        if not waiting or not re.match(rf'ALTER TABLE .*"?{re.escape(temporary)}"? RENAME TO', statement):
             return
-        event.remove(connection, "after_cursor_execute", renamed)
+        waiting.clear()  # an event cannot be removed while it runs
         for text in triggers:
             used.exec_driver_sql(_in_schema(text, prefix))
         if counted is not None:
