@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from alembic.operations import ops
 from sqlalchemy import Identity, Table, inspect
+from sqlalchemy.sql.elements import conv
 
-from mljobs.alembic_plugin.operations import CreateMljobsGuardOp, DropMljobsGuardOp
+from mljobs.alembic_plugin.operations import CreateJobCheckOp, CreateMljobsGuardOp, DropMljobsGuardOp
 from mljobs.alembic_plugin.rendering import render_ours
 from mljobs.catalog import OWN_TABLES, Part, guarded_tables, record_differences
 from mljobs.errors import InvalidValueError, SchemaError
@@ -195,12 +196,10 @@ def _checks(table: Table, parts: Iterable[Part], changed: set[str]) -> Iterator[
     named: dict[str, Constraint] = {str(each.name): each for each in table.constraints if each.name}
     for part in parts:
         if part.kind == "check" and part.name not in changed and part.name in named:
-            create = ops.CreateCheckConstraintOp.from_constraint(named[part.name])
             if part.have is not None:
                 condition = re.sub(r"^CHECK \((.*)\)$", r"\1", part.have)
-                before = ops.CreateCheckConstraintOp(part.name, table.name, condition, schema=table.schema)
-                yield before.reverse()
-            yield create
+                yield CreateJobCheckOp(conv(part.name), table.name, condition, schema=table.schema).reverse()
+            yield CreateJobCheckOp.from_constraint(named[part.name])
 
 
 def _indexes(table: Table, parts: Iterable[Part], changed: set[str]) -> Iterator[Any]:

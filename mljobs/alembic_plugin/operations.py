@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from alembic.autogenerate.render import renderers
-from alembic.operations import MigrateOperation, Operations
-from sqlalchemy import MetaData, Table
+from alembic.operations import MigrateOperation, Operations, ops
+from sqlalchemy import Constraint, MetaData, Table
 
 from mljobs.errors import InvalidValueError
 from mljobs.triggers import GUARD_VERSION, companion_ddl
@@ -163,6 +163,41 @@ def _render_create(context: Any, operation: CreateMljobsGuardOp) -> str:
 def _render_drop(context: Any, operation: DropMljobsGuardOp) -> str:
     schema = f", schema={str(operation.schema)!r}" if operation.schema else ""
     return f"{_prefix(context)}drop_mljobs_guard({str(operation.table_name)!r}{schema})"
+
+
+class CreateJobCheckOp(ops.CreateCheckConstraintOp):
+    """Alembic's own operation; of a class of its own, because Alembic before 1.19 cannot write it."""
+
+    def reverse(self) -> DropJobCheckOp:
+        """Return the way back."""
+        return DropJobCheckOp(self)
+
+
+class DropJobCheckOp(ops.DropConstraintOp):
+    """Alembic's own operation, with a way back that Alembic can write."""
+
+    def __init__(self, create: CreateJobCheckOp) -> None:
+        super().__init__(create.constraint_name, create.table_name, "check", schema=create.schema)
+        self.create = create
+
+    def reverse(self) -> CreateJobCheckOp:  # type: ignore[override]
+        """Return the way back."""
+        return self.create
+
+    def to_constraint(self) -> Constraint:
+        """Return what is dropped."""
+        return self.create.to_constraint()
+
+
+@renderers.dispatch_for(CreateJobCheckOp)
+def _render_check(context: Any, operation: CreateJobCheckOp) -> str:
+    in_batch: bool = context._has_batch  # noqa: SLF001 - as Alembic's own renderers ask it
+    prefix = "batch_op." if in_batch else str(context.opts["alembic_module_prefix"] or "")
+    arguments = [f"{prefix}f({str(operation.constraint_name)!r})"]
+    arguments += [] if in_batch else [repr(str(operation.table_name))]
+    arguments += [repr(str(operation.condition))]
+    arguments += [f"schema={str(operation.schema)!r}"] if operation.schema and not in_batch else []
+    return f"{prefix}create_check_constraint({', '.join(arguments)})"
 
 
 def _prefix(context: Any) -> str:
