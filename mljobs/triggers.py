@@ -66,16 +66,17 @@ GUARDED_COLUMNS: tuple[str, ...] = (
 """The record. Columns that a host adds are its own, and stay writable after the job has finished."""
 
 
-def _listed(tokens: Iterable[str]) -> str:
+def listed(tokens: Iterable[str]) -> str:
+    """Return the tokens as SQL literals, in a row."""
     return ", ".join("'" + token.replace("'", "''") + "'" for token in tokens)
 
 
-_FINISHED = _listed(TERMINAL)
+_FINISHED = listed(TERMINAL)
 _FINISHED_IN_STRING = _FINISHED.replace("'", "''")
 # What is illegal, not what is legal: PostgreSQL reads the condition anew for each statement, so a short one counts.
 # States that do not exist are the CHECK's affair.
 _ILLEGAL_EDGE = " OR ".join(
-    f"OLD.status = '{old}' AND NEW.status IN ({_listed(illegal)})"
+    f"OLD.status = '{old}' AND NEW.status IN ({listed(illegal)})"
     for old, news in TRANSITIONS.items()
     if news and (illegal := [new for new in TRANSITIONS if new is not old and new not in news])
 )
@@ -260,7 +261,9 @@ GUARD_ROLES = ("update", "delete", "truncate", "insert", "key")
 
 def companion_names(table: str) -> dict[str, str]:
     """Return the names of what stands beside a table: role -> name."""
-    ends = {role: f"guard_{role}" for role in GUARD_ROLES} | {role: role for role in _TRIGGERS if role not in GUARD_ROLES}
+    ends = {role: f"guard_{role}" for role in GUARD_ROLES} | {
+        role: role for role in _TRIGGERS if role not in GUARD_ROLES
+    }
     ends |= {"function": "guard", "door": "guard", "wake": "wake", "counts": "counts", "statistics": "kind_status"}
     return {role: short_name(f"{table}_{end}") for role, end in ends.items()}
 
@@ -316,7 +319,7 @@ def _render(element: CompanionDDL, compiler: DDLCompiler, **_: object) -> str:
         columns=", ".join(preparer.quote(name) for name in GUARDED_COLUMNS),
         collides="id = NEW.id OR rowid = NEW.rowid" if rowid else "id = NEW.id",
         moves="NEW.id <> OLD.id OR NEW.rowid <> OLD.rowid" if rowid else "NEW.id <> OLD.id",
-        pairs=", ".join(f"({_listed([kind])}, '{status}')" for kind in kinds for status in TERMINAL),
+        pairs=", ".join(f"({listed([kind])}, '{status}')" for kind in kinds for status in TERMINAL),
     )
 
 

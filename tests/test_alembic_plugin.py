@@ -363,7 +363,9 @@ def test_a_hosts_own_rendering_goes_first(history: Callable[..., History]) -> No
     def render_item(kind: str, item: Any, _context: Any) -> Any:
         return "sa.BLOB()" if kind == "type" and type(item).__name__ == "JsonText" else False
 
-    host = history(metadata, render_item=render_item, alembic_module_prefix="alembic.op.", sqlalchemy_module_prefix="x.")
+    host = history(
+        metadata, render_item=render_item, alembic_module_prefix="alembic.op.", sqlalchemy_module_prefix="x."
+    )
     made = host.revision()
     assert "x.Column('spec_json', sa.BLOB()" in made
     assert "alembic.op.create_mljobs_guard(" in made

@@ -31,6 +31,7 @@ ORDER = [
     "worker",
     "catalog",
     "schema",
+    "alembic_plugin",
     "demo",
     "cli",
     "__main__",

@@ -30,7 +30,7 @@ def setup(plugin: Any) -> None:
         each.add_autogenerate_comparator(_compare, "schema", "mljobs", priority=DispatchPriority.LAST)
 
 
-def _compare(context: Any, upgrade: Any, schemas: Iterable[str | None]) -> None:
+def _compare(context: Any, upgrade: Any, schemas: Iterable[str | None]) -> Any:
     from mljobs.alembic_plugin.comparing import compare  # noqa: PLC0415 - Alembic itself is not whole yet at import
 
     compare(context, upgrade, schemas)
@@ -52,4 +52,4 @@ try:
 except ImportError:  # before 1.18
     from alembic.autogenerate.compare import comparators
 
-    comparators.dispatch_for("schema")(_compare)  # type: ignore[arg-type]
+    comparators.dispatch_for("schema")(_compare)

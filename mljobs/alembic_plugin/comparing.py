@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from alembic.operations import ops
@@ -23,7 +23,7 @@ from mljobs.alembic_plugin.operations import CreateJobCheckOp, CreateMljobsGuard
 from mljobs.alembic_plugin.rendering import render_ours
 from mljobs.catalog import OWN_TABLES, Part, guarded_tables, record_differences
 from mljobs.errors import InvalidValueError, SchemaError
-from mljobs.triggers import GUARD_VERSION, companion_names, kinds_of
+from mljobs.triggers import companion_names, kinds_of, listed, short_name
 from mljobs.types import SqliteCheck
 
 if TYPE_CHECKING:
@@ -31,9 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_GUARD_KINDS = frozenset(
-    {"trigger", "state of trigger", "function", "statistics", "companion", "rows of companion"}
-)
+_GUARD_KINDS = frozenset({"trigger", "state of trigger", "function", "statistics", "companion", "rows of companion"})
 
 
 def compare(context: Any, upgrade: Any, schemas: Iterable[str | None]) -> None:
@@ -73,9 +71,7 @@ def compare(context: Any, upgrade: Any, schemas: Iterable[str | None]) -> None:
 
 def _keep_what_is_ours(upgrade: Any, job_tables: Iterable[tuple[str | None, str]]) -> None:
     """Take out every drop of our own tables, and of what stands beside a job table."""
-    beside = {
-        (schema, companion_names(name)[role]) for schema, name in job_tables for role in ("door", "counts")
-    }
+    beside = {(schema, companion_names(name)[role]) for schema, name in job_tables for role in ("door", "counts")}
     dropped = {_place(found) for found in upgrade.ops if isinstance(found, ops.DropTableOp)}
     ours = {place for place in dropped if place in beside or place[1] in OWN_TABLES}
     upgrade.ops[:] = [found for found in upgrade.ops if _place(found) not in ours]
@@ -153,7 +149,7 @@ def _is_compared(context: Any, table: Table, schema: str | None) -> bool:
     """Whether the filters of ``env.py`` let this table pass."""
     return bool(
         context.run_name_filters(table.name, "table", {"schema_name": schema})
-        and context.run_object_filters(table, table.name, "table", False, None)  # noqa: FBT003
+        and context.run_object_filters(table, table.name, "table", False, None)
     )
 
 
@@ -164,14 +160,17 @@ def _repair(connection: Connection, upgrade: Any, table: Table, schema: str | No
     except (SchemaError, InvalidValueError) as error:
         log.warning("the guard of table %s is not compared: %s", name, error)
         return
+    if not parts:
+        return
     changed = _changed_names(upgrade, schema, name)
-    changes = [*_checks(table, parts, changed), *_indexes(table, parts, changed)]
+    kinds = _stored_kinds(connection, name, schema)
+    changes = [*_checks(table, parts, changed, kinds), *_indexes(table, parts, changed)]
     if changes:
         upgrade.ops.append(ops.ModifyTableOps(name, changes, schema=schema))
     if any(part.kind in _GUARD_KINDS for part in parts):
         log.info("Detected that the guard of table %r is missing, altered or of another release", name)
         guard = _guard_of(table)
-        guard.previous = _guard_of(table, _stored_kinds(connection, name, schema))
+        guard.previous = _guard_of(table, kinds)
         upgrade.ops.append(guard)
 
 
@@ -192,12 +191,15 @@ def _of_table(upgrade: Any, schema: str | None, name: str) -> Iterator[Any]:
             yield found
 
 
-def _checks(table: Table, parts: Iterable[Part], changed: set[str]) -> Iterator[Any]:
+def _checks(table: Table, parts: Iterable[Part], changed: set[str], before: list[str]) -> Iterator[Any]:
+    kind_check = short_name(f"ck_{table.name}_kind")
     named: dict[str, Constraint] = {str(each.name): each for each in table.constraints if each.name}
     for part in parts:
         if part.kind == "check" and part.name not in changed and part.name in named:
             if part.have is not None:
                 condition = re.sub(r"^CHECK \((.*)\)$", r"\1", part.have)
+                if part.name == kind_check and before:  # as the mixin writes it, so that the way back leads there
+                    condition = f"kind IN ({listed(before)})"
                 yield CreateJobCheckOp(conv(part.name), table.name, condition, schema=table.schema).reverse()
             yield CreateJobCheckOp.from_constraint(named[part.name])
 
@@ -213,9 +215,7 @@ def _indexes(table: Table, parts: Iterable[Part], changed: set[str]) -> Iterator
 def _ignore_what_sqlite_has_not(connection: Connection, upgrade: Any, tables: Iterable[Table]) -> None:
     """Take out differences that are none: a SQLite CHECK on PostgreSQL, the IDENTITY of a lease's token on SQLite."""
     sqlite = connection.dialect.name == "sqlite"
-    elsewhere = {
-        str(check.name) for table in tables for check in table.constraints if isinstance(check, SqliteCheck)
-    }
+    elsewhere = {str(check.name) for table in tables for check in table.constraints if isinstance(check, SqliteCheck)}
 
     def is_none(change: Any) -> bool:
         if sqlite:  # Alembic before 1.17

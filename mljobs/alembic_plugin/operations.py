@@ -139,9 +139,9 @@ class DropMljobsGuardOp(_GuardOperation):
 @Operations.implementation_for(CreateMljobsGuardOp)
 def _create(operations: Operations, operation: CreateMljobsGuardOp) -> None:
     dialect = operations.get_context().dialect.name
-    for create in (False, True):
-        for statement in operation.statements(dialect, create=create):
-            operations.execute(statement)
+    old = [drop for drop in operation.statements(dialect, create=False) if not drop.text.startswith("DROP FUNCTION")]
+    for statement in [*old, *operation.statements(dialect, create=True)]:  # CREATE OR REPLACE FUNCTION
+        operations.execute(statement)
 
 
 @Operations.implementation_for(DropMljobsGuardOp)
@@ -180,7 +180,7 @@ class DropJobCheckOp(ops.DropConstraintOp):
         super().__init__(create.constraint_name, create.table_name, "check", schema=create.schema)
         self.create = create
 
-    def reverse(self) -> CreateJobCheckOp:  # type: ignore[override]
+    def reverse(self) -> CreateJobCheckOp:
         """Return the way back."""
         return self.create
 

@@ -75,7 +75,9 @@ def _carry_over(table: Table, connection: Connection | None, _ddl_runner: object
 
 
 def _is_batch(connection: Connection | None, runner: object) -> bool:
-    return isinstance(connection, Connection) and connection.dialect.name == "sqlite" and isinstance(runner, DefaultImpl)
+    return (
+        isinstance(connection, Connection) and connection.dialect.name == "sqlite" and isinstance(runner, DefaultImpl)
+    )
 
 
 def _temporary(name: str) -> str:
