@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mljobs.async_store import AsyncJobStore
+    from mljobs.dataclass_mixin import MlJobDataclassMixin
     from mljobs.errors import (
         InvalidTransitionError,
         InvalidValueError,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         JobNotFound,
         LeaseLostError,
         MlJobsError,
+        ModelError,
         SchemaError,
         TargetLockedError,
         TerminalStateError,
@@ -41,11 +43,13 @@ __all__ = [
     "JobStore",
     "LeaseLostError",
     "MlJob",
+    "MlJobDataclassMixin",
     "MlJobKind",
     "MlJobLease",
     "MlJobMixin",
     "MlJobStatus",
     "MlJobsError",
+    "ModelError",
     "SchemaError",
     "TargetLockedError",
     "TerminalStateError",
@@ -58,6 +62,7 @@ __all__ = [
 
 _MODULES = {
     "model": ("Base", "MlJob", "MlJobLease", "MlJobMixin", "kind_column", "metadata"),
+    "dataclass_mixin": ("MlJobDataclassMixin",),
     "states": ("MlJobKind", "MlJobStatus"),
     "async_store": ("AsyncJobStore",),
     "store": ("JobStore",),

@@ -42,6 +42,7 @@ from sqlalchemy.types import JSON
 from uuid_utils.compat import uuid7
 
 from mljobs import codec
+from mljobs.declaring import KIND_LENGTH, check_body, check_dataclass, check_kinds, check_lease_name, check_mapping
 from mljobs.errors import InvalidTransitionError, InvalidValueError, TerminalStateError
 from mljobs.guards import install_hooks, install_triggers, is_expression
 from mljobs.states import ACTIVE, TERMINAL, MlJobKind, MlJobStatus
@@ -73,14 +74,17 @@ def kind_column(enum: type[StrEnum], **kw: Any) -> MappedColumn[Any]:
     """Return the ``kind`` column for a host with kinds of its own.
 
     Args:
-        enum: The kinds; each value is a token of at most 32 characters.
-        **kw: Passed on to ``mapped_column``. Where ``sort_order`` is not among them, the column stands second as in ours.
+        enum: A ``StrEnum`` of the kinds; each value is a token of 1 to 32 characters.
+        **kw: Passed on to ``mapped_column``; where ``sort_order`` is not among them, the column stands second as in ours.
+
+    Raises:
+        InvalidValueError: ``enum`` is none such.
 
     Example:
         ``kind: Mapped[MyKind] = kind_column(MyKind)``
     """
     kw.setdefault("sort_order", -15)
-    return mapped_column(TokenType(enum, 32, "kind"), nullable=False, **kw)
+    return mapped_column(TokenType(check_kinds(enum), KIND_LENGTH, "kind"), nullable=False, **kw)
 
 
 class MlJobMixin:
@@ -98,6 +102,10 @@ class MlJobMixin:
     """The lease table."""
     __kinds__: ClassVar[type[StrEnum]] = MlJobKind
     """The enum of the ``kind`` column."""
+
+    def __init_subclass__(cls, **kw: Any) -> None:
+        check_body(cls)
+        super().__init_subclass__(**kw)
 
     id: Mapped[UUID] = mapped_column(JobId(), primary_key=True, default=uuid7, sort_order=-16)
     """128 bits, UUIDv7: sorted by time of submission, unique without coordination."""
@@ -405,12 +413,13 @@ class MlJobMixin:
         )
 
     @classmethod
-    def from_json(cls, raw: str | bytes) -> Self:
+    def from_json(cls, raw: str | bytes, **own_columns: Any) -> Self:
         """Return the record that KV JSON holds, as a new instance outside any session.
 
         Args:
             raw: One JSON object; what RedDB accepts, but no negative numbers, no times after the year 9999 and no raw
                 control characters.
+            **own_columns: Of a host's class, which KV JSON knows nothing of.
 
         Raises:
             JobDecodeError: ``raw`` is not a record; it names the key and the reason.
@@ -428,6 +437,7 @@ class MlJobMixin:
             error_message=record.error,
             spec_json=record.spec,
             metrics_json=record.metrics,
+            **own_columns,
         )
 
     def __repr__(self) -> str:
@@ -489,8 +499,10 @@ def _complete_at_construction(job: MlJobMixin, _args: object, values: dict[str, 
         if name in values and f"{name}_json" in values:
             raise InvalidValueError(name, values[name], f"give {name} or {name}_json, not both")
     # Straight into the instance: seven attribute events with their checks, for values that are known to be right, would
-    # cost more than all else. A dataclass assigns every field itself, so it gets them as arguments.
-    known = values if is_dataclass(job) else inspect(job).dict
+    # cost more than all else.
+    if is_dataclass(type(job)):  # it has all of this from its fields
+        return
+    known = inspect(job).dict
     for name, make in _AT_CONSTRUCTION:
         if name not in values:
             known[name] = make()
@@ -513,14 +525,23 @@ _AT_CONSTRUCTION: tuple[tuple[str, Callable[[], object]], ...] = (
 def _furnish(mapper: Mapper[Any], cls: type[MlJobMixin]) -> None:
     """Give a newly mapped table its checks, indexes, leases and triggers, once."""
     table = mapper.local_table
-    if not isinstance(table, Table) or "spec_json" not in table.c or "mljobs" in table.info:
+    if not isinstance(table, Table) or (mapper.inherits is not None and not mapper.concrete):
         return  # a subclass that shares the table, or has one of its own beside it
-    table.info["mljobs"] = True
+    check_dataclass(cls)  # once more, for what a decorator has made of it
+    check_mapping(cls, mapper, _TYPES)
     kinds: type[StrEnum] = table.c.kind.type.enum
     cls.__kinds__ = kinds
+    if "mljobs" in table.info:  # defined once more on the same table, as in a notebook
+        cls.__leases__ = table.info["mljobs"]
+        return
+    lease_name = cls.__lease_tablename__ or f"{table.name}_leases"
+    check_lease_name(cls, lease_name, table.schema, table.metadata.tables)
     _add_checks_and_indexes(table, kinds)
-    cls.__leases__ = _lease_table(table, cls.__lease_tablename__)
+    cls.__leases__ = table.info["mljobs"] = _lease_table(table, lease_name)
     install_triggers(table)
+
+
+_TYPES = {name: getattr(MlJobMixin, name).column.type for name in GUARDED_COLUMNS}
 
 
 def _add_checks_and_indexes(table: Table, kinds: type[StrEnum]) -> None:
@@ -599,9 +620,8 @@ def _add_indexes(table: Table) -> None:
     index("retries", columns.retry_of, where="retry_of IS NOT NULL")
 
 
-def _lease_table(jobs: Table, name: str | None) -> Table:
+def _lease_table(jobs: Table, name: str) -> Table:
     """Return the table of present leases on ``jobs``. The record is history, the lease is the present."""
-    name = name or f"{jobs.name}_leases"
     token = BigInteger().with_variant(Integer(), "sqlite")  # only INTEGER PRIMARY KEY counts up by itself there
     leases = Table(
         name,
@@ -645,6 +665,7 @@ class MlJob(MlJobMixin, Base):
 
     __tablename__ = "ml_jobs"
     __lease_tablename__ = "ml_job_leases"
+    __table_is_migrated_by_mljobs__: ClassVar[bool] = True
 
     kind: Mapped[MlJobKind] = kind_column(MlJobKind)
 

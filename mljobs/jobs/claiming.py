@@ -55,6 +55,7 @@ from mljobs.jobs._base import (
     lock_sqlite,
     moments,
     now_of,
+    owner_of,
     per_model,
     record,
     refresh,
@@ -62,6 +63,7 @@ from mljobs.jobs._base import (
     state_of,
     table_of,
     unnested,
+    whole_table_of,
 )
 from mljobs.model import MlJob
 from mljobs.prepared import Prepared
@@ -157,7 +159,7 @@ def wish(
     Raises:
         InvalidValueError: An argument is out of range.
     """
-    table_of(model)
+    whole_table_of(model)
     if isinstance(kinds, str):
         kinds = [kinds]
     tokens = None if kinds is None else sorted({to_member(model.__kinds__, "kinds", kind).value for kind in kinds})
@@ -193,7 +195,7 @@ def claim_one(
         InvalidTransitionError: It is running already.
         TargetLockedError: It is exclusive, and another job holds its target.
     """
-    table_of(model)
+    whole_table_of(model)
     job_id = id_of(job)
     parameters = {"worker": _worker(worker), "ids": [job_id], **moments(check_lease(lease))}
     claims = _claim(session, model, "ids", parameters, 1)
@@ -339,7 +341,7 @@ def model_of(claims: Iterable[Claim]) -> Model:
     Raises:
         InvalidValueError: They are of several.
     """
-    models: set[Model] = {type(claim.job) for claim in claims}
+    models: set[Model] = {owner_of(type(claim.job)) for claim in claims}
     if len(models) != 1:
         raise InvalidValueError("claims", models, "one call takes claims of one model")
     return models.pop()
