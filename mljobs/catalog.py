@@ -210,7 +210,8 @@ def _create(connection: Connection, tables: Iterable[Table], schema: str | None)
     own = connection.get_execution_options().get("schema_translate_map")
     connection.execution_options(schema_translate_map=dict.fromkeys({None, *(each.schema for each in needed)}, schema))
     try:
-        metadata.create_all(connection, tables=needed)
+        # Nothing is there yet. To ask would be to send a statement that was compiled for another map.
+        metadata.create_all(connection, tables=needed, checkfirst=False)
     finally:
         connection.execution_options(schema_translate_map=own)
 

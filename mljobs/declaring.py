@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import is_dataclass
 from enum import StrEnum
+from inspect import get_annotations
 from typing import Any
 
 from sqlalchemy import Column, Table
@@ -72,7 +73,7 @@ def check_body(cls: type[Any]) -> None:
     if not parents or not getattr(parents[0], "__table_is_migrated_by_mljobs__", False):
         return
     own = [name for name, value in cls.__dict__.items() if isinstance(value, MappedColumn | Column)]
-    own += [name for name in cls.__dict__.get("__annotations__", {}) if not name.startswith("__")]
+    own += [name for name in get_annotations(cls) if not name.startswith("__")]
     if own and not {"__tablename__", "__table__"} & set(cls.__dict__):
         raise ModelError(
             cls,
@@ -122,7 +123,7 @@ def check_mapping(cls: type[Any], mapper: Mapper[Any], columns: Mapping[str, Any
 
 
 def _check_kind(cls: type[Any], kind: TokenType) -> None:
-    annotation = str(cls.__dict__.get("__annotations__", {}).get("kind", ""))
+    annotation = str(get_annotations(cls).get("kind", ""))
     found = re.search(r"\[\s*['\"]?(?:[\w.<> ]*\.)?(\w+)['\"]?\s*\]$", annotation)
     if found and found[1] not in (*_ANY_KIND, kind.enum.__name__):
         raise ModelError(

@@ -137,6 +137,7 @@ def _required_of_host(mapper: Mapper[Any]) -> tuple[str, ...]:
         if column.name not in _GUARDED
         and not (column.nullable or column.primary_key or column.default or column.server_default)
         and column is not mapper.polymorphic_on
+        and column is not mapper.version_id_col
         and mapper.columns.contains_column(column)
     )
 

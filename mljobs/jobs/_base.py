@@ -14,6 +14,7 @@ from sqlalchemy import (
     DateTime,
     Integer,
     Interval,
+    Select,
     String,
     Table,
     Text,
@@ -26,7 +27,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy import column as sqlalchemy_column
-from sqlalchemy.orm import Mapper, Session
+from sqlalchemy.orm import Mapper, Session, selectin_polymorphic
 from sqlalchemy.types import NullType, TypeDecorator
 
 from mljobs.errors import InvalidTransitionError, InvalidValueError, JobNotFound, TerminalStateError
@@ -301,9 +302,15 @@ def loaded(bind: Bind, model: Model, jobs: Sequence[Any]) -> list[Any]:
             session.expunge_all()
         return found_jobs
     ids = [job.id for job in jobs]
-    statement = select(model).where(model.id.in_(ids)).execution_options(populate_existing=True)
+    statement = whole(model).where(model.id.in_(ids)).execution_options(populate_existing=True)
     found = {job.id: job for job in bind.scalars(statement)}
     return [found[job_id] for job_id in ids]
+
+
+def whole(model: Model) -> Select[Any]:
+    """Return the SELECT of jobs with all their columns, those of subclasses too: a detached job loads none later."""
+    subclasses = [mapper.class_ for mapper in inspect(model).self_and_descendants if mapper.class_ is not model]
+    return select(model).options(selectin_polymorphic(model, subclasses)) if subclasses else select(model)
 
 
 def session_on(connection: Connection) -> Session:

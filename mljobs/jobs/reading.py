@@ -27,6 +27,7 @@ from mljobs.jobs._base import (
     record_columns,
     session_on,
     table_of,
+    whole,
     whole_table_of,
 )
 from mljobs.model import MlJob
@@ -336,7 +337,7 @@ def fetch(
             jobs = fetch(session, model, where, order, limit)
             session.expunge_all()
         return jobs
-    statement = select(model).where(*where).order_by(*order).limit(limit)
+    statement = whole(model).where(*where).order_by(*order).limit(limit)
     return list(bind.scalars(statement.execution_options(populate_existing=True)))
 
 
