@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import re
-import warnings
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, delete
+from sqlalchemy import Engine, create_engine, delete
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from mljobs import MlJob, MlJobStatus, metadata
+from mljobs import JobStore, MlJob, MlJobStatus, metadata
 from mljobs.states import TRANSITIONS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     engine = create_engine(f"sqlite:///{tmp_path / 'docs.db'}", poolclass=NullPool)
     metadata.create_all(engine)
     if page.name == "migrations.md":
         metadata.drop_all(engine)
-    names: dict[str, Any] = {
+    module = ModuleType(f"page_{page.stem}")  # classes look for the names in their annotations in their module
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    names: dict[str, Any] = vars(module)
+    names |= {
         "engine": engine,
         "Session": Session,
         "MlJob": MlJob,
@@ -36,13 +40,12 @@ def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest
         "long_ago": datetime.now(UTC) - timedelta(days=90),
     }
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-        exec(compile(block, str(page), "exec"), names)
+        exec(compile(block, str(page), "exec", dont_inherit=True), names)
     for value in list(names.values()):
-        for end in ("dispose", "close"):
-            if hasattr(value, end) and not isinstance(value, type):
-                getattr(value, end)()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        if isinstance(value, JobStore | Session):
+            value.close()
+        elif isinstance(value, Engine):
+            value.dispose()
 
 
 def test_the_readme_shows_the_refusal(
