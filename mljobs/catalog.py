@@ -8,7 +8,7 @@ text would not do: PostgreSQL keeps the meaning of a CHECK or a WHEN, not its wo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import StaticPool
 
 from mljobs.errors import InvalidValueError, SchemaError
-from mljobs.triggers import GUARD_ROLES, companion_names
+from mljobs.triggers import GUARD_ROLES, companion_names, schema_of
 
 if TYPE_CHECKING:
     from sqlalchemy import MetaData, Table
@@ -49,7 +49,7 @@ def differences(connection: Connection, metadata: MetaData) -> list[str]:
     expected = expect(connection, tables)
     problems = []
     for table in tables:
-        found = read(connection, table.name, _schema_of(connection, table))
+        found = read(connection, table.name, schema_of(connection, table))
         if not found:
             problems.append(f"table {table.name} is missing")
             continue
@@ -93,7 +93,7 @@ def record_differences(connection: Connection, table: Table) -> list[Part]:
     bare = record_table(table)
     postgresql = connection.dialect.name == "postgresql"
     read, expect = (_read_postgresql, _expected_postgresql) if postgresql else (_read_sqlite, _expected_sqlite)
-    found = read(connection, table.name, _schema_of(connection, table))
+    found = read(connection, table.name, schema_of(connection, table))
     if not found:
         return []
     expected = expect(connection, [bare])[bare]
@@ -197,11 +197,6 @@ def _with_references(tables: Iterable[Table]) -> list[Table]:
             needed[table] = None
             waiting += [key.column.table for key in table.foreign_keys]
     return list(needed)
-
-
-def _schema_of(connection: Connection, table: Table) -> str | None:
-    translated: Mapping[str | None, str | None] = connection.get_execution_options().get("schema_translate_map") or {}
-    return translated.get(table.schema, table.schema)
 
 
 def _create(connection: Connection, tables: Iterable[Table], schema: str | None) -> None:

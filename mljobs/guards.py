@@ -33,6 +33,7 @@ from mljobs.triggers import (
     TRANSITION_MESSAGE,
     companion_ddl,
     companion_names,
+    schema_of,
 )
 
 if TYPE_CHECKING:
@@ -183,8 +184,7 @@ def set_retention_door(connection: Connection, table: Table, *, opened: bool) ->
         connection.execute(text(f"SET LOCAL mljobs.retention = '{'on' if opened else 'off'}'"))
         return
     preparer = connection.dialect.identifier_preparer
-    schema_map = connection.get_execution_options().get("schema_translate_map") or {}
-    schema = schema_map.get(table.schema, table.schema)
+    schema = schema_of(connection, table)
     door = preparer.quote(companion_names(table.name)["door"])
     qualified = f"{preparer.quote(schema)}.{door}" if schema else door
     connection.execute(

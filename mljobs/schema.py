@@ -20,7 +20,7 @@ from alembic.util import CommandError
 from sqlalchemy import URL, Connection, Engine, inspect, text
 
 from mljobs.catalog import OWN_TABLES, VERSION_TABLE, differences, savepoint
-from mljobs.engines import new_engine
+from mljobs.engines import at_level, new_engine
 from mljobs.errors import InvalidValueError, SchemaError
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def _connected(target: Target) -> Iterator[Connection]:
     elif isinstance(target, Engine):
         if target.dialect.name == "postgresql":
             # Neither AUTOCOMMIT, nor a level that would read the version as it was before the lock was granted.
-            target = target.execution_options(isolation_level="READ COMMITTED")
+            target = at_level(target, "READ COMMITTED")
         with target.begin() as connection:
             _refuse_unknown(connection)
             yield connection

@@ -29,7 +29,7 @@ from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Table
+from sqlalchemy import Connection, Table
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql.compiler import DDLCompiler
@@ -335,6 +335,13 @@ def companion_ddl(
         kinds: The tokens of the column ``kind``, for SQLite's counters.
     """
     return [CompanionDDL(table, text, kinds) for text in _TEXTS.get((dialect_name, create), ())]
+
+
+def schema_of(connection: Connection, table: Table) -> str | None:
+    """Return the schema that holds ``table`` for this connection: a tenant's, where its engine translates schemas."""
+    schemas = connection.get_execution_options().get("schema_translate_map") or {}
+    schema: str | None = schemas.get(table.schema, table.schema)
+    return schema
 
 
 def kinds_of(table: Table) -> tuple[str, ...]:

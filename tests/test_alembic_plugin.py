@@ -436,3 +436,21 @@ def test_what_no_guard_can_be_made_of_is_refused(arguments: dict[str, Any], fiel
     other: Any = Operations(MigrationContext.configure(dialect_name="mysql", opts={"as_sql": True}))
     with pytest.raises(InvalidValueError, match="mysql"):
         other.create_mljobs_guard("x", kinds=["a"])
+
+
+def test_the_text_of_a_version_never_changes() -> None:
+    """Migrations of hosts name it. A text that must change gets a new GUARD_VERSION, and the old one stays to be made."""
+    from hashlib import sha256
+
+    from mljobs.alembic_plugin.operations import CreateMljobsGuardOp
+    from mljobs.triggers import GUARD_VERSION
+
+    operation = CreateMljobsGuardOp("training_runs", kinds=["fit"], version=1)
+    digests = {}
+    for dialect in ("postgresql", "sqlite"):
+        lines = [
+            str(statement.compile(dialect=create_engine(f"{dialect}://").dialect))
+            for statement in operation.statements(dialect, create=True)
+        ]
+        digests[dialect] = sha256("\n".join(lines).encode()).hexdigest()[:16]
+    assert (GUARD_VERSION, digests) == (1, {"postgresql": "b86689355d4599d8", "sqlite": "b18b0ebb7bc614f4"})

@@ -42,6 +42,7 @@ from sqlalchemy.orm import (
 from sqlalchemy.pool import NullPool
 
 from mljobs import (
+    AsyncJobStore,
     InvalidValueError,
     JobStore,
     MlJob,
@@ -50,6 +51,7 @@ from mljobs import (
     MlJobsError,
     ModelError,
     TerminalStateError,
+    Worker,
     jobs,
     kind_column,
     schema,
@@ -57,6 +59,7 @@ from mljobs import (
 from mljobs.guards import retention
 from mljobs.types import PlainText
 from mljobs.wake import Sleeper
+from tests.worlds import Face, World
 
 CONVENTION = {
     "uq": "uq_%(table_name)s_%(column_0_name)s",
@@ -159,7 +162,7 @@ def own_kinds_and_columns() -> Any:
         __table_args__ = (
             UniqueConstraint("target_name", "created_at", "id"),
             CheckConstraint("owner_id > 0", name="owner"),
-            {"comment": "training", "sqlite_strict": False},
+            {"comment": "training"},
         )
 
     return Run, {"owner_id": 4, "label": "mine"}
@@ -405,7 +408,7 @@ def in_schema(engine: Engine, *names: str) -> None:
     @event.listens_for(engine, "connect")
     def attach(raw: Any, _: object) -> None:
         for name in names:
-            raw.execute(f"ATTACH '{home / name}.db' AS \"{name}\"")
+            raw.cursor().execute(f"ATTACH '{home / name}.db' AS \"{name}\"")
 
 
 @pytest.mark.parametrize("marker", [None, "tenant"])
@@ -796,3 +799,56 @@ def test_a_value_that_a_hosts_column_needs_is_asked_for_by_name(empty: Engine) -
         assert (caught.value.field, caught.value.value) == ("owner_id", None)
         with empty.connect() as connection, pytest.raises(MlJobsError, match="owner_id"):
             operation(connection)
+
+
+def test_tenants_hold_in_every_world(world: World) -> None:
+    """Through each driver, sync and async; a store and a worker serve one tenant."""
+    in_schema(world.outside, "north")
+    engine: Any = world.engine
+    if world.dialect == "sqlite":
+        in_schema(getattr(engine, "sync_engine", engine), "north")
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Run(MlJobDataclassMixin, Base):
+        __tablename__ = "runs"
+        owner_id: Mapped[int]
+
+    Base.metadata.create_all(world.outside.execution_options(schema_translate_map={None: "north"}))
+    tenant = engine.execution_options(schema_translate_map={None: "north"})
+    store: Any = Face(AsyncJobStore(tenant, model=Run), world.wait) if world.is_async else JobStore(tenant, model=Run)
+    job = store.submit("train", "x", {"a": 1}, owner_id=3)
+    assert store.submit_many([Run(kind="train", target_name="y", owner_id=4)]) == 1
+    claims = store.claim(worker="w", limit=5)
+    assert [claim.job.owner_id for claim in claims] == [3, 4]
+    assert len(store.renew(claims).held) == 2
+    assert store.set_progress_many([(claim, 50) for claim in claims]) == [None, None]
+    assert store.complete_many([(claim, {"m": 1}) for claim in claims]) == [None, None]
+    assert store.get(job.id).metrics == {"m": 1}
+    assert store.counts()["train", "completed"] == 2
+    assert store.retry(job.id).owner_id == 3
+    errors, more = store.finish_and_claim([], worker="w")
+    assert (errors, len(more)) == ([], 1)
+    store.requeue(more[0])
+    assert store.prune(older_than=timedelta(seconds=-5)) == 2
+    store.close()
+
+
+def test_a_worker_serves_a_hosts_class_of_one_tenant(empty: Engine) -> None:
+    in_schema(empty, "north", "south")
+    run, _ = own_kinds_and_columns()
+    stores = []
+    for name in ("north", "south"):
+        tenant = empty.execution_options(schema_translate_map={None: name})
+        run.metadata.create_all(tenant)
+        stores.append(JobStore(tenant, model=run))
+    north, south = stores
+    worker = Worker(north, poll=0.05, grace=20)
+    worker.handles("fit")(lambda running: {"owner": running.job.owner_id})
+    mine, theirs = (store.submit("fit", "x", owner_id=at) for at, store in enumerate(stores, 1))
+    worker.run(until_idle=True)
+    assert north.get(mine).metrics == {"owner": 1}
+    assert south.get(theirs).status == "queued"
+    for store in stores:
+        store.close()

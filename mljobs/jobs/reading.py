@@ -32,7 +32,7 @@ from mljobs.jobs._base import (
 )
 from mljobs.model import MlJob
 from mljobs.states import ACTIVE, TERMINAL, MlJobStatus
-from mljobs.triggers import companion_names
+from mljobs.triggers import companion_names, schema_of
 from mljobs.types import from_millis, storable_text, to_job_id, to_member, to_millis, to_utc
 
 MAX_PAGE = 10_000
@@ -361,7 +361,7 @@ def _sqlite_counters(connection: Connection, model: Model) -> dict[tuple[str, st
     table = table_of(model)
     preparer = connection.dialect.identifier_preparer
     name = preparer.quote(companion_names(table.name)["counts"])
-    schema = (connection.get_execution_options().get("schema_translate_map") or {}).get(table.schema, table.schema)
+    schema = schema_of(connection, table)
     qualified = f"{preparer.quote(schema)}.{name}" if schema else name
     rows = connection.execute(text(f"SELECT kind, status, jobs FROM {qualified}"))  # noqa: S608 - quoted identifiers
     kinds = model.__kinds__
@@ -382,7 +382,7 @@ def _postgres_statistics(connection: Connection, model: Model) -> dict[tuple[str
     """Return estimates of the finished jobs; None where counting is as quick, or nothing is known yet."""
     table = table_of(model)
     preparer = connection.dialect.identifier_preparer
-    schema = (connection.get_execution_options().get("schema_translate_map") or {}).get(table.schema, table.schema)
+    schema = schema_of(connection, table)
     relation = preparer.quote(table.name)
     if schema:
         relation = f"{preparer.quote(schema)}.{relation}"

@@ -24,6 +24,7 @@ from mljobs.jobs import DEFAULT_LEASE, Outcome, table_of
 from mljobs.jobs._base import check_lease
 from mljobs.run import Keeper, Run, database_is_away, first_line, worker_name
 from mljobs.store import JobStore, refuse_memory
+from mljobs.triggers import schema_of
 from mljobs.types import to_member
 from mljobs.worker.handlers import Backoff, Handler, exponential, make_handler
 from mljobs.worker.intake import Intake, Wanted, check_number
@@ -230,7 +231,7 @@ class Worker:
         refuse_memory(self._store.engine.url)
         table = table_of(self._store.model)
         with self._store.engine.connect() as connection:
-            if not inspect(connection).has_table(table.name, schema=table.schema):
+            if not inspect(connection).has_table(table.name, schema=schema_of(connection, table)):
                 raise SchemaError(f"there is no table {table.fullname}: run `mljobs upgrade`, or your own migrations")
 
     @contextmanager
