@@ -447,9 +447,9 @@ def test_the_text_of_a_version_never_changes() -> None:
 
     operation = CreateMljobsGuardOp("training_runs", kinds=["fit"], version=1)
     digests = {}
-    for dialect in ("postgresql", "sqlite"):
+    for dialect, driver in (("postgresql", "postgresql+psycopg"), ("sqlite", "sqlite")):
         lines = [
-            str(statement.compile(dialect=create_engine(f"{dialect}://").dialect))
+            str(statement.compile(dialect=create_engine(f"{driver}://").dialect))
             for statement in operation.statements(dialect, create=True)
         ]
         digests[dialect] = sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -96,7 +96,7 @@ def test_squawk_passes_on_our_revisions(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("MLJOBS_DATABASE_URL", "postgresql:///nowhere")
     up, down = scripts(config_of_ours(), StringIO())
     assert up.count("CREATE TABLE") == 3
-    assert {"DROP TABLE ml_job_leases", "DROP TABLE ml_jobs"} <= set(down.split(";\n\n"))
+    assert "DROP TABLE ml_job_leases;" in down
     squawk(up, tmp_path)
     squawk(down, tmp_path, *DOWN)
 
