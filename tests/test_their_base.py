@@ -628,6 +628,37 @@ def test_a_dataclass_is_complete_from_its_fields_alone(empty: Engine) -> None:
         assert len(jobs.find(connection, model=run)) == 1
 
 
+def test_a_retry_of_a_dataclass_takes_over_what_its_constructor_asks_for(empty: Engine) -> None:
+    class Base(MappedAsDataclass, DeclarativeBase):
+        pass
+
+    class User(Base):
+        __tablename__ = "users"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    class Run(MlJobDataclassMixin, Base):
+        __tablename__ = "runs"
+        owner_id: Mapped[int] = mapped_column(ForeignKey(User.id), init=False)
+        owner: Mapped[User] = relationship(User)
+
+    Base.metadata.create_all(empty)
+    with Session(empty) as session:
+        job: Any = jobs.submit(session, "train", "x", model=Run, owner=User(id=1))
+        job.cancel()
+        session.commit()
+        again: Any = jobs.retry(session, job, model=Run)
+        assert (again.owner_id, again.owner) == (1, job.owner)
+        job_id = job.id
+        session.commit()
+        with pytest.raises(InvalidValueError, match="Run needs it") as caught:
+            jobs.submit(session, "train", "x", model=Run)
+        assert caught.value.field == "owner"
+    with empty.connect() as connection:
+        assert jobs.retry(connection, job_id, model=Run).owner_id == 1  # type: ignore[attr-defined]
+    with JobStore(empty, model=Run) as store:
+        assert store.retry(job_id).owner_id == 1
+
+
 def test_a_class_defined_twice_on_one_table_goes_on(empty: Engine) -> None:
     """As in a notebook, with ``extend_existing``."""
     mappers = registry()

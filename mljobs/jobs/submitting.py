@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any
@@ -158,6 +158,12 @@ def retry(
         JobNotFound: No record has this id.
         InvalidTransitionError: It has not finished.
     """
+    if isinstance(session, Connection) and not plain(model):
+        with session_on(session) as own:
+            again = retry(own, job, run_after=run_after, priority=priority, unless_active=unless_active, model=model)
+            own.refresh(again)
+            own.expunge_all()
+        return again
     original: Any = get(session, id_of(job), model=model)
     if not original.is_terminal:
         raise InvalidTransitionError(original.id, original.status, MlJobStatus.QUEUED)
@@ -166,6 +172,8 @@ def retry(
         for attribute in inspect(type(original)).column_attrs
         if attribute.key not in _LIFE
     }
+    # A dataclass may ask for the user where the table has the user's id.
+    values |= {name: getattr(original, name) for name in _required(type(original)) if name not in values}
     if priority is not None:
         values["priority"] = priority
     values["retry_of"] = original.id
@@ -176,6 +184,17 @@ def retry(
 
 
 # ------------------------------------------------------------------------------------------------------- the details
+
+
+def _required(model: Any) -> list[str]:
+    """Return the fields of a dataclass without which none can be made; none of what is no dataclass."""
+    if not is_dataclass(model):
+        return []
+    return [
+        field.name
+        for field in fields(model)
+        if field.init and field.default is MISSING and field.default_factory is MISSING
+    ]
 
 
 def _made(model: Any, values: dict[str, Any]) -> Any:
@@ -191,6 +210,9 @@ def _made(model: Any, values: dict[str, Any]) -> Any:
             if not hasattr(model, name):
                 raise InvalidValueError(name, value, f"{model.__name__} has no such field")
     if of_dataclass:
+        for name in _required(model):
+            if name not in values:
+                raise InvalidValueError(name, None, f"{model.__name__} needs it: its field has no default")
         taken = {field.name for field in fields(model) if field.init}
         by_constructor = {name: value for name, value in values.items() if name in taken}
     job: Any = model(**by_constructor)
