@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging.config
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 from alembic import context
+from sqlalchemy import Connection
 
 from mljobs.engines import DEFAULT_URL, URL_VARIABLE, new_engine, sync_url
 from mljobs.schema import VERSION_TABLE, is_ours, migrating
@@ -39,6 +41,10 @@ def _configure(**options: object) -> None:
     )
 
 
+def _begun(connection: Connection) -> AbstractContextManager[object]:
+    return nullcontext() if connection.in_transaction() else connection.begin()
+
+
 if config.config_file_name is not None and "connection" not in config.attributes:
     logging.config.fileConfig(config.config_file_name, disable_existing_loggers=False)
 
@@ -46,16 +52,18 @@ if context.is_offline_mode():
     _configure(url=sync_url(_url()).render_as_string(hide_password=False), literal_binds=True)
     with context.begin_transaction():
         context.run_migrations()
-elif "connection" in config.attributes:
+elif isinstance(config.attributes.get("connection"), Connection):
     _configure(connection=config.attributes["connection"])
     with context.begin_transaction():
         context.run_migrations()
 else:
-    engine = new_engine(_url())
+    given = config.attributes.get("connection")  # an engine: pytest-alembic hands one in under this name
+    engine = given or new_engine(_url())
     try:
-        with engine.begin() as connection, migrating(connection):
+        with engine.connect() as connection, _begun(connection), migrating(connection):
             _configure(connection=connection)
             with context.begin_transaction():
                 context.run_migrations()
     finally:
-        engine.dispose()
+        if given is None:
+            engine.dispose()

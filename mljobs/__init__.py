@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mljobs.async_store import AsyncJobStore
+    from mljobs.dataclass_mixin import MlJobDataclassMixin
     from mljobs.errors import (
         InvalidTransitionError,
         InvalidValueError,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         JobNotFound,
         LeaseLostError,
         MlJobsError,
+        ModelError,
         SchemaError,
         TargetLockedError,
         TerminalStateError,
@@ -42,11 +44,13 @@ __all__ = [
     "JobStore",
     "LeaseLostError",
     "MlJob",
+    "MlJobDataclassMixin",
     "MlJobKind",
     "MlJobLease",
     "MlJobMixin",
     "MlJobStatus",
     "MlJobsError",
+    "ModelError",
     "SchemaError",
     "TargetLockedError",
     "TerminalStateError",
@@ -61,6 +65,7 @@ __all__ = [
 _MODULES = {
     "events": ("on_finished",),
     "model": ("Base", "MlJob", "MlJobLease", "MlJobMixin", "kind_column", "metadata"),
+    "dataclass_mixin": ("MlJobDataclassMixin",),
     "states": ("MlJobKind", "MlJobStatus"),
     "async_store": ("AsyncJobStore",),
     "store": ("JobStore",),

@@ -23,6 +23,7 @@ from sqlalchemy.types import BigInteger, Date, DateTime, Double, Float, LargeBin
 from sqlalchemy.util import await_only
 
 from mljobs.guards import translate_error
+from mljobs.triggers import schema_of
 from mljobs.types import (
     JobId,
     JsonText,
@@ -78,7 +79,7 @@ def _row_security(connection: Connection, table: Table) -> bool:
 
 def qualified_name(connection: Connection, table: Table) -> str:
     """Return the table's name, quoted and in the schema that this connection's translate map gives it."""
-    schema = _schema(connection, table)
+    schema = schema_of(connection, table)
     name = _quoted(connection, table.name)
     return f"{_quoted(connection, schema)}.{name}" if schema else name
 
@@ -87,12 +88,6 @@ def _quoted(connection: Connection, name: str) -> str:
     text = connection.dialect.identifier_preparer.quote(name)
     # Where parameters are %s, SQLAlchemy doubles every percent sign; COPY without parameters takes them as they are.
     return text.replace("%%", "%") if "%" in name and text.count("%") == 2 * name.count("%") else text
-
-
-def _schema(connection: Connection, table: Table) -> str | None:
-    schemas = connection.get_execution_options().get("schema_translate_map") or {}
-    schema: str | None = schemas.get(table.schema, table.schema)
-    return schema
 
 
 def _checked(table: Table, columns: Sequence[str], rows: Iterable[_Row]) -> Iterator[_Row]:
@@ -364,7 +359,7 @@ def _copy_asyncpg(
 
     await_only(
         driver.copy_records_to_table(
-            table.name, records=counted(), columns=list(columns), schema_name=_schema(connection, table)
+            table.name, records=counted(), columns=list(columns), schema_name=schema_of(connection, table)
         )
     )
     return total

@@ -8,7 +8,8 @@ text would not do: PostgreSQL keeps the meaning of a CHECK or a WHEN, not its wo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, NestedTransaction, create_engine, inspect, text
@@ -17,10 +18,16 @@ from sqlalchemy.pool import StaticPool
 
 from mljobs.errors import InvalidValueError, SchemaError
 from mljobs.overview import overview_of
-from mljobs.triggers import companion_names
+from mljobs.triggers import GUARD_ROLES, companion_names, schema_of
 
 if TYPE_CHECKING:
     from sqlalchemy import MetaData, Table
+
+VERSION_TABLE = "mljobs_alembic_version"
+"""Where Alembic keeps our version."""
+
+OWN_TABLES = frozenset({"ml_jobs", "ml_jobs_guard", "ml_jobs_counts", "ml_job_leases", VERSION_TABLE})
+"""Every table that our migrations make, on either database; for a host's autogenerate, which must not drop them."""
 
 _Found = dict[tuple[str, str], str]
 """What a table is and what stands beside it: the kind and name of each part, and its definition."""
@@ -43,7 +50,7 @@ def differences(connection: Connection, metadata: MetaData) -> list[str]:
     expected = expect(connection, tables)
     problems = []
     for table in tables:
-        found = read(connection, table, _schema_of(connection, table))
+        found = read(connection, table, schema_of(connection, table))
         if not found:
             problems.append(f"table {table.name} is missing")
             continue
@@ -53,9 +60,61 @@ def differences(connection: Connection, metadata: MetaData) -> list[str]:
             if have is None:
                 if " of " not in kind:  # the rows or the state of what is missing itself
                     problems.append(f"{subject} is missing")
-            elif have != definition:
+            elif not _same(kind, have, definition):
                 problems.append(f"{subject} {_difference(have, definition)}")
     return problems
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a job table that is not as this release makes it.
+
+    Attributes:
+        kind: ``trigger``, ``function``, ``check``, ``index`` and so on.
+        name: Its name.
+        have: Its definition in the database; None where it is missing.
+    """
+
+    kind: str
+    name: str
+    have: str | None
+
+
+def record_differences(connection: Connection, table: Table) -> list[Part]:
+    """Return the parts of a job table, as the mixin alone makes it, that differ; none where the table is missing.
+
+    A host's own columns, keys and triggers are not looked at, nor made for the comparison.
+
+    Raises:
+        InvalidValueError: The connection is in AUTOCOMMIT.
+        SchemaError: The role may not make temporary tables.
+    """
+    from mljobs.model import record_table  # noqa: PLC0415 - upgrading works without the model
+
+    bare = record_table(table)
+    postgresql = connection.dialect.name == "postgresql"
+    read, expect = (_read_postgresql, _expected_postgresql) if postgresql else (_read_sqlite, _expected_sqlite)
+    found = read(connection, table, schema_of(connection, table))
+    if not found:
+        return []
+    expected = expect(connection, [bare])[bare]
+    return [
+        Part(kind, name, found.get((kind, name)))
+        for (kind, name), definition in expected.items()
+        if not _same(kind, found.get((kind, name)), definition)
+    ]
+
+
+def guarded_tables(connection: Connection, schema: str | None) -> set[str]:
+    """Return the tables of a schema beside which a guard stands, whole or in part."""
+    if connection.dialect.name == "postgresql":
+        rows = connection.execute(_GUARDED, {"schema": schema})
+    else:
+        prefix = f"{connection.dialect.identifier_preparer.quote(schema)}." if schema else ""
+        rows = connection.exec_driver_sql(f"SELECT tbl_name, name FROM {prefix}sqlite_master WHERE type = 'trigger'")  # noqa: S608 - quoted
+    triggers = rows.all()
+    guards = {table: {companion_names(table)[role] for role in GUARD_ROLES} for table, _ in triggers}
+    return {table for table, trigger in triggers if trigger in guards[table]}
 
 
 def savepoint(connection: Connection) -> NestedTransaction:
@@ -77,6 +136,29 @@ def savepoint(connection: Connection) -> NestedTransaction:
 def _sqlstate(error: DBAPIError) -> str | None:
     state: str | None = getattr(error.orig, "sqlstate", None)
     return state
+
+
+def _same(kind: str, have: str | None, wanted: str) -> bool:
+    if have == wanted or have is None:
+        return have == wanted
+    return kind in _WITH_CONDITIONS and _as_first_written(have) == _as_first_written(wanted)
+
+
+_WITH_CONDITIONS = frozenset({"check", "index", "trigger"})
+_CAST = re.compile(r"::(?:character varying|text)(?:\[\])?")
+_NEEDLESS = re.compile(r"""(?<![\w"])\(((?:'(?:[^']|'')*'|\w+|ARRAY\[[^\]]*\]))\)""")
+
+
+def _as_first_written(definition: str) -> str:
+    """Return a condition without the casts between texts that PostgreSQL adds, and the brackets that these need.
+
+    What the server writes out for ``kind IN ('a', 'b')`` reads back as another tree: a database that was dumped and
+    restored has the casts elsewhere.
+    """
+    bare = _CAST.sub("", definition)
+    while bare != (fewer := _NEEDLESS.sub(r"\1", bare)):
+        bare = fewer
+    return bare
 
 
 def _difference(have: str, wanted: str) -> str:
@@ -118,18 +200,14 @@ def _with_references(tables: Iterable[Table]) -> list[Table]:
     return list(needed)
 
 
-def _schema_of(connection: Connection, table: Table) -> str | None:
-    translated: Mapping[str | None, str | None] = connection.get_execution_options().get("schema_translate_map") or {}
-    return translated.get(table.schema, table.schema)
-
-
 def _create(connection: Connection, tables: Iterable[Table], schema: str | None) -> None:
     needed = _with_references(tables)
     metadata = needed[0].metadata
     own = connection.get_execution_options().get("schema_translate_map")
     connection.execution_options(schema_translate_map=dict.fromkeys({None, *(each.schema for each in needed)}, schema))
     try:
-        metadata.create_all(connection, tables=needed)
+        # Nothing is there yet. To ask would be to send a statement that was compiled for another map.
+        metadata.create_all(connection, tables=needed, checkfirst=False)
     finally:
         connection.execution_options(schema_translate_map=own)
 
@@ -253,6 +331,10 @@ _VIEW = text("""\
 SELECT v.relname, concat_ws(' ', v.reloptions::text, pg_get_viewdef(v.oid))
 FROM pg_class v JOIN pg_class t ON t.relnamespace = v.relnamespace
 WHERE t.oid = :table AND v.relkind = 'v' AND v.relname = :view""")
+_GUARDED = text("""\
+SELECT c.relname, t.tgname FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
+WHERE c.relnamespace = CAST(coalesce(quote_ident(:schema), quote_ident(current_schema())) AS regnamespace)
+  AND NOT t.tgisinternal""")
 _STATISTICS = text("SELECT stxname, pg_get_statisticsobjdef(oid) FROM pg_statistic_ext WHERE stxrelid = :table")
 
 

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from sqlalchemy import URL, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, InvalidRequestError
 
 from mljobs.errors import InvalidValueError
 from mljobs.patience import watch
@@ -123,6 +123,18 @@ def engine_options(url: URL, options: dict[str, Any], *, autocommit: bool) -> di
         if autocommit:
             options.setdefault("isolation_level", "AUTOCOMMIT")
     return options
+
+
+def at_level(engine: Engine, level: str) -> Engine:
+    """Return the engine with another isolation level, and the same options otherwise, a tenant's schemas among them."""
+    try:
+        return engine.execution_options(isolation_level=level)
+    except InvalidRequestError:
+        # SQLAlchemy 2.0 cannot set a level on an engine that has options: set all of them on the one underneath.
+        root = getattr(engine, "_proxied", None)
+        if not isinstance(root, Engine):
+            raise
+        return root.execution_options(**{**engine.get_execution_options(), "isolation_level": level})
 
 
 def set_up_connections(engine: Engine) -> None:

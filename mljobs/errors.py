@@ -12,6 +12,7 @@
      |- LeaseLostError                             the worker no longer holds the job; nothing was written
      |- JobCancelled                               the job that this code runs was cancelled
      |- WaitTimeout            (also TimeoutError) the job has not finished in time
+     |- ModelError             (also TypeError)    a class with MlJobMixin cannot hold a record
      +- SchemaError                                the database is not what this version expects
 
 Each carries its data as attributes, so that callers never parse a message.
@@ -224,6 +225,23 @@ class WaitTimeout(MlJobsError, TimeoutError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.job_id, self.timeout, self.status)
+
+
+class ModelError(MlJobsError, TypeError):
+    """A class with ``MlJobMixin`` cannot hold a record as it is defined.
+
+    Attributes:
+        model: The class.
+        reason: Why, and what to do.
+    """
+
+    def __init__(self, model: type[Any], reason: str) -> None:
+        self.model = model
+        self.reason = reason
+        super().__init__(f"class {model.__name__} cannot hold a job record: {reason}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.model, self.reason)
 
 
 class SchemaError(MlJobsError):

@@ -494,7 +494,7 @@ def _updated(state: ORMExecuteState) -> type[MlJobMixin] | None:
     if mapper is not None:
         return mapper.class_ if issubclass(mapper.class_, MlJobMixin) else None
     table = getattr(state.statement, "table", None)
-    model: type[MlJobMixin] | None = table.info.get("mljobs") if isinstance(table, Table) else None
+    model: type[MlJobMixin] | None = table.info.get("mljobs_model") if isinstance(table, Table) else None
     return model
 
 

@@ -13,11 +13,12 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import or_, select
+from sqlalchemy import or_
 
 from mljobs.errors import InvalidValueError, WaitTimeout
 from mljobs.jobs import Bind, JobRef, Model, conditions, get
-from mljobs.jobs._base import id_of, record, record_columns, table_of
+from mljobs.jobs._base import id_of, table_of
+from mljobs.jobs.reading import fetch
 from mljobs.model import MlJob
 from mljobs.states import MlJobStatus
 from mljobs.types import utc_now
@@ -95,11 +96,8 @@ def _recent(bind: Bind, model: Model, where: Sequence[Any]) -> list[MlJob]:
     table = table_of(model)
     since = utc_now() - _OVERLAP
     lately = or_(table.c.status == MlJobStatus.RUNNING, table.c.created_at >= since, table.c.finished_at >= since)
-    rows = bind.execute(select(*record_columns(model)).where(lately, *where))
-    return [record(model, row) for row in rows]
+    return fetch(bind, model, [lately, *where])
 
 
 def _these(bind: Bind, model: Model, ids: Sequence[UUID]) -> list[MlJob]:
-    table = table_of(model)
-    rows = bind.execute(select(*record_columns(model)).where(table.c.id.in_(ids)))
-    return [record(model, row) for row in rows]
+    return fetch(bind, model, [table_of(model).c.id.in_(ids)])

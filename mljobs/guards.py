@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -32,6 +33,7 @@ from mljobs.triggers import (
     TRANSITION_MESSAGE,
     companion_ddl,
     companion_names,
+    schema_of,
 )
 
 if TYPE_CHECKING:
@@ -108,6 +110,12 @@ def _check_insert(mapper: Mapper[Any], _connection: Connection, target: Any) -> 
     for name in _REQUIRED:
         if getattr(target, name) is None:
             raise InvalidValueError(name, None, "every job has one")
+    values = attributes.instance_dict(target)
+    for name in _required_of_host(mapper):
+        if values.get(name) is None:
+            raise InvalidValueError(
+                name, None, f"{mapper.class_.__name__} needs it: the column is NOT NULL without a default"
+            )
     # Deleting a record and adding one with its id in a single flush is a row switch: SQLAlchemy turns the pair into an
     # UPDATE for which neither before_update nor before_delete fires.
     session = object_session(target)
@@ -118,6 +126,21 @@ def _check_insert(mapper: Mapper[Any], _connection: Connection, target: Any) -> 
         status = _stored(replaced, "status")
         if status is not None and status.is_terminal:
             raise _terminal(replaced, status, action="be replaced")
+
+
+@cache
+def _required_of_host(mapper: Mapper[Any]) -> tuple[str, ...]:
+    """Return the attributes that a host has added and without which no row can be inserted."""
+    return tuple(
+        mapper.get_property_by_column(column).key
+        for table in mapper.tables
+        for column in table.columns
+        if column.name not in _GUARDED
+        and not (column.nullable or column.primary_key or column.default or column.server_default)
+        and column is not mapper.polymorphic_on
+        and column is not mapper.version_id_col
+        and mapper.columns.contains_column(column)
+    )
 
 
 def _terminal(
@@ -161,8 +184,7 @@ def set_retention_door(connection: Connection, table: Table, *, opened: bool) ->
         connection.execute(text(f"SET LOCAL mljobs.retention = '{'on' if opened else 'off'}'"))
         return
     preparer = connection.dialect.identifier_preparer
-    schema_map = connection.get_execution_options().get("schema_translate_map") or {}
-    schema = schema_map.get(table.schema, table.schema)
+    schema = schema_of(connection, table)
     door = preparer.quote(companion_names(table.name)["door"])
     qualified = f"{preparer.quote(schema)}.{door}" if schema else door
     connection.execute(

@@ -6,7 +6,6 @@ outcome is one method, which sets every field that belongs to it, so no illegal 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from datetime import datetime
@@ -38,19 +37,23 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.hybrid import hybrid_method, hybrid_property
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedColumn, Mapper, mapped_column, validates
+from sqlalchemy.sql.elements import conv
 from sqlalchemy.types import JSON
 from uuid_utils.compat import uuid7
 
 from mljobs import codec
+from mljobs.declaring import KIND_LENGTH, check_body, check_dataclass, check_kinds, check_lease_name, check_mapping
 from mljobs.errors import InvalidTransitionError, InvalidValueError, TerminalStateError
 from mljobs.guards import install_hooks, install_triggers, is_expression
 from mljobs.overview import install_overview
 from mljobs.states import ACTIVE, TERMINAL, MlJobKind, MlJobStatus
+from mljobs.triggers import GUARDED_COLUMNS, short_name
 from mljobs.types import (
     EPOCH,
     JobId,
     JsonText,
     PlainText,
+    SqliteCheck,
     TokenType,
     UtcMillis,
     epoch_millis,
@@ -67,7 +70,6 @@ from mljobs.types import (
 )
 
 _SMALLINT_MAX = 32_767
-_IDENTIFIER_MAX = 63  # PostgreSQL's limit, in bytes
 _PROGRESS_MAX = 100
 
 
@@ -75,13 +77,17 @@ def kind_column(enum: type[StrEnum], **kw: Any) -> MappedColumn[Any]:
     """Return the ``kind`` column for a host with kinds of its own.
 
     Args:
-        enum: The kinds; each value is a token of at most 32 characters.
-        **kw: Passed on to ``mapped_column``.
+        enum: A ``StrEnum`` of the kinds; each value is a token of 1 to 32 characters.
+        **kw: Passed on to ``mapped_column``; where ``sort_order`` is not among them, the column stands second as in ours.
+
+    Raises:
+        InvalidValueError: ``enum`` is none such.
 
     Example:
         ``kind: Mapped[MyKind] = kind_column(MyKind)``
     """
-    return mapped_column(TokenType(enum, 32, "kind"), nullable=False, **kw)
+    kw.setdefault("sort_order", -15)
+    return mapped_column(TokenType(check_kinds(enum), KIND_LENGTH, "kind"), nullable=False, **kw)
 
 
 class MlJobMixin:
@@ -101,6 +107,10 @@ class MlJobMixin:
     """The lease table."""
     __kinds__: ClassVar[type[StrEnum]] = MlJobKind
     """The enum of the ``kind`` column."""
+
+    def __init_subclass__(cls, **kw: Any) -> None:
+        check_body(cls)
+        super().__init_subclass__(**kw)
 
     id: Mapped[UUID] = mapped_column(JobId(), primary_key=True, default=uuid7, sort_order=-16)
     """128 bits, UUIDv7: sorted by time of submission, unique without coordination."""
@@ -433,12 +443,13 @@ class MlJobMixin:
         )
 
     @classmethod
-    def from_json(cls, raw: str | bytes) -> Self:
+    def from_json(cls, raw: str | bytes, **own_columns: Any) -> Self:
         """Return the record that KV JSON holds, as a new instance outside any session.
 
         Args:
             raw: One JSON object; what RedDB accepts, but no negative numbers, no times after the year 9999 and no raw
                 control characters.
+            **own_columns: Of a host's class, which KV JSON knows nothing of.
 
         Raises:
             JobDecodeError: ``raw`` is not a record; it names the key and the reason.
@@ -456,6 +467,7 @@ class MlJobMixin:
             error_message=record.error,
             spec_json=record.spec,
             metrics_json=record.metrics,
+            **own_columns,
         )
 
     def __repr__(self) -> str:
@@ -517,8 +529,10 @@ def _complete_at_construction(job: MlJobMixin, _args: object, values: dict[str, 
         if name in values and f"{name}_json" in values:
             raise InvalidValueError(name, values[name], f"give {name} or {name}_json, not both")
     # Straight into the instance: seven attribute events with their checks, for values that are known to be right, would
-    # cost more than all else. A dataclass assigns every field itself, so it gets them as arguments.
-    known = values if is_dataclass(job) else inspect(job).dict
+    # cost more than all else.
+    if is_dataclass(type(job)):  # it has all of this from its fields
+        return
+    known = inspect(job).dict
     for name, make in _AT_CONSTRUCTION:
         if name not in values:
             known[name] = make()
@@ -541,26 +555,50 @@ _AT_CONSTRUCTION: tuple[tuple[str, Callable[[], object]], ...] = (
 def _furnish(mapper: Mapper[Any], cls: type[MlJobMixin]) -> None:
     """Give a newly mapped table its checks, indexes, leases and triggers, once."""
     table = mapper.local_table
-    if not isinstance(table, Table) or "spec_json" not in table.c or "mljobs" in table.info:
+    if not isinstance(table, Table) or (mapper.inherits is not None and not mapper.concrete):
         return  # a subclass that shares the table, or has one of its own beside it
-    table.info["mljobs"] = cls
+    check_dataclass(cls)  # once more, for what a decorator has made of it
+    check_mapping(cls, mapper, _TYPES)
+    table.info["mljobs_model"] = cls
     kinds: type[StrEnum] = table.c.kind.type.enum
     cls.__kinds__ = kinds
-    for constraint in _checks(table, kinds):
-        table.append_constraint(constraint)
-    _add_indexes(table)
-    cls.__leases__ = _lease_table(table, cls.__lease_tablename__)
+    if "mljobs" in table.info:  # defined once more on the same table, as in a notebook
+        cls.__leases__ = table.info["mljobs"]
+        return
+    lease_name = cls.__lease_tablename__ or f"{table.name}_leases"
+    check_lease_name(cls, lease_name, table.schema, table.metadata.tables)
+    _add_checks_and_indexes(table, kinds)
+    cls.__leases__ = table.info["mljobs"] = _lease_table(table, lease_name)
     install_triggers(table)
     if cls.__overview_name__ is not None:
         install_overview(table, cls.__leases__, cls.__overview_name__)
 
 
-def _name(prefix: str, table: Table, suffix: str) -> str:
-    name = f"{prefix}_{table.name}_{suffix}"
-    if len(name.encode()) > _IDENTIFIER_MAX:
-        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-        name = f"{name[: _IDENTIFIER_MAX - 9]}_{digest}"
-    return name
+_TYPES = {name: getattr(MlJobMixin, name).column.type for name in GUARDED_COLUMNS}
+
+
+def _add_checks_and_indexes(table: Table, kinds: type[StrEnum]) -> None:
+    for constraint in _checks(table, kinds):
+        table.append_constraint(constraint)
+    _add_indexes(table)
+
+
+def record_table(table: Table) -> Table:
+    """Return what the mixin alone makes of a mapped job table: none of the host's columns, keys, checks and indexes."""
+    # In the host's order, which PostgreSQL's statistics keep.
+    names = [column.name for column in table.c if column.name in GUARDED_COLUMNS]
+    columns = [Column(name, table.c[name].type, primary_key=name == "id") for name in names]
+    with_rowid = table.dialect_options["sqlite"]["with_rowid"]
+    bare = Table(table.name, MetaData(), *columns, schema=table.schema, sqlite_with_rowid=with_rowid)
+    kind_type: Any = table.c.kind.type
+    _add_checks_and_indexes(bare, kind_type.enum)
+    install_triggers(bare)
+    return bare
+
+
+def _name(prefix: str, table: Table, suffix: str) -> conv:
+    """Return a name that no naming convention of the host's changes, and that PostgreSQL can hold."""
+    return conv(short_name(f"{prefix}_{table.name}_{suffix}"))
 
 
 def _quoted(tokens: type[StrEnum] | tuple[StrEnum, ...]) -> str:
@@ -568,8 +606,8 @@ def _quoted(tokens: type[StrEnum] | tuple[StrEnum, ...]) -> str:
 
 
 def _checks(table: Table, kinds: type[StrEnum]) -> list[CheckConstraint]:
-    def check(suffix: str, condition: str) -> CheckConstraint:
-        return CheckConstraint(text(condition), name=_name("ck", table, suffix))
+    def check(suffix: str, condition: str, kind: type[CheckConstraint] = CheckConstraint) -> CheckConstraint:
+        return kind(text(condition), name=_name("ck", table, suffix))
 
     hex_digits = "length(id) = 32 AND id NOT GLOB '*[^0-9a-f]*'"
     return [
@@ -577,9 +615,9 @@ def _checks(table: Table, kinds: type[StrEnum]) -> list[CheckConstraint]:
         check("status", f"status IN ({_quoted(tuple(MlJobStatus))})"),
         check("progress", f"progress BETWEEN 0 AND {_PROGRESS_MAX}"),
         # PostgreSQL's uuid and json types check these themselves.
-        check("id", hex_digits).ddl_if(dialect="sqlite"),
-        check("spec_json", "json_valid(spec_json)").ddl_if(dialect="sqlite"),
-        check("metrics_json", "metrics_json IS NULL OR json_valid(metrics_json)").ddl_if(dialect="sqlite"),
+        check("id", hex_digits, SqliteCheck),
+        check("spec_json", "json_valid(spec_json)", SqliteCheck),
+        check("metrics_json", "metrics_json IS NULL OR json_valid(metrics_json)", SqliteCheck),
     ]
 
 
@@ -615,9 +653,8 @@ def _add_indexes(table: Table) -> None:
     index("retries", columns.retry_of, where="retry_of IS NOT NULL")
 
 
-def _lease_table(jobs: Table, name: str | None) -> Table:
+def _lease_table(jobs: Table, name: str) -> Table:
     """Return the table of present leases on ``jobs``. The record is history, the lease is the present."""
-    name = name or f"{jobs.name}_leases"
     token = BigInteger().with_variant(Integer(), "sqlite")  # only INTEGER PRIMARY KEY counts up by itself there
     leases = Table(
         name,
@@ -662,9 +699,9 @@ class MlJob(MlJobMixin, Base):
     __tablename__ = "ml_jobs"
     __lease_tablename__ = "ml_job_leases"
     __overview_name__ = "ml_jobs_overview"
+    __table_is_migrated_by_mljobs__: ClassVar[bool] = True
 
-    if TYPE_CHECKING:
-        kind: Mapped[MlJobKind]
+    kind: Mapped[MlJobKind] = kind_column(MlJobKind)
 
 
 class MlJobLease(Base):

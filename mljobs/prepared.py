@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 
 Row = Any  # a sequence of values
 _Process = Callable[[Any], Any]
+_Schemas = Mapping[str | None, str | None]
+
+_TENANTS = 100  # of whose texts each statement keeps
 
 
 class _Compiled:
     """The text of one statement for one dialect, and what its types do to values on the way in and out."""
 
-    def __init__(self, statement: Executable, dialect: Dialect) -> None:
-        compiled: Any = statement.compile(dialect=dialect)  # type: ignore[attr-defined]
+    def __init__(self, statement: Executable, dialect: Dialect, schemas: _Schemas | None = None) -> None:
+        options = {"schema_translate_map": schemas, "render_schema_translate": True} if schemas else {}
+        compiled: Any = statement.compile(dialect=dialect, **options)  # type: ignore[attr-defined]
         self.text: str = compiled.string
         # Values the statement itself carries: limits, tokens, flags.
         self.fixed: dict[str, Any] = {
@@ -76,7 +80,7 @@ class Prepared:
     def __init__(self, build: Callable[[str], Executable]) -> None:
         self._build = build
         self._statements: dict[str, Executable] = {}
-        self._compiled: WeakKeyDictionary[Dialect, _Compiled] = WeakKeyDictionary()
+        self._compiled: WeakKeyDictionary[Dialect, dict[Any, _Compiled]] = WeakKeyDictionary()
 
     def rows(self, connection: Connection, parameters: Mapping[str, Any]) -> list[Row]:
         """Run the statement; return its rows as Python values.
@@ -98,19 +102,25 @@ class Prepared:
             parameters: By name; names that the statement does not use are ignored.
         """
         dialect = connection.dialect
-        if connection.get_execution_options().get("schema_translate_map"):  # the text differs from tenant to tenant
-            statement = self._statement(dialect)
-            used = statement.compile(dialect=dialect).params  # type: ignore[attr-defined]
-            mapped = connection.execute(statement, {name: parameters[name] for name in used if name in parameters})
-            return list(mapped) if mapped.returns_rows else [], list
-        compiled = self._compiled.get(dialect)
-        if compiled is None:
-            compiled = self._compiled[dialect] = _Compiled(self._statement(dialect), dialect)
+        compiled = self._text(dialect, connection.get_execution_options().get("schema_translate_map") or {})
         values = compiled.parameters(parameters)
         if _unwatched(connection):
             return _by_cursor(connection, compiled, values), compiled.row
         result = connection.exec_driver_sql(compiled.text, values)
         return result.fetchall() if result.returns_rows else [], compiled.row
+
+    def _text(self, dialect: Dialect, schemas: _Schemas) -> _Compiled:
+        """Return the text for a dialect, and for the schemas of a tenant."""
+        texts = self._compiled.get(dialect)
+        if texts is None:
+            texts = self._compiled[dialect] = {}
+        key = frozenset(schemas.items()) if schemas else None
+        compiled = texts.get(key)
+        if compiled is None:
+            if len(texts) > _TENANTS:
+                texts.clear()
+            compiled = texts[key] = _Compiled(self._statement(dialect), dialect, schemas)
+        return compiled
 
     def _statement(self, dialect: Dialect) -> Executable:
         statement = self._statements.get(dialect.name)
@@ -150,7 +160,7 @@ def _by_cursor(connection: Any, compiled: _Compiled, values: Any) -> Sequence[Se
         cursor.execute(compiled.text, values)
         rows: Sequence[Sequence[Any]] = cursor.fetchall() if compiled.returns_rows else []
         cursor.close()
-    except BaseException as error:  # noqa: BLE001 - SQLAlchemy decides: it wraps, tells its listeners, gives the connection up
+    except BaseException as error:
         connection._handle_dbapi_exception(error, compiled.text, values, cursor, None)  # noqa: SLF001 - there is no public way
         raise
     return rows

@@ -19,18 +19,27 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import URL, Connection, Engine, inspect, text
 
-from mljobs.catalog import differences, savepoint
-from mljobs.engines import new_engine
+from mljobs.catalog import OWN_TABLES, VERSION_TABLE, differences, savepoint
+from mljobs.engines import at_level, new_engine
 from mljobs.errors import InvalidValueError, SchemaError
 
 if TYPE_CHECKING:
     from sqlalchemy import MetaData
 
-VERSION_TABLE = "mljobs_alembic_version"
-"""Where Alembic keeps our version."""
-
-OWN_TABLES = frozenset({"ml_jobs", "ml_jobs_guard", "ml_jobs_counts", "ml_job_leases", VERSION_TABLE})
-"""Every table that our migrations make, on either database; for a host's autogenerate, which must not drop them."""
+__all__ = [
+    "OWN_TABLES",
+    "VERSION_TABLE",
+    "Target",
+    "current",
+    "downgrade",
+    "head",
+    "is_ours",
+    "migrating",
+    "migrations_path",
+    "stamp",
+    "upgrade",
+    "verify",
+]
 
 Target = str | URL | Engine | Connection
 """A database: its URL, an engine, or a connection whose transaction is to be used."""
@@ -194,7 +203,7 @@ def _connected(target: Target) -> Iterator[Connection]:
     elif isinstance(target, Engine):
         if target.dialect.name == "postgresql":
             # Neither AUTOCOMMIT, nor a level that would read the version as it was before the lock was granted.
-            target = target.execution_options(isolation_level="READ COMMITTED")
+            target = at_level(target, "READ COMMITTED")
         with target.begin() as connection:
             _refuse_unknown(connection)
             yield connection

@@ -24,7 +24,7 @@ from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from mljobs import events, jobs
-from mljobs.engines import is_memory, new_engine, url_from_env
+from mljobs.engines import at_level, is_memory, new_engine, url_from_env
 from mljobs.errors import InvalidValueError, MlJobsError, TerminalStateError
 from mljobs.following import Look, Steps, waiting, watching
 from mljobs.jobs import Bind, JobRef, Model
@@ -328,8 +328,8 @@ def modes(engine: Engine, *, owned: bool) -> tuple[Engine, Engine]:
     if engine.dialect.name != "postgresql":
         return engine, engine
     if owned:  # made with AUTOCOMMIT, so that the frequent case costs nothing at checkout
-        return engine, engine.execution_options(isolation_level="READ COMMITTED")
-    return engine.execution_options(isolation_level="AUTOCOMMIT"), engine
+        return engine, at_level(engine, "READ COMMITTED")
+    return at_level(engine, "AUTOCOMMIT"), engine
 
 
 class _Ready:

@@ -24,16 +24,21 @@ Two more companions serve the operations:
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Table
+from sqlalchemy import Connection, Table
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql.compiler import DDLCompiler
 
 from mljobs.states import TERMINAL, TRANSITIONS
+
+GUARD_VERSION = 1
+"""The version of the text below, named in the migrations of hosts. Whoever changes the text raises it, and keeps the old
+text for the migrations that ask for it; a test holds a digest of each."""
 
 TERMINAL_MESSAGE = "mljobs: record is in a terminal state"
 TRANSITION_MESSAGE = "mljobs: this state may not follow the present one"
@@ -61,16 +66,17 @@ GUARDED_COLUMNS: tuple[str, ...] = (
 """The record. Columns that a host adds are its own, and stay writable after the job has finished."""
 
 
-def _listed(tokens: Iterable[str]) -> str:
+def listed(tokens: Iterable[str]) -> str:
+    """Return the tokens as SQL literals, in a row."""
     return ", ".join("'" + token.replace("'", "''") + "'" for token in tokens)
 
 
-_FINISHED = _listed(TERMINAL)
+_FINISHED = listed(TERMINAL)
 _FINISHED_IN_STRING = _FINISHED.replace("'", "''")
 # What is illegal, not what is legal: PostgreSQL reads the condition anew for each statement, so a short one counts.
 # States that do not exist are the CHECK's affair.
 _ILLEGAL_EDGE = " OR ".join(
-    f"OLD.status = '{old}' AND NEW.status IN ({_listed(illegal)})"
+    f"OLD.status = '{old}' AND NEW.status IN ({listed(illegal)})"
     for old, news in TRANSITIONS.items()
     if news and (illegal := [new for new in TRANSITIONS if new is not old and new not in news])
 )
@@ -246,13 +252,31 @@ _TRIGGERS = (
 )  # fmt: skip
 
 
+IDENTIFIER_MAX = 63
+"""PostgreSQL's limit for a name, in bytes."""
+
+GUARD_ROLES = ("update", "delete", "truncate", "insert", "key")
+"""What the triggers of ring 3 refuse, on one database or the other."""
+
+
 def companion_names(table: str) -> dict[str, str]:
     """Return the names of what stands beside a table: role -> name."""
-    names = {role: f"{table}_guard_{role}" for role in ("update", "delete", "truncate", "insert", "key")}
-    names |= {role: f"{table}_{role}" for role in _TRIGGERS if role not in names}
-    names |= {"function": f"{table}_guard", "door": f"{table}_guard", "wake": f"{table}_wake"}
-    names |= {"counts": f"{table}_counts", "statistics": f"{table}_kind_status"}
-    return names
+    ends = {role: f"guard_{role}" for role in GUARD_ROLES} | {
+        role: role for role in _TRIGGERS if role not in GUARD_ROLES
+    }
+    ends |= {"function": "guard", "door": "guard", "wake": "wake", "counts": "counts", "statistics": "kind_status"}
+    return {role: short_name(f"{table}_{end}") for role, end in ends.items()}
+
+
+def short_name(name: str) -> str:
+    """Return a name that PostgreSQL can hold: cut, and told apart by a digest, where it is longer than 63 bytes.
+
+    PostgreSQL itself would cut without a word, and two triggers of one table would get one name.
+    """
+    if len(name.encode()) <= IDENTIFIER_MAX:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name.encode()[: IDENTIFIER_MAX - 9].decode(errors='ignore')}_{digest}"
 
 
 class CompanionDDL(ExecutableDDLElement):
@@ -260,9 +284,10 @@ class CompanionDDL(ExecutableDDLElement):
 
     inherit_cache = False
 
-    def __init__(self, table: Table, text: str) -> None:
+    def __init__(self, table: Table, text: str, kinds: Sequence[str] | None = None) -> None:
         self.table = table
         self.text = text
+        self.kinds = kinds
 
     @property
     def drops_by_itself(self) -> bool:
@@ -285,8 +310,7 @@ def _render(element: CompanionDDL, compiler: DDLCompiler, **_: object) -> str:
     for role in ("function", "door", "wake", "counts", "statistics"):
         names[role] = f"{prefix}{names[role]}"
     rowid = not sqlite or table.dialect_options["sqlite"]["with_rowid"]
-    kind_type: Any = table.c.kind.type
-    kinds: type[StrEnum] = kind_type.enum
+    kinds = kinds_of(table) if element.kinds is None else element.kinds
     return element.text.format(
         **names,
         **here,
@@ -295,10 +319,33 @@ def _render(element: CompanionDDL, compiler: DDLCompiler, **_: object) -> str:
         columns=", ".join(preparer.quote(name) for name in GUARDED_COLUMNS),
         collides="id = NEW.id OR rowid = NEW.rowid" if rowid else "id = NEW.id",
         moves="NEW.id <> OLD.id OR NEW.rowid <> OLD.rowid" if rowid else "NEW.id <> OLD.id",
-        pairs=", ".join(f"({_listed([kind])}, '{status}')" for kind in kinds for status in TERMINAL),
+        pairs=", ".join(f"({listed([kind])}, '{status}')" for kind in kinds for status in TERMINAL),
     )
 
 
-def companion_ddl(table: Table, dialect_name: str, *, create: bool = True) -> Sequence[CompanionDDL]:
-    """Return the statements that create (or drop) what stands beside ``table``, in order; none for an unknown dialect."""
-    return [CompanionDDL(table, text) for text in _TEXTS.get((dialect_name, create), ())]
+def companion_ddl(
+    table: Table, dialect_name: str, *, create: bool = True, kinds: Sequence[str] | None = None
+) -> Sequence[CompanionDDL]:
+    """Return the statements that create (or drop) what stands beside ``table``, in order; none for an unknown dialect.
+
+    Args:
+        table: The job table; its name, schema and SQLite options are asked, and where ``kinds`` is None its column ``kind``.
+        dialect_name: ``postgresql`` or ``sqlite``.
+        create: False for the statements that drop.
+        kinds: The tokens of the column ``kind``, for SQLite's counters.
+    """
+    return [CompanionDDL(table, text, kinds) for text in _TEXTS.get((dialect_name, create), ())]
+
+
+def schema_of(connection: Connection, table: Table) -> str | None:
+    """Return the schema that holds ``table`` for this connection: a tenant's, where its engine translates schemas."""
+    schemas = connection.get_execution_options().get("schema_translate_map") or {}
+    schema: str | None = schemas.get(table.schema, table.schema)
+    return schema
+
+
+def kinds_of(table: Table) -> tuple[str, ...]:
+    """Return the tokens that the column ``kind`` of a mapped job table may hold."""
+    kind_type: Any = table.c.kind.type
+    enum: type[StrEnum] = kind_type.enum
+    return tuple(member.value for member in enum)

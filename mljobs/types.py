@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from enum import EnumType, StrEnum
 from operator import add, eq, ne, sub
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 from typing import cast as cast_type
 from uuid import UUID
 
@@ -19,9 +19,11 @@ import msgspec
 from sqlalchemy import (
     CHAR,
     BigInteger,
+    CheckConstraint,
     DateTime,
     Double,
     Interval,
+    Table,
     Text,
     Uuid,
     bindparam,
@@ -34,7 +36,7 @@ from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.elements import ColumnElement
+from sqlalchemy.sql.elements import ColumnElement, TextClause
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.operators import in_op, not_in_op
 from sqlalchemy.types import String, TypeDecorator, TypeEngine, UserDefinedType
@@ -328,6 +330,9 @@ class UtcMillis(TypeDecorator[datetime]):
             return moment if moment.tzinfo is UTC else moment.astimezone(UTC)
         return from_millis(value)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.field!r})"
+
 
 class PlainText(TypeDecorator[str]):
     """Text that every database can hold: no NUL, which PostgreSQL cannot store, and no lone surrogates."""
@@ -345,6 +350,9 @@ class PlainText(TypeDecorator[str]):
 
     def process_bind_param(self, value: object, dialect: Dialect) -> str | None:  # noqa: ARG002
         return None if value is None else storable_text(self.field, value)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.field!r})"
 
 
 def storable_text(field: str, value: object) -> str:
@@ -419,6 +427,24 @@ class JsonText(TypeDecorator[str]):
 
     def process_bind_param(self, value: object, dialect: Dialect) -> str | None:  # noqa: ARG002
         return None if value is None else storable_json(self.field, value)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.field!r})"
+
+
+# ------------------------------------------------------------------------------------------------ constraints
+
+
+class SqliteCheck(CheckConstraint):
+    """A CHECK for SQLite only: what PostgreSQL's types check themselves. Migrations of hosts name it."""
+
+    def __init__(self, sqltext: str | TextClause, name: str | None = None, **kw: Any) -> None:
+        super().__init__(sqltext, name=name, **kw)
+        self.ddl_if(dialect="sqlite")
+
+    def _copy(self, *, target_table: Table | None = None, **_: Any) -> Self:
+        # SQLAlchemy's own makes a plain CHECK of it, for Table.to_metadata and for Alembic.
+        return type(self)(self.sqltext, self.name, table=target_table)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------ SQL expressions

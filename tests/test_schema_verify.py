@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ from typing import Any
 import pytest
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
-from sqlalchemy import Connection, Engine, MetaData, create_engine, text
+from sqlalchemy import Connection, Engine, MetaData, Table, create_engine, event, make_url, text
 from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.pool import NullPool
 
 from mljobs import MlJob, MlJobLease, MlJobMixin, SchemaError, TerminalStateError, metadata, schema
+from mljobs.alembic_plugin import rebuilding
 from mljobs.errors import InvalidValueError
 from mljobs.overview import overview_ddl
 from tests.host import HostBase
+from tests.postgres import Server
 
 HARM_IN_SQLITE = {
     "trigger ml_jobs_guard_delete of table ml_jobs is missing": "DROP TRIGGER ml_jobs_guard_delete",
@@ -354,19 +357,37 @@ def _rebuild(url: str, table: str, **options: Any) -> Engine:
     return engine
 
 
-def test_a_sqlite_batch_rebuild_that_drops_the_guard_is_noticed(sqlite_url: str) -> None:
+@pytest.fixture
+def no_plugin() -> Iterator[None]:
+    """An Alembic before 1.18, and an ``env.py`` that does not import our plugin."""
+    listeners = {"before_create": rebuilding._number_on, "before_drop": rebuilding._carry_over}
+    for name, listener in listeners.items():
+        event.remove(Table, name, listener)
+    yield
+    for name, listener in listeners.items():
+        event.listen(Table, name, listener)
+
+
+def test_a_sqlite_batch_rebuild_keeps_all_that_is_ours(sqlite_url: str) -> None:
+    assert problems(_rebuild(sqlite_url, "ml_jobs")) == []
+    assert problems(_rebuild(sqlite_url, "ml_job_leases")) == []
+
+
+def test_a_sqlite_batch_rebuild_that_drops_the_guard_is_noticed(sqlite_url: str, no_plugin: None) -> None:
     found = problems(_rebuild(sqlite_url, "ml_jobs"))
     for role in ("update", "delete", "insert", "key"):
         assert f"trigger ml_jobs_guard_{role} of table ml_jobs is missing" in found
 
 
-def test_a_sqlite_batch_rebuild_of_the_leases_that_would_use_tokens_again_is_noticed(sqlite_url: str) -> None:
+def test_a_sqlite_batch_rebuild_of_the_leases_that_would_use_tokens_again_is_noticed(
+    sqlite_url: str, no_plugin: None
+) -> None:
     assert problems(_rebuild(sqlite_url, "ml_job_leases")) == [
         "AUTOINCREMENT of the key of table ml_job_leases is missing"
     ]
 
 
-def test_a_sqlite_batch_rebuild_as_the_docs_show_it_leaves_all_as_it_was(sqlite_url: str) -> None:
+def test_a_sqlite_batch_rebuild_as_the_docs_show_it_leaves_all_as_it_was(sqlite_url: str, no_plugin: None) -> None:
     page = (Path(__file__).parent.parent / "docs" / "migrations.md").read_text()
     (block,) = (part for part in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "batch_alter_table" in part)
     migration: dict[str, Any] = {}
@@ -384,3 +405,25 @@ def test_a_sqlite_batch_rebuild_as_the_docs_show_it_leaves_all_as_it_was(sqlite_
         counted = "SELECT jobs FROM ml_jobs_counts WHERE kind = 'train' AND status = 'completed'"
         assert connection.exec_driver_sql(counted).scalar() == 1
     assert problems(_rebuild(sqlite_url, "ml_job_leases", copy_from=MlJobLease.__table__)) == []
+
+
+def test_a_database_that_was_dumped_and_restored_is_as_it_should_be(
+    postgres_server: Server, postgres_url: str, postgres_admin: Engine
+) -> None:
+    """What PostgreSQL writes out for a CHECK reads back as another tree, and is written out otherwise."""
+    source = create_engine(postgres_url, poolclass=NullPool)
+    HostBase.metadata.create_all(source)
+    plain = make_url(postgres_url).set(drivername="postgresql")
+    with postgres_admin.connect() as connection:
+        connection.exec_driver_sql("CREATE DATABASE restored")
+    target = plain.set(database="restored").render_as_string(hide_password=False)
+    try:
+        dump = [postgres_server.binaries / "pg_dump", plain.render_as_string(hide_password=False)]
+        dumped = subprocess.run(dump, capture_output=True, check=True)
+        psql = [postgres_server.binaries / "psql", "-v", "ON_ERROR_STOP=1", target]
+        subprocess.run(psql, input=dumped.stdout, capture_output=True, check=True)
+        schema.verify(target)
+        schema.verify(target, metadata=HostBase.metadata)
+    finally:
+        with postgres_admin.connect() as connection:
+            connection.exec_driver_sql("DROP DATABASE restored WITH (FORCE)")

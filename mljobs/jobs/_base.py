@@ -14,6 +14,7 @@ from sqlalchemy import (
     DateTime,
     Integer,
     Interval,
+    Select,
     String,
     Table,
     Text,
@@ -26,7 +27,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy import column as sqlalchemy_column
-from sqlalchemy.orm import Mapper, Session
+from sqlalchemy.orm import Mapper, Session, selectin_polymorphic
 from sqlalchemy.types import NullType, TypeDecorator
 
 from mljobs.errors import InvalidTransitionError, InvalidValueError, JobNotFound, TerminalStateError
@@ -226,6 +227,29 @@ def table_of(model: Model) -> Table:
     raise InvalidValueError("model", model, "expected a mapped class with MlJobMixin")
 
 
+@per_model
+def owner_of(model: Model) -> Model:
+    """Return the class that the job table of ``model`` belongs to: of a subclass its parent, of any other itself."""
+    table = table_of(model)
+    owners = [mapper.class_ for mapper in inspect(model).iterate_to_root() if mapper.local_table is table]
+    owner: Model = owners[-1]
+    return owner
+
+
+def whole_table_of(model: Model) -> Table:
+    """Return the table that holds the record of ``model``, and of nothing else.
+
+    Raises:
+        InvalidValueError: ``model`` is not a mapped job class; or a subclass, whose table holds jobs that are none of it.
+    """
+    table = table_of(model)
+    owner = owner_of(model)
+    if owner is not model:
+        reason = f"its jobs are in one queue with those of {owner.__name__}: give that, and choose by kind"
+        raise InvalidValueError("model", model, reason)
+    return table
+
+
 def id_of(job: JobRef) -> UUID:
     """Return the id that ``job`` names.
 
@@ -245,7 +269,12 @@ def _shape(model: Model) -> tuple[Callable[[], Any], tuple[str, ...], int, tuple
     """Return what makes a new instance, its keys in the order of the columns, where its id is, and its identity key."""
     mapper = inspect(model)
     mapper.registry.configure()  # a process that never queried by the ORM has not done so yet
-    keys = tuple(mapper.get_property_by_column(column).key for column in table_of(model).columns)
+    mapped = mapper.columns
+    keys = tuple(
+        # A column of a subclass that shares the table is none of the parent's.
+        mapper.get_property_by_column(column).key if mapped.contains_column(column) else column.name
+        for column in table_of(model).columns
+    )
     return mapper.class_manager.new_instance, keys, keys.index("id"), mapper.identity_key_from_primary_key((None,))
 
 
@@ -265,12 +294,30 @@ def plain(model: Model) -> bool:
 
 def loaded(bind: Bind, model: Model, jobs: Sequence[Any]) -> list[Any]:
     """Return ``jobs`` as members of the caller's session, read anew; detached as they are where there is none."""
-    if not jobs or isinstance(bind, Connection):
+    if not jobs or (isinstance(bind, Connection) and plain(model)):
         return list(jobs)
+    if isinstance(bind, Connection):
+        with session_on(bind) as session:
+            found_jobs = loaded(session, model, jobs)
+            session.expunge_all()
+        return found_jobs
     ids = [job.id for job in jobs]
-    statement = select(model).where(model.id.in_(ids)).execution_options(populate_existing=True)
+    statement = whole(model).where(model.id.in_(ids)).execution_options(populate_existing=True)
     found = {job.id: job for job in bind.scalars(statement)}
     return [found[job_id] for job_id in ids]
+
+
+def whole(model: Model) -> Select[Any]:
+    """Return the SELECT of jobs with all their columns, those of subclasses too: a detached job loads none later."""
+    subclasses = [mapper.class_ for mapper in inspect(model).self_and_descendants if mapper.class_ is not model]
+    return select(model).options(selectin_polymorphic(model, subclasses)) if subclasses else select(model)
+
+
+def session_on(connection: Connection) -> Session:
+    """Return a session that leaves the connection's transaction as it is."""
+    if not connection.in_transaction():
+        connection.begin()
+    return Session(connection, join_transaction_mode="rollback_only", expire_on_commit=False)
 
 
 def refresh(bind: Bind, model: Model, ids: Iterable[UUID]) -> None:

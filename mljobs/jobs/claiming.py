@@ -57,6 +57,7 @@ from mljobs.jobs._base import (
     lock_sqlite,
     moments,
     now_of,
+    owner_of,
     per_model,
     record,
     refresh,
@@ -64,6 +65,7 @@ from mljobs.jobs._base import (
     state_of,
     table_of,
     unnested,
+    whole_table_of,
 )
 from mljobs.model import MlJob
 from mljobs.prepared import Prepared
@@ -229,7 +231,7 @@ def wish(
     Raises:
         InvalidValueError: An argument is out of range.
     """
-    table_of(model)
+    whole_table_of(model)
     if isinstance(kinds, str):
         kinds = [kinds]
     tokens = None if kinds is None else sorted({to_member(model.__kinds__, "kinds", kind).value for kind in kinds})
@@ -265,7 +267,7 @@ def claim_one(
         InvalidTransitionError: It is running already.
         TargetLockedError: It is exclusive, and another job holds its target.
     """
-    table_of(model)
+    whole_table_of(model)
     job_id = id_of(job)
     parameters = {"worker": _worker(worker), "ids": [job_id], **moments(check_lease(lease))}
     claims = _claim(session, model, "ids", parameters, 1)
@@ -411,7 +413,7 @@ def model_of(claims: Iterable[Claim]) -> Model:
     Raises:
         InvalidValueError: They are of several.
     """
-    models: set[Model] = {claim.model for claim in claims}
+    models: set[Model] = {owner_of(claim.model) for claim in claims}
     if len(models) != 1:
         raise InvalidValueError("claims", models, "one call takes claims of one model")
     return models.pop()

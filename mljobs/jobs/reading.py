@@ -12,7 +12,6 @@ from typing import Any, Literal, overload
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, Connection, func, literal, select, text, tuple_
-from sqlalchemy.orm import Session
 
 from mljobs.errors import InvalidValueError, JobNotFound
 from mljobs.jobs._base import (
@@ -23,13 +22,17 @@ from mljobs.jobs._base import (
     connection_of,
     id_of,
     is_postgres,
+    plain,
     record,
     record_columns,
+    session_on,
     table_of,
+    whole,
+    whole_table_of,
 )
 from mljobs.model import MlJob
 from mljobs.states import ACTIVE, TERMINAL, MlJobStatus
-from mljobs.triggers import companion_names
+from mljobs.triggers import companion_names, schema_of
 from mljobs.types import from_millis, storable_text, to_job_id, to_member, to_millis, to_utc
 
 MAX_PAGE = 10_000
@@ -107,7 +110,7 @@ def get(session: Bind, job: JobRef, *, model: Model = MlJob) -> MlJob:
         JobNotFound: No record has this id.
     """
     job_id = id_of(job)
-    for found in _fetch(session, model, [_column(model, "id") == job_id], [], 1):
+    for found in fetch(session, model, [_column(model, "id") == job_id], [], 1):
         return found
     raise JobNotFound(job_id)
 
@@ -227,7 +230,7 @@ def find(
         here = tuple_(literal(moment, created.type), literal(job_id, key.type))
         where.append(tuple_(created, key) < here if order == "newest" else tuple_(created, key) > here)
     by = [created.desc(), key.desc()] if order == "newest" else [created.asc(), key.asc()]
-    jobs = _fetch(session, model, where, by, limit + 1)
+    jobs = fetch(session, model, where, by, limit + 1)
     more = len(jobs) > limit
     return Page(tuple(jobs[:limit]), _write_cursor(jobs[limit - 1], order) if more else None)
 
@@ -288,7 +291,7 @@ def counts(session: Bind, *, exact: bool = False, model: Model = MlJob) -> Count
         exact: Count everything, however long it takes.
         model: The mapped job class.
     """
-    table_of(model)
+    table = whole_table_of(model)
     connection = connection_of(session)
     jobs: dict[tuple[str, str], int] = {(kind, status): 0 for kind in model.__kinds__ for status in MlJobStatus}
     estimate = None
@@ -298,7 +301,6 @@ def counts(session: Bind, *, exact: bool = False, model: Model = MlJob) -> Count
         exact = True
     elif not exact:
         estimate = _postgres_statistics(connection, model)
-    table = table_of(model)
     statement = select(table.c.kind, table.c.status, func.count()).group_by(table.c.kind, table.c.status)
     if estimate is not None:
         jobs.update(estimate)
@@ -323,14 +325,20 @@ def _members(enum: type[StrEnum], field: str, value: str | Iterable[str]) -> lis
     return [to_member(enum, field, one) for one in values]
 
 
-def _fetch(
-    bind: Bind, model: Model, where: Sequence[ColumnElement[bool]], order: Sequence[Any], limit: int
+def fetch(
+    bind: Bind, model: Model, where: Sequence[ColumnElement[bool]], order: Sequence[Any] = (), limit: int | None = None
 ) -> list[MlJob]:
-    if isinstance(bind, Session):
-        statement = select(model).where(*where).order_by(*order).limit(limit)
-        return list(bind.scalars(statement.execution_options(populate_existing=True)))
-    rows = bind.execute(select(*record_columns(model)).where(*where).order_by(*order).limit(limit))
-    return [record(model, row) for row in rows]
+    """Return the jobs for which all of ``where`` holds, each of the class that it is."""
+    if isinstance(bind, Connection) and plain(model):
+        rows = bind.execute(select(*record_columns(model)).where(*where).order_by(*order).limit(limit))
+        return [record(model, row) for row in rows]
+    if isinstance(bind, Connection):
+        with session_on(bind) as session:
+            jobs = fetch(session, model, where, order, limit)
+            session.expunge_all()
+        return jobs
+    statement = whole(model).where(*where).order_by(*order).limit(limit)
+    return list(bind.scalars(statement.execution_options(populate_existing=True)))
 
 
 def _write_cursor(job: MlJob, order: Order) -> str:
@@ -353,7 +361,7 @@ def _sqlite_counters(connection: Connection, model: Model) -> dict[tuple[str, st
     table = table_of(model)
     preparer = connection.dialect.identifier_preparer
     name = preparer.quote(companion_names(table.name)["counts"])
-    schema = (connection.get_execution_options().get("schema_translate_map") or {}).get(table.schema, table.schema)
+    schema = schema_of(connection, table)
     qualified = f"{preparer.quote(schema)}.{name}" if schema else name
     rows = connection.execute(text(f"SELECT kind, status, jobs FROM {qualified}"))  # noqa: S608 - quoted identifiers
     kinds = model.__kinds__
@@ -374,7 +382,7 @@ def _postgres_statistics(connection: Connection, model: Model) -> dict[tuple[str
     """Return estimates of the finished jobs; None where counting is as quick, or nothing is known yet."""
     table = table_of(model)
     preparer = connection.dialect.identifier_preparer
-    schema = (connection.get_execution_options().get("schema_translate_map") or {}).get(table.schema, table.schema)
+    schema = schema_of(connection, table)
     relation = preparer.quote(table.name)
     if schema:
         relation = f"{preparer.quote(schema)}.{relation}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
 from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any
@@ -12,7 +13,7 @@ from sqlalchemy import BigInteger, Connection, bindparam, func, insert, inspect,
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from mljobs.bulk import insert_rows
+from mljobs.bulk import insert_rows, qualified_name
 from mljobs.errors import InvalidTransitionError, InvalidValueError
 from mljobs.jobs._base import (
     Bind,
@@ -22,9 +23,11 @@ from mljobs.jobs._base import (
     id_of,
     is_postgres,
     lock_sqlite,
+    owner_of,
     per_model,
     plain,
     record,
+    session_on,
     table_of,
 )
 from mljobs.jobs.reading import get
@@ -94,7 +97,8 @@ def submit(
         values["spec"] = spec
     if run_after is not None:
         values["run_after"] = utc_now() + run_after if isinstance(run_after, timedelta) else run_after
-    job: Any = model(kind=kind, target_name=target_name, priority=priority, exclusive=exclusive, **values)
+    values |= {"kind": kind, "target_name": target_name, "priority": priority, "exclusive": exclusive}
+    job = _made(model, values)
     if unless_active:
         active = _active(session, job, model)
         if active is not None:
@@ -154,6 +158,12 @@ def retry(
         JobNotFound: No record has this id.
         InvalidTransitionError: It has not finished.
     """
+    if isinstance(session, Connection) and not plain(model):
+        with session_on(session) as own:
+            again = retry(own, job, run_after=run_after, priority=priority, unless_active=unless_active, model=model)
+            own.refresh(again)
+            own.expunge_all()
+        return again
     original: Any = get(session, id_of(job), model=model)
     if not original.is_terminal:
         raise InvalidTransitionError(original.id, original.status, MlJobStatus.QUEUED)
@@ -162,6 +172,8 @@ def retry(
         for attribute in inspect(type(original)).column_attrs
         if attribute.key not in _LIFE
     }
+    # A dataclass may ask for the user where the table has the user's id.
+    values |= {name: getattr(original, name) for name in _required(type(original)) if name not in values}
     if priority is not None:
         values["priority"] = priority
     values["retry_of"] = original.id
@@ -174,6 +186,41 @@ def retry(
 # ------------------------------------------------------------------------------------------------------- the details
 
 
+def _required(model: Any) -> list[str]:
+    """Return the fields of a dataclass without which none can be made; none of what is no dataclass."""
+    if not is_dataclass(model):
+        return []
+    return [
+        field.name
+        for field in fields(model)
+        if field.init and field.default is MISSING and field.default_factory is MISSING
+    ]
+
+
+def _made(model: Any, values: dict[str, Any]) -> Any:
+    """Return a new job.
+
+    Raises:
+        InvalidValueError: The class has no such field. One with a constructor of its own judges for itself.
+    """
+    by_constructor = values
+    of_dataclass = is_dataclass(model)
+    if of_dataclass or inspect(model).class_manager.original_init.__module__.startswith("sqlalchemy."):
+        for name, value in values.items():
+            if not hasattr(model, name):
+                raise InvalidValueError(name, value, f"{model.__name__} has no such field")
+    if of_dataclass:
+        for name in _required(model):
+            if name not in values:
+                raise InvalidValueError(name, None, f"{model.__name__} needs it: its field has no default")
+        taken = {field.name for field in fields(model) if field.init}
+        by_constructor = {name: value for name, value in values.items() if name in taken}
+    job: Any = model(**by_constructor)
+    for name in values.keys() - by_constructor.keys():
+        setattr(job, name, values[name])
+    return job
+
+
 def _add(bind: Bind, job: MlJob) -> MlJob:
     if isinstance(bind, Session):
         bind.add(job)
@@ -183,7 +230,7 @@ def _add(bind: Bind, job: MlJob) -> MlJob:
     if plain(model):
         state = inspect(job).dict
         return _add_row(bind, model, tuple([state.get(column.name) for column in table_of(model).columns]))
-    with _session_on(bind) as session:
+    with session_on(bind) as session:
         session.add(job)
         session.flush()
         session.refresh(job)
@@ -191,16 +238,9 @@ def _add(bind: Bind, job: MlJob) -> MlJob:
     return job
 
 
-def _session_on(connection: Connection) -> Session:
-    """Return a session that leaves the connection's transaction as it is."""
-    if not connection.in_transaction():
-        connection.begin()
-    return Session(connection, join_transaction_mode="rollback_only", expire_on_commit=False)
-
-
 def _add_chunks(bind: Bind, model: Model, jobs: Iterable[Any]) -> int:
     if isinstance(bind, Connection):
-        with _session_on(bind) as session:
+        with session_on(bind) as session:
             return _add_chunks(session, model, jobs)
     records = iter(jobs)
     total = 0
@@ -217,7 +257,7 @@ def _record_of(model: Model, job: Any) -> Any:
     if isinstance(job, model):
         return job
     kind, target_name, spec = _checked_tuple(job)
-    return model(kind=kind, target_name=target_name, spec=spec)
+    return _made(model, {"kind": kind, "target_name": target_name, "spec": spec})
 
 
 def _checked_tuple(job: Any) -> tuple[str, str, Any]:
@@ -246,7 +286,7 @@ def _active(bind: Bind, job: MlJob, model: Model) -> MlJob | None:
     connection = connection_of(bind)
     table = table_of(model)
     if is_postgres(connection):
-        place = "/".join((table.schema or "", table.name, job.kind.value, job.target_name))
+        place = "/".join((qualified_name(connection, table), job.kind.value, job.target_name))
         digest = hashlib.sha256(place.encode()).digest()
         key = literal(int.from_bytes(digest[:8], "big", signed=True), BigInteger())
         row = connection.execute(
@@ -266,7 +306,7 @@ def _active(bind: Bind, job: MlJob, model: Model) -> MlJob | None:
         .order_by(table.c.created_at, table.c.id)
         .limit(1)
     ).scalar()
-    return None if found is None else get(bind, found, model=model)
+    return None if found is None else get(bind, found, model=owner_of(model))
 
 
 def _rows(jobs: Iterable[Any]) -> Iterator[tuple[Any, ...]]:

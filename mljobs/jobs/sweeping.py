@@ -50,6 +50,7 @@ from mljobs.jobs._base import (
     refresh,
     table_of,
     unnested,
+    whole_table_of,
 )
 from mljobs.model import MlJob
 from mljobs.prepared import Prepared
@@ -105,7 +106,7 @@ def rescue(
     Returns:
         What became of each; one job that the database refuses to change does not stop the others.
     """
-    table_of(model)
+    whole_table_of(model)
     check_count("max_attempts", max_attempts, _ATTEMPTS_MAX)
     check_count("limit", limit, _BATCH_MAX)
     connection = connection_of(session)
@@ -217,7 +218,7 @@ def prune_batch(
     connection = connection_of(session)
     if not is_postgres(connection):
         lock_sqlite(connection, model)
-    table = table_of(model)
+    table = whole_table_of(model)
     # Imported records may have ended without saying when: these come last, by their creation.
     moment = table.c.finished_at if after.ended else table.c.created_at
     statement = _prunable(model, moment, after.ended, keep_last).where(moment < limit)

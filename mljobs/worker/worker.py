@@ -26,6 +26,7 @@ from mljobs.jobs._base import check_lease, connection_of
 from mljobs.patience import answer_seconds, answers_within, end_if_silent
 from mljobs.run import Keeper, Run, database_is_away, first_line, worker_name
 from mljobs.store import JobStore, refuse_memory
+from mljobs.triggers import schema_of
 from mljobs.types import to_member
 from mljobs.worker.handlers import Backoff, Handler, exponential, make_handler
 from mljobs.worker.intake import Intake, Wanted, check_number
@@ -232,7 +233,7 @@ class Worker:
         refuse_memory(self._store.engine.url)
         table = table_of(self._store.model)
         with self._store.engine.connect() as connection:
-            if not inspect(connection).has_table(table.name, schema=table.schema):
+            if not inspect(connection).has_table(table.name, schema=schema_of(connection, table)):
                 raise SchemaError(f"there is no table {table.fullname}: run `mljobs upgrade`, or your own migrations")
 
     @contextmanager
