@@ -15,17 +15,21 @@ if TYPE_CHECKING:
         InvalidValueError,
         JobCancelled,
         JobDecodeError,
+        JobExistsError,
+        JobHeldError,
         JobNotFound,
         LeaseLostError,
         MlJobsError,
         SchemaError,
         TargetLockedError,
         TerminalStateError,
+        TransferError,
         WaitTimeout,
     )
     from mljobs.model import Base, MlJob, MlJobLease, MlJobMixin, kind_column, metadata
     from mljobs.states import MlJobKind, MlJobStatus
     from mljobs.store import JobStore
+    from mljobs.transfer import Imported, export_jobs, import_jobs
     from mljobs.worker import Worker, exponential
 
 __version__ = "0.1.0"
@@ -33,10 +37,13 @@ __version__ = "0.1.0"
 __all__ = [
     "AsyncJobStore",
     "Base",
+    "Imported",
     "InvalidTransitionError",
     "InvalidValueError",
     "JobCancelled",
     "JobDecodeError",
+    "JobExistsError",
+    "JobHeldError",
     "JobNotFound",
     "JobStore",
     "LeaseLostError",
@@ -49,9 +56,12 @@ __all__ = [
     "SchemaError",
     "TargetLockedError",
     "TerminalStateError",
+    "TransferError",
     "WaitTimeout",
     "Worker",
     "exponential",
+    "export_jobs",
+    "import_jobs",
     "kind_column",
     "metadata",
 ]
@@ -61,6 +71,7 @@ _MODULES = {
     "states": ("MlJobKind", "MlJobStatus"),
     "async_store": ("AsyncJobStore",),
     "store": ("JobStore",),
+    "transfer": ("Imported", "export_jobs", "import_jobs"),
     "worker": ("Worker", "exponential"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

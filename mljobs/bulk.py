@@ -9,7 +9,7 @@ costs a driver least (see :class:`Wire`): a ``UUID`` and three ``datetime`` obje
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -242,7 +242,7 @@ def insert_wire(connection: Connection, table: Table, columns: Sequence[Column[A
 
 def read_wire(
     connection: Connection, columns: Sequence[Column[Any]], where: Sequence[ColumnElement[bool]], chunk: int = _CHUNK
-) -> Iterator[list[tuple[Any, ...]]]:
+) -> Generator[list[tuple[Any, ...]], None, None]:
     """Yield rows of the record's columns in wire form, in lists of at most ``chunk``, in the order the database has them.
 
     The connection is busy until the last row, or until the iterator is closed (use ``contextlib.closing``).

@@ -22,6 +22,7 @@ ORDER = [
     "prepared",
     "bulk",
     "jobs",
+    "transfer",
     "engines",
     "wake",
     "following",
