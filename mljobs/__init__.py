@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mljobs.model import Base, MlJob, MlJobLease, MlJobMixin, kind_column, metadata
     from mljobs.states import MlJobKind, MlJobStatus
     from mljobs.store import JobStore
-    from mljobs.transfer import Imported, export_jobs, import_jobs
+    from mljobs.transfer import Imported, JobMapping, dump_kv, export_jobs, import_jobs, load_kv
     from mljobs.worker import Worker, exponential
 
 __version__ = "0.1.0"
@@ -44,6 +44,7 @@ __all__ = [
     "JobDecodeError",
     "JobExistsError",
     "JobHeldError",
+    "JobMapping",
     "JobNotFound",
     "JobStore",
     "LeaseLostError",
@@ -59,10 +60,12 @@ __all__ = [
     "TransferError",
     "WaitTimeout",
     "Worker",
+    "dump_kv",
     "exponential",
     "export_jobs",
     "import_jobs",
     "kind_column",
+    "load_kv",
     "metadata",
 ]
 
@@ -71,7 +74,7 @@ _MODULES = {
     "states": ("MlJobKind", "MlJobStatus"),
     "async_store": ("AsyncJobStore",),
     "store": ("JobStore",),
-    "transfer": ("Imported", "export_jobs", "import_jobs"),
+    "transfer": ("Imported", "JobMapping", "dump_kv", "export_jobs", "import_jobs", "load_kv"),
     "worker": ("Worker", "exponential"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

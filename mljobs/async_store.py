@@ -216,6 +216,30 @@ class AsyncJobStore:
         )
         return await self._import(work)
 
+    dump_kv = _bound_async(transfer.dump_kv, atomic=True)
+
+    async def load_kv(
+        self,
+        mapping: transfer.KvStore,
+        prefix: str = "",
+        *,
+        on_conflict: transfer.OnConflict = "skip",
+        requeue_running: bool = False,
+        rejects: transfer.File | None = None,
+        progress: transfer.OnProgress | None = None,
+    ) -> transfer.Imported:
+        """Read records from a key-value store, a transaction for each batch; see ``transfer.load_kv``."""
+        work = transfer.kv_import(
+            mapping,
+            prefix,
+            on_conflict=on_conflict,
+            requeue_running=requeue_running,
+            rejects=rejects,
+            progress=progress,
+            model=self.model,
+        )
+        return await self._import(work)
+
     async def _import(self, work: transfer.Import) -> transfer.Imported:
         if work.single:
             return await self.run(work.run)

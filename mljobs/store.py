@@ -204,6 +204,30 @@ class JobStore:
         )
         return work.run_in_batches(self.connect)
 
+    dump_kv = _bound(transfer.dump_kv, atomic=True)
+
+    def load_kv(
+        self,
+        mapping: transfer.KvStore,
+        prefix: str = "",
+        *,
+        on_conflict: transfer.OnConflict = "skip",
+        requeue_running: bool = False,
+        rejects: transfer.File | None = None,
+        progress: transfer.OnProgress | None = None,
+    ) -> transfer.Imported:
+        """Read records from a key-value store, a transaction for each batch; see ``transfer.load_kv``."""
+        work = transfer.kv_import(
+            mapping,
+            prefix,
+            on_conflict=on_conflict,
+            requeue_running=requeue_running,
+            rejects=rejects,
+            progress=progress,
+            model=self.model,
+        )
+        return work.run_in_batches(self.connect)
+
     def wait(self, job: JobRef, timeout: float | None = None, *, poll: float | None = None) -> MlJob:
         """Wait until the job has finished, and return it.
 

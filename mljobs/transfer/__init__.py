@@ -16,6 +16,8 @@ from mljobs.transfer.exporting import FILTERS, export_jobs
 from mljobs.transfer.files import File
 from mljobs.transfer.importing import Import, file_import, import_jobs
 from mljobs.transfer.judging import OnConflict
+from mljobs.transfer.kv import KvStore, dump_kv, kv_import, load_kv
+from mljobs.transfer.mapping import JobMapping
 from mljobs.transfer.results import Imported, OnProgress, Problem, Progress
 
 __all__ = [
@@ -23,11 +25,16 @@ __all__ = [
     "File",
     "Import",
     "Imported",
+    "JobMapping",
+    "KvStore",
     "OnConflict",
     "OnProgress",
     "Problem",
     "Progress",
+    "dump_kv",
     "export_jobs",
     "file_import",
     "import_jobs",
+    "kv_import",
+    "load_kv",
 ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any, Final
 
-from sqlalchemy import Connection
+from sqlalchemy import Column, ColumnElement, Connection
 from sqlalchemy.util import await_only
 
 from mljobs.bulk import read_wire, wire_of
@@ -18,7 +20,7 @@ from mljobs.jobs._base import connection_of, is_postgres
 from mljobs.model import MlJob
 from mljobs.transfer.files import File, writing
 from mljobs.transfer.results import OnProgress, Progress
-from mljobs.transfer.rows import SHARED, columns_of, line_maker
+from mljobs.transfer.rows import ID, SHARED, Row, columns_of, line_maker
 
 FILTERS: Final = tuple(name for name in signature(conditions).parameters if name != "model")
 """The names of the filters, as of ``jobs.find``."""
@@ -58,22 +60,33 @@ def export_jobs(
         TransferError: The file cannot be written to its end.
         OSError: The path cannot be opened.
     """
-    parts = lines_of(session, extended=extended, model=model, filters=filters)
-    with closing(parts), writing(file) as sink:
-        for number, lines in parts:
-            sink.write(lines)
-            sink.records += number
+    rows_of = rows_reader(session, extended=extended, model=model, filters=filters)
+    with closing(rows_of.parts()) as parts, writing(file) as sink:
+        for rows in parts:
+            sink.write(rows_of.lines(rows))
+            sink.records += len(rows)
             if progress is not None:
                 progress(Progress(sink.records))
     return sink.records
 
 
-Lines = Generator[tuple[int, bytes], None, None]
-"""Parts of an export: how many records, and their lines."""
+@dataclass(frozen=True, slots=True)
+class RowsReader:
+    """The records that pass some filters, in parts.
+
+    Attributes:
+        parts: Begins to read; close what it returns, for the connection is busy until then.
+        lines: Returns the lines of some rows, each with its line feed.
+        id_of: Returns the 32 hex digits of a row.
+    """
+
+    parts: Callable[[], Generator[list[Row], None, None]]
+    lines: Callable[[list[Row]], bytes]
+    id_of: Callable[[Row], str]
 
 
-def lines_of(session: Bind, *, extended: bool, model: Model, filters: dict[str, Any]) -> Lines:
-    """Return the records that pass the filters, in parts: how many, and their lines.
+def rows_reader(session: Bind, *, extended: bool, model: Model, filters: dict[str, Any]) -> RowsReader:
+    """Return what reads the records that pass the filters.
 
     Raises:
         InvalidValueError: No such filter, or a value that it cannot take.
@@ -84,14 +97,20 @@ def lines_of(session: Bind, *, extended: bool, model: Model, filters: dict[str, 
     where = conditions(model, **filters)
     connection = connection_of(session)
     is_postgres(connection)
-    return _lines(connection, extended, model, where)
-
-
-def _lines(connection: Connection, extended: bool, model: Model, where: Any) -> Lines:  # noqa: FBT001
+    wire = wire_of(connection)
     columns = columns_of(model) if extended else columns_of(model)[:SHARED]
-    make = line_maker(wire_of(connection), extended=extended)
+    return RowsReader(
+        partial(_parts, connection, columns, where),
+        line_maker(wire, extended=extended),
+        lambda row: wire.id_out(row[ID]),
+    )
+
+
+def _parts(
+    connection: Connection, columns: Sequence[Column[Any]], where: Sequence[ColumnElement[bool]]
+) -> Generator[list[Row], None, None]:
     with closing(read_wire(connection, columns, where, _PART)) as parts:
         for rows in parts:
-            yield len(rows), make(rows)
+            yield rows
             if connection.dialect.is_async:
                 await_only(asyncio.sleep(0))  # let others run: rows may be there as fast as they are asked for

@@ -215,6 +215,7 @@ def file_import(
 
 def import_jobs(
     session: Bind,
+    /,
     file: File,
     *,
     on_conflict: OnConflict = "skip",

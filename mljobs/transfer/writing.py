@@ -80,14 +80,15 @@ class Writer:
         on_conflict: ``skip``, ``update`` or ``error``; see ``import_jobs``.
         requeue_running: Whether running records are queued again.
         model: The mapped job class.
+        careful: Whether to look first what is there.
     """
 
-    def __init__(self, *, on_conflict: str, requeue_running: bool, model: Model = MlJob) -> None:
+    def __init__(self, *, on_conflict: str, requeue_running: bool, model: Model = MlJob, careful: bool = False) -> None:
         self.on_conflict = on_conflict
         self.requeue_running = requeue_running
         self.model = model
         self._columns = columns_of(model)
-        self._careful = False
+        self._careful = careful
 
     def write(self, bind: Bind, batch: Batch) -> Done:
         """Write a batch in the caller's transaction.
