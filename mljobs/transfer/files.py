@@ -135,7 +135,7 @@ def _at_path(path: Path, stack: ExitStack) -> tuple[Sink, Callable[[], object]]:
         return Sink(packed.write), raw.flush
     real = Path(os.path.realpath(path))  # a link stays a link
     part = real.with_name(f".{real.name}.{secrets.token_hex(4)}.part")
-    raw = _created(part, there)
+    raw = _created(path, part, there)
     stack.callback(_discard, raw, part)
     # Not entered into the stack: a failed write must not flush once more on the way out.
     packing = _packing(raw, path.suffix)
@@ -157,9 +157,12 @@ def _at_path(path: Path, stack: ExitStack) -> tuple[Sink, Callable[[], object]]:
     return Sink(packed.write), finish
 
 
-def _created(part: Path, there: os.stat_result | None) -> IO[bytes]:
+def _created(path: Path, part: Path, there: os.stat_result | None) -> IO[bytes]:
     mode = 0o666 if there is None else stat.S_IMODE(there.st_mode)
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), mode)
+    try:
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), mode)
+    except OSError as error:  # named as the user named it
+        raise type(error)(error.errno, error.strerror, str(path)) from error
     if there is not None:
         part.chmod(mode)  # the umask does not bind a file that is replaced
     return os.fdopen(descriptor, "wb")

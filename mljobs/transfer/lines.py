@@ -82,7 +82,7 @@ def _without_bom(read: Read) -> bytes:
         if not more:
             break
         block += more
-    return block.removeprefix(_BOM)
+    return block.removeprefix(_BOM) or read(BLOCK)
 
 
 class _LongLine:
