@@ -202,17 +202,8 @@ def test_what_happens_meanwhile_is_not_in_an_export(world: World, store: Any) ->
     put(world, *(job() for _ in range(2500)))
     file = io.BytesIO()
 
-    def meanwhile(_: object) -> None:
-        if world.dialect == "postgresql" or world.name == "sqlite":
-            return
-        raise AssertionError("unknown world")
-
-    if world.dialect == "postgresql":
-
-        def meanwhile(_: object) -> None:
-            put(world, job())
-
-    assert store.export_jobs(file, progress=meanwhile if world.dialect == "postgresql" else None) == 2500
+    assert store.export_jobs(file, progress=lambda _: put(world, job())) == 2500
+    assert len(stored(world)) > 2500
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -250,15 +241,16 @@ def test_equal_exports_are_equal_files(full: JobStore) -> None:
 def test_open_files_are_taken_as_they_are_and_left_open(full: JobStore) -> None:
     full.export_jobs("jobs.ndjson")
     expected = Path("jobs.ndjson").read_bytes()
-    for opened in (
-        Path("b").open("wb"),
-        Path("b").open("wb", buffering=0),
-        Path("b").open("w", encoding="utf-8", newline=""),
-        gzip.open("b.gz", "wb"),
-        io.BytesIO(),
-        io.StringIO(),
-    ):
-        with opened as file:
+    ways: list[Any] = [
+        lambda: Path("b").open("wb"),
+        lambda: Path("b").open("wb", buffering=0),
+        lambda: Path("b").open("w", encoding="utf-8", newline=""),
+        lambda: gzip.open("b.gz", "wb"),
+        io.BytesIO,
+        io.StringIO,
+    ]
+    for way in ways:
+        with way() as file:
             assert full.export_jobs(file) == 2500
             if isinstance(file, io.BytesIO | io.StringIO):
                 value = file.getvalue()
@@ -266,7 +258,7 @@ def test_open_files_are_taken_as_they_are_and_left_open(full: JobStore) -> None:
                 file.seek(0)
                 assert full.import_jobs(file).skipped == 2500
             assert not file.closed
-        if not isinstance(opened, io.BytesIO | io.StringIO | gzip.GzipFile):
+        if not isinstance(file, io.BytesIO | io.StringIO | gzip.GzipFile):
             assert Path("b").read_bytes() == expected
     with gzip.open("b.gz", "rb") as file, Path("b").open(encoding="utf-8") as text:
         assert full.import_jobs(file).skipped == 2500
@@ -341,7 +333,7 @@ def test_a_disk_that_fills_up_leaves_no_file(full: JobStore, name: str, monkeypa
     monkeypatch.setattr(files_module, "_created", on_full_device)
     with pytest.raises(TransferError, match="No space left on device"):
         full.export_jobs(name)
-    assert list(Path().iterdir()) == []
+    assert [path.name for path in Path().iterdir() if not path.name.startswith("jobs.db")] == []
 
 
 def test_a_broken_pipe_is_told(full: JobStore) -> None:
@@ -375,9 +367,9 @@ def test_what_is_no_file_is_refused(full: JobStore, wrong: Any) -> None:
 
 
 def test_what_cannot_be_opened_is_named(full: JobStore) -> None:
-    with pytest.raises(FileNotFoundError, match="'nowhere/jobs.ndjson'"):
+    with pytest.raises(FileNotFoundError, match=r"'nowhere/jobs\.ndjson'"):
         full.export_jobs("nowhere/jobs.ndjson")
-    with pytest.raises(FileNotFoundError, match="'nothing.gz'"):
+    with pytest.raises(FileNotFoundError, match=r"'nothing\.gz'"):
         full.import_jobs("nothing.gz")
     with pytest.raises(IsADirectoryError):
         full.import_jobs(".")
@@ -403,7 +395,7 @@ def test_without_the_extra_zstd_says_what_to_install(full: JobStore, monkeypatch
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'mljobs\[zstd\]'"):
         full.export_jobs("jobs.ndjson.zst")
-    assert list(Path().iterdir()) == []
+    assert [path.name for path in Path().iterdir() if not path.name.startswith("jobs.db")] == []
 
 
 # ------------------------------------------------------------------------------------------------------------- import
@@ -707,11 +699,11 @@ def test_in_a_session_it_is_part_of_the_callers_transaction(world: World) -> Non
         with pytest.raises(JobExistsError):
             import_jobs(session, ndjson(job(), one), on_conflict="error")
         file = io.BytesIO()
-        assert export_jobs(session, file) == 3
+        assert export_jobs(session, file) == 2
         assert one.to_json().encode() in file.getvalue()
 
     world.run(kept)
-    assert len(stored(world)) == 3
+    assert stored(world).keys() == {one.id, two.id}
 
 
 def test_a_connection_will_do(url: str) -> None:
@@ -842,9 +834,8 @@ def test_rows_say_what_reddb_reads(name: str) -> None:
                 storable_text("target", record.target)
                 storable_text("error", record.error or "")
                 storable_json("spec", record.spec)
-                storable_json("metrics", record.metrics or "0")
-            assert error.field in {"target", "error", "spec", "metrics"}
-            assert caught.value.field
+                storable_json("metrics", "0" if record.metrics is None else record.metrics)
+            assert caught.value.field == error.field  # noqa: PT017 - of two that refuse the same
             seen["unfit"] += 1
         else:
             assert back([row[:SHARED]]).decode() == vector["canonical"] + "\n"
@@ -933,14 +924,14 @@ def test_extended_lines_and_rows_are_the_same(data: st.DataObject, wire: Any) ->
 @given(
     st.lists(st.binary(max_size=40).map(lambda raw: raw.replace(b"\n", b"")), max_size=30),
     st.integers(1, 30),
-    st.booleans(),
-    st.booleans(),
+    st.sampled_from([b"", b"\xef\xbb\xbf"]),
+    st.sampled_from([b"", b"\n"]),
 )
 def test_lines_are_cut_where_they_end_whatever_the_blocks(
-    parts: list[bytes], block: int, marked: bool, ended: bool
+    parts: list[bytes], block: int, mark: bytes, end: bytes
 ) -> None:
-    data = b"\n".join(parts) + (b"\n" if ended and parts else b"")
-    stream = io.BytesIO((b"\xef\xbb\xbf" if marked else b"") + data)
+    data = mark + b"\n".join(parts) + end
+    stream = io.BytesIO(data)
     found: dict[int, bytes] = {}
     for batch in lines.batches(
         lambda _: stream.read(block), lambda number, rest: found.update({number: b"".join(rest)}), longest=25

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from time import monotonic
 from typing import Annotated, Any, Final
 
 import typer
@@ -15,7 +17,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 
 from mljobs.cli.options import DEFAULT, UrlOption
-from mljobs.errors import InvalidValueError
+from mljobs.errors import InvalidValueError, TransferError
 from mljobs.store import JobStore
 from mljobs.transfer import OnProgress, Progress
 
@@ -64,7 +66,7 @@ def export(
     filters: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     with JobStore(url) as store:
         total = None if filters else sum(store.counts().values())
-        with _bar("exporting", quiet=quiet, total=total) as report:
+        with _bar("exporting", quiet=quiet, total=total) as report, _told_of_a_broken_pipe():
             number = store.export_jobs(file, extended=extended, progress=report, **filters)
     if not quiet:
         typer.echo(f"exported {number:,} records", err=True)
@@ -108,6 +110,19 @@ def _moment(name: str, text: str | None) -> datetime | None:
 
 
 @contextmanager
+def _told_of_a_broken_pipe() -> Iterator[None]:
+    """Say it here: Typer would end without a word, and Python with several when it flushes what is left."""
+    try:
+        yield
+    except TransferError as error:
+        if error.errno != errno.EPIPE:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        typer.echo(f"mljobs: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
 def _bar(what: str, *, quiet: bool, total: int | None = None) -> Iterator[OnProgress | None]:
     """Yield what is told of the progress; it draws a bar on a terminal once a second has passed."""
     console = Console(stderr=True)
@@ -124,11 +139,11 @@ def _bar(what: str, *, quiet: bool, total: int | None = None) -> Iterator[OnProg
         transient=True,
     )
     task = bars.add_task(what, total=total, records=0)
-    begun = time.monotonic()
+    begun = monotonic()
 
     def report(progress: Progress) -> None:
         if not bars.live.is_started:
-            if time.monotonic() - begun < _PATIENCE:
+            if monotonic() - begun < _PATIENCE:
                 return
             bars.start()
         if progress.size is not None:

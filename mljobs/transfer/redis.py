@@ -51,7 +51,8 @@ def pairs(client: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         part = list(dict.fromkeys(part))
         pipeline = client.pipeline(transaction=False)
         for key in part:
-            pipeline.get(key)
+            # As bytes whatever the client decodes: one text that is not UTF-8 would fail all of the pipeline.
+            pipeline.execute_command("GET", key, NEVER_DECODE=True)
         for key, value in zip(part, _answer(pipeline.execute(raise_on_error=False)), strict=True):
             if value is not None:  # gone meanwhile
                 yield (key.decode(errors="surrogateescape") if isinstance(key, bytes) else key), value

@@ -191,7 +191,12 @@ class Writer:
         refusal: list[Exception] | None = None,
     ) -> bool:
         """Insert rows, all or none; return whether it was all."""
-        savepoint = bind.begin_nested() if isinstance(bind, Session) else connection.begin_nested()
+        savepoint: Any
+        if isinstance(bind, Session) and not plain(self.model):
+            savepoint = bind.begin_nested()
+            bind.connection()  # only now is it sent
+        else:
+            savepoint = connection.begin_nested()
         try:
             inserted = self._send(bind, connection, rows)
         except (DBAPIError, MlJobsError) as error:
