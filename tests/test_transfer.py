@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -242,10 +243,10 @@ def test_open_files_are_taken_as_they_are_and_left_open(full: JobStore) -> None:
     full.export_jobs("jobs.ndjson")
     expected = Path("jobs.ndjson").read_bytes()
     ways: list[Any] = [
-        lambda: Path("b").open("wb"),
-        lambda: Path("b").open("wb", buffering=0),
-        lambda: Path("b").open("w", encoding="utf-8", newline=""),
-        lambda: gzip.open("b.gz", "wb"),
+        partial(Path("b").open, "wb"),
+        partial(Path("b").open, "wb", buffering=0),
+        partial(Path("b").open, "w", encoding="utf-8", newline=""),
+        partial(gzip.open, "b.gz", "wb"),
         io.BytesIO,
         io.StringIO,
     ]
@@ -831,10 +832,10 @@ def test_rows_say_what_reddb_reads(name: str) -> None:
                 seen["unfit"] += 1  # stricter on purpose; see codec.decode
                 continue
             with pytest.raises(InvalidValueError) as caught:
-                storable_text("target", record.target)
                 storable_text("error", record.error or "")
-                storable_json("spec", record.spec)
                 storable_json("metrics", "0" if record.metrics is None else record.metrics)
+                storable_json("spec", record.spec)
+                storable_text("target", record.target)
             assert caught.value.field == error.field  # noqa: PT017 - of two that refuse the same
             seen["unfit"] += 1
         else:
