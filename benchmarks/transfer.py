@@ -89,7 +89,9 @@ def lines(work: Path) -> None:
     )
     report("lines to rows, without ORM objects", rates)
     against = sorted(found / REDDB_DECODES for found in rates["lines of a file to rows"])
-    print(f"  against RedDB's Rust, {REDDB_DECODES:,}/s: {against[len(against) // 2]:.2f} ({against[0]:.2f} .. {against[-1]:.2f})")
+    print(
+        f"  against RedDB's Rust, {REDDB_DECODES:,}/s: {against[len(against) // 2]:.2f} ({against[0]:.2f} .. {against[-1]:.2f})"
+    )
 
 
 def export(url: str, work: Path) -> None:

@@ -280,8 +280,9 @@ def read_wire(
         return
     result = connection.execute(statement.execution_options(stream_results=True))
     try:
-        for part in result.partitions(chunk):
-            yield [tuple(row) for row in part]
+        with _translating(connection):  # asyncpg's cursors raise its own classes
+            for part in result.partitions(chunk):
+                yield [tuple(row) for row in part]
     finally:
         result.close()
 
@@ -379,8 +380,7 @@ def _copy_out(
 ) -> Iterator[list[tuple[Any, ...]]]:
     with driver.cursor() as cursor, cursor.copy(text, values) as copy:
         copy.set_types(types)
-        rows = copy.rows()
-        while part := list(islice(rows, chunk)):
+        while part := driver.wait(_some(driver.pgconn, copy, chunk)):
             yield part
 
 
@@ -390,16 +390,9 @@ def _copy_out_async(
     cursor = driver.cursor()
     block = cursor.copy(text, values)
     copy = await_only(block.__aenter__())
-
-    async def some() -> list[tuple[Any, ...]]:
-        part: list[tuple[Any, ...]] = []
-        while len(part) < chunk and (row := await copy.read_row()) is not None:
-            part.append(row)
-        return part
-
     try:
         copy.set_types(types)
-        while part := await_only(some()):
+        while part := await_only(driver.wait(_some(driver.pgconn, copy, chunk))):
             yield part
     except BaseException as error:
         await_only(block.__aexit__(type(error), error, error.__traceback__))
@@ -408,6 +401,32 @@ def _copy_out_async(
         await_only(block.__aexit__(None, None, None))
     finally:
         await_only(cursor.close())
+
+
+def _some(pgconn: Any, copy: Any, chunk: int) -> Generator[Any, Any, list[tuple[Any, ...]]]:
+    """Read rows as ``copy.rows()`` does, for ``driver.wait``: one wait for many rows, not one (and a coroutine) for each."""
+    from psycopg import errors, waiting  # noqa: PLC0415 - importing mljobs does not load a driver
+
+    part: list[tuple[Any, ...]] = []
+    get, parse = pgconn.get_copy_data, copy.formatter.parse_row
+    while len(part) < chunk and not copy._finished:  # noqa: SLF001
+        size, data = get(1)
+        if size > 0:
+            row = parse(data)
+            if row is None:  # the trailer
+                yield from copy._read_gen()  # noqa: SLF001 - takes the final result and marks the copy as ended
+                break
+            part.append(row)
+        elif size == 0:
+            while not (yield waiting.WAIT_R):
+                pass
+            pgconn.consume_input()
+        else:  # an error ended it
+            result = pgconn.get_result()
+            while pgconn.get_result() is not None:
+                pass
+            raise errors.error_from_result(result)
+    return part
 
 
 # ------------------------------------------------------------------------------------------------- errors of drivers

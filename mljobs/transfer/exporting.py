@@ -24,7 +24,7 @@ from mljobs.transfer.rows import ID, SHARED, Row, columns_of, line_maker
 
 FILTERS: Final = tuple(name for name in signature(conditions).parameters if name != "model")
 """The names of the filters, as of ``jobs.find``."""
-_PART: Final = 1000
+_PART: Final = 250
 """Rows at once: as many as stay in the processor's cache from row to line."""
 
 
@@ -47,7 +47,7 @@ def export_jobs(
         file: A path, ``"-"`` for standard output, or an open file, binary or text. A path that ends in ``.gz`` or
             ``.zst`` is compressed. Under a path the file appears when it is whole.
         extended: Write our own columns too, under keys that RedDB ignores; the import of such a file is lossless.
-        progress: Is called after each thousand records.
+        progress: Is called after every few hundred records.
         model: The mapped job class; columns of a host's own are not written.
         **filters: As of ``jobs.find``: ``kind``, ``status``, ``target``, ``target_prefix``, ``created_after``,
             ``created_before``, ``finished_after``, ``finished_before``, ``error_contains``.

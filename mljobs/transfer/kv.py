@@ -51,7 +51,7 @@ def dump_kv(
         mapping: A mapping, or a client of Redis or Valkey; an asynchronous client with an async store.
         prefix: Before the 32 hex digits; RedDB's own is ``"red.ml.jobs."``.
         extended: Write our own columns too, under keys that RedDB ignores.
-        progress: Is called after each thousand records.
+        progress: Is called after every few hundred records.
         model: The mapped job class.
         **filters: As of ``export_jobs``.
 
