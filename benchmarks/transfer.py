@@ -29,7 +29,7 @@ from benchmarks.bench import clear, compare, database, rate, report
 from benchmarks.codec import Bare, sample
 from mljobs import JobStore, MlJob, MlJobKind
 from mljobs.bulk import _WIRES
-from mljobs.codec import KvRecord, decode, encode
+from mljobs.codec import decode, encode
 from mljobs.transfer.files import reading
 from mljobs.transfer.lines import batches
 from mljobs.transfer.rows import NAMES, SHARED, row_maker
