@@ -439,7 +439,9 @@ class MlJobMixin:
         # The codec has checked all of it. To set it attribute by attribute would cost ten times the decoding.
         job: Self = manager.new_instance()
         job.__dict__.update(values, attempts=0, priority=0, exclusive=False)
-        job._sa_instance_state.committed_state.update(_ALL_NEW)  # type: ignore[attr-defined]
+        state: Any = job._sa_instance_state  # type: ignore[attr-defined]
+        state.committed_state.update(_ALL_NEW)
+        state.modified = True
         return job
 
     def __repr__(self) -> str:
