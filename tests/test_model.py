@@ -115,8 +115,7 @@ def test_a_decoded_job_is_as_if_it_had_been_constructed(engine: Engine) -> None:
         session.add(MlJob.from_json(text.replace("spam", "other")))  # a row switch: all of it is written
     with Session(engine) as session, session.begin():
         assert session.get_one(MlJob, job.id).target_name == "other"
-        job = session.merge(MlJob.from_json(text))
-        job.complete()
+        session.merge(MlJob.from_json(text)).complete()
     with Session(engine) as session:
         stored = session.get_one(MlJob, job.id)
         assert (stored.target_name, stored.status) == ("spam", "completed")
