@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import StrEnum
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from sqlalchemy.util import await_only
 
 from mljobs.guards import translate_error
 from mljobs.types import (
+    EPOCH,
     JobId,
     JsonText,
     PlainText,
@@ -178,6 +180,8 @@ class Wire:
         name: ``psycopg``, ``asyncpg`` or ``sqlite``.
         id_in: From 32 hex digits to the driver's value.
         id_out: And back.
+        origin: The driver's value of the epoch.
+        unit: The driver's value of a millisecond; a time is ``origin + millis * unit``.
         time_in: From epoch milliseconds to the driver's value.
         time_out: And back.
     """
@@ -185,6 +189,8 @@ class Wire:
     name: str
     id_in: Callable[[str], Any]
     id_out: Callable[[Any], str]
+    origin: Any
+    unit: Any
     time_in: Callable[[int], Any]
     time_out: Callable[[Any], int]
 
@@ -198,11 +204,15 @@ _WIRES = {
         "psycopg",
         bytes.fromhex,
         bytes.hex,
+        -_POSTGRES_EPOCH_MS * 1000,
+        1000,
         lambda millis: (millis - _POSTGRES_EPOCH_MS) * 1000,
         lambda micros: micros // 1000 + _POSTGRES_EPOCH_MS,
     ),
-    "asyncpg": Wire("asyncpg", UUID, lambda job_id: job_id.hex, from_millis, to_millis),
-    "sqlite": Wire("sqlite", _same, _same, _same, _same),
+    "asyncpg": Wire(
+        "asyncpg", UUID, lambda job_id: job_id.hex, EPOCH, timedelta(milliseconds=1), from_millis, to_millis
+    ),
+    "sqlite": Wire("sqlite", _same, _same, 0, 1, _same, _same),
 }
 
 

@@ -12,7 +12,9 @@ import secrets
 import stat
 import sys
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -27,6 +29,8 @@ File = str | os.PathLike[str] | IO[bytes] | IO[str]
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 _GZIP_LEVEL: Final = 6
+_AHEAD: Final = 8
+"""Parts that wait to be written, so that memory has an end."""
 _STANDARD: Final = "-"
 _DAMAGED: Final = (EOFError, zlib.error, gzip.BadGzipFile)
 
@@ -139,9 +143,11 @@ def _at_path(path: Path, stack: ExitStack) -> tuple[Sink, Callable[[], object]]:
     stack.callback(_discard, raw, part)
     # Not entered into the stack: a failed write must not flush once more on the way out.
     packing = _packing(raw, path.suffix)
-    packed = packing.__enter__()
+    behind = _Behind(packing.__enter__().write)
+    stack.callback(behind.stop)
 
     def finish() -> None:
+        behind.finish()
         packing.__exit__(None, None, None)
         raw.flush()
         os.fsync(raw.fileno())
@@ -154,7 +160,31 @@ def _at_path(path: Path, stack: ExitStack) -> tuple[Sink, Callable[[], object]]:
             finally:
                 os.close(directory)
 
-    return Sink(packed.write), finish
+    return Sink(behind.write), finish
+
+
+class _Behind:
+    """Writes behind the caller's back, in a thread: compressing and writing let go of the GIL.
+
+    What goes wrong is raised by a later call, by ``finish`` at the latest.
+    """
+
+    def __init__(self, write: Callable[[bytes], object]) -> None:
+        self._write = write
+        self._thread = ThreadPoolExecutor(1, "mljobs-export")
+        self._under_way: deque[Future[object]] = deque()
+
+    def write(self, data: bytes) -> None:
+        if len(self._under_way) >= _AHEAD:
+            self._under_way.popleft().result()
+        self._under_way.append(self._thread.submit(self._write, data))
+
+    def finish(self) -> None:
+        while self._under_way:
+            self._under_way.popleft().result()
+
+    def stop(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
 
 
 def _created(path: Path, part: Path, there: os.stat_result | None) -> IO[bytes]:
