@@ -16,6 +16,8 @@ if TYPE_CHECKING:
         InvalidValueError,
         JobCancelled,
         JobDecodeError,
+        JobExistsError,
+        JobHeldError,
         JobNotFound,
         LeaseLostError,
         MlJobsError,
@@ -23,12 +25,14 @@ if TYPE_CHECKING:
         SchemaError,
         TargetLockedError,
         TerminalStateError,
+        TransferError,
         WaitTimeout,
     )
     from mljobs.events import on_finished
     from mljobs.model import Base, MlJob, MlJobLease, MlJobMixin, kind_column, metadata
     from mljobs.states import MlJobKind, MlJobStatus
     from mljobs.store import JobStore
+    from mljobs.transfer import Imported, JobMapping, dump_kv, export_jobs, import_jobs, load_kv
     from mljobs.worker import Worker, exponential
 
 __version__ = "0.1.0"
@@ -36,10 +40,14 @@ __version__ = "0.1.0"
 __all__ = [
     "AsyncJobStore",
     "Base",
+    "Imported",
     "InvalidTransitionError",
     "InvalidValueError",
     "JobCancelled",
     "JobDecodeError",
+    "JobExistsError",
+    "JobHeldError",
+    "JobMapping",
     "JobNotFound",
     "JobStore",
     "LeaseLostError",
@@ -54,10 +62,15 @@ __all__ = [
     "SchemaError",
     "TargetLockedError",
     "TerminalStateError",
+    "TransferError",
     "WaitTimeout",
     "Worker",
+    "dump_kv",
     "exponential",
+    "export_jobs",
+    "import_jobs",
     "kind_column",
+    "load_kv",
     "metadata",
     "on_finished",
 ]
@@ -69,6 +82,7 @@ _MODULES = {
     "states": ("MlJobKind", "MlJobStatus"),
     "async_store": ("AsyncJobStore",),
     "store": ("JobStore",),
+    "transfer": ("Imported", "JobMapping", "dump_kv", "export_jobs", "import_jobs", "load_kv"),
     "worker": ("Worker", "exponential"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

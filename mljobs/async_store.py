@@ -15,10 +15,11 @@ from sqlalchemy.orm import Session
 
 try:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+    from sqlalchemy.util import greenlet_spawn
 except ImportError as error:
     raise ImportError("AsyncJobStore needs the extra: pip install 'mljobs[async]'") from error
 
-from mljobs import events, jobs
+from mljobs import events, jobs, transfer
 from mljobs.engines import async_url, engine_options, set_up_connections, sync_url, url_from_env
 from mljobs.errors import InvalidValueError, MlJobsError
 from mljobs.following import Look, Steps, waiting, watching
@@ -205,6 +206,71 @@ class AsyncJobStore(events.Source):
             after = done.cursor
             if after is None:
                 return total
+
+    export_jobs = _bound_async(transfer.export_jobs, atomic=True)
+
+    async def import_jobs(
+        self,
+        file: transfer.File,
+        *,
+        on_conflict: transfer.OnConflict = "skip",
+        requeue_running: bool = False,
+        rejects: transfer.File | None = None,
+        progress: transfer.OnProgress | None = None,
+    ) -> transfer.Imported:
+        """Read records from NDJSON, a transaction for each batch; see ``JobStore.import_jobs``."""
+        work = transfer.file_import(
+            file,
+            on_conflict=on_conflict,
+            requeue_running=requeue_running,
+            rejects=rejects,
+            progress=progress,
+            model=self.model,
+        )
+        return await self._import(work)
+
+    dump_kv = _bound_async(transfer.dump_kv, atomic=True)
+
+    async def load_kv(
+        self,
+        mapping: transfer.KvStore,
+        prefix: str = "",
+        *,
+        on_conflict: transfer.OnConflict = "skip",
+        requeue_running: bool = False,
+        rejects: transfer.File | None = None,
+        progress: transfer.OnProgress | None = None,
+    ) -> transfer.Imported:
+        """Read records from a key-value store, a transaction for each batch; see ``transfer.load_kv``."""
+        work = transfer.kv_import(
+            mapping,
+            prefix,
+            on_conflict=on_conflict,
+            requeue_running=requeue_running,
+            rejects=rejects,
+            progress=progress,
+            model=self.model,
+        )
+        return await self._import(work)
+
+    async def _import(self, work: transfer.Import) -> transfer.Imported:
+        if work.single:
+            return await self.run(work.run)
+        with work:
+            batches = work.batches()
+            # In a greenlet too: what it reads from may be asynchronous.
+            while (batch := await greenlet_spawn(next, batches, None)) is not None:
+                tried = 0
+                while True:
+                    try:
+                        done = await self.run(partial(work.write, batch=batch))
+                        break
+                    except Exception as error:
+                        if not work.try_again(error, tried):
+                            raise
+                        tried += 1
+                work.record(done)
+        return work.result
 
     async def wait(self, job: JobRef, timeout: float | None = None, *, poll: float | None = None) -> MlJob:  # noqa: ASYNC109
         """Wait until the job has finished, and return it; see ``JobStore.wait``."""

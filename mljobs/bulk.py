@@ -9,9 +9,10 @@ costs a driver least (see :class:`Wire`): a ``UUID`` and three ``datetime`` obje
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import StrEnum
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from sqlalchemy.util import await_only
 from mljobs.guards import translate_error
 from mljobs.triggers import schema_of
 from mljobs.types import (
+    EPOCH,
     JobId,
     JsonText,
     PlainText,
@@ -179,6 +181,8 @@ class Wire:
         name: ``psycopg``, ``asyncpg`` or ``sqlite``.
         id_in: From 32 hex digits to the driver's value.
         id_out: And back.
+        origin: The driver's value of the epoch.
+        unit: The driver's value of a millisecond; a time is ``origin + millis * unit``.
         time_in: From epoch milliseconds to the driver's value.
         time_out: And back.
     """
@@ -186,6 +190,8 @@ class Wire:
     name: str
     id_in: Callable[[str], Any]
     id_out: Callable[[Any], str]
+    origin: Any
+    unit: Any
     time_in: Callable[[int], Any]
     time_out: Callable[[Any], int]
 
@@ -199,11 +205,15 @@ _WIRES = {
         "psycopg",
         bytes.fromhex,
         bytes.hex,
+        -_POSTGRES_EPOCH_MS * 1000,
+        1000,
         lambda millis: (millis - _POSTGRES_EPOCH_MS) * 1000,
         lambda micros: micros // 1000 + _POSTGRES_EPOCH_MS,
     ),
-    "asyncpg": Wire("asyncpg", UUID, lambda job_id: job_id.hex, from_millis, to_millis),
-    "sqlite": Wire("sqlite", _same, _same, _same, _same),
+    "asyncpg": Wire(
+        "asyncpg", UUID, lambda job_id: job_id.hex, EPOCH, timedelta(milliseconds=1), from_millis, to_millis
+    ),
+    "sqlite": Wire("sqlite", _same, _same, 0, 1, _same, _same),
 }
 
 
@@ -243,7 +253,7 @@ def insert_wire(connection: Connection, table: Table, columns: Sequence[Column[A
 
 def read_wire(
     connection: Connection, columns: Sequence[Column[Any]], where: Sequence[ColumnElement[bool]], chunk: int = _CHUNK
-) -> Iterator[list[tuple[Any, ...]]]:
+) -> Generator[list[tuple[Any, ...]], None, None]:
     """Yield rows of the record's columns in wire form, in lists of at most ``chunk``, in the order the database has them.
 
     The connection is busy until the last row, or until the iterator is closed (use ``contextlib.closing``).
@@ -281,8 +291,9 @@ def read_wire(
         return
     result = connection.execute(statement.execution_options(stream_results=True))
     try:
-        for part in result.partitions(chunk):
-            yield [tuple(row) for row in part]
+        with _translating(connection):  # asyncpg's cursors raise its own classes
+            for part in result.partitions(chunk):
+                yield [tuple(row) for row in part]
     finally:
         result.close()
 
@@ -380,8 +391,7 @@ def _copy_out(
 ) -> Iterator[list[tuple[Any, ...]]]:
     with driver.cursor() as cursor, cursor.copy(text, values) as copy:
         copy.set_types(types)
-        rows = copy.rows()
-        while part := list(islice(rows, chunk)):
+        while part := driver.wait(_some(driver.pgconn, copy, chunk)):
             yield part
 
 
@@ -391,16 +401,9 @@ def _copy_out_async(
     cursor = driver.cursor()
     block = cursor.copy(text, values)
     copy = await_only(block.__aenter__())
-
-    async def some() -> list[tuple[Any, ...]]:
-        part: list[tuple[Any, ...]] = []
-        while len(part) < chunk and (row := await copy.read_row()) is not None:
-            part.append(row)
-        return part
-
     try:
         copy.set_types(types)
-        while part := await_only(some()):
+        while part := await_only(driver.wait(_some(driver.pgconn, copy, chunk))):
             yield part
     except BaseException as error:
         await_only(block.__aexit__(type(error), error, error.__traceback__))
@@ -409,6 +412,32 @@ def _copy_out_async(
         await_only(block.__aexit__(None, None, None))
     finally:
         await_only(cursor.close())
+
+
+def _some(pgconn: Any, copy: Any, chunk: int) -> Generator[Any, Any, list[tuple[Any, ...]]]:
+    """Read rows as ``copy.rows()`` does, for ``driver.wait``: one wait for many rows, not one (and a coroutine) for each."""
+    from psycopg import errors, waiting  # noqa: PLC0415 - importing mljobs does not load a driver
+
+    part: list[tuple[Any, ...]] = []
+    get, parse = pgconn.get_copy_data, copy.formatter.parse_row
+    while len(part) < chunk and not copy._finished:  # noqa: SLF001
+        size, data = get(1)
+        if size > 0:
+            row = parse(data)
+            if row is None:  # the trailer
+                yield from copy._read_gen()  # noqa: SLF001 - takes the final result and marks the copy as ended
+                break
+            part.append(row)
+        elif size == 0:
+            while not (yield waiting.WAIT_R):
+                pass
+            pgconn.consume_input()
+        else:  # an error ended it
+            result = pgconn.get_result()
+            while pgconn.get_result() is not None:
+                pass
+            raise errors.error_from_result(result)
+    return part
 
 
 # ------------------------------------------------------------------------------------------------- errors of drivers

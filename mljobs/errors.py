@@ -9,9 +9,12 @@
      |- TerminalStateError                         the record has finished; it never changes again
      |- InvalidTransitionError                     this state may not follow that one
      |- TargetLockedError                          another job holds the exclusive target
+     |- JobExistsError                             a record with this id is there, and none was expected
+     |- JobHeldError                               a worker holds the job; only that worker writes it
      |- LeaseLostError                             the worker no longer holds the job; nothing was written
      |- JobCancelled                               the job that this code runs was cancelled
      |- WaitTimeout            (also TimeoutError) the job has not finished in time
+     |- TransferError          (also OSError)      a file could not be read or written to its end
      |- ModelError             (also TypeError)    a class with MlJobMixin cannot hold a record
      +- SchemaError                                the database is not what this version expects
 
@@ -176,6 +179,45 @@ class TargetLockedError(MlJobsError):
         return type(self), (self.job_id,)
 
 
+class JobExistsError(MlJobsError):
+    """A record with this id is there already, and the import was to meet none.
+
+    Attributes:
+        job_id: The record.
+        place: Where the second one came from, e.g. ``"line 12"``.
+    """
+
+    def __init__(self, job_id: UUID, place: str) -> None:
+        self.job_id = job_id
+        self.place = place
+        super().__init__(f"job {job_id} of {place} exists already")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.job_id, self.place)
+
+
+class JobHeldError(MlJobsError):
+    """A worker holds the job, so nobody else may write or delete its record.
+
+    Attributes:
+        job_id: The job.
+        worker: Who holds it.
+        expires_at: When the lease ends unless it is renewed; afterwards ``rescue`` frees the job.
+    """
+
+    def __init__(self, job_id: UUID, worker: str, expires_at: datetime) -> None:
+        self.job_id = job_id
+        self.worker = worker
+        self.expires_at = expires_at
+        super().__init__(
+            f"job {job_id} is held by worker {shown(worker)} until {expires_at:%Y-%m-%d %H:%M:%S} UTC; "
+            "let it end, or cancel or rescue the job"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.job_id, self.worker, self.expires_at)
+
+
 class LeaseLostError(MlJobsError):
     """The lease behind a write is gone: expired and rescued, or released. Nothing was written.
 
@@ -242,6 +284,25 @@ class ModelError(MlJobsError, TypeError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.model, self.reason)
+
+
+class TransferError(MlJobsError, OSError):
+    """A file could not be read or written to its end: a full disk, a broken pipe, a damaged archive.
+
+    Attributes:
+        file: Its name.
+        reason: What went wrong.
+        records: How many records were read or written before.
+    """
+
+    def __init__(self, file: str, reason: str, records: int = 0) -> None:
+        self.file = file
+        self.reason = reason
+        self.records = records
+        super().__init__(f"{file}: {reason} (after {records:,} records)")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.file, self.reason, self.records)
 
 
 class SchemaError(MlJobsError):

@@ -37,6 +37,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.hybrid import hybrid_method, hybrid_property
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedColumn, Mapper, mapped_column, validates
+from sqlalchemy.orm.base import NO_VALUE
 from sqlalchemy.sql.elements import conv
 from sqlalchemy.types import JSON
 from uuid_utils.compat import uuid7
@@ -426,19 +427,23 @@ class MlJobMixin:
         Raises:
             InvalidValueError: A text holds a lone surrogate.
         """
+        values = self.__dict__  # what is loaded; the attributes themselves cost three times as much
+        if not values.keys() >= _KV_FIELDS:
+            values = {name: getattr(self, name) for name in _KV_FIELDS}
+        started_at, finished_at = values["started_at"], values["finished_at"]
         return codec.encode(
             codec.KvRecord(
-                created_at=to_millis(self.created_at),
-                error=self.error_message,
-                finished_at=self.finished_at_ms,
-                id=self.id,
-                kind=self.kind,
-                metrics=self.metrics_json,
-                progress=self.progress,
-                spec=self.spec_json,
-                started_at=self.started_at_ms,
-                status=self.status,
-                target=self.target_name,
+                to_millis(values["created_at"]),
+                values["error_message"],
+                0 if finished_at is None else to_millis(finished_at),
+                values["id"],
+                values["kind"],
+                values["metrics_json"],
+                values["progress"],
+                values["spec_json"],
+                0 if started_at is None else to_millis(started_at),
+                values["status"],
+                values["target_name"],
             )
         )
 
@@ -455,20 +460,30 @@ class MlJobMixin:
             JobDecodeError: ``raw`` is not a record; it names the key and the reason.
         """
         record = codec.decode(raw, cls.__kinds__)
-        return cls(
-            id=record.id,
-            kind=record.kind,
-            target_name=record.target,
-            status=record.status,
-            progress=record.progress,
-            created_at=from_millis(record.created_at),
-            started_at=from_millis(record.started_at) if record.started_at else None,
-            finished_at=from_millis(record.finished_at) if record.finished_at else None,
-            error_message=record.error,
-            spec_json=record.spec,
-            metrics_json=record.metrics,
-            **own_columns,
-        )
+        values: dict[str, Any] = {
+            "id": record.id,
+            "kind": record.kind,
+            "target_name": record.target,
+            "status": record.status,
+            "progress": record.progress,
+            "created_at": from_millis(record.created_at),
+            "started_at": from_millis(record.started_at) if record.started_at else None,
+            "finished_at": from_millis(record.finished_at) if record.finished_at else None,
+            "error_message": record.error,
+            "spec_json": record.spec,
+            "metrics_json": record.metrics,
+        }
+        mapper: Mapper[Any] = cls.__mapper__  # type: ignore[attr-defined]
+        manager = mapper.class_manager
+        if own_columns or cls is not MlJob or len(manager.dispatch.init) != _OWN_LISTENERS or not mapper.configured:
+            return cls(**values, **own_columns)  # a host's own constructor, checks and listeners; or the first of all
+        # The codec has checked all of it. To set it attribute by attribute would cost ten times the decoding.
+        job: Self = manager.new_instance()
+        job.__dict__.update(values, attempts=0, priority=0, exclusive=False)
+        state: Any = job._sa_instance_state  # type: ignore[attr-defined]
+        state.committed_state.update(_ALL_NEW)
+        state.modified = True
+        return job
 
     def __repr__(self) -> str:
         state = inspect(self).dict  # a repr must never load from the database
@@ -512,6 +527,15 @@ _TEXT_CHECKS: dict[str, Callable[[MlJobMixin, str, Any], object]] = {
     "spec_json": _required_text,
     "metrics_json": _optional_text,
 }
+_KV_FIELDS = frozenset(
+    {
+        "id", "kind", "target_name", "status", "progress", "created_at", "started_at", "finished_at", "error_message",
+        "spec_json", "metrics_json",
+    }
+)  # fmt: skip
+"""What the KV JSON holds."""
+_ALL_NEW = dict.fromkeys((*_KV_FIELDS, "attempts", "priority", "exclusive"), NO_VALUE)
+"""What SQLAlchemy notes of attributes that were set and had no value before."""
 _RANGES = {
     "progress": (0, _PROGRESS_MAX),
     "attempts": (0, _SMALLINT_MAX),
@@ -702,6 +726,9 @@ class MlJob(MlJobMixin, Base):
     __table_is_migrated_by_mljobs__: ClassVar[bool] = True
 
     kind: Mapped[MlJobKind] = kind_column(MlJobKind)
+
+
+_OWN_LISTENERS = len(inspect(MlJob).class_manager.dispatch.init)
 
 
 class MlJobLease(Base):

@@ -23,7 +23,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
 from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from mljobs import events, jobs
+from mljobs import events, jobs, transfer
 from mljobs.engines import at_level, is_memory, new_engine, url_from_env
 from mljobs.errors import InvalidValueError, MlJobsError, TerminalStateError
 from mljobs.following import Look, Steps, waiting, watching
@@ -182,6 +182,55 @@ class JobStore(events.Source):
             after = done.cursor
             if after is None:
                 return total
+
+    export_jobs = _bound(transfer.export_jobs, atomic=True)
+
+    def import_jobs(
+        self,
+        file: transfer.File,
+        *,
+        on_conflict: transfer.OnConflict = "skip",
+        requeue_running: bool = False,
+        rejects: transfer.File | None = None,
+        progress: transfer.OnProgress | None = None,
+    ) -> transfer.Imported:
+        """Read records from NDJSON, a transaction for each batch; see ``transfer.import_jobs``.
+
+        An import that was interrupted can be run again and ends the same. With ``"error"`` all is one transaction.
+        """
+        work = transfer.file_import(
+            file,
+            on_conflict=on_conflict,
+            requeue_running=requeue_running,
+            rejects=rejects,
+            progress=progress,
+            model=self.model,
+        )
+        return work.run_in_batches(self.connect)
+
+    dump_kv = _bound(transfer.dump_kv, atomic=True)
+
+    def load_kv(
+        self,
+        mapping: transfer.KvStore,
+        prefix: str = "",
+        *,
+        on_conflict: transfer.OnConflict = "skip",
+        requeue_running: bool = False,
+        rejects: transfer.File | None = None,
+        progress: transfer.OnProgress | None = None,
+    ) -> transfer.Imported:
+        """Read records from a key-value store, a transaction for each batch; see ``transfer.load_kv``."""
+        work = transfer.kv_import(
+            mapping,
+            prefix,
+            on_conflict=on_conflict,
+            requeue_running=requeue_running,
+            rejects=rejects,
+            progress=progress,
+            model=self.model,
+        )
+        return work.run_in_batches(self.connect)
 
     def wait(self, job: JobRef, timeout: float | None = None, *, poll: float | None = None) -> MlJob:
         """Wait until the job has finished, and return it.

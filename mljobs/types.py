@@ -63,7 +63,7 @@ def to_millis(moment: datetime) -> int:
 
 def from_millis(millis: int) -> datetime:
     """Return the UTC time at ``millis`` milliseconds after the epoch, exactly."""
-    return EPOCH + timedelta(milliseconds=millis)
+    return EPOCH + timedelta(0, millis // 1000, millis % 1000 * 1000)  # by position: two thirds of the time
 
 
 def utc_now() -> datetime:

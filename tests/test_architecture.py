@@ -29,6 +29,7 @@ ORDER = [
     "bulk",
     "jobs",
     "arrow",
+    "transfer",
     "patience",
     "engines",
     "wake",

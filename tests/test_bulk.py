@@ -200,6 +200,26 @@ def test_reading_may_end_early(world: World) -> None:
     world.run(act)
 
 
+def test_an_error_in_the_middle_of_reading_is_the_databases_own(world: World) -> None:
+    if world.dialect == "sqlite":
+        return  # divides by zero without a word
+    rows = [row(target_name="x" * (7 if number == 1500 else 5)) for number in range(3000)]
+    world.run(lambda session: insert_rows(session.connection(), TABLE, NAMES, rows))
+
+    def act(session: Session) -> None:
+        where = [1 / (func.length(TABLE.c.target_name) - 7) < 0]
+        with (
+            pytest.raises(DBAPIError, match="division by zero"),
+            closing(read_wire(session.connection(), COLUMNS, where, chunk=100)) as parts,
+        ):
+            assert sum(len(part) for part in parts) < 0
+        session.rollback()
+        with closing(read_wire(session.connection(), COLUMNS, [], chunk=1000)) as parts:
+            assert sum(len(part) for part in parts) == 3000
+
+    world.run(act)
+
+
 def test_a_translated_schema_and_names_that_need_quotes_are_respected(empty_url: str) -> None:
     class HostBase(DeclarativeBase):
         pass

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, delete, insert, select, update
+from sqlalchemy import Engine, delete, event, insert, inspect, select, update
 from sqlalchemy.orm import Session
 
 from mljobs import (
@@ -96,3 +96,42 @@ def test_text_that_no_database_can_hold_is_refused_at_flush(session: Session, fi
     with pytest.raises(InvalidValueError) as caught:
         session.flush()
     assert caught.value.field == field
+
+
+def test_a_decoded_job_is_as_if_it_had_been_constructed(engine: Engine) -> None:
+    text = MlJob(kind="train", target_name="spam", status="running", progress=7).to_json()
+    MlJob(kind="train", target_name="first")  # from now on the short way
+    job = MlJob.from_json(text)
+    assert (job.attempts, job.priority, job.exclusive, job.run_after, job.retry_of) == (0, 0, False, None, None)
+    assert inspect(job).transient
+    assert inspect(job).modified
+    with pytest.raises(InvalidValueError):
+        job.progress = 101
+    with Session(engine) as session, session.begin():
+        session.add(MlJob.from_json(text))
+    with Session(engine) as session, session.begin():
+        stored = session.get_one(MlJob, job.id)
+        session.delete(stored)
+        session.add(MlJob.from_json(text.replace("spam", "other")))  # a row switch: all of it is written
+    with Session(engine) as session, session.begin():
+        assert session.get_one(MlJob, job.id).target_name == "other"
+        session.merge(MlJob.from_json(text)).complete()
+    with Session(engine) as session:
+        stored = session.get_one(MlJob, job.id)
+        assert (stored.target_name, stored.status) == ("spam", "completed")
+        session.expire(stored)
+        assert MlJob.from_json(stored.to_json()).to_json() == stored.to_json()
+
+
+def test_listeners_of_a_host_see_decoded_jobs_too() -> None:
+    seen: list[MlJob] = []
+
+    def on_init(job: MlJob, _args: object, _values: object) -> None:
+        seen.append(job)
+
+    event.listen(MlJob, "init", on_init)
+    try:
+        job = MlJob.from_json(MlJob(kind="train", target_name="spam").to_json())
+    finally:
+        event.remove(MlJob, "init", on_init)
+    assert seen[-1] is job

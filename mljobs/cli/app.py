@@ -9,7 +9,7 @@ import typer
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 import mljobs
-from mljobs.cli import demo, schema, work
+from mljobs.cli import demo, schema, transfer, work
 from mljobs.errors import MlJobsError
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ def main(
     """Machine-learning jobs in your database."""
 
 
-for module in (demo, schema, work):
+for module in (demo, schema, work, transfer):
     module.add_to(app)
 
 
@@ -60,11 +60,14 @@ def run(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:  # of a file that is to be read or written
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
 
 
 _EXTRAS = {
     "psycopg_binary": "pip install 'mljobs[binary]'",
     "psycopg2": "use postgresql+psycopg://",
+    "backports": "pip install 'mljobs[zstd]'",
     "sklearn": "pip install 'mljobs[demo]'",
 }
 

@@ -1,0 +1,122 @@
+"""What was not imported, kept for repair: a file of NDJSON that comes into being with the first such line.
+
+``{"line":12,"field":"status","reason":"unknown token 'done' (...)","raw":"{...}"}``. A line that is not UTF-8 stands in
+``raw_base64`` instead; a record of a KV store has its ``key`` too.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from mljobs.errors import InvalidValueError
+from mljobs.transfer.files import File, path_of
+from mljobs.transfer.results import KEPT_PROBLEMS, Problem
+
+DEFAULT: Final = "import.rejects.ndjson"
+"""Where the rejects of an input without a name go, in the present directory."""
+_SUFFIX: Final = ".rejects.ndjson"
+
+_encode = msgspec.json.Encoder().encode
+
+
+def rejects_file(file: File | None, chosen: File | None) -> File:
+    """Return where the rejects of an input go: where the caller says, else beside it."""
+    if chosen is not None:
+        return chosen
+    path = None if file is None else path_of(file)
+    return DEFAULT if path is None else path.with_name(path.name + _SUFFIX)
+
+
+class Rejects:
+    """The rejects of one import. What an earlier one left in the file is dropped.
+
+    Args:
+        file: A path, a file that is open for writing, or "-" for standard error.
+
+    Attributes:
+        path: Where they lie; None while there are none, and for an open file.
+        problems: The first hundred.
+
+    Raises:
+        InvalidValueError: Not a file.
+    """
+
+    def __init__(self, file: File) -> None:
+        if not isinstance(file, str | os.PathLike) and not callable(getattr(file, "write", None)):
+            raise InvalidValueError("rejects", file, "expected a path or an open file")
+        self._place: Any = sys.stderr if file == "-" else file
+        self._file: Any = None
+        self._close = False
+        self.path: Path | None = None
+        self.problems: list[Problem] = []
+        if isinstance(self._place, str | os.PathLike):
+            with suppress(FileNotFoundError):
+                _regular(Path(self._place)).unlink()
+
+    def add(self, problem: Problem, raw: bytes) -> None:
+        """Keep a line."""
+        self._keep(problem)
+        self._write(_encode(_described(problem, raw)) + b"\n")
+
+    def add_long(self, problem: Problem, parts: Iterable[bytes]) -> None:
+        """Keep a line that does not fit in memory, part by part."""
+        self._keep(problem)
+        head = _encode(_described(problem, None))
+        self._write(head[:-1] + b',"raw_base64":"')
+        left = b""
+        for part in parts:
+            whole = left + part
+            cut = len(whole) - len(whole) % 3  # three bytes are four digits, so the parts join
+            self._write(base64.b64encode(whole[:cut]))
+            left = whole[cut:]
+        self._write(base64.b64encode(left) + b'"}\n')
+
+    def flush(self) -> None:
+        """Hand over to the system what was written."""
+        if self._file is not None:
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file, unless it is the caller's."""
+        if self._file is not None and self._close:
+            self._file.close()
+
+    def _keep(self, problem: Problem) -> None:
+        if len(self.problems) < KEPT_PROBLEMS:
+            self.problems.append(problem)
+
+    def _write(self, data: bytes) -> None:
+        if self._file is None:
+            if isinstance(self._place, str | os.PathLike):
+                self.path = Path(self._place)
+                self._file, self._close = self.path.open("wb"), True
+            else:
+                self._file = self._place
+        text = hasattr(self._file, "encoding")
+        self._file.write(data.decode() if text else data)
+
+
+def _regular(path: Path) -> Path:
+    if path.exists() and not path.is_file():  # a device or a pipe is not ours to remove
+        raise FileNotFoundError(path)
+    return path
+
+
+def _described(problem: Problem, raw: bytes | None) -> dict[str, Any]:
+    described: dict[str, Any] = {"line": problem.line, "field": problem.field, "reason": problem.reason}
+    if problem.key is not None:
+        described["key"] = problem.key
+    if raw is not None:
+        try:
+            described["raw"] = raw.removesuffix(b"\r").decode()
+        except UnicodeDecodeError:
+            described["raw_base64"] = base64.b64encode(raw).decode()
+    return described
