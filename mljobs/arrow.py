@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import msgspec
 
@@ -216,9 +216,7 @@ class _Reading:
         wire = wire_of(self._connection)
         makers = [self._maker(name, wire) for name in self._names]
         columns = [self._table.c[name] for name in self._names]
-        with closing(
-            cast("Generator[list[tuple[Any, ...]]]", read_wire(self._connection, columns, self._where, batch))
-        ) as chunks:
+        with closing(read_wire(self._connection, columns, self._where, batch)) as chunks:
             for rows in chunks:
                 arrays = [make(values) for make, values in zip(makers, zip(*rows, strict=True), strict=True)]
                 yield pa.record_batch(arrays, schema=self.schema)
@@ -228,9 +226,7 @@ class _Reading:
         shapes: dict[str, _Shape] = {name: {} for name in self.spread}
         if shapes:
             columns = [self._table.c[f"{name}_json"] for name in self.spread]
-            with closing(
-                cast("Generator[list[tuple[Any, ...]]]", read_wire(self._connection, columns, self._where, batch))
-            ) as chunks:
+            with closing(read_wire(self._connection, columns, self._where, batch)) as chunks:
                 for rows in chunks:
                     for name, texts in zip(self.spread, zip(*rows, strict=True), strict=True):
                         _shape_of(name, [texts], shapes[name])

@@ -21,7 +21,14 @@ from tests import postgres
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 SCALE = float(os.environ.get("BENCH_SCALE", "1"))
-DRAINED = {"mljobs": 40_000, "raw": 40_000, "pgqueuer": 40_000, "graphile": 40_000, "oban": 8_000, "procrastinate": 2_000}
+DRAINED = {
+    "mljobs": 40_000,
+    "raw": 40_000,
+    "pgqueuer": 40_000,
+    "graphile": 40_000,
+    "oban": 8_000,
+    "procrastinate": 2_000,
+}
 ONE_BY_ONE = 2_000
 SAMPLES = 200
 IDLE_SECONDS = 60
@@ -44,7 +51,9 @@ class Bench:
             connection.execute(f"DROP DATABASE IF EXISTS bench_{rival} WITH (FORCE)")
             connection.execute(f"CREATE DATABASE bench_{rival}")
         program = "mljobs" if rival == "raw" else rival
-        subprocess.run(self._call(program, "fill", self.address(rival), str(number)), check=True, env=self._environment())
+        subprocess.run(
+            self._call(program, "fill", self.address(rival), str(number)), check=True, env=self._environment()
+        )
         with psycopg.connect(self.address(rival), autocommit=True) as connection:
             connection.execute("VACUUM ANALYZE")
             connection.execute("CHECKPOINT")
@@ -122,7 +131,9 @@ def middle(values: list[float], form: str = ",.0f") -> str:
 
 def drain(bench: Bench, *, processes: tuple[int, ...] = (1, 2), mode: str = "batch") -> None:
     for count in processes:
-        print(f"\n{'one job at a time' if mode == 'single' else 'no-op jobs'}, {count} process(es): jobs/s, CPU us/job, mljobs / rival")
+        print(
+            f"\n{'one job at a time' if mode == 'single' else 'no-op jobs'}, {count} process(es): jobs/s, CPU us/job, mljobs / rival"
+        )
         found: dict[str, list[tuple[float, float]]] = {rival: [] for rival in bench.commands}
         for _ in range(REPEATS):
             for rival in bench.commands:

@@ -15,7 +15,9 @@ store = JobStore(url)
 if action == "fill":
     metadata.create_all(store.engine)
     clear(url)
-    store.submit_many(MlJob(kind="train", target_name=f"t{n % 100}", spec_json='{"lr":0.1}') for n in range(int(rest[0])))
+    store.submit_many(
+        MlJob(kind="train", target_name=f"t{n % 100}", spec_json='{"lr":0.1}') for n in range(int(rest[0]))
+    )
     with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM ANALYZE"))
 elif action == "drain":

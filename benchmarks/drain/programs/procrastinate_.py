@@ -32,7 +32,9 @@ async def drain(url: str, concurrency: int) -> None:
     async with app.open_async():
         print("ready", flush=True)
         sys.stdin.readline()
-        await app.run_worker_async(wait=False, concurrency=concurrency, install_signal_handlers=False, listen_notify=False)
+        await app.run_worker_async(
+            wait=False, concurrency=concurrency, install_signal_handlers=False, listen_notify=False
+        )
         print("done", flush=True)
 
 
