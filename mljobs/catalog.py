@@ -144,7 +144,7 @@ def _same(kind: str, have: str | None, wanted: str) -> bool:
     return kind in _WITH_CONDITIONS and _as_first_written(have) == _as_first_written(wanted)
 
 
-_WITH_CONDITIONS = frozenset({"check", "index", "trigger"})
+_WITH_CONDITIONS = frozenset({"check", "index", "trigger", "view"})
 _CAST = re.compile(r"::(?:character varying|text)(?:\[\])?")
 _NEEDLESS = re.compile(r"""(?<![\w"])\(((?:'(?:[^']|'')*'|\w+|ARRAY\[[^\]]*\]))\)""")
 

@@ -27,9 +27,11 @@ from mljobs.errors import (
     JobNotFound,
     LeaseLostError,
     MlJobsError,
+    ModelError,
     SchemaError,
     TargetLockedError,
     TerminalStateError,
+    TransferError,
     WaitTimeout,
     shown,
 )
@@ -121,6 +123,18 @@ MEANINGS: Mapping[type[MlJobsError], Meaning] = MappingProxyType(
             "The job has not finished in time",
             "the answer depends on a worker that has not answered yet; the job goes on, asking again is right",
             {**_JOB, "timeout": "timeout_seconds", "status": "job_status"},
+        ),
+        ModelError: Meaning(
+            500,
+            "unfit-model",
+            "A job class is defined wrongly",
+            "the application's own class cannot hold a record, whatever was asked",
+        ),
+        TransferError: Meaning(
+            500,
+            "broken-transfer",
+            "A file could not be read or written to its end",
+            "the file is the application's: a full disk, a broken pipe, a damaged archive",
         ),
         SchemaError: Meaning(
             503,

@@ -23,9 +23,11 @@ from mljobs import (
     MlJob,
     MlJobsError,
     MlJobStatus,
+    ModelError,
     SchemaError,
     TargetLockedError,
     TerminalStateError,
+    TransferError,
     WaitTimeout,
 )
 from mljobs.problems import MEANINGS, MEDIA_TYPE, body_of, problem, schema, status_of
@@ -62,6 +64,8 @@ EXAMPLES: list[tuple[MlJobsError, int, dict[str, Any]]] = [
     (LeaseLostError(JOB, 7), 409, {"job_id": str(JOB), "token": 7}),
     (JobCancelled(JOB), 409, {"job_id": str(JOB)}),
     (WaitTimeout(JOB, 2.5, RUNNING), 504, {"job_id": str(JOB), "timeout_seconds": 2.5, "job_status": "running"}),
+    (ModelError(int, "it has no table"), 500, {}),
+    (TransferError("jobs.ndjson", "no space left on device", 7), 500, {}),
     (SchemaError("no table ml_jobs", ["column spec_json is text"]), 503, {}),
 ]
 MEMBERS = {"type", "title", "status", "detail"}

@@ -75,7 +75,7 @@ def squawk(script: str, tmp_path: Path, *but: str) -> None:
 
 
 # To take the tables down is what a downgrade to base is for; the command asks first.
-DOWN = ("ban-drop-table", "ban-drop-function", "ban-drop-trigger")
+DOWN = ("ban-drop-table", "ban-drop-view", "ban-drop-function", "ban-drop-trigger")
 
 
 # Its users have an INTEGER key.

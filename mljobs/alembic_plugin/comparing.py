@@ -126,7 +126,8 @@ def _stored_kinds(connection: Connection, name: str, schema: str | None) -> list
 
 def _put_up_guards_of_new_tables(upgrade: Any, job_tables: dict[tuple[str | None, str], Table]) -> None:
     for create in [found for found in upgrade.ops if isinstance(found, ops.CreateTableOp)]:
-        create.info.pop("mljobs", None)  # a mark for this process, not for a migration
+        for mark in [name for name in create.info if str(name).startswith("mljobs")]:
+            del create.info[mark]  # for this process, not for a migration
         schema, name = _place(create)
         table = next((t for t in job_tables.values() if (t.schema, t.name) == (schema, name)), None)
         if table is not None:

@@ -59,6 +59,7 @@ from mljobs.jobs._base import (
     now_of,
     owner_of,
     per_model,
+    plain,
     record,
     refresh,
     refusal,
@@ -413,7 +414,7 @@ def model_of(claims: Iterable[Claim]) -> Model:
     Raises:
         InvalidValueError: They are of several.
     """
-    models: set[Model] = {owner_of(claim.model) for claim in claims}
+    models: set[Model] = {owner_of(model) for model in {claim.model for claim in claims}}
     if len(models) != 1:
         raise InvalidValueError("claims", models, "one call takes claims of one model")
     return models.pop()
@@ -468,7 +469,7 @@ def claims_of(
     order = _queue_order(model)
     taken.sort(key=order)
     columns = _whole(model)
-    if isinstance(session, Connection):
+    if isinstance(session, Connection) and plain(model):
         reader, at_id = Reader(model, columns, _at(model, "kind"), values), _at(model, "id")
         return [Claim(Unread(reader, row, row[at_id]), token, worker, end) for token, end, row in taken]
     jobs = loaded(session, model, [record(model, values(row)[columns]) for _, _, row in taken])
