@@ -174,6 +174,11 @@ def overview_ddl(table: Table, dialect_name: str, *, create: bool = True) -> Seq
     overview = overview_of(table)
     if overview is None:
         raise InvalidValueError("table", table.name, "it has no overview; set __overview_name__ in its class")
+    return view_ddl(overview, dialect_name, create=create)
+
+
+def view_ddl(overview: Overview, dialect_name: str, *, create: bool = True) -> Sequence[OverviewDDL]:
+    """Return the statements that create (or drop) a view, in order; none for an unknown dialect."""
     return [OverviewDDL(overview, text) for text in _TEXTS.get((dialect_name, create), ())]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from alembic.util import CommandError
@@ -272,8 +273,18 @@ def test_our_own_models_in_a_hosts_metadata_list_are_made_like_its_own(
     made = host.migrate()
     assert "op.create_mljobs_guard('ml_jobs'" in made
     assert str([kind.value for kind in MlJobKind]) in made
+    assert "op.create_mljobs_overview('ml_jobs_overview', 'ml_jobs', 'ml_job_leases')" in made
     schema.verify(empty)
     host.check()
+    host.downgrade()
+    with empty.connect() as connection:
+        assert inspect(connection).get_view_names() == []
+    command.upgrade(host.config, "head")
+    schema.verify(empty)
+    with empty.begin() as connection:
+        connection.exec_driver_sql("DROP VIEW ml_jobs_overview")
+    assert "op.create_mljobs_overview" in host.migrate()
+    schema.verify(empty)
 
 
 @pytest.mark.parametrize("empty_url", ["sqlite"], indirect=True)

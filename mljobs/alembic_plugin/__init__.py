@@ -1,6 +1,7 @@
 """Alembic, at home with job tables: for the ``env.py`` and the migrations of a host whose models have ``MlJobMixin``.
 
 - :mod:`~mljobs.alembic_plugin.operations`: ``op.create_mljobs_guard`` and ``op.drop_mljobs_guard``;
+- :mod:`~mljobs.alembic_plugin.views`: ``op.create_mljobs_overview`` and ``op.drop_mljobs_overview``;
 - :mod:`~mljobs.alembic_plugin.comparing`: what autogenerate and ``alembic check`` see of job tables;
 - :mod:`~mljobs.alembic_plugin.rendering`: our column types and CHECKs in a migration's text;
 - :mod:`~mljobs.alembic_plugin.rebuilding`: a batch that rebuilds a SQLite table keeps its guard.
@@ -45,7 +46,7 @@ class _ModuleOrModules(ModuleType):
 sys.modules[__name__].__class__ = _ModuleOrModules
 
 # After setup: where a host imports this package before Alembic, the next line makes Alembic ask for it.
-from mljobs.alembic_plugin import operations, rebuilding  # noqa: E402, F401
+from mljobs.alembic_plugin import operations, rebuilding, views  # noqa: E402, F401
 
 try:
     import alembic.runtime.plugins  # noqa: F401

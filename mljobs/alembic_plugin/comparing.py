@@ -21,8 +21,10 @@ from sqlalchemy.sql.elements import conv
 
 from mljobs.alembic_plugin.operations import CreateJobCheckOp, CreateMljobsGuardOp, DropMljobsGuardOp
 from mljobs.alembic_plugin.rendering import render_ours
+from mljobs.alembic_plugin.views import CreateMljobsOverviewOp
 from mljobs.catalog import OWN_TABLES, Part, guarded_tables, record_differences
 from mljobs.errors import InvalidValueError, SchemaError
+from mljobs.overview import overview_of
 from mljobs.triggers import companion_names, kinds_of, listed, short_name
 from mljobs.types import SqliteCheck
 
@@ -63,6 +65,7 @@ def compare(context: Any, upgrade: Any, schemas: Iterable[str | None]) -> None:
     for (schema, name), table in job_tables.items():
         if schema in searched and _is_compared(context, table, schema):
             _repair(connection, upgrade, table, schema, name)
+            _add_missing_overview(connection, upgrade, table, schema)
     _ignore_what_sqlite_has_not(connection, upgrade, context.sorted_tables)
 
 
@@ -173,6 +176,15 @@ def _repair(connection: Connection, upgrade: Any, table: Table, schema: str | No
         guard = _guard_of(table)
         guard.previous = _guard_of(table, kinds)
         upgrade.ops.append(guard)
+
+
+def _add_missing_overview(connection: Connection, upgrade: Any, table: Table, schema: str | None) -> None:
+    """Make the view that a job class names, after its tables; what a view of this name reads is ``verify``'s to say."""
+    overview = overview_of(table)
+    if overview is None or overview.name in inspect(connection).get_view_names(schema=schema):
+        return
+    log.info("Detected that the view %r is missing", overview.name)
+    upgrade.ops.append(CreateMljobsOverviewOp(overview.name, table.name, overview.leases.name, schema=table.schema))
 
 
 def _changed_names(upgrade: Any, schema: str | None, name: str) -> set[str]:

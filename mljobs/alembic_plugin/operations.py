@@ -156,13 +156,13 @@ def _render_create(context: Any, operation: CreateMljobsGuardOp) -> str:
     arguments += [f"schema={str(operation.schema)!r}"] if operation.schema else []
     arguments += [f"kinds={list(operation.kinds)!r}", f"version={operation.version}"]
     arguments += [] if operation.with_rowid else ["with_rowid=False"]
-    return f"{_prefix(context)}create_mljobs_guard({', '.join(arguments)})"
+    return f"{prefix_of(context)}create_mljobs_guard({', '.join(arguments)})"
 
 
 @renderers.dispatch_for(DropMljobsGuardOp)
 def _render_drop(context: Any, operation: DropMljobsGuardOp) -> str:
     schema = f", schema={str(operation.schema)!r}" if operation.schema else ""
-    return f"{_prefix(context)}drop_mljobs_guard({str(operation.table_name)!r}{schema})"
+    return f"{prefix_of(context)}drop_mljobs_guard({str(operation.table_name)!r}{schema})"
 
 
 class CreateJobCheckOp(ops.CreateCheckConstraintOp):
@@ -200,7 +200,8 @@ def _render_check(context: Any, operation: CreateJobCheckOp) -> str:
     return f"{prefix}create_check_constraint({', '.join(arguments)})"
 
 
-def _prefix(context: Any) -> str:
+def prefix_of(context: Any) -> str:
+    """Return what stands before an operation in a migration's text, and import what registers ours."""
     # The import registers the operations: a migration then runs with an Alembic too old for plugins as well.
     context.imports.add("import mljobs.alembic_plugin")
     return str(context.opts["alembic_module_prefix"] or "")
