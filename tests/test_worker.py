@@ -991,6 +991,31 @@ def test_a_finish_whose_answer_was_lost_is_counted_once(url: str) -> None:
         assert list(store.find(status="queued")) == []
 
 
+def test_a_finish_whose_answer_was_lost_is_looked_up_until_the_database_answers(url: str) -> None:
+    class FlakyTwice(Flaky):
+        looks = 0
+
+        def get(self, *args: Any, **kw: Any) -> Any:
+            self.looks += 1
+            if self.looks == 1:
+                raise OperationalError("SELECT 1", None, Exception("the server went away again"))
+            return super().get(*args, **kw)
+
+    with FlakyTwice(url) as store:
+        worker = worker_of(store)
+
+        @worker.handles("train")
+        def train(run: Run) -> dict[str, int]:
+            store.lose_answer = True
+            return {"n": 1}
+
+        job = store.submit("train", "spam")
+        assert worker.run(until_idle=True).jobs == {"completed": 1}
+        assert store.looks >= 2
+        assert ended(store, job).metrics == {"n": 1}
+        assert leases(store) == 0
+
+
 def test_an_outcome_is_dropped_when_the_lease_is_gone_meanwhile(url: str) -> None:
     with Flaky(url) as store:
         worker = worker_of(store)

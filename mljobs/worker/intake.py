@@ -253,7 +253,11 @@ class Intake:
         self._dry = len(claims) < number
         self._shelve(claims, asked)
         if taken:
-            self._outbox.settle(taken, errors)
+            try:
+                self._outbox.settle(taken, errors)
+            except Exception:  # away again, just when a doubtful outcome was to be looked up
+                self._outbox.put_back(taken)
+                raise
         return bool(claims)
 
     def _shelve(self, claims: Sequence[Claim], asked: float) -> None:
