@@ -100,7 +100,7 @@ class Bench:
         """Return the seconds of CPU that the server and these processes have used so far."""
         with psycopg.connect(self.server) as connection:
             server, _ = ticks(connection.info.backend_pid)
-        everything = {int(entry) for entry in os.listdir("/proc") if entry.isdigit()}
+        everything = {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
         of_server = sum(ticks(pid)[1] for pid in everything if pid == server or ticks(pid)[0] == server)
         return (of_server + sum(ticks(process.pid)[1] for process in processes)) / TICK
 
@@ -131,9 +131,8 @@ def middle(values: list[float], form: str = ",.0f") -> str:
 
 def drain(bench: Bench, *, processes: tuple[int, ...] = (1, 2), mode: str = "batch") -> None:
     for count in processes:
-        print(
-            f"\n{'one job at a time' if mode == 'single' else 'no-op jobs'}, {count} process(es): jobs/s, CPU us/job, mljobs / rival"
-        )
+        what = "one job at a time" if mode == "single" else "no-op jobs"
+        print(f"\n{what}, {count} process(es): jobs/s, CPU us/job, mljobs / rival")
         found: dict[str, list[tuple[float, float]]] = {rival: [] for rival in bench.commands}
         for _ in range(REPEATS):
             for rival in bench.commands:

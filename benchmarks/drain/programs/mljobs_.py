@@ -22,14 +22,14 @@ if action == "fill":
         connection.execute(text("VACUUM ANALYZE"))
 elif action == "drain":
     worker = Worker(store, concurrency=1, ahead=0) if rest[0] == "single" else Worker(store, concurrency=1)
-    worker.handles("train")(lambda run: None)
+    worker.handles("train")(lambda _run: None)
     print("ready", flush=True)
     sys.stdin.readline()
     worker.run(until_idle=True)
     print("done", flush=True)
 elif action == "listen":
     worker = Worker(store)
-    worker.handles("train")(lambda run: print(time.monotonic(), flush=True))
+    worker.handles("train")(lambda _run: print(time.monotonic(), flush=True))
     print("ready", flush=True)
     worker.run()
 else:
