@@ -30,6 +30,7 @@ from mljobs import (
     exponential,
 )
 from mljobs.run import Run
+from mljobs.worker.outbox import Outbox
 from tests import worker_app
 from tests.worlds import World
 
@@ -213,6 +214,38 @@ def test_jobs_of_one_exclusive_target_run_one_after_the_other_and_all_of_them(st
         store.submit("train", "spam", exclusive=True)
     tally = worker.run(until_idle=True)
     assert (most, tally.jobs) == (1, {"completed": 8})
+
+
+@pytest.mark.parametrize("until_idle", [True, False])
+def test_a_target_that_is_freed_while_a_claim_finds_it_taken_is_looked_at_again(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch, *, until_idle: bool
+) -> None:
+    worker = worker_of(store, concurrency=2, poll=3600)
+    may_end, written = threading.Event(), threading.Event()
+    finish_and_claim, done_writing = store.finish_and_claim, Outbox.done_writing
+
+    def claim(*args: Any, **kw: Any) -> Any:
+        answer = finish_and_claim(*args, **kw)
+        if not answer[1] and not may_end.is_set():
+            may_end.set()
+            assert written.wait(60)  # what was under way is recorded before this answer is looked at
+        return answer
+
+    def spy(outbox: Outbox) -> None:
+        done_writing(outbox)
+        written.set()
+
+    def train(_run: Run) -> None:
+        may_end.wait(60)
+        if store.counts().get(("train", "completed")) and not until_idle:
+            worker.stop()
+
+    store.finish_and_claim = claim  # type: ignore[method-assign]
+    monkeypatch.setattr(Outbox, "done_writing", spy)
+    worker.handles("train")(train)
+    for _ in range(2):
+        store.submit("train", "spam", exclusive=True)
+    assert worker.run(until_idle=until_idle).jobs == {"completed": 2}
 
 
 def test_short_jobs_are_claimed_ahead_and_long_ones_are_not(store: JobStore) -> None:

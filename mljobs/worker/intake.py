@@ -103,6 +103,7 @@ class Intake:
         self._leader_waits = False  # for the end of what is under way, to see that nothing is left
         self._rate = 0.0
         self._ended = 0
+        self._recorded = 0  # how many times: an outcome may free a target that a claim has just found taken
         self._since = clock()
         self._sleeper = Sleeper(store.engine, store.model, workers=True)
         self._slept = False
@@ -211,6 +212,7 @@ class Intake:
         """Write what has ended and claim what comes next; with nothing to do, sleep."""
         pause = FIRST_PAUSE
         while not self._stopped:
+            recorded = self._recorded
             taken = self._outbox.take(plain=True)
             try:
                 claims = self._exchange(taken)
@@ -226,9 +228,10 @@ class Intake:
                     self._outbox.done_writing()
             if claims or self._shelf:
                 return
-            if taken:  # their end may have freed a target
+            self._slept = True  # from here on ``recorded`` wakes
+            if taken or self._recorded != recorded:
                 continue
-            if self._nothing_left():
+            if self._nothing_left(recorded):
                 return
             self._sleep()
             return
@@ -278,8 +281,12 @@ class Intake:
             self._sleeper.rest()  # while somebody listens, every submit pays for a notification
             self._slept = False
 
-    def _nothing_left(self) -> bool:
-        """Whether an idle worker that was to stop then has nothing to do; otherwise wait for what is under way."""
+    def _nothing_left(self, recorded: int) -> bool:
+        """Whether a worker that was to stop then has nothing to do; otherwise wait for what is under way.
+
+        Args:
+            recorded: What ``_recorded`` was before the claim that found nothing.
+        """
         if not self._wanted.until_idle:
             return False
         with self._lock:
@@ -287,6 +294,8 @@ class Intake:
                 self._leader_waits = True
                 self._changed.wait(self._wanted.poll)
                 self._leader_waits = False
+                return True
+            if self._recorded != recorded:
                 return True
             self._stopped = True
             self._changed.notify_all()
@@ -296,7 +305,6 @@ class Intake:
     def _sleep(self) -> None:
         self._measure()
         self._rate = 0.0
-        self._slept = True
         self._sleeper.sleep(self._wanted.poll)
         self._woken_at = self._clock()
         with self._lock:
@@ -304,10 +312,12 @@ class Intake:
 
     def recorded(self, entries: Sequence[Entry]) -> None:
         """Look again soon if something has ended that others may have waited for."""
-        if self._leader_waits:
-            with self._lock:
+        with self._lock:
+            self._recorded += 1
+            if self._leader_waits:
                 self._changed.notify_all()
-        elif self._slept and any(entry.run.job.exclusive for entry in entries):
+                return
+        if self._slept and any(entry.run.job.exclusive for entry in entries):
             self._sleeper.wake()
 
     # ---------------------------------------------------------------------------------------- what the worker calls
