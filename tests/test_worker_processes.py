@@ -152,6 +152,7 @@ def test_neither_a_busy_gil_nor_a_blocked_loop_costs_a_lease(url: str, store: Jo
     with WorkerProcess(url, LEASE=2) as busy:
         busy.hears("begun", times=2)
         with WorkerProcess(url, LEASE=2) as watching:  # and would rescue
+            watching.hears("begins")
             for job in (hog, blocked):
                 done = store.wait(job.id, timeout=60)
                 assert (done.status, done.attempts, done.metrics["process"]) == (COMPLETED, 1, busy.pid)
