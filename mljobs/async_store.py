@@ -24,7 +24,7 @@ from mljobs.engines import async_url, engine_options, set_up_connections, sync_u
 from mljobs.errors import InvalidValueError, MlJobsError
 from mljobs.following import Look, Steps, waiting, watching
 from mljobs.jobs import Bind, JobRef, Model
-from mljobs.jobs._base import id_of, plain
+from mljobs.jobs._base import plain
 from mljobs.jobs.claiming import DEFAULT_LEASE
 from mljobs.model import MlJob
 from mljobs.run import Keeper, Run, worker_name
@@ -317,7 +317,7 @@ class AsyncJobStore(events.Source):
             InvalidValueError: A SQLite database in memory, which the thread that keeps the lease could not see.
         """
         refuse_memory(self.keeper_url)
-        run = Run(await self.claim_one(id_of(job), worker=worker or worker_name(), lease=lease))
+        run = Run(await self.claim_one(job, worker=worker or worker_name(), lease=lease))
         with JobStore(self.keeper_url, model=self.model, pool_size=1) as twin, Keeper(twin, lease) as keeper:
             keeper.add(run)
             try:

@@ -17,7 +17,7 @@ from sqlalchemy import or_
 
 from mljobs.errors import InvalidValueError, WaitTimeout
 from mljobs.jobs import Bind, JobRef, Model, conditions, get
-from mljobs.jobs._base import id_of, table_of
+from mljobs.jobs._base import named, table_of
 from mljobs.jobs.reading import fetch
 from mljobs.model import MlJob
 from mljobs.states import MlJobStatus
@@ -51,7 +51,7 @@ def waiting(job: JobRef, timeout: float | None, poll: float, model: Model) -> St
     """Return the job once it has finished."""
     check_seconds("timeout", timeout)
     check_seconds("poll", poll)
-    job_id = id_of(job)
+    model, job_id = named(job, model)
     end = None if timeout is None else time.monotonic() + timeout
     while True:
         current: MlJob = yield Look(lambda bind: get(bind, job_id, model=model))

@@ -18,7 +18,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from sqlalchemy import event, inspect, text
+from sqlalchemy import event, inspect, select, text, update
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Mapper, Session, attributes, object_session
 from sqlalchemy.sql.elements import ClauseElement
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["companion_ddl", "enforce_sqlite", "retention", "translate_error"]
 
 _RETENTION = "mljobs_retention"
+_STARTED = "_mljobs_started"
 _REQUIRED = ("kind", "target_name", "spec_json")
 
 
@@ -75,7 +76,12 @@ def _changes(state: InstanceState[Any]) -> dict[str, tuple[object, object]]:
 _GUARDED = frozenset(GUARDED_COLUMNS)
 
 
-def _check_update(_mapper: Mapper[Any], _connection: Connection, target: Any) -> None:
+def remember_start(job: Any) -> None:
+    """Let the next flush know that the job was started since the last, whatever it has become by then."""
+    attributes.instance_dict(job)[_STARTED] = job.started_at
+
+
+def _check_update(mapper: Mapper[Any], connection: Connection, target: Any) -> None:
     state = attributes.instance_state(target)
     if state.committed_state.keys().isdisjoint(_GUARDED):  # a host's own columns stay writable
         return
@@ -93,8 +99,28 @@ def _check_update(_mapper: Mapper[Any], _connection: Connection, target: Any) ->
         raise _terminal(target, status, changes)
     if "status" in changes:
         _, wanted = changes["status"]
-        if isinstance(wanted, MlJobStatus) and not status.can_become(wanted):
-            raise InvalidTransitionError(_stored(target, "id"), status, wanted)
+        if not isinstance(wanted, MlJobStatus) or status.can_become(wanted):
+            return
+        _, started = changes.get("started_at", (None, None))
+        if started is not None and started is state.dict.get(_STARTED):
+            _record_start(mapper, connection, target, wanted)
+            return
+        raise InvalidTransitionError(_stored(target, "id"), status, wanted)
+
+
+def _record_start(mapper: Mapper[Any], connection: Connection, target: Any, wanted: MlJobStatus) -> None:
+    """Write the step between: a job that was started and completed since the last flush was running meanwhile."""
+    table: Any = mapper.columns["status"].table
+    job_id = _stored(target, "id")
+    step = {"status": MlJobStatus.RUNNING, **{name: getattr(target, name) for name in ("started_at", "attempts")}}
+    queued = (table.c.id == job_id, table.c.status == MlJobStatus.QUEUED)
+    if connection.execute(update(table).where(*queued).values(step)).rowcount != 1:
+        found = connection.execute(select(table.c.status, table.c.finished_at).where(table.c.id == job_id)).first()
+        if found is None:  # the flush finds no row either, and says so
+            return
+        if found.status.is_terminal:
+            raise TerminalStateError(job_id, found.status, found.finished_at, {"status": (found.status, wanted)})
+        raise InvalidTransitionError(job_id, found.status, MlJobStatus.RUNNING)
 
 
 def _check_delete(_mapper: Mapper[Any], _connection: Connection, target: Any) -> None:

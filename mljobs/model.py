@@ -45,7 +45,7 @@ from uuid_utils.compat import uuid7
 from mljobs import codec
 from mljobs.declaring import KIND_LENGTH, check_body, check_dataclass, check_kinds, check_lease_name, check_mapping
 from mljobs.errors import InvalidTransitionError, InvalidValueError, TerminalStateError
-from mljobs.guards import install_hooks, install_triggers, is_expression
+from mljobs.guards import install_hooks, install_triggers, is_expression, remember_start
 from mljobs.overview import install_overview
 from mljobs.states import ACTIVE, TERMINAL, MlJobKind, MlJobStatus
 from mljobs.triggers import GUARDED_COLUMNS, short_name
@@ -352,6 +352,7 @@ class MlJobMixin:
         self.progress = 0
         self.started_at = utc_now()
         self.attempts = (self.attempts or 0) + 1
+        remember_start(self)
 
     def complete(self, metrics: Any = None) -> None:
         """Complete the running job: progress 100, finished now.

@@ -41,13 +41,10 @@ class _Compiled:
             process = bind.type.dialect_impl(dialect).bind_processor(dialect)
             if process is not None:
                 self.bind[name] = process
-        columns = getattr(statement, "exported_columns", ())
-        self.result: list[tuple[int, _Process]] = []
-        for at, column in enumerate(columns):
-            process = column.type.dialect_impl(dialect).result_processor(dialect, None)
-            if process is not None:
-                self.result.append((at, process))
-        self.returns_rows = bool(columns)
+        self._types = [column.type.dialect_impl(dialect) for column in getattr(statement, "exported_columns", ())]
+        self._dialect = dialect
+        self._result: list[tuple[int, _Process]] | None = None
+        self.returns_rows = bool(self._types)
         for name in self.fixed:
             if name in self.bind:
                 self.fixed[name] = self.bind.pop(name)(self.fixed[name])
@@ -60,9 +57,17 @@ class _Compiled:
             return tuple(values[name] for name in self.names)
         return values
 
+    def describe(self, cursor: Any) -> None:
+        """Choose what to do to each column by what the driver says it is; SQLAlchemy asks that of a number."""
+        if self._result is None and self.returns_rows:
+            codes = [column[1] for column in cursor.description]
+            processes = [of.result_processor(self._dialect, code) for of, code in zip(self._types, codes, strict=True)]
+            self._result = [(at, process) for at, process in enumerate(processes) if process is not None]
+
     def row(self, raw: Sequence[Any]) -> Row:
+        """Return the Python values of a row of a cursor that was described."""
         values = list(raw)
-        for at, process in self.result:
+        for at, process in self._result or ():
             value = values[at]
             if value is not None:
                 values[at] = process(value)
@@ -107,6 +112,7 @@ class Prepared:
         if _unwatched(connection):
             return _by_cursor(connection, compiled, values), compiled.row
         result = connection.exec_driver_sql(compiled.text, values)
+        compiled.describe(result.cursor)
         return result.fetchall() if result.returns_rows else [], compiled.row
 
     def _text(self, dialect: Dialect, schemas: _Schemas) -> _Compiled:
@@ -158,6 +164,7 @@ def _by_cursor(connection: Any, compiled: _Compiled, values: Any) -> Sequence[Se
     try:
         cursor = connection.connection.cursor()
         cursor.execute(compiled.text, values)
+        compiled.describe(cursor)
         rows: Sequence[Sequence[Any]] = cursor.fetchall() if compiled.returns_rows else []
         cursor.close()
     except BaseException as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,13 +11,16 @@ from sqlalchemy import Engine, delete, event, insert, inspect, select, update
 from sqlalchemy.orm import Session
 
 from mljobs import (
+    InvalidTransitionError,
     InvalidValueError,
     MlJob,
     MlJobKind,
+    MlJobsError,
     MlJobStatus,
     TerminalStateError,
 )
 from mljobs.guards import retention
+from mljobs.types import utc_now
 
 
 @pytest.fixture
@@ -47,6 +51,59 @@ def test_retention_opens_deletes_only_and_closes_again(session: Session) -> None
     _finished(session)
     with pytest.raises(TerminalStateError):
         session.execute(delete(MlJob))
+
+
+def test_a_job_may_be_started_and_completed_in_one_flush(session: Session, engine: Engine) -> None:
+    jobs = [MlJob(kind="train", target_name=f"t{number}", spec={}) for number in range(3)]
+    session.add_all(jobs)
+    session.commit()
+    for job in jobs:
+        job.start()
+        job.complete({"f1": 0.9})
+    session.commit()
+    with Session(engine) as other:
+        for job in other.scalars(select(MlJob)):
+            assert (job.status, job.progress, job.attempts) == (MlJobStatus.COMPLETED, 100, 1)
+            assert None not in (job.started_at, job.finished_at, job.metrics)
+    jobs[0].progress = 50
+    with pytest.raises(TerminalStateError):
+        session.commit()
+
+
+def test_a_start_that_was_rolled_back_leads_nowhere(session: Session) -> None:
+    job = MlJob(kind="train", target_name="spam", spec={})
+    session.add(job)
+    session.commit()
+    job.start()
+    session.rollback()
+    job.status = MlJobStatus.COMPLETED
+    with pytest.raises(InvalidTransitionError, match="is queued and cannot become completed"):
+        session.flush()
+    session.rollback()
+    job.status, job.started_at = MlJobStatus.COMPLETED, utc_now()
+    with pytest.raises(InvalidTransitionError):
+        session.flush()
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "error"),
+    [(MlJob.start, InvalidTransitionError), (MlJob.cancel, TerminalStateError)],
+)
+def test_a_start_and_completion_in_one_flush_find_what_others_did_meanwhile(
+    session: Session, engine: Engine, meanwhile: Callable[[MlJob], None], error: type[MlJobsError]
+) -> None:
+    job = MlJob(kind="train", target_name="spam", spec={})
+    session.add(job)
+    session.commit()
+    session.refresh(job)
+    job.start()
+    job.complete()
+    with Session(engine) as other:
+        meanwhile(other.get_one(MlJob, job.id))
+        other.commit()
+        found = other.get_one(MlJob, job.id).status
+    with pytest.raises(error, match=f"is {found}"):
+        session.flush()
 
 
 def test_hybrids_work_in_queries_and_json_goes_round(session: Session) -> None:

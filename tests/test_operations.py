@@ -8,8 +8,8 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import select, text
-from sqlalchemy.orm import Session
+from sqlalchemy import create_engine, select, text
+from sqlalchemy.orm import DeclarativeBase, Session
 
 from mljobs import (
     InvalidTransitionError,
@@ -18,6 +18,7 @@ from mljobs import (
     LeaseLostError,
     MlJob,
     MlJobKind,
+    MlJobMixin,
     MlJobStatus,
     TargetLockedError,
     TerminalStateError,
@@ -748,3 +749,28 @@ def test_editing_an_unrelated_field_writes_only_that_field(world: World) -> None
     if world.dialect == "sqlite":
         world.run(lambda session: session.execute(text("SELECT 1")))
     world.run(edit)
+
+
+def test_a_record_that_is_handed_in_says_of_which_class_it_is(empty_url: str) -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class Fit(MlJobMixin, Base):
+        __tablename__ = "fits"
+
+    class Other(MlJobMixin, Base):
+        __tablename__ = "others"
+
+    engine = create_engine(empty_url)
+    Base.metadata.create_all(engine)
+    with Session(engine, expire_on_commit=False) as session, session.begin():
+        fit = jobs.submit(session, "train", "spam", model=Fit)
+        assert jobs.get(session, fit) is fit
+        assert jobs.cancel(session, fit) is True
+        again = jobs.retry(session, fit)
+        assert type(again) is Fit
+        assert jobs.lineage(session, again) == [fit, again]
+        assert jobs.claim_one(session, again, worker="w").job_id == again.id
+        with pytest.raises(InvalidValueError, match="it is a Fit, and the model is Other"):
+            jobs.retry(session, fit, model=Other)
+    engine.dispose()

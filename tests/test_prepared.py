@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import logging
+from datetime import date, timedelta
+from decimal import Decimal
+from enum import Enum
 from typing import Any
+from uuid import UUID
 
 import pytest
-from sqlalchemy import Connection, Engine, event, select
+from sqlalchemy import JSON, Connection, Engine, Float, Numeric, event, select
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError, StatementError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import NullType
 
-from mljobs import JobStore, MlJob, MlJobStatus, jobs
+from mljobs import JobStore, MlJob, MlJobMixin, MlJobStatus, jobs
 from mljobs.jobs import _base
 from mljobs.prepared import Prepared
+
+
+class Grade(Enum):
+    GOOD = "good"
 
 
 def test_a_listener_is_told_of_every_statement_from_the_moment_it_listens(engine: Engine) -> None:
@@ -103,3 +112,38 @@ def test_a_value_that_the_driver_cannot_take_is_an_error_of_sqlalchemy(engine: E
     prepared = Prepared(lambda _: select(MlJob.id).where(MlJob.progress == _base.bindparam("name", type_=NullType())))
     with engine.connect() as connection, connection.begin(), pytest.raises(StatementError):
         prepared.rows(connection, {"name": object()})
+
+
+@pytest.mark.parametrize("listened", [False, True])
+def test_a_claim_reads_columns_of_any_type_that_a_host_has_added(empty_url: str, *, listened: bool) -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class Fit(MlJobMixin, Base):
+        __tablename__ = "fits"
+        ratio: Mapped[float] = mapped_column(default=0.5)
+        price: Mapped[Decimal] = mapped_column(Numeric(10, 2), default=Decimal("1.50"))
+        rounded: Mapped[float] = mapped_column(Numeric(10, 2, asdecimal=False), default=1.5)
+        exact: Mapped[Decimal] = mapped_column(Float(asdecimal=True), default=Decimal("0.5"))
+        took: Mapped[timedelta] = mapped_column(default=timedelta(minutes=3))
+        day: Mapped[date] = mapped_column(default=date(2026, 11, 25))
+        grade: Mapped[Grade] = mapped_column(default=Grade.GOOD)
+        more: Mapped[dict[str, int]] = mapped_column(JSON, default={"a": 1})
+        raw: Mapped[bytes] = mapped_column(default=b"\x00\x01")
+        owner: Mapped[UUID] = mapped_column(default=UUID(int=7))
+        unset: Mapped[float | None]
+
+    names = [column.key for column in Fit.__table__.columns]
+    with JobStore(empty_url, model=Fit) as store:
+        Base.metadata.create_all(store.engine)
+        if listened:
+            event.listen(store.engine, "before_cursor_execute", lambda *_: None)
+        submitted = store.submit("train", "spam")
+        (claim,) = store.claim(worker="w")
+        claimed, got = claim.job, store.get(submitted.id)
+        for name in set(names) - {"status", "attempts", "started_at"}:
+            values = [getattr(job, name) for job in (submitted, claimed, got)]
+            assert values[1:] == values[:1] * 2, name
+            assert len({type(value) for value in values}) == 1, name
+        store.complete(claim)
+        assert store.retry(got).price == Decimal("1.50")

@@ -259,6 +259,23 @@ def id_of(job: JobRef) -> UUID:
     return job.id if isinstance(job, MlJobMixin) else to_job_id(job)
 
 
+def named(job: JobRef, model: Model) -> tuple[Model, UUID]:
+    """Return the class and the id of the job that is meant: a record is of its own class, whatever the default says.
+
+    Args:
+        job: The job or its id.
+        model: What the caller said, or the default ``MlJob``.
+
+    Raises:
+        InvalidValueError: It names none, or is of another class than the caller said.
+    """
+    if isinstance(job, MlJobMixin) and not (isinstance(job, model) or issubclass(model, type(job))):
+        if model is not MlJob:
+            raise InvalidValueError("job", job, f"it is a {type(job).__name__}, and the model is {model.__name__}")
+        return type(job), job.id
+    return model, id_of(job)
+
+
 def record_columns(model: Model) -> list[ColumnElement[Any]]:
     """Return the columns that ``record`` reads, in its order."""
     return list(table_of(model).columns)

@@ -51,11 +51,11 @@ from mljobs.jobs._base import (
     connection_of,
     constant,
     expiry_of,
-    id_of,
     is_postgres,
     loaded,
     lock_sqlite,
     moments,
+    named,
     now_of,
     owner_of,
     per_model,
@@ -268,8 +268,8 @@ def claim_one(
         InvalidTransitionError: It is running already.
         TargetLockedError: It is exclusive, and another job holds its target.
     """
+    model, job_id = named(job, model)
     whole_table_of(model)
-    job_id = id_of(job)
     parameters = {"worker": _worker(worker), "ids": [job_id], **moments(check_lease(lease))}
     claims = _claim(session, model, "ids", parameters, 1)
     if claims:

@@ -34,10 +34,10 @@ from mljobs.jobs._base import (
     Model,
     connection_of,
     constant,
-    id_of,
     is_postgres,
     lock_sqlite,
     moments,
+    named,
     now_of,
     per_model,
     refresh,
@@ -233,7 +233,7 @@ def cancel(session: Bind, job: JobRef, *, model: Model = MlJob) -> bool:
     Raises:
         JobNotFound: No record has this id.
     """
-    job_id = id_of(job)
+    model, job_id = named(job, model)
     connection = connection_of(session)
     cancelled = bool(_cancellation(model).rows(connection, {"id": job_id, **moments()}))
     if not cancelled:

@@ -20,8 +20,8 @@ from mljobs.jobs._base import (
     Model,
     check_count,
     connection_of,
-    id_of,
     is_postgres,
+    named,
     plain,
     record,
     record_columns,
@@ -109,7 +109,7 @@ def get(session: Bind, job: JobRef, *, model: Model = MlJob) -> MlJob:
     Raises:
         JobNotFound: No record has this id.
     """
-    job_id = id_of(job)
+    model, job_id = named(job, model)
     for found in fetch(session, model, [_column(model, "id") == job_id], [], 1):
         return found
     raise JobNotFound(job_id)
@@ -268,7 +268,8 @@ def lineage(session: Bind, job: JobRef, *, model: Model = MlJob) -> list[MlJob]:
     Raises:
         JobNotFound: No record has this id.
     """
-    found: Any = get(session, id_of(job), model=model)
+    model, job_id = named(job, model)
+    found: Any = get(session, job_id, model=model)
     line, seen = [found], {found.id}
     while found.retry_of is not None and found.retry_of not in seen:
         try:

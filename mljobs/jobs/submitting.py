@@ -20,9 +20,9 @@ from mljobs.jobs._base import (
     JobRef,
     Model,
     connection_of,
-    id_of,
     is_postgres,
     lock_sqlite,
+    named,
     owner_of,
     per_model,
     plain,
@@ -158,13 +158,14 @@ def retry(
         JobNotFound: No record has this id.
         InvalidTransitionError: It has not finished.
     """
+    model, job_id = named(job, model)
     if isinstance(session, Connection) and not plain(model):
         with session_on(session) as own:
-            again = retry(own, job, run_after=run_after, priority=priority, unless_active=unless_active, model=model)
+            again = retry(own, job_id, run_after=run_after, priority=priority, unless_active=unless_active, model=model)
             own.refresh(again)
             own.expunge_all()
         return again
-    original: Any = get(session, id_of(job), model=model)
+    original: Any = get(session, job_id, model=model)
     if not original.is_terminal:
         raise InvalidTransitionError(original.id, original.status, MlJobStatus.QUEUED)
     values = {
