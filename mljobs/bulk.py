@@ -68,12 +68,12 @@ def insert_rows(connection: Connection, table: Table, columns: Sequence[str], ro
     """
     checked = _checked(table, columns, rows)
     types = _copy_types(table, columns) if connection.dialect.name == "postgresql" else None
-    if types is None or _row_security(connection, table):
+    if types is None or row_security(connection, table):
         return _insert_chunks(connection, table, columns, checked)
     return _copy_in(connection, table, columns, checked, types)
 
 
-def _row_security(connection: Connection, table: Table) -> bool:
+def row_security(connection: Connection, table: Table) -> bool:
     """Whether policies bind this role, under which PostgreSQL refuses COPY into the table."""
     asked = select(func.row_security_active(cast(qualified_name(connection, table), Text)))
     return bool(connection.scalar(asked))
@@ -230,7 +230,7 @@ def insert_wire(connection: Connection, table: Table, columns: Sequence[Column[A
         connection: The caller's; nothing is committed.
         table: Where to.
         columns: Columns of the record, in the order of the values.
-        rows: Any length; read once.
+        rows: Any length; read once. Where ``row_security`` is true, use ``insert_rows``.
 
     Returns:
         How many.

@@ -165,7 +165,7 @@ def test_what_is_no_record_under_the_prefix_is_rejected_with_its_key(world: Worl
 
 def test_what_is_no_store_is_refused(sqlite_url: str) -> None:
     with JobStore(sqlite_url) as store:
-        for wrong in (5, object(), None):
+        for wrong in (5, object(), None, [], "text"):
             with pytest.raises(InvalidValueError, match="expected a mapping"):
                 store.dump_kv(wrong)
             with pytest.raises(InvalidValueError, match="expected a mapping"):

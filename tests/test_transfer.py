@@ -11,6 +11,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -391,6 +392,26 @@ def test_a_damaged_archive_is_told_and_what_came_before_may_stand(full: JobStore
         full.import_jobs(name)
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_an_open_archive_is_known_by_its_first_bytes_whatever_opened_it(full: JobStore, suffix: str) -> None:
+    number = full.export_jobs("jobs.ndjson" + suffix)
+    packed = Path("jobs.ndjson" + suffix).read_bytes()
+
+    class ByteByByte:
+        def __init__(self) -> None:
+            self.left = io.BytesIO(packed)
+
+        def read(self, _: int = -1) -> bytes:
+            return self.left.read(1)
+
+    with tempfile.SpooledTemporaryFile() as spooled, Path("jobs.ndjson" + suffix).open("rb", buffering=0) as raw:
+        spooled.write(packed)
+        spooled.seek(0)
+        for file in (io.BytesIO(packed), spooled, raw, ByteByByte()):
+            done = full.import_jobs(file)  # type: ignore[arg-type]
+            assert (done.skipped, done.total) == (number, number)
+
+
 def test_without_the_extra_zstd_says_what_to_install(full: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("backports.zstd", "compression.zstd"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -654,6 +675,61 @@ def test_what_only_the_database_refuses_is_rejected_alone(world: World, store: A
     assert (again.skipped, again.rejected) == (26, 4)
 
 
+def test_an_update_that_only_the_database_refuses_does_not_stop_the_run(world: World, store: Any) -> None:
+    with world.outside.begin() as connection:
+        connection.exec_driver_sql("CREATE UNIQUE INDEX host_own ON ml_jobs (target_name) WHERE kind = 'backfill'")
+    jobs = [queued(target_name=f"t{number}", kind="backfill") for number in range(9)]
+    put(world, *jobs)
+    lines_of_all = [json.loads(one.to_json()) | {"progress": 7} for one in jobs]
+    lines_of_all[4]["target"] = "t0"
+    done = store.import_jobs(ndjson(*map(json.dumps, lines_of_all)), on_conflict="update")
+    assert (done.updated, done.rejected) == (8, 1)
+    assert [problem.line for problem in done.problems] == [5]
+    assert "the database refuses it" in done.problems[0].reason
+    assert [json.loads(stored(world)[one.id])["progress"] for one in jobs] == [7] * 4 + [0] + [7] * 4
+
+
+def test_an_import_goes_on_where_row_security_forbids_copy(postgres_url: str) -> None:
+    owner = create_engine(postgres_url, poolclass=NullPool)
+    with owner.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE ml_jobs ENABLE ROW LEVEL SECURITY")
+        connection.exec_driver_sql("ALTER TABLE ml_jobs FORCE ROW LEVEL SECURITY")
+        connection.exec_driver_sql("CREATE POLICY everybody ON ml_jobs USING (true) WITH CHECK (true)")
+        connection.exec_driver_sql("CREATE ROLE transfer_tenant")
+        connection.exec_driver_sql("GRANT SELECT, INSERT, UPDATE ON ml_jobs, ml_job_leases TO transfer_tenant")
+    one, other = job(run_after=NOW, retry_of=uuid4(), priority=3), queued()
+    try:
+        with Session(owner) as session, session.begin():
+            session.connection().exec_driver_sql("SET LOCAL ROLE transfer_tenant")
+            assert import_jobs(session, ndjson(one, other)).inserted == 2
+        with Session(owner) as session:
+            assert {each.id: each.to_json() for each in session.scalars(select(MlJob))} == {
+                each.id: each.to_json() for each in (one, other)
+            }
+    finally:
+        with owner.begin() as connection:
+            connection.exec_driver_sql("DROP OWNED BY transfer_tenant")
+            connection.exec_driver_sql("DROP ROLE transfer_tenant")
+        owner.dispose()
+
+
+@pytest.mark.parametrize("way", ["path", "open", "standard input"])
+def test_rejects_never_replace_what_is_imported(full: JobStore, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b"x\n" + job().to_json().encode() + b"\n"
+    name = Path("import.rejects.ndjson")
+    name.write_bytes(content)
+    with name.open("rb") as opened, pytest.raises(InvalidValueError, match="is the file that is imported") as caught:
+        if way == "path":
+            full.import_jobs(name, rejects=f"../{Path.cwd().name}/{name}")
+        elif way == "open":
+            full.import_jobs(opened, rejects=name)
+        else:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(opened))
+            full.import_jobs("-")
+    assert caught.value.field == "rejects"
+    assert name.read_bytes() == content
+
+
 def test_an_interrupted_import_can_be_run_again_and_ends_the_same(
     world: World, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -775,6 +851,14 @@ def test_a_hosts_own_class_gets_its_columns_from_the_orm(empty_url: str) -> None
         assert store.import_jobs("runs.ndjson").skipped == 2
     with Session(engine) as session, session.begin():
         assert import_jobs(session, ndjson(job()), model=TrainingRun).inserted == 1
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE UNIQUE INDEX host_own ON training_runs (target_name) WHERE kind = 'backfill'"
+        )
+        twice = [job(kind="backfill"), job(kind="backfill"), job()]
+        done = import_jobs(connection, ndjson(*twice), model=TrainingRun)
+        assert (done.inserted, done.rejected) == (2, 1)
+        assert len(connection.exec_driver_sql("SELECT 1 FROM training_runs").all()) == 5
     engine.dispose()
 
 

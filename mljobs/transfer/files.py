@@ -56,6 +56,21 @@ def path_of(file: File) -> Path | None:
     return Path(name) if isinstance(name, str) and not name.startswith("<") else None
 
 
+def is_same_file(file: File, other: File) -> bool:
+    """Whether what is read from one is what lies in the other."""
+    try:
+        there = _status_of(other)
+        return stat.S_ISREG(there.st_mode) and os.path.samestat(_status_of(file), there)
+    except (OSError, AttributeError, ValueError):  # not there, or no file of the system
+        return False
+
+
+def _status_of(file: Any) -> os.stat_result:
+    if file == _STANDARD:
+        file = sys.stdin
+    return Path(file).stat() if isinstance(file, str | os.PathLike) else os.fstat(file.fileno())
+
+
 # -------------------------------------------------------------------------------------------------------- to write
 
 
@@ -114,7 +129,7 @@ def _telling(name: str, sink: Sink) -> Iterator[None]:
 
 def _writer_of(file: Any) -> Callable[[bytes], object]:
     write = file.write
-    if isinstance(file, io.TextIOBase) or hasattr(file, "encoding"):
+    if _is_text(file):
         return lambda data: write(data.decode())
     if not isinstance(file, io.RawIOBase):
         opened_binary: Callable[[bytes], object] = write
@@ -266,28 +281,54 @@ def reading(file: File) -> Iterator[Source]:
             raw = file
         else:
             raise InvalidValueError("file", file, "expected a path, '-' or an open file")
-        unpacked = raw
-        packed = _packed_as(raw, path_of(file) if isinstance(file, str | os.PathLike) else None)
-        if packed == ".gz":
-            unpacked = stack.enter_context(gzip.GzipFile(fileobj=raw, mode="rb"))
-        elif packed == ".zst":
-            unpacked = stack.enter_context(_zstd().open(raw, "rb"))
-        source = Source(unpacked.read, _size_of(raw), lambda: _position_of(raw))
-        source.read = _reader_of(unpacked.read, name_of(file), source)
+        source = Source(raw.read, _size_of(raw), lambda: _position_of(raw))
+        source.read = _reader_of(raw.read, name_of(file), source)
+        if not _is_text(raw):
+            begun = _Begun(raw, _start_of(source.read))
+            unpacked: Any = begun
+            packed = _packed_as(begun.start, path_of(file) if isinstance(file, str | os.PathLike) else None)
+            if packed == ".gz":
+                unpacked = stack.enter_context(gzip.GzipFile(fileobj=begun, mode="rb"))  # type: ignore[call-overload]
+            elif packed == ".zst":
+                unpacked = stack.enter_context(_zstd().open(begun, "rb"))
+            source.read = _reader_of(unpacked.read, name_of(file), source)
         yield source
 
 
-def _packed_as(raw: Any, path: Path | None) -> str | None:
+def _is_text(file: Any) -> bool:
+    return isinstance(file, io.TextIOBase) or hasattr(file, "encoding")
+
+
+def _start_of(read: Callable[[int], bytes]) -> bytes:
+    start = b""
+    while len(start) < len(_ZSTD_MAGIC) and (more := read(len(_ZSTD_MAGIC) - len(start))):
+        start += more
+    return start
+
+
+class _Begun:
+    """A file whose first bytes have been read already. Not ``peek``: few files have it, and it may give fewer."""
+
+    def __init__(self, raw: Any, start: bytes) -> None:
+        self.start = start
+        self._left = start
+        self._raw = raw
+
+    def read(self, size: int = -1) -> Any:
+        if not self._left:
+            return self._raw.read(size)
+        if size < 0:
+            size = len(self._left)
+        part, self._left = self._left[:size], self._left[size:]
+        return part
+
+
+def _packed_as(start: bytes, path: Path | None) -> str | None:
     if path is not None and path.suffix in {".gz", ".zst"}:
         return path.suffix
-    start = b""
-    if hasattr(raw, "peek") and not isinstance(raw, gzip.GzipFile):
-        start = raw.peek(len(_ZSTD_MAGIC))[: len(_ZSTD_MAGIC)]
-    elif isinstance(raw, io.BytesIO):
-        start = bytes(raw.getbuffer()[raw.tell() : raw.tell() + len(_ZSTD_MAGIC)])
     if start.startswith(_GZIP_MAGIC):
         return ".gz"
-    return ".zst" if start == _ZSTD_MAGIC else None
+    return ".zst" if start.startswith(_ZSTD_MAGIC) else None
 
 
 def _reader_of(read: Callable[[int], Any], name: str, source: Source) -> Callable[[int], bytes]:
