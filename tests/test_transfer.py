@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -324,6 +326,14 @@ def test_a_full_disk_is_told_with_the_name_and_the_number(full: JobStore) -> Non
         full.export_jobs("/dev/full")
     assert caught.value.errno == errno.ENOSPC
     assert isinstance(caught.value, MlJobsError)
+    with pytest.raises(TransferError, match=r"/dev/full: No space left on device"):
+        full.export_jobs("/dev/full", target="t7")  # fits a buffer
+
+
+def test_a_text_file_that_cannot_hold_a_record_is_told(full: JobStore) -> None:
+    full.submit("train", "漢")
+    with Path("latin").open("w", encoding="latin-1") as file, pytest.raises(TransferError, match="open it as utf-8"):
+        full.export_jobs(file)
 
 
 @pytest.mark.parametrize("name", ["jobs.ndjson", "jobs.ndjson.gz", "jobs.ndjson.zst"])
@@ -530,6 +540,14 @@ def test_error_ends_it_at_the_first_record_that_is_there_and_nothing_stands(worl
     assert store.import_jobs(ndjson(twice, b"x"), on_conflict="error").inserted == 1
 
 
+def test_error_names_the_first_line_not_the_first_row(world: World, store: Any) -> None:
+    there = sorted((job() for _ in range(4)), key=lambda one: one.id)
+    put(world, *there)
+    with pytest.raises(JobExistsError, match="of line 1 exists already") as caught:
+        store.import_jobs(ndjson(*reversed(there)), on_conflict="error")
+    assert caught.value.job_id == there[-1].id
+
+
 def test_running_records_are_queued_again_when_asked(world: World, store: Any) -> None:
     one = queued(status="running", started_at=NOW, progress=40)
     assert store.import_jobs(ndjson(one)).inserted == 1
@@ -673,6 +691,70 @@ def test_what_only_the_database_refuses_is_rejected_alone(world: World, store: A
     assert stored(world).keys() == {one.id for number, one in enumerate(jobs) if not 8 <= number < 12}
     again = store.import_jobs(ndjson(*jobs))
     assert (again.skipped, again.rejected) == (26, 4)
+
+
+def _mutated(random: Random, lines_of_all: list[bytes]) -> bytes:
+    line = random.choice(lines_of_all)
+    at = random.randrange(len(line))
+    return random.choice(
+        [
+            line,
+            line,
+            line[:at],
+            line[:at] + bytes([line[at] ^ 1 << random.randrange(8)]) + line[at + 1 :],
+            line[:at]
+            + random.choice([b"\xff", b"\xc0\x80", b"\x00", b"\\u0000", b"\\ud800", b"\xef\xbb\xbf"])
+            + line[at:],
+            line + b"\r",
+            b" " + line + b"  ",
+            random.choice([b"", b"  \t", b"\x0c", b"null", b"[]", b"{}", b"\xc2\xa0"]),
+            re.sub(rb'("progress": ?)\d+', rb"\g<1>" + random.choice([b"1e1", b"5.5", b"-0.0", b"1e400", b"-1"]), line),
+            re.sub(rb'("spec": ?)"', rb"\g<1>" + random.choice([b'5,"spec":"', b"null,", b'" ']), line),
+        ]
+    ).replace(b"\n", b" ")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_import_takes_what_from_json_takes_line_by_line(url: str, seed: int) -> None:
+    """Other bytes than anybody writes: cut, flipped, with keys twice; held against the ORM, one record at a time."""
+    random = Random(seed)
+    vectors = [json.loads(each)["raw"].encode(errors="surrogatepass") for each in VECTORS.read_text().splitlines()]
+    vectors = [each for each in vectors if each.strip()]
+    vectors += [job(id=number, target_name="\u6f22").to_json().encode() for number in range(10)]
+    all_lines = [b"", *(_mutated(random, vectors) for _ in range(400))]
+    expected: dict[UUID, MlJob] = {}
+    bad = set()
+    for number, line in enumerate(all_lines, start=1):
+        if not line.strip(b" \t\r"):
+            continue
+        try:
+            one = MlJob.from_json(line)
+            storable_json("spec", one.spec_json)
+            storable_json("metrics", "0" if one.metrics_json is None else one.metrics_json)
+            storable_text("target", one.target_name)
+            storable_text("error", one.error_message or "")
+        except MlJobsError:
+            bad.add(number)
+            continue
+        there = expected.setdefault(one.id, one)
+        if there.is_terminal and there.to_json() != one.to_json():
+            bad.add(number)
+    engine = create_engine(url, poolclass=NullPool)
+    with Session(engine) as session, session.begin():
+        rejects = io.BytesIO()
+        import_jobs(session, io.BytesIO(b"\n".join(all_lines)), rejects=rejects)
+        assert {json.loads(each)["line"] for each in rejects.getvalue().splitlines()} == bad
+        assert {one.id: one.to_json() for one in session.scalars(select(MlJob))} == {
+            one.id: one.to_json() for one in expected.values()
+        }
+        out = io.BytesIO()
+        export_jobs(session, out)
+        assert sorted(out.getvalue().decode().split("\n")) == sorted(
+            ["", *(one.to_json() for one in expected.values())]
+        )
+    assert len(expected) > 20
+    assert len(bad) > 50
+    engine.dispose()
 
 
 def test_an_update_that_only_the_database_refuses_does_not_stop_the_run(world: World, store: Any) -> None:

@@ -121,6 +121,8 @@ def _telling(name: str, sink: Sink) -> Iterator[None]:
         yield
     except TransferError:
         raise
+    except UnicodeEncodeError as error:  # of an open text file
+        raise TransferError(name, f"{error}; open it as utf-8", sink.records) from error
     except OSError as error:
         told = TransferError(name, error.strerror or str(error), sink.records)
         told.errno = error.errno
@@ -149,9 +151,7 @@ def _at_path(path: Path, stack: ExitStack) -> tuple[Sink, Callable[[], object]]:
     except FileNotFoundError:
         there = None
     if there is not None and not stat.S_ISREG(there.st_mode):
-        raw: IO[bytes] = stack.enter_context(path.open("wb"))  # a device or a pipe cannot be replaced
-        packed = stack.enter_context(_packing(raw, path.suffix))
-        return Sink(packed.write), raw.flush
+        return _at_device(path, stack)  # it cannot be replaced
     real = Path(os.path.realpath(path))  # a link stays a link
     part = real.with_name(f".{real.name}.{secrets.token_hex(4)}.part")
     raw = _created(path, part, there)
@@ -176,6 +176,18 @@ def _at_path(path: Path, stack: ExitStack) -> tuple[Sink, Callable[[], object]]:
                 os.close(directory)
 
     return Sink(behind.write), finish
+
+
+def _at_device(path: Path, stack: ExitStack) -> tuple[Sink, Callable[[], object]]:
+    raw = path.open("wb")
+    stack.callback(_close, raw)
+    packing = _packing(raw, path.suffix)
+
+    def finish() -> None:
+        packing.__exit__(None, None, None)
+        raw.flush()
+
+    return Sink(packing.__enter__().write), finish
 
 
 class _Behind:
@@ -213,9 +225,13 @@ def _created(path: Path, part: Path, there: os.stat_result | None) -> IO[bytes]:
     return os.fdopen(descriptor, "wb")
 
 
-def _discard(raw: IO[bytes], part: Path) -> None:
-    with suppress(OSError):
+def _close(raw: IO[bytes]) -> None:
+    with suppress(OSError):  # it flushes once more what could not be written before
         raw.close()
+
+
+def _discard(raw: IO[bytes], part: Path) -> None:
+    _close(raw)
     part.unlink(missing_ok=True)
 
 

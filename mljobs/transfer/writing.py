@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from mljobs.bulk import Wire, insert_rows, insert_wire, read_wire, row_security, wire_of
-from mljobs.errors import JobExistsError, JobHeldError, MlJobsError
+from mljobs.errors import InvalidValueError, JobExistsError, JobHeldError, MlJobsError
 from mljobs.jobs import Bind, Model, table_of
 from mljobs.jobs._base import connection_of, is_postgres, lock_sqlite, plain, refresh
 from mljobs.model import MlJob
@@ -146,8 +146,10 @@ class Writer:
     def _judged(self, reader: _Reader, entries: dict[Any, _Entry], there: dict[Any, Row], done: Done) -> list[_Entry]:
         """Return the entries whose records are to be changed; count the others that are there."""
         changing = []
-        for job_id, present in there.items():
-            entry = entries[job_id]
+        for job_id, entry in entries.items():
+            present = there.get(job_id)
+            if present is None:
+                continue
             if self.on_conflict == "error":
                 raise JobExistsError(reader.uuid(job_id), reader.place(entry.at))
             verdict = judge(present, entry.row, reader.own(entry.at), self.on_conflict)
@@ -229,7 +231,7 @@ class Writer:
                 return insert_rows(connection, table, NAMES, (_python(wire, row) for row in rows))
             return insert_wire(connection, table, self._columns, rows)
         # A host's class: only the ORM knows its defaults and its other tables.
-        made = [self.model(**dict(zip(NAMES, _python(wire, row), strict=True))) for row in rows]
+        made = [_made(self.model, dict(zip(NAMES, _python(wire, row), strict=True))) for row in rows]
         if isinstance(bind, Session):
             _add(bind, made)
         else:
@@ -399,6 +401,13 @@ def _python(wire: Wire, row: Row) -> list[Any]:
         moment: datetime | None = None if values[at] is None else from_millis(wire.time_out(values[at]))
         values[at] = moment
     return values
+
+
+def _made(model: Model, values: dict[str, Any]) -> Any:
+    try:
+        return model(**values)
+    except TypeError as error:  # its constructor asks for what no record has
+        raise InvalidValueError("model", model.__name__, str(error)) from error
 
 
 def _add(session: Session, made: Sequence[Any]) -> None:
