@@ -403,6 +403,13 @@ def test_a_damaged_archive_is_told_and_what_came_before_may_stand(full: JobStore
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_an_empty_file_is_no_archive(full: JobStore, suffix: str) -> None:
+    Path("jobs" + suffix).touch()
+    with pytest.raises(TransferError, match=f"jobs{suffix}: "):
+        full.import_jobs("jobs" + suffix)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_an_open_archive_is_known_by_its_first_bytes_whatever_opened_it(full: JobStore, suffix: str) -> None:
     number = full.export_jobs("jobs.ndjson" + suffix)
     packed = Path("jobs.ndjson" + suffix).read_bytes()

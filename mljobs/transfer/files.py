@@ -304,6 +304,8 @@ def reading(file: File) -> Iterator[Source]:
             unpacked: Any = begun
             packed = _packed_as(begun.start, path_of(file) if isinstance(file, str | os.PathLike) else None)
             if packed == ".gz":
+                if not begun.start:  # gzip.GzipFile takes it for an archive of nothing
+                    raise TransferError(name_of(file), "it is empty, not a gzipped file", 0)
                 unpacked = stack.enter_context(gzip.GzipFile(fileobj=begun, mode="rb"))  # type: ignore[call-overload]
             elif packed == ".zst":
                 unpacked = stack.enter_context(_zstd().open(begun, "rb"))

@@ -119,7 +119,7 @@ def _regular(path: Path) -> Path:
 def _described(problem: Problem, raw: bytes | None) -> dict[str, Any]:
     described: dict[str, Any] = {"line": problem.line, "field": problem.field, "reason": problem.reason}
     if problem.key is not None:
-        described["key"] = problem.key
+        described["key"] = problem.key.encode(errors="backslashreplace").decode()  # it need not be UTF-8
     if raw is not None:
         try:
             described["raw"] = raw.removesuffix(b"\r").decode()
