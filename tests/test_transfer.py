@@ -221,6 +221,18 @@ def full(sqlite_url: str) -> Iterator[JobStore]:
         yield store
 
 
+def test_a_session_that_is_exporting_says_so_instead_of_waiting_for_itself(postgres_url: str) -> None:
+    engine = create_engine(postgres_url, poolclass=NullPool)
+    with Session(engine) as session, session.begin():
+        session.add_all([queued(), queued()])
+    with Session(engine) as session:
+        with pytest.raises(InvalidValueError, match="is reading records") as caught:
+            export_jobs(session, io.BytesIO(), progress=lambda _: session.scalar(select(MlJob.id).limit(1)))
+        assert caught.value.field == "session"
+        assert export_jobs(session, io.BytesIO()) == len(session.scalars(select(MlJob)).all()) == 2
+    engine.dispose()
+
+
 @pytest.mark.parametrize("name", ["jobs.ndjson", "jobs.ndjson.gz", "jobs.ndjson.zst"])
 def test_a_path_is_compressed_by_its_name(full: JobStore, name: str) -> None:
     assert full.export_jobs(name) == full.export_jobs(Path("plain")) == 2500
