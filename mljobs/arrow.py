@@ -16,7 +16,7 @@ import msgspec
 
 from mljobs.bulk import Wire, read_wire, wire_of
 from mljobs.errors import InvalidValueError
-from mljobs.jobs import Bind, Model, conditions, table_of
+from mljobs.jobs import Bind, Model, named_conditions, table_of
 from mljobs.jobs._base import check_count, connection_of
 from mljobs.model import MlJob
 from mljobs.states import MlJobStatus
@@ -185,7 +185,7 @@ class _Reading:
         ids: Ids,
     ) -> None:
         self._table = table_of(model)
-        self._where = conditions(model, **filters)
+        self._where = named_conditions(model, filters)
         self._connection: Connection = connection_of(session)
         self._kinds = [str(kind) for kind in model.__kinds__]
         names = list(GUARDED_COLUMNS) if columns is None else _known("columns", columns, GUARDED_COLUMNS)
@@ -194,6 +194,8 @@ class _Reading:
             raise InvalidValueError("ids", ids, "expected 'string' or 'uuid'")
         self.surplus = [f"{name}_json" for name in self.spread if f"{name}_json" not in names]
         self._names = names + self.surplus
+        if not self._names:
+            raise InvalidValueError("columns", columns, "expected at least one, or None for all")
         self._id_type = pa.string() if ids == "string" else pa.uuid()
         self.schema = pa.schema([self._field(name) for name in self._names])
 

@@ -18,11 +18,25 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from sqlalchemy import Boolean, Integer, SmallInteger, String, Text, Uuid, cast, func, insert, select, type_coerce
+from sqlalchemy import (
+    Boolean,
+    Integer,
+    SmallInteger,
+    String,
+    Text,
+    Uuid,
+    cast,
+    event,
+    func,
+    insert,
+    select,
+    type_coerce,
+)
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import BigInteger, Date, DateTime, Double, Float, LargeBinary, NullType, TypeEngine
 from sqlalchemy.util import await_only
 
+from mljobs.errors import InvalidValueError
 from mljobs.guards import translate_error
 from mljobs.triggers import schema_of
 from mljobs.types import (
@@ -68,12 +82,12 @@ def insert_rows(connection: Connection, table: Table, columns: Sequence[str], ro
     """
     checked = _checked(table, columns, rows)
     types = _copy_types(table, columns) if connection.dialect.name == "postgresql" else None
-    if types is None or _row_security(connection, table):
+    if types is None or row_security(connection, table):
         return _insert_chunks(connection, table, columns, checked)
     return _copy_in(connection, table, columns, checked, types)
 
 
-def _row_security(connection: Connection, table: Table) -> bool:
+def row_security(connection: Connection, table: Table) -> bool:
     """Whether policies bind this role, under which PostgreSQL refuses COPY into the table."""
     asked = select(func.row_security_active(cast(qualified_name(connection, table), Text)))
     return bool(connection.scalar(asked))
@@ -230,7 +244,7 @@ def insert_wire(connection: Connection, table: Table, columns: Sequence[Column[A
         connection: The caller's; nothing is committed.
         table: Where to.
         columns: Columns of the record, in the order of the values.
-        rows: Any length; read once.
+        rows: Any length; read once. Where ``row_security`` is true, use ``insert_rows``.
 
     Returns:
         How many.
@@ -286,7 +300,7 @@ def read_wire(
         types = [_wire_type(column) for column in columns]
         connection.exec_driver_sql("SELECT 1")
         read = _copy_out_async if dialect.is_async else _copy_out
-        with _translating(connection):
+        with _busy(connection), _translating(connection):
             yield from read(connection.connection.driver_connection, text, values, types, chunk)
         return
     result = connection.execute(statement.execution_options(stream_results=True))
@@ -296,6 +310,20 @@ def read_wire(
                 yield [tuple(row) for row in part]
     finally:
         result.close()
+
+
+@contextmanager
+def _busy(connection: Connection) -> Iterator[None]:
+    """Refuse statements meanwhile: psycopg would wait for ever, for a lock that the reader itself holds."""
+
+    def refuse(*_: object) -> None:
+        raise InvalidValueError("session", connection, "its connection is reading records; use another one meanwhile")
+
+    event.listen(connection, "before_cursor_execute", refuse)
+    try:
+        yield
+    finally:
+        event.remove(connection, "before_cursor_execute", refuse)
 
 
 def _wire_type(column: Column[Any]) -> str:

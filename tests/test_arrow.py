@@ -217,6 +217,8 @@ def test_ids_may_be_arrows_own_uuids(world: World) -> None:
     [
         ({"columns": ["nothing"]}, "'columns' cannot be 'nothing'"),
         ({"columns": ["id", "id"]}, "once at most"),
+        ({"columns": []}, "'columns' cannot be .*expected at least one"),
+        ({"nothing": 1}, "'nothing' cannot be 1: no such filter; there are kind, "),
         ({"spread": ["spec_json"]}, "'spread' cannot be 'spec_json'"),
         ({"ids": "int"}, "'string' or 'uuid'"),
         ({"status": "done"}, "expected one of queued"),

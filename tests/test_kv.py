@@ -165,7 +165,7 @@ def test_what_is_no_record_under_the_prefix_is_rejected_with_its_key(world: Worl
 
 def test_what_is_no_store_is_refused(sqlite_url: str) -> None:
     with JobStore(sqlite_url) as store:
-        for wrong in (5, object(), None):
+        for wrong in (5, object(), None, [], "text"):
             with pytest.raises(InvalidValueError, match="expected a mapping"):
                 store.dump_kv(wrong)
             with pytest.raises(InvalidValueError, match="expected a mapping"):
@@ -218,12 +218,16 @@ def test_redis_values_of_another_kind_are_rejected(world: World, store: Any, cli
     broken = uuid4().hex
     client.set(broken, b"\xff\x00")
     client.set("session:5", b"\xff\x00")
+    client.set(b"\xff", "x")
     done = store.load_kv(client)
-    assert (done.inserted, done.rejected) == (1, 3)
+    assert (done.inserted, done.rejected) == (1, 4)
     reasons = {problem.key: problem.reason for problem in done.problems}
     assert "WRONGTYPE" in reasons[listed]
     assert "not UTF-8" in reasons[broken]
     assert "32 hex digits" in reasons["session:5"]
+    assert "32 hex digits" in reasons["\udcff"]
+    assert done.rejects is not None
+    assert "\\udcff" in {json.loads(line)["key"] for line in done.rejects.read_text().splitlines()}
 
 
 def test_an_asynchronous_client_works_with_an_async_store(world: World, redis_url: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from enum import Enum, StrEnum
@@ -657,6 +658,10 @@ def test_a_retry_of_a_dataclass_takes_over_what_its_constructor_asks_for(empty: 
         assert jobs.retry(connection, job_id, model=Run).owner_id == 1  # type: ignore[attr-defined]
     with JobStore(empty, model=Run) as store:
         assert store.retry(job_id).owner_id == 1
+        line = MlJob(kind="train", target_name="x").to_json()
+        done = store.import_jobs(io.StringIO(line), rejects=io.StringIO())
+        assert "missing 1 required" in done.problems[0].reason
+        assert "'owner'" in done.problems[0].reason
 
 
 def test_a_class_defined_twice_on_one_table_goes_on(empty: Engine) -> None:

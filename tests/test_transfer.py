@@ -8,14 +8,17 @@ import gzip
 import io
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -218,6 +221,18 @@ def full(sqlite_url: str) -> Iterator[JobStore]:
         yield store
 
 
+def test_a_session_that_is_exporting_says_so_instead_of_waiting_for_itself(postgres_url: str) -> None:
+    engine = create_engine(postgres_url, poolclass=NullPool)
+    with Session(engine) as session, session.begin():
+        session.add_all([queued(), queued()])
+    with Session(engine) as session:
+        with pytest.raises(InvalidValueError, match="is reading records") as caught:
+            export_jobs(session, io.BytesIO(), progress=lambda _: session.scalar(select(MlJob.id).limit(1)))
+        assert caught.value.field == "session"
+        assert export_jobs(session, io.BytesIO()) == len(session.scalars(select(MlJob)).all()) == 2
+    engine.dispose()
+
+
 @pytest.mark.parametrize("name", ["jobs.ndjson", "jobs.ndjson.gz", "jobs.ndjson.zst"])
 def test_a_path_is_compressed_by_its_name(full: JobStore, name: str) -> None:
     assert full.export_jobs(name) == full.export_jobs(Path("plain")) == 2500
@@ -323,6 +338,14 @@ def test_a_full_disk_is_told_with_the_name_and_the_number(full: JobStore) -> Non
         full.export_jobs("/dev/full")
     assert caught.value.errno == errno.ENOSPC
     assert isinstance(caught.value, MlJobsError)
+    with pytest.raises(TransferError, match=r"/dev/full: No space left on device"):
+        full.export_jobs("/dev/full", target="t7")  # fits a buffer
+
+
+def test_a_text_file_that_cannot_hold_a_record_is_told(full: JobStore) -> None:
+    full.submit("train", "漢")
+    with Path("latin").open("w", encoding="latin-1") as file, pytest.raises(TransferError, match="open it as utf-8"):
+        full.export_jobs(file)
 
 
 @pytest.mark.parametrize("name", ["jobs.ndjson", "jobs.ndjson.gz", "jobs.ndjson.zst"])
@@ -389,6 +412,33 @@ def test_a_damaged_archive_is_told_and_what_came_before_may_stand(full: JobStore
     Path(name).write_bytes(b'{"not": "compressed"}\n')
     with pytest.raises(TransferError, match=name):
         full.import_jobs(name)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_an_empty_file_is_no_archive(full: JobStore, suffix: str) -> None:
+    Path("jobs" + suffix).touch()
+    with pytest.raises(TransferError, match=f"jobs{suffix}: "):
+        full.import_jobs("jobs" + suffix)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_an_open_archive_is_known_by_its_first_bytes_whatever_opened_it(full: JobStore, suffix: str) -> None:
+    number = full.export_jobs("jobs.ndjson" + suffix)
+    packed = Path("jobs.ndjson" + suffix).read_bytes()
+
+    class ByteByByte:
+        def __init__(self) -> None:
+            self.left = io.BytesIO(packed)
+
+        def read(self, _: int = -1) -> bytes:
+            return self.left.read(1)
+
+    with tempfile.SpooledTemporaryFile() as spooled, Path("jobs.ndjson" + suffix).open("rb", buffering=0) as raw:
+        spooled.write(packed)
+        spooled.seek(0)
+        for file in (io.BytesIO(packed), spooled, raw, ByteByByte()):
+            done = full.import_jobs(file)  # type: ignore[arg-type]
+            assert (done.skipped, done.total) == (number, number)
 
 
 def test_without_the_extra_zstd_says_what_to_install(full: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,6 +557,14 @@ def test_error_ends_it_at_the_first_record_that_is_there_and_nothing_stands(worl
         store.import_jobs(ndjson(twice, twice), on_conflict="error")
     assert stored(world).keys() == {one.id}
     assert store.import_jobs(ndjson(twice, b"x"), on_conflict="error").inserted == 1
+
+
+def test_error_names_the_first_line_not_the_first_row(world: World, store: Any) -> None:
+    there = sorted((job() for _ in range(4)), key=lambda one: one.id)
+    put(world, *there)
+    with pytest.raises(JobExistsError, match="of line 1 exists already") as caught:
+        store.import_jobs(ndjson(*reversed(there)), on_conflict="error")
+    assert caught.value.job_id == there[-1].id
 
 
 def test_running_records_are_queued_again_when_asked(world: World, store: Any) -> None:
@@ -654,6 +712,125 @@ def test_what_only_the_database_refuses_is_rejected_alone(world: World, store: A
     assert (again.skipped, again.rejected) == (26, 4)
 
 
+def _mutated(random: Random, lines_of_all: list[bytes]) -> bytes:
+    line = random.choice(lines_of_all)
+    at = random.randrange(len(line))
+    return random.choice(
+        [
+            line,
+            line,
+            line[:at],
+            line[:at] + bytes([line[at] ^ 1 << random.randrange(8)]) + line[at + 1 :],
+            line[:at]
+            + random.choice([b"\xff", b"\xc0\x80", b"\x00", b"\\u0000", b"\\ud800", b"\xef\xbb\xbf"])
+            + line[at:],
+            line + b"\r",
+            b" " + line + b"  ",
+            random.choice([b"", b"  \t", b"\x0c", b"null", b"[]", b"{}", b"\xc2\xa0"]),
+            re.sub(rb'("progress": ?)\d+', rb"\g<1>" + random.choice([b"1e1", b"5.5", b"-0.0", b"1e400", b"-1"]), line),
+            re.sub(rb'("spec": ?)"', rb"\g<1>" + random.choice([b'5,"spec":"', b"null,", b'" ']), line),
+        ]
+    ).replace(b"\n", b" ")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_import_takes_what_from_json_takes_line_by_line(url: str, seed: int) -> None:
+    """Other bytes than anybody writes: cut, flipped, with keys twice; held against the ORM, one record at a time."""
+    random = Random(seed)
+    vectors = [json.loads(each)["raw"].encode(errors="surrogatepass") for each in VECTORS.read_text().splitlines()]
+    vectors = [each for each in vectors if each.strip()]
+    vectors += [job(id=number, target_name="\u6f22").to_json().encode() for number in range(10)]
+    all_lines = [b"", *(_mutated(random, vectors) for _ in range(400))]
+    expected: dict[UUID, MlJob] = {}
+    bad = set()
+    for number, line in enumerate(all_lines, start=1):
+        if not line.strip(b" \t\r"):
+            continue
+        try:
+            one = MlJob.from_json(line)
+            storable_json("spec", one.spec_json)
+            storable_json("metrics", "0" if one.metrics_json is None else one.metrics_json)
+            storable_text("target", one.target_name)
+            storable_text("error", one.error_message or "")
+        except MlJobsError:
+            bad.add(number)
+            continue
+        there = expected.setdefault(one.id, one)
+        if there.is_terminal and there.to_json() != one.to_json():
+            bad.add(number)
+    engine = create_engine(url, poolclass=NullPool)
+    with Session(engine) as session, session.begin():
+        rejects = io.BytesIO()
+        import_jobs(session, io.BytesIO(b"\n".join(all_lines)), rejects=rejects)
+        assert {json.loads(each)["line"] for each in rejects.getvalue().splitlines()} == bad
+        assert {one.id: one.to_json() for one in session.scalars(select(MlJob))} == {
+            one.id: one.to_json() for one in expected.values()
+        }
+        out = io.BytesIO()
+        export_jobs(session, out)
+        assert sorted(out.getvalue().decode().split("\n")) == sorted(
+            ["", *(one.to_json() for one in expected.values())]
+        )
+    assert len(expected) > 20
+    assert len(bad) > 50
+    engine.dispose()
+
+
+def test_an_update_that_only_the_database_refuses_does_not_stop_the_run(world: World, store: Any) -> None:
+    with world.outside.begin() as connection:
+        connection.exec_driver_sql("CREATE UNIQUE INDEX host_own ON ml_jobs (target_name) WHERE kind = 'backfill'")
+    jobs = [queued(target_name=f"t{number}", kind="backfill") for number in range(9)]
+    put(world, *jobs)
+    lines_of_all = [json.loads(one.to_json()) | {"progress": 7} for one in jobs]
+    lines_of_all[4]["target"] = "t0"
+    done = store.import_jobs(ndjson(*map(json.dumps, lines_of_all)), on_conflict="update")
+    assert (done.updated, done.rejected) == (8, 1)
+    assert [problem.line for problem in done.problems] == [5]
+    assert "the database refuses it" in done.problems[0].reason
+    assert [json.loads(stored(world)[one.id])["progress"] for one in jobs] == [7] * 4 + [0] + [7] * 4
+
+
+def test_an_import_goes_on_where_row_security_forbids_copy(postgres_url: str) -> None:
+    owner = create_engine(postgres_url, poolclass=NullPool)
+    with owner.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE ml_jobs ENABLE ROW LEVEL SECURITY")
+        connection.exec_driver_sql("ALTER TABLE ml_jobs FORCE ROW LEVEL SECURITY")
+        connection.exec_driver_sql("CREATE POLICY everybody ON ml_jobs USING (true) WITH CHECK (true)")
+        connection.exec_driver_sql("CREATE ROLE transfer_tenant")
+        connection.exec_driver_sql("GRANT SELECT, INSERT, UPDATE ON ml_jobs, ml_job_leases TO transfer_tenant")
+    one, other = job(run_after=NOW, retry_of=uuid4(), priority=3), queued()
+    try:
+        with Session(owner) as session, session.begin():
+            session.connection().exec_driver_sql("SET LOCAL ROLE transfer_tenant")
+            assert import_jobs(session, ndjson(one, other)).inserted == 2
+        with Session(owner) as session:
+            assert {each.id: each.to_json() for each in session.scalars(select(MlJob))} == {
+                each.id: each.to_json() for each in (one, other)
+            }
+    finally:
+        with owner.begin() as connection:
+            connection.exec_driver_sql("DROP OWNED BY transfer_tenant")
+            connection.exec_driver_sql("DROP ROLE transfer_tenant")
+        owner.dispose()
+
+
+@pytest.mark.parametrize("way", ["path", "open", "standard input"])
+def test_rejects_never_replace_what_is_imported(full: JobStore, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b"x\n" + job().to_json().encode() + b"\n"
+    name = Path("import.rejects.ndjson")
+    name.write_bytes(content)
+    with name.open("rb") as opened, pytest.raises(InvalidValueError, match="is the file that is imported") as caught:
+        if way == "path":
+            full.import_jobs(name, rejects=f"../{Path.cwd().name}/{name}")
+        elif way == "open":
+            full.import_jobs(opened, rejects=name)
+        else:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(opened))
+            full.import_jobs("-")
+    assert caught.value.field == "rejects"
+    assert name.read_bytes() == content
+
+
 def test_an_interrupted_import_can_be_run_again_and_ends_the_same(
     world: World, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -775,6 +952,14 @@ def test_a_hosts_own_class_gets_its_columns_from_the_orm(empty_url: str) -> None
         assert store.import_jobs("runs.ndjson").skipped == 2
     with Session(engine) as session, session.begin():
         assert import_jobs(session, ndjson(job()), model=TrainingRun).inserted == 1
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE UNIQUE INDEX host_own ON training_runs (target_name) WHERE kind = 'backfill'"
+        )
+        twice = [job(kind="backfill"), job(kind="backfill"), job()]
+        done = import_jobs(connection, ndjson(*twice), model=TrainingRun)
+        assert (done.inserted, done.rejected) == (2, 1)
+        assert len(connection.exec_driver_sql("SELECT 1 FROM training_runs").all()) == 5
     engine.dispose()
 
 

@@ -43,12 +43,13 @@ from mljobs.jobs.finishing import (
     requeue,
     requeue_many,
 )
-from mljobs.jobs.reading import Counts, Page, conditions, counts, find, get, history, lineage
+from mljobs.jobs.reading import FILTERS, Counts, Page, conditions, counts, find, get, history, lineage, named_conditions
 from mljobs.jobs.submitting import retry, submit, submit_many
 from mljobs.jobs.sweeping import Cursor, Pruned, Rescue, prune, prune_batch, rescue
 
 __all__ = [
     "DEFAULT_LEASE",
+    "FILTERS",
     "Bind",
     "Claim",
     "Counts",
@@ -76,6 +77,7 @@ __all__ = [
     "history",
     "lineage",
     "look",
+    "named_conditions",
     "prune",
     "prune_batch",
     "release",

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Literal, overload
+from inspect import signature
+from typing import Any, Final, Literal, overload
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, Connection, func, literal, select, text, tuple_
@@ -169,6 +170,22 @@ def conditions(
     if error_contains is not None:
         found.append(of["error_message"].icontains(storable_text("error_contains", error_contains), autoescape=True))
     return found
+
+
+FILTERS: Final = tuple(name for name in signature(conditions).parameters if name != "model")
+"""The names of the filters."""
+
+
+def named_conditions(model: Model, filters: Mapping[str, Any]) -> list[ColumnElement[bool]]:
+    """Return the conditions that filters stand for whose names come from a caller.
+
+    Raises:
+        InvalidValueError: No such filter, or a value that it cannot take.
+    """
+    for name, value in filters.items():
+        if name not in FILTERS:
+            raise InvalidValueError(name, value, f"no such filter; there are {', '.join(FILTERS)}")
+    return conditions(model, **filters)
 
 
 def find(

@@ -12,7 +12,8 @@ line into a row and back, :mod:`~mljobs.transfer.judging` says what becomes of a
 :mod:`~mljobs.transfer.writing` writes a batch, :mod:`~mljobs.transfer.rejects` keeps what was not imported.
 """
 
-from mljobs.transfer.exporting import FILTERS, export_jobs
+from mljobs.jobs import FILTERS
+from mljobs.transfer.exporting import export_jobs
 from mljobs.transfer.files import File
 from mljobs.transfer.importing import Import, file_import, import_jobs
 from mljobs.transfer.judging import OnConflict

@@ -7,23 +7,19 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from inspect import signature
 from typing import Any, Final
 
 from sqlalchemy import Column, ColumnElement, Connection
 from sqlalchemy.util import await_only
 
 from mljobs.bulk import read_wire, wire_of
-from mljobs.errors import InvalidValueError
-from mljobs.jobs import Bind, Model, conditions
+from mljobs.jobs import Bind, Model, named_conditions
 from mljobs.jobs._base import connection_of, is_postgres
 from mljobs.model import MlJob
 from mljobs.transfer.files import File, writing
 from mljobs.transfer.results import OnProgress, Progress
 from mljobs.transfer.rows import ID, SHARED, Row, columns_of, line_maker
 
-FILTERS: Final = tuple(name for name in signature(conditions).parameters if name != "model")
-"""The names of the filters, as of ``jobs.find``."""
 _PART: Final = 250
 """Rows at once: as many as stay in the processor's cache from row to line."""
 
@@ -91,10 +87,7 @@ def rows_reader(session: Bind, *, extended: bool, model: Model, filters: dict[st
     Raises:
         InvalidValueError: No such filter, or a value that it cannot take.
     """
-    for name, value in filters.items():
-        if name not in FILTERS:
-            raise InvalidValueError(name, value, f"no such filter; there are {', '.join(FILTERS)}")
-    where = conditions(model, **filters)
+    where = named_conditions(model, filters)
     connection = connection_of(session)
     is_postgres(connection)
     wire = wire_of(connection)

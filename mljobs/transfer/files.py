@@ -56,6 +56,21 @@ def path_of(file: File) -> Path | None:
     return Path(name) if isinstance(name, str) and not name.startswith("<") else None
 
 
+def is_same_file(file: File, other: File) -> bool:
+    """Whether what is read from one is what lies in the other."""
+    try:
+        there = _status_of(other)
+        return stat.S_ISREG(there.st_mode) and os.path.samestat(_status_of(file), there)
+    except (OSError, AttributeError, ValueError):  # not there, or no file of the system
+        return False
+
+
+def _status_of(file: Any) -> os.stat_result:
+    if file == _STANDARD:
+        file = sys.stdin
+    return Path(file).stat() if isinstance(file, str | os.PathLike) else os.fstat(file.fileno())
+
+
 # -------------------------------------------------------------------------------------------------------- to write
 
 
@@ -106,6 +121,8 @@ def _telling(name: str, sink: Sink) -> Iterator[None]:
         yield
     except TransferError:
         raise
+    except UnicodeEncodeError as error:  # of an open text file
+        raise TransferError(name, f"{error}; open it as utf-8", sink.records) from error
     except OSError as error:
         told = TransferError(name, error.strerror or str(error), sink.records)
         told.errno = error.errno
@@ -114,7 +131,7 @@ def _telling(name: str, sink: Sink) -> Iterator[None]:
 
 def _writer_of(file: Any) -> Callable[[bytes], object]:
     write = file.write
-    if isinstance(file, io.TextIOBase) or hasattr(file, "encoding"):
+    if _is_text(file):
         return lambda data: write(data.decode())
     if not isinstance(file, io.RawIOBase):
         opened_binary: Callable[[bytes], object] = write
@@ -134,9 +151,7 @@ def _at_path(path: Path, stack: ExitStack) -> tuple[Sink, Callable[[], object]]:
     except FileNotFoundError:
         there = None
     if there is not None and not stat.S_ISREG(there.st_mode):
-        raw: IO[bytes] = stack.enter_context(path.open("wb"))  # a device or a pipe cannot be replaced
-        packed = stack.enter_context(_packing(raw, path.suffix))
-        return Sink(packed.write), raw.flush
+        return _at_device(path, stack)  # it cannot be replaced
     real = Path(os.path.realpath(path))  # a link stays a link
     part = real.with_name(f".{real.name}.{secrets.token_hex(4)}.part")
     raw = _created(path, part, there)
@@ -161,6 +176,18 @@ def _at_path(path: Path, stack: ExitStack) -> tuple[Sink, Callable[[], object]]:
                 os.close(directory)
 
     return Sink(behind.write), finish
+
+
+def _at_device(path: Path, stack: ExitStack) -> tuple[Sink, Callable[[], object]]:
+    raw = path.open("wb")
+    stack.callback(_close, raw)
+    packing = _packing(raw, path.suffix)
+
+    def finish() -> None:
+        packing.__exit__(None, None, None)
+        raw.flush()
+
+    return Sink(packing.__enter__().write), finish
 
 
 class _Behind:
@@ -198,9 +225,13 @@ def _created(path: Path, part: Path, there: os.stat_result | None) -> IO[bytes]:
     return os.fdopen(descriptor, "wb")
 
 
-def _discard(raw: IO[bytes], part: Path) -> None:
-    with suppress(OSError):
+def _close(raw: IO[bytes]) -> None:
+    with suppress(OSError):  # it flushes once more what could not be written before
         raw.close()
+
+
+def _discard(raw: IO[bytes], part: Path) -> None:
+    _close(raw)
     part.unlink(missing_ok=True)
 
 
@@ -266,28 +297,56 @@ def reading(file: File) -> Iterator[Source]:
             raw = file
         else:
             raise InvalidValueError("file", file, "expected a path, '-' or an open file")
-        unpacked = raw
-        packed = _packed_as(raw, path_of(file) if isinstance(file, str | os.PathLike) else None)
-        if packed == ".gz":
-            unpacked = stack.enter_context(gzip.GzipFile(fileobj=raw, mode="rb"))
-        elif packed == ".zst":
-            unpacked = stack.enter_context(_zstd().open(raw, "rb"))
-        source = Source(unpacked.read, _size_of(raw), lambda: _position_of(raw))
-        source.read = _reader_of(unpacked.read, name_of(file), source)
+        source = Source(raw.read, _size_of(raw), lambda: _position_of(raw))
+        source.read = _reader_of(raw.read, name_of(file), source)
+        if not _is_text(raw):
+            begun = _Begun(raw, _start_of(source.read))
+            unpacked: Any = begun
+            packed = _packed_as(begun.start, path_of(file) if isinstance(file, str | os.PathLike) else None)
+            if packed == ".gz":
+                if not begun.start:  # gzip.GzipFile takes it for an archive of nothing
+                    raise TransferError(name_of(file), "it is empty, not a gzipped file", 0)
+                unpacked = stack.enter_context(gzip.GzipFile(fileobj=begun, mode="rb"))  # type: ignore[call-overload]
+            elif packed == ".zst":
+                unpacked = stack.enter_context(_zstd().open(begun, "rb"))
+            source.read = _reader_of(unpacked.read, name_of(file), source)
         yield source
 
 
-def _packed_as(raw: Any, path: Path | None) -> str | None:
+def _is_text(file: Any) -> bool:
+    return isinstance(file, io.TextIOBase) or hasattr(file, "encoding")
+
+
+def _start_of(read: Callable[[int], bytes]) -> bytes:
+    start = b""
+    while len(start) < len(_ZSTD_MAGIC) and (more := read(len(_ZSTD_MAGIC) - len(start))):
+        start += more
+    return start
+
+
+class _Begun:
+    """A file whose first bytes have been read already. Not ``peek``: few files have it, and it may give fewer."""
+
+    def __init__(self, raw: Any, start: bytes) -> None:
+        self.start = start
+        self._left = start
+        self._raw = raw
+
+    def read(self, size: int = -1) -> Any:
+        if not self._left:
+            return self._raw.read(size)
+        if size < 0:
+            size = len(self._left)
+        part, self._left = self._left[:size], self._left[size:]
+        return part
+
+
+def _packed_as(start: bytes, path: Path | None) -> str | None:
     if path is not None and path.suffix in {".gz", ".zst"}:
         return path.suffix
-    start = b""
-    if hasattr(raw, "peek") and not isinstance(raw, gzip.GzipFile):
-        start = raw.peek(len(_ZSTD_MAGIC))[: len(_ZSTD_MAGIC)]
-    elif isinstance(raw, io.BytesIO):
-        start = bytes(raw.getbuffer()[raw.tell() : raw.tell() + len(_ZSTD_MAGIC)])
     if start.startswith(_GZIP_MAGIC):
         return ".gz"
-    return ".zst" if start == _ZSTD_MAGIC else None
+    return ".zst" if start.startswith(_ZSTD_MAGIC) else None
 
 
 def _reader_of(read: Callable[[int], Any], name: str, source: Source) -> Callable[[int], bytes]:

@@ -203,11 +203,12 @@ def file_import(
     model: Model = MlJob,
 ) -> Import:
     """Return the import of a file; see ``import_jobs``."""
+    place = rejects_file(file, rejects)  # before the file is opened: it may be refused
     return Import(
         FileInput(file),
         on_conflict=on_conflict,
         requeue_running=requeue_running,
-        rejects=rejects_file(file, rejects),
+        rejects=place,
         progress=progress,
         model=model,
     )
@@ -245,7 +246,7 @@ def import_jobs(
         How many lines came to what.
 
     Raises:
-        InvalidValueError: An argument is not one of its choices.
+        InvalidValueError: An argument is not one of its choices, or the rejects would replace the input.
         JobExistsError: A record is there, and ``on_conflict`` is ``"error"``. Roll back; in a store nothing stands.
         TransferError: The file cannot be read to its end. What was read before may stand; the import can be run again.
         OSError: The file cannot be opened.

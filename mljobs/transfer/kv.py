@@ -7,7 +7,7 @@ blocking or asynchronous, which is spoken to by pipelines. The key of a record i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import Any, Final
@@ -154,7 +154,7 @@ def _check_prefix(prefix: object) -> str:
 def _putter(mapping: KvStore) -> Callable[[Iterable[tuple[str, str]]], None]:
     if redis.is_client(mapping):
         return lambda pairs: redis.put(mapping, pairs)
-    if not hasattr(mapping, "__setitem__"):
+    if not hasattr(mapping, "__setitem__") or isinstance(mapping, Sequence):
         raise InvalidValueError("mapping", mapping, "expected a mapping, or a client of Redis or Valkey")
 
     def put(pairs: Iterable[tuple[str, str]]) -> None:
@@ -168,7 +168,8 @@ class _KvInput:
     """The records of a key-value store; see ``importing.Input``."""
 
     def __init__(self, mapping: KvStore, prefix: str) -> None:
-        if not redis.is_client(mapping) and not hasattr(mapping, "__getitem__"):
+        is_mapping = hasattr(mapping, "__getitem__") and not isinstance(mapping, Sequence)
+        if not redis.is_client(mapping) and not is_mapping:
             raise InvalidValueError("mapping", mapping, "expected a mapping, or a client of Redis or Valkey")
         self._pairs = redis.pairs if redis.is_client(mapping) else _pairs_of_mapping
         self._mapping = mapping

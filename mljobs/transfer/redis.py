@@ -46,12 +46,13 @@ def pairs(client: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
     SCAN may give a key twice while the server rehashes; the second one then meets an equal record.
     """
-    keys = _keys(client.scan_iter(match=_SPECIAL.sub(r"\\\1", prefix) + "*", count=_PIPELINE))
+    # As bytes whatever the client decodes: one that is not UTF-8 would fail all of the answer.
+    found = client.scan_iter(match=_SPECIAL.sub(r"\\\1", prefix) + "*", count=_PIPELINE, NEVER_DECODE=True)
+    keys = _keys(found)
     while part := list(islice(keys, _PIPELINE)):
         part = list(dict.fromkeys(part))
         pipeline = client.pipeline(transaction=False)
         for key in part:
-            # As bytes whatever the client decodes: one text that is not UTF-8 would fail all of the pipeline.
             pipeline.execute_command("GET", key, NEVER_DECODE=True)
         for key, value in zip(part, _answer(pipeline.execute(raise_on_error=False)), strict=True):
             if value is not None:  # gone meanwhile

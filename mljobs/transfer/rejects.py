@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgspec
 
 from mljobs.errors import InvalidValueError
-from mljobs.transfer.files import File, path_of
+from mljobs.transfer.files import File, is_same_file, path_of
 from mljobs.transfer.results import KEPT_PROBLEMS, Problem
 
 DEFAULT: Final = "import.rejects.ndjson"
@@ -28,11 +28,17 @@ _encode = msgspec.json.Encoder().encode
 
 
 def rejects_file(file: File | None, chosen: File | None) -> File:
-    """Return where the rejects of an input go: where the caller says, else beside it."""
-    if chosen is not None:
-        return chosen
+    """Return where the rejects of an input go: where the caller says, else beside it.
+
+    Raises:
+        InvalidValueError: That is the input itself, which would be lost.
+    """
     path = None if file is None else path_of(file)
-    return DEFAULT if path is None else path.with_name(path.name + _SUFFIX)
+    beside = DEFAULT if path is None else Path(f"{path}{_SUFFIX}")
+    place = beside if chosen is None else chosen
+    if file is not None and place != "-" and is_same_file(file, place):
+        raise InvalidValueError("rejects", place, "it is the file that is imported; name another one")
+    return place
 
 
 class Rejects:
@@ -113,7 +119,7 @@ def _regular(path: Path) -> Path:
 def _described(problem: Problem, raw: bytes | None) -> dict[str, Any]:
     described: dict[str, Any] = {"line": problem.line, "field": problem.field, "reason": problem.reason}
     if problem.key is not None:
-        described["key"] = problem.key
+        described["key"] = problem.key.encode(errors="backslashreplace").decode()  # it need not be UTF-8
     if raw is not None:
         try:
             described["raw"] = raw.removesuffix(b"\r").decode()

@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import ARRAY, Connection, Uuid, any_, bindparam, cast, func, select, update
+from sqlalchemy import ARRAY, Connection, Update, Uuid, any_, bindparam, cast, func, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from mljobs.bulk import Wire, insert_wire, read_wire, wire_of
-from mljobs.errors import JobExistsError, JobHeldError, MlJobsError
+from mljobs.bulk import Wire, insert_rows, insert_wire, read_wire, row_security, wire_of
+from mljobs.errors import InvalidValueError, JobExistsError, JobHeldError, MlJobsError
 from mljobs.jobs import Bind, Model, table_of
 from mljobs.jobs._base import connection_of, is_postgres, lock_sqlite, plain, refresh
 from mljobs.model import MlJob
@@ -73,6 +74,15 @@ class _Entry:
     row: Row
 
 
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """What a line makes of a live record."""
+
+    at: int
+    job_id: UUID
+    parameters: dict[str, Any]
+
+
 class Writer:
     """Writes batches. It remembers whether the last one met records that were there.
 
@@ -105,7 +115,7 @@ class Writer:
         if not self._careful:
             done = Done()
             repeated: list[_Entry] = []
-            if self._try(bind, connection, reader.rows(done, repeated), done):
+            if self._try_insert(bind, connection, reader.rows(done, repeated), done) is None:
                 self._settle(bind, connection, reader, repeated, done)
                 return done
         done = Done()
@@ -136,8 +146,10 @@ class Writer:
     def _judged(self, reader: _Reader, entries: dict[Any, _Entry], there: dict[Any, Row], done: Done) -> list[_Entry]:
         """Return the entries whose records are to be changed; count the others that are there."""
         changing = []
-        for job_id, present in there.items():
-            entry = entries[job_id]
+        for job_id, entry in entries.items():
+            present = there.get(job_id)
+            if present is None:
+                continue
             if self.on_conflict == "error":
                 raise JobExistsError(reader.uuid(job_id), reader.place(entry.at))
             verdict = judge(present, entry.row, reader.own(entry.at), self.on_conflict)
@@ -168,8 +180,8 @@ class Writer:
         """Insert; where the database refuses them as a whole, the half of it at fault, down to the line."""
         if not new:
             return
-        refusal: list[Exception] = []
-        if self._try(bind, connection, (entry.row for entry in new), done, refusal):
+        refusal = self._try_insert(bind, connection, (entry.row for entry in new), done)
+        if refusal is None:
             return
         if len(new) > 1:
             middle = len(new) // 2
@@ -180,17 +192,18 @@ class Writer:
         if self._there(connection, [entry.row[ID]]):  # somebody inserted it meanwhile
             self._settle(bind, connection, reader, new, done)
         else:
-            reader.problem(done, entry.at, None, f"the database refuses it: {_told(refusal[0])}", known=False)
+            reader.refused(done, entry.at, refusal)
 
-    def _try(
-        self,
-        bind: Bind,
-        connection: Connection,
-        rows: Iterator[Row],
-        done: Done,
-        refusal: list[Exception] | None = None,
-    ) -> bool:
-        """Insert rows, all or none; return whether it was all."""
+    def _try_insert(self, bind: Bind, connection: Connection, rows: Iterator[Row], done: Done) -> Exception | None:
+        """Insert rows, all or none; return why the database refuses them, None if it was all."""
+        sent: list[int] = []
+        refusal = self._try(bind, connection, lambda: sent.append(self._send(bind, connection, rows)))
+        if refusal is None:
+            done.inserted += sent[0]
+        return refusal
+
+    def _try(self, bind: Bind, connection: Connection, write: Callable[[], object]) -> Exception | None:
+        """Write, all or nothing; return why the database refuses it, None if it does not."""
         savepoint: Any
         if isinstance(bind, Session) and not plain(self.model):
             savepoint = bind.begin_nested()
@@ -198,31 +211,33 @@ class Writer:
         else:
             savepoint = connection.begin_nested()
         try:
-            inserted = self._send(bind, connection, rows)
+            write()
         except (DBAPIError, MlJobsError) as error:
             if not _speaks_of_a_row(error):
                 raise
             savepoint.rollback()
-            if refusal is not None:
-                refusal.append(error)
-            return False
+            return error
         except BaseException:
             savepoint.rollback()
             raise
         savepoint.commit()
-        done.inserted += inserted
-        return True
+        return None
 
     def _send(self, bind: Bind, connection: Connection, rows: Iterator[Row]) -> int:
-        if plain(self.model):
-            return insert_wire(connection, table_of(self.model), self._columns, rows)
-        # A host's class: only the ORM knows its defaults and its other tables.
         wire = wire_of(connection)
-        made = [self.model(**dict(zip(NAMES, _python(wire, row), strict=True))) for row in rows]
+        if plain(self.model):
+            table = table_of(self.model)
+            if is_postgres(connection) and row_security(connection, table):
+                return insert_rows(connection, table, NAMES, (_python(wire, row) for row in rows))
+            return insert_wire(connection, table, self._columns, rows)
+        # A host's class: only the ORM knows its defaults and its other tables.
+        made = [_made(self.model, dict(zip(NAMES, _python(wire, row), strict=True))) for row in rows]
         if isinstance(bind, Session):
             _add(bind, made)
         else:
-            with Session(connection, join_transaction_mode="rollback_only", expire_on_commit=False) as session:
+            # With a savepoint of its own: when it fails, it must not end the one around it.
+            joined = Session(connection, join_transaction_mode="create_savepoint", expire_on_commit=False)
+            with joined as session, session.begin():
                 _add(session, made)
         return len(made)
 
@@ -247,17 +262,16 @@ class Writer:
             else:
                 reader.problem(done, entry.at, "status", str(holder), known=True)
         # One statement for each set of our own keys that lines hold: what a line does not say stays.
-        by_names: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        by_names: dict[tuple[str, ...], list[_Change]] = {}
         for entry in free:
             own = reader.own(entry.at)
             names = tuple(name for at, name in enumerate(NAMES) if at != ID and (at < SHARED or name in own))
             values = dict(zip(NAMES, _python(reader.wire, entry.row), strict=True))
             parameters = {name: values[name] for name in names}
-            by_names.setdefault(names, []).append(
-                {**parameters, "at_id": values["id"], "at_status": MlJobStatus(there[entry.row[ID]][STATUS])}
-            )
-            done.updated.append(values["id"])
-        for names, parameters_of_all in by_names.items():
+            at_status = MlJobStatus(there[entry.row[ID]][STATUS])
+            change = _Change(entry.at, values["id"], {**parameters, "at_id": values["id"], "at_status": at_status})
+            by_names.setdefault(names, []).append(change)
+        for names, changes in by_names.items():
             statement = (
                 update(table)
                 .where(
@@ -266,8 +280,32 @@ class Writer:
                 )
                 .values({name: bindparam(name, type_=table.c[name].type) for name in names})
             )
-            connection.execute(statement, parameters_of_all)
-        refresh(bind, self.model, [values["at_id"] for group in by_names.values() for values in group])
+            self._update(partial(self._try_update, bind, connection, statement), reader, changes, done)
+        refresh(bind, self.model, [change.job_id for changes in by_names.values() for change in changes])
+
+    def _update(
+        self,
+        attempt: Callable[[list[_Change]], Exception | None],
+        reader: _Reader,
+        changes: list[_Change],
+        done: Done,
+    ) -> None:
+        """Update; where the database refuses it as a whole, the half of it at fault, down to the line."""
+        refusal = attempt(changes)
+        if refusal is None:
+            done.updated += [change.job_id for change in changes]
+        elif len(changes) > 1:
+            middle = len(changes) // 2
+            for half in (changes[:middle], changes[middle:]):
+                self._update(attempt, reader, half, done)
+        else:
+            reader.refused(done, changes[0].at, refusal)
+
+    def _try_update(
+        self, bind: Bind, connection: Connection, statement: Update, changes: list[_Change]
+    ) -> Exception | None:
+        parameters = [change.parameters for change in changes]
+        return self._try(bind, connection, lambda: connection.execute(statement, parameters))
 
 
 def leases_of(connection: Connection, model: Model, ids: Sequence[UUID]) -> dict[UUID, JobHeldError]:
@@ -346,6 +384,10 @@ class _Reader:
         problem = Problem(self._batch.first + at, key, reason, None if keys is None else keys[at])
         done.problems.append((problem, self._batch.lines[at], known))
 
+    def refused(self, done: Done, at: int, refusal: Exception) -> None:
+        """Note a record that only the database refuses."""
+        self.problem(done, at, None, f"the database refuses it: {_told(refusal)}", known=False)
+
 
 _RUNNING: Final = MlJobStatus.RUNNING.value
 
@@ -359,6 +401,13 @@ def _python(wire: Wire, row: Row) -> list[Any]:
         moment: datetime | None = None if values[at] is None else from_millis(wire.time_out(values[at]))
         values[at] = moment
     return values
+
+
+def _made(model: Model, values: dict[str, Any]) -> Any:
+    try:
+        return model(**values)
+    except TypeError as error:  # its constructor asks for what no record has
+        raise InvalidValueError("model", model.__name__, str(error)) from error
 
 
 def _add(session: Session, made: Sequence[Any]) -> None:
