@@ -814,21 +814,32 @@ def test_an_import_goes_on_where_row_security_forbids_copy(postgres_url: str) ->
         owner.dispose()
 
 
-@pytest.mark.parametrize("way", ["path", "open", "standard input"])
-def test_rejects_never_replace_what_is_imported(full: JobStore, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["path", "open"])
+def test_rejects_never_replace_what_is_imported(full: JobStore, way: str) -> None:
     content = b"x\n" + job().to_json().encode() + b"\n"
     name = Path("import.rejects.ndjson")
     name.write_bytes(content)
     with name.open("rb") as opened, pytest.raises(InvalidValueError, match="is the file that is imported") as caught:
         if way == "path":
             full.import_jobs(name, rejects=f"../{Path.cwd().name}/{name}")
-        elif way == "open":
-            full.import_jobs(opened, rejects=name)
         else:
-            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(opened))
-            full.import_jobs("-")
+            full.import_jobs(opened, rejects=name)
     assert caught.value.field == "rejects"
     assert name.read_bytes() == content
+
+
+def test_an_input_without_a_name_leaves_alone_what_another_has_left(
+    full: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = Path("import.rejects.ndjson")
+    left.write_bytes(b"x\n")
+    assert full.import_jobs(io.BytesIO(b"")).rejects is None
+    with left.open("rb") as opened:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(opened))
+        assert full.import_jobs("-").rejects == Path("import.1.rejects.ndjson")
+    assert full.load_kv({f"{7:032x}": "y"}).rejects == Path("import.2.rejects.ndjson")
+    assert [path.read_text().count('"raw"') for path in sorted(Path().glob("import.*"))] == [1, 1, 0]
+    assert left.read_bytes() == b"x\n"
 
 
 def test_an_interrupted_import_can_be_run_again_and_ends_the_same(

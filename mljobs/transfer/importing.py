@@ -46,7 +46,7 @@ class Import:
         source: What it reads from; it is closed at the end.
         on_conflict: ``skip``, ``update`` or ``error``; see ``import_jobs``.
         requeue_running: Queue running records again.
-        rejects: Where to put what is not imported.
+        rejects: Where to put what is not imported; None for a new file in the present directory.
         progress: Is told how far it is.
         model: The mapped job class.
 
@@ -60,7 +60,7 @@ class Import:
         *,
         on_conflict: str,
         requeue_running: bool,
-        rejects: File,
+        rejects: File | None,
         progress: OnProgress | None,
         model: Model,
     ) -> None:
@@ -237,8 +237,9 @@ def import_jobs(
         on_conflict: What to do with a live record that is there already: ``"skip"`` leaves it; ``"update"`` makes it what
             the line says if that is a legal step; ``"error"`` raises at the first record that is there, finished or not.
         requeue_running: Queue running records again, as RedDB does on restart: progress 0, not started.
-        rejects: Where refused and rejected lines go; None for ``<file>.rejects.ndjson``, of an input without a name
-            ``import.rejects.ndjson`` in the present directory. It is made only if there are any; an older one is removed.
+        rejects: Where refused and rejected lines go; None for ``<file>.rejects.ndjson``, where an older one is removed, and
+            for an input without a name a new ``import.rejects.ndjson`` in the present directory, with a number where
+            there is one. It is made only if there are any.
         progress: Is called after each batch of some thousand lines.
         model: The mapped job class.
 

@@ -98,7 +98,8 @@ def load_kv(
         prefix: Before the 32 hex digits.
         on_conflict: See ``import_jobs``, as the others.
         requeue_running: Queue running records again, as RedDB does on restart.
-        rejects: Where refused and rejected records go; None for ``import.rejects.ndjson`` in the present directory.
+        rejects: Where refused and rejected records go; None for a new ``import.rejects.ndjson`` in the present
+            directory, with a number where there is one.
         progress: Is called after each batch of some thousand records.
         model: The mapped job class.
 

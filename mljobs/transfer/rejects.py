@@ -11,8 +11,9 @@ import os
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import msgspec
 
@@ -20,32 +21,32 @@ from mljobs.errors import InvalidValueError
 from mljobs.transfer.files import File, is_same_file, path_of
 from mljobs.transfer.results import KEPT_PROBLEMS, Problem
 
-DEFAULT: Final = "import.rejects.ndjson"
-"""Where the rejects of an input without a name go, in the present directory."""
+_NAMELESS: Final = "import"
 _SUFFIX: Final = ".rejects.ndjson"
 
 _encode = msgspec.json.Encoder().encode
 
 
-def rejects_file(file: File | None, chosen: File | None) -> File:
-    """Return where the rejects of an input go: where the caller says, else beside it.
+def rejects_file(file: File | None, chosen: File | None) -> File | None:
+    """Return where the rejects of an input go: where the caller says, else beside it; None if it has no name.
 
     Raises:
         InvalidValueError: That is the input itself, which would be lost.
     """
     path = None if file is None else path_of(file)
-    beside = DEFAULT if path is None else Path(f"{path}{_SUFFIX}")
+    beside = None if path is None else Path(f"{path}{_SUFFIX}")
     place = beside if chosen is None else chosen
-    if file is not None and place != "-" and is_same_file(file, place):
+    if file is not None and place is not None and place != "-" and is_same_file(file, place):
         raise InvalidValueError("rejects", place, "it is the file that is imported; name another one")
     return place
 
 
 class Rejects:
-    """The rejects of one import. What an earlier one left in the file is dropped.
+    """The rejects of one import. What an earlier one left in a file of this name is dropped.
 
     Args:
-        file: A path, a file that is open for writing, or "-" for standard error.
+        file: A path, a file that is open for writing, "-" for standard error, or None for a file in the present directory
+            that was not there: without a name nobody knows whether an older one is of the same input.
 
     Attributes:
         path: Where they lie; None while there are none, and for an open file.
@@ -55,8 +56,8 @@ class Rejects:
         InvalidValueError: Not a file.
     """
 
-    def __init__(self, file: File) -> None:
-        if not isinstance(file, str | os.PathLike) and not callable(getattr(file, "write", None)):
+    def __init__(self, file: File | None) -> None:
+        if file is not None and not isinstance(file, str | os.PathLike) and not callable(getattr(file, "write", None)):
             raise InvalidValueError("rejects", file, "expected a path or an open file")
         self._place: Any = sys.stderr if file == "-" else file
         self._file: Any = None
@@ -101,13 +102,24 @@ class Rejects:
 
     def _write(self, data: bytes) -> None:
         if self._file is None:
-            if isinstance(self._place, str | os.PathLike):
+            if self._place is None:
+                self._file, self._close = _new_file(), True
+                self.path = Path(self._file.name)
+            elif isinstance(self._place, str | os.PathLike):
                 self.path = Path(self._place)
                 self._file, self._close = self.path.open("wb"), True
             else:
                 self._file = self._place
         text = hasattr(self._file, "encoding")
         self._file.write(data.decode() if text else data)
+
+
+def _new_file() -> IO[bytes]:
+    """Open ``import.rejects.ndjson``, or with the first number between that is not there yet."""
+    for number in count():
+        with suppress(FileExistsError):
+            return Path(f"{_NAMELESS}.{number}{_SUFFIX}" if number else f"{_NAMELESS}{_SUFFIX}").open("xb")
+    raise AssertionError("the numbers have ended")
 
 
 def _regular(path: Path) -> Path:
