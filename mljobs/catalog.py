@@ -18,7 +18,7 @@ from sqlalchemy.pool import StaticPool
 
 from mljobs.errors import InvalidValueError, SchemaError
 from mljobs.overview import overview_of
-from mljobs.triggers import GUARD_ROLES, companion_names, schema_of
+from mljobs.triggers import GUARD_ROLES, companion_names, quoted, schema_of
 
 if TYPE_CHECKING:
     from sqlalchemy import MetaData, Table
@@ -115,6 +115,25 @@ def guarded_tables(connection: Connection, schema: str | None) -> set[str]:
     triggers = rows.all()
     guards = {table: {companion_names(table)[role] for role in GUARD_ROLES} for table, _ in triggers}
     return {table for table, trigger in triggers if trigger in guards[table]}
+
+
+def overviews_of(connection: Connection, name: str, leases: str, schema: str | None) -> list[str]:
+    """Return the views of a schema that are the overview of a job table and its leases, by any name."""
+    seen = inspect(connection)
+    found = []
+    for view in seen.get_view_names(schema=schema):
+        if {column["name"] for column in seen.get_columns(view, schema=schema)} >= _OVERVIEW_COLUMNS:
+            text_of = seen.get_view_definition(view, schema=schema) or ""
+            if all(
+                re.search(rf'(?<![\w"])"?{re.escape(each.replace(_Q, _Q * 2))}"?(?![\w"])', text_of)
+                for each in (name, leases)
+            ):
+                found.append(view)
+    return found
+
+
+_OVERVIEW_COLUMNS = frozenset({"queue_wait", "lease_ends_at", "stuck", "note", "duration_ms"})
+_Q = '"'
 
 
 def savepoint(connection: Connection) -> NestedTransaction:
@@ -339,8 +358,8 @@ _STATISTICS = text("SELECT stxname, pg_get_statisticsobjdef(oid) FROM pg_statist
 
 
 def _read_postgresql(connection: Connection, read: Table, schema: str | None) -> _Found:
-    quote, table = connection.dialect.identifier_preparer.quote, read.name
-    row = connection.execute(_TABLE, {"name": f"{quote(schema)}.{quote(table)}" if schema else quote(table)}).first()
+    name = quoted(connection, read.name)
+    row = connection.execute(_TABLE, {"name": f"{quoted(connection, schema)}.{name}" if schema else name}).first()
     found: _Found = {}
     if row is None:
         return found

@@ -76,6 +76,14 @@ class Kind(StrEnum):
     EMBED = "embed"
 
 
+class OddKind(StrEnum):
+    COLON = ":fit"
+    LATER = "x :y"
+    ESCAPED = r"a\:b"
+    PERCENT = "%(x)s 50%"
+    QUOTE = "it's"
+
+
 @pytest.fixture
 def empty(empty_url: str) -> Iterator[Engine]:
     engine = create_engine(empty_url, poolclass=NullPool)
@@ -329,6 +337,38 @@ def name_to_be_quoted() -> Any:
     return Run, {}
 
 
+def name_of_63_bytes() -> Any:
+    class Base(DeclarativeBase):
+        pass
+
+    class Run(MlJobMixin, Base):
+        __tablename__ = "é" * 31 + "x"
+
+    assert len(Run.__leases__.name.encode()) <= 63
+    return Run, {}
+
+
+def name_with_a_percent_sign() -> Any:
+    class Base(DeclarativeBase):
+        pass
+
+    class Run(MlJobMixin, Base):
+        __tablename__ = "100%s of runs"
+
+    return Run, {}
+
+
+def kinds_like_parameters() -> Any:
+    class Base(DeclarativeBase):
+        pass
+
+    class Run(MlJobMixin, Base):
+        __tablename__ = "runs"
+        kind: Mapped[OddKind] = kind_column(OddKind)
+
+    return Run, {}
+
+
 def name_like_a_column() -> Any:
     class Base(DeclarativeBase):
         pass
@@ -364,8 +404,8 @@ def dataclass_mixin_in_a_plain_base() -> Any:
 
 HOSTS: list[Callable[[], Any]] = [
     plain, own_kinds_and_columns, single_table, joined, base_with_an_id_and_times, abstract_parent, classic_base,
-    registry_decorator, own_constructor, optimistic_versions, very_long_name, name_to_be_quoted, name_like_a_column,
-    dataclass_base, dataclass_mixin_in_a_plain_base,
+    registry_decorator, own_constructor, optimistic_versions, very_long_name, name_to_be_quoted, name_of_63_bytes,
+    name_with_a_percent_sign, kinds_like_parameters, name_like_a_column, dataclass_base, dataclass_mixin_in_a_plain_base,
 ]  # fmt: skip
 
 
@@ -373,6 +413,9 @@ HOSTS: list[Callable[[], Any]] = [
 def test_a_hosts_class_lives_a_whole_life(empty: Engine, make: Callable[[], Any]) -> None:
     run, own = make()
     life(empty, run, **own)
+    for kind in run.__kinds__:
+        with JobStore(empty, model=run) as store:
+            assert store.get(store.submit(kind, "each", **own)).kind is kind
 
 
 @pytest.mark.parametrize("names", [CONVENTION, WITH_IX, ODD], ids=["without ix", "with ix", "odd"])

@@ -10,6 +10,7 @@ The database is asked by :func:`mljobs.catalog.record_differences`, the same com
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -20,9 +21,10 @@ from sqlalchemy import Identity, Table, inspect
 from sqlalchemy.sql.elements import conv
 
 from mljobs.alembic_plugin.operations import CreateJobCheckOp, CreateMljobsGuardOp, DropMljobsGuardOp
+from mljobs.alembic_plugin.rebuilding import definitions, descend
 from mljobs.alembic_plugin.rendering import render_ours
-from mljobs.alembic_plugin.views import CreateMljobsOverviewOp
-from mljobs.catalog import OWN_TABLES, Part, guarded_tables, record_differences
+from mljobs.alembic_plugin.views import CreateMljobsOverviewOp, DropMljobsOverviewOp
+from mljobs.catalog import OWN_TABLES, Part, guarded_tables, overviews_of, record_differences
 from mljobs.errors import InvalidValueError, SchemaError
 from mljobs.overview import overview_of
 from mljobs.triggers import companion_names, kinds_of, listed, short_name
@@ -85,7 +87,7 @@ def _place(operation: Any) -> tuple[str | None, str]:
 
 
 def _drop_guards_first(connection: Connection, upgrade: Any, guarded: set[tuple[str | None, str]]) -> None:
-    """Take down the guard of each job table that goes, and let no table go before those that refer to it."""
+    """Take down the guard and the view of each job table that goes, and let no table go before those that refer to it."""
     drops = [found for found in upgrade.ops if isinstance(found, ops.DropTableOp)]
     if guarded.isdisjoint(map(_place, drops)):
         return
@@ -96,8 +98,50 @@ def _drop_guards_first(connection: Connection, upgrade: Any, guarded: set[tuple[
             kinds = _stored_kinds(connection, name, schema)
             ordered.append(DropMljobsGuardOp(name, schema=schema, kinds=kinds))
             log.info("Detected removed job table %r", name)
+            _reflected_whole(connection, upgrade, drops, place)
         ordered.append(drop)
-    upgrade.ops[:] = [found for found in upgrade.ops if found not in drops] + ordered
+    views = [_overviews(connection, drops, place) for place in sorted(guarded & set(map(_place, drops)), key=str)]
+    upgrade.ops[:] = [*itertools.chain(*views), *(found for found in upgrade.ops if found not in drops), *ordered]
+
+
+def _leases_of(connection: Connection, drops: list[Any], place: tuple[str | None, str]) -> list[Any]:
+    """Return the drops of the lease table beside a job table."""
+    seen = inspect(connection)
+    return [
+        drop
+        for drop in drops
+        if any(
+            (key["referred_schema"], key["referred_table"]) == place
+            for key in seen.get_foreign_keys(drop.table_name, schema=drop.schema)
+        )
+        and {"token", "target_lock"} <= {column["name"] for column in seen.get_columns(drop.table_name, drop.schema)}
+    ]
+
+
+def _overviews(connection: Connection, drops: list[Any], place: tuple[str | None, str]) -> list[DropMljobsOverviewOp]:
+    """Return the drops of the views beside a job table that goes; PostgreSQL would not let it go before them."""
+    schema, name = place
+    leases = [drop.table_name for drop in _leases_of(connection, drops, place)]
+    return [
+        DropMljobsOverviewOp(view, name, lease, schema=schema)
+        for lease in leases
+        for view in overviews_of(connection, name, lease, schema)
+    ]
+
+
+def _reflected_whole(connection: Connection, upgrade: Any, drops: list[Any], place: tuple[str | None, str]) -> None:
+    """Give the way back what SQLite's reflection does not see: the tokens' AUTOINCREMENT, the order of the indexes."""
+    if connection.dialect.name != "sqlite":
+        return
+    for leases in _leases_of(connection, drops, place):
+        leases.table_kw["sqlite_autoincrement"] = True
+    texts = dict(definitions(connection, place[0], "index"))
+    for table_ops in _of_table(upgrade, *place):
+        for at, change in enumerate(table_ops.ops):
+            if isinstance(change, ops.DropIndexOp):
+                index = change.to_index()
+                descend(index, texts.get(str(index.name), ""))
+                table_ops.ops[at] = ops.DropIndexOp.from_index(index)
 
 
 def _referring_first(connection: Connection, drops: list[Any]) -> list[Any]:
@@ -121,7 +165,9 @@ def _referring_first(connection: Connection, drops: list[Any]) -> list[Any]:
 
 def _stored_kinds(connection: Connection, name: str, schema: str | None) -> list[str]:
     """Return the tokens that the CHECK in the database lists."""
-    for check in inspect(connection).get_check_constraints(name, schema=schema):
+    checks = inspect(connection).get_check_constraints(name, schema=schema)
+    ours = short_name(f"ck_{name}_kind")  # unless the table was renamed; a host may have checks on kind of its own
+    for check in sorted(checks, key=lambda each: each["name"] != ours):
         if re.search(r"\bkind\b", str(check["sqltext"])):
             return [token.replace("''", "'") for token in re.findall(r"'((?:[^']|'')*)'", str(check["sqltext"]))]
     return []

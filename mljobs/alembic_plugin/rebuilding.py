@@ -26,7 +26,7 @@ def _number_on(table: Table, connection: Connection | None, _ddl_runner: object 
     """Give the new table of a rebuild the AUTOINCREMENT of the old one."""
     if not _is_batch(connection, _ddl_runner) or not table.name.startswith(_TEMPORARY):
         return
-    for name, text in _definitions(connection, table.schema, "table"):
+    for name, text in definitions(connection, table.schema, "table"):
         if _temporary(name) == table.name and re.search(r"\bAUTOINCREMENT\b", text, re.IGNORECASE):
             table.dialect_options["sqlite"]["autoincrement"] = True
 
@@ -38,12 +38,12 @@ def _carry_over(table: Table, connection: Connection | None, _ddl_runner: object
         return
     assert connection is not None  # noqa: S101 - for the type checker
     temporary = _temporary(table.name)
-    if not any(name == temporary for name, _ in _definitions(connection, table.schema, "table")):
+    if not any(name == temporary for name, _ in definitions(connection, table.schema, "table")):
         return
     ours = set(companion_names(table.name).values())
-    triggers = [text for name, text in _definitions(connection, table.schema, "trigger") if name in ours]
+    triggers = [text for name, text in definitions(connection, table.schema, "trigger") if name in ours]
     for index in table.indexes:
-        _descend(index, dict(_definitions(connection, table.schema, "index")).get(str(index.name), ""))
+        descend(index, dict(definitions(connection, table.schema, "index")).get(str(index.name), ""))
     quote = connection.dialect.identifier_preparer.quote
     prefix = f"{quote(table.schema)}." if table.schema else ""
     counted = (
@@ -84,14 +84,15 @@ def _temporary(name: str) -> str:
     return f"{_TEMPORARY}{name}"[:_TEMPORARY_LENGTH]
 
 
-def _definitions(connection: Any, schema: str | None, kind: str) -> list[tuple[str, str]]:
+def definitions(connection: Any, schema: str | None, kind: str) -> list[tuple[str, str]]:
+    """Return the name and text of everything of a kind in a SQLite schema."""
     prefix = f"{connection.dialect.identifier_preparer.quote(schema)}." if schema else ""
     statement = f"SELECT name, sql FROM {prefix}sqlite_master WHERE type = ? AND sql IS NOT NULL"  # noqa: S608
     return [(name, text) for name, text in connection.exec_driver_sql(statement, (kind,))]
 
 
 def _numbers(connection: Connection, table: Table) -> bool:
-    text = dict(_definitions(connection, table.schema, "table")).get(table.name, "")
+    text = dict(definitions(connection, table.schema, "table")).get(table.name, "")
     return re.search(r"\bAUTOINCREMENT\b", text, re.IGNORECASE) is not None
 
 
@@ -100,7 +101,7 @@ def _in_schema(text: str, prefix: str) -> str:
     return re.sub(r"^CREATE TRIGGER ", lambda start: start[0] + prefix, text) if prefix else text
 
 
-def _descend(index: Any, text: str) -> None:
+def descend(index: Any, text: str) -> None:
     """Give a reflected index the DESC that reflection does not see."""
     descending = {first or second for first, second in re.findall(r'(?:"([^"]+)"|(\w+)) DESC', text, re.IGNORECASE)}
     index.expressions = [
