@@ -21,7 +21,7 @@ from mljobs.overview import overview_of
 from mljobs.triggers import GUARD_ROLES, companion_names, quoted, schema_of
 
 if TYPE_CHECKING:
-    from sqlalchemy import MetaData, Table
+    from sqlalchemy import Inspector, MetaData, Table
 
 VERSION_TABLE = "mljobs_alembic_version"
 """Where Alembic keeps our version."""
@@ -117,23 +117,36 @@ def guarded_tables(connection: Connection, schema: str | None) -> set[str]:
     return {table for table, trigger in triggers if trigger in guards[table]}
 
 
-def overviews_of(connection: Connection, name: str, leases: str, schema: str | None) -> list[str]:
-    """Return the views of a schema that are the overview of a job table and its leases, by any name."""
+def overviews_of(connection: Connection, schema: str | None) -> list[tuple[str, str, str]]:
+    """Return the overviews that stand in a schema, by any name: the view, its job table and the table of its leases."""
     seen = inspect(connection)
     found = []
     for view in seen.get_view_names(schema=schema):
-        if {column["name"] for column in seen.get_columns(view, schema=schema)} >= _OVERVIEW_COLUMNS:
-            text_of = seen.get_view_definition(view, schema=schema) or ""
-            if all(
-                re.search(rf'(?<![\w"])"?{re.escape(each.replace(_Q, _Q * 2))}"?(?![\w"])', text_of)
-                for each in (name, leases)
-            ):
-                found.append(view)
+        text_of = seen.get_view_definition(view, schema=schema) or ""
+        if not all(
+            column in text_of for column in _OVERVIEW_COLUMNS
+        ):  # its text: SQLite has no columns of a broken view
+            continue
+        read = [name for name in seen.get_table_names(schema=schema) if _names(text_of, name)]
+        jobs = [name for name in read if _has(seen, name, schema, _RECORD_COLUMNS)]
+        leases = [name for name in read if _has(seen, name, schema, _LEASE_COLUMNS)]
+        if jobs and leases:
+            found.append((view, jobs[0], leases[0]))
     return found
 
 
-_OVERVIEW_COLUMNS = frozenset({"queue_wait", "lease_ends_at", "stuck", "note", "duration_ms"})
-_Q = '"'
+_OVERVIEW_COLUMNS = ("queue_wait", "lease_ends_at", "stuck", "note", "duration_ms")
+_RECORD_COLUMNS = frozenset({"spec_json", "target_name"})
+_LEASE_COLUMNS = frozenset({"job_id", "token", "target_lock"})
+
+
+def _has(seen: Inspector, name: str, schema: str | None, columns: frozenset[str]) -> bool:
+    return {column["name"] for column in seen.get_columns(name, schema=schema)} >= columns
+
+
+def _names(statement: str, name: str) -> bool:
+    in_quotes = '"{}"'.format(name.replace('"', '""'))
+    return in_quotes in statement or re.search(rf'(?<![\w"]){re.escape(name)}(?![\w"])', statement) is not None
 
 
 def savepoint(connection: Connection) -> NestedTransaction:

@@ -13,7 +13,18 @@ from alembic import command
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from alembic.util import CommandError
-from sqlalchemy import CheckConstraint, Column, Engine, ForeignKey, Integer, MetaData, create_engine, inspect, text
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Engine,
+    ForeignKey,
+    Integer,
+    MetaData,
+    create_engine,
+    inspect,
+    text,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool
 
@@ -276,6 +287,33 @@ def test_a_job_table_that_goes_takes_its_view_along_and_comes_back_whole(
     host.downgrade()
     schema.verify(empty, metadata=Base.metadata)
     stands(empty, Run)
+
+
+def test_a_view_stays_beside_tables_that_are_rebuilt_or_renamed(history: Callable[..., History], empty: Engine) -> None:
+    def seen(table: str, leases: str, **columns: Any) -> Any:
+        class Base(DeclarativeBase):
+            pass
+
+        names = {"__tablename__": table, "__lease_tablename__": leases, "__overview_name__": "seen"}
+        return type("Run", (MlJobMixin, Base), {**names, **columns})
+
+    steps = [
+        seen("runs", "held", points=mapped_column(Integer)),
+        seen("runs", "held", points=mapped_column(BigInteger)),
+        seen("runs", "leased", points=mapped_column(BigInteger)),
+        seen("fits", "fits_held"),
+    ]
+    host = history(steps[0].metadata)
+    for run in steps:
+        host.use(run.metadata)
+        host.migrate()
+        host.check()
+        schema.verify(empty, metadata=run.metadata)
+        with empty.connect() as connection:
+            connection.execute(text("SELECT * FROM seen"))
+    for run in reversed(steps[:-1]):
+        host.downgrade()
+        schema.verify(empty, metadata=run.metadata)
 
 
 def test_kinds_that_look_like_parameters_are_written_as_they_are(

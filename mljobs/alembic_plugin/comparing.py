@@ -10,7 +10,6 @@ The database is asked by :func:`mljobs.catalog.record_differences`, the same com
 
 from __future__ import annotations
 
-import itertools
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -63,6 +62,9 @@ def compare(context: Any, upgrade: Any, schemas: Iterable[str | None]) -> None:
     guarded = {(schema, name) for schema in searched for name in guarded_tables(connection, schema)}
     _keep_what_is_ours(upgrade, {*job_tables, *guarded})
     _drop_guards_first(connection, upgrade, guarded)
+    _drop_overviews_first(connection, upgrade, searched)
+    if connection.dialect.name == "sqlite":
+        _see_what_reflection_does_not(connection, upgrade, guarded)
     _put_up_guards_of_new_tables(upgrade, job_tables)
     for (schema, name), table in job_tables.items():
         if schema in searched and _is_compared(context, table, schema):
@@ -87,7 +89,7 @@ def _place(operation: Any) -> tuple[str | None, str]:
 
 
 def _drop_guards_first(connection: Connection, upgrade: Any, guarded: set[tuple[str | None, str]]) -> None:
-    """Take down the guard and the view of each job table that goes, and let no table go before those that refer to it."""
+    """Take down the guard of each job table that goes, and let no table go before those that refer to it."""
     drops = [found for found in upgrade.ops if isinstance(found, ops.DropTableOp)]
     if guarded.isdisjoint(map(_place, drops)):
         return
@@ -98,50 +100,35 @@ def _drop_guards_first(connection: Connection, upgrade: Any, guarded: set[tuple[
             kinds = _stored_kinds(connection, name, schema)
             ordered.append(DropMljobsGuardOp(name, schema=schema, kinds=kinds))
             log.info("Detected removed job table %r", name)
-            _reflected_whole(connection, upgrade, drops, place)
         ordered.append(drop)
-    views = [_overviews(connection, drops, place) for place in sorted(guarded & set(map(_place, drops)), key=str)]
-    upgrade.ops[:] = [*itertools.chain(*views), *(found for found in upgrade.ops if found not in drops), *ordered]
+    upgrade.ops[:] = [found for found in upgrade.ops if found not in drops] + ordered
 
 
-def _leases_of(connection: Connection, drops: list[Any], place: tuple[str | None, str]) -> list[Any]:
-    """Return the drops of the lease table beside a job table."""
-    seen = inspect(connection)
-    return [
-        drop
-        for drop in drops
-        if any(
-            (key["referred_schema"], key["referred_table"]) == place
-            for key in seen.get_foreign_keys(drop.table_name, schema=drop.schema)
-        )
-        and {"token", "target_lock"} <= {column["name"] for column in seen.get_columns(drop.table_name, drop.schema)}
+def _drop_overviews_first(connection: Connection, upgrade: Any, schemas: Iterable[str | None]) -> None:
+    """Drop the views that read a table that goes: PostgreSQL would not let it go, SQLite would leave them broken."""
+    gone = {_place(found) for found in upgrade.ops if isinstance(found, ops.DropTableOp)}
+    upgrade.ops[:0] = [
+        DropMljobsOverviewOp(view, name, leases, schema=schema)
+        for schema in (schemas if gone else ())
+        for view, name, leases in overviews_of(connection, schema)
+        if not gone.isdisjoint({(schema, name), (schema, leases)})
     ]
 
 
-def _overviews(connection: Connection, drops: list[Any], place: tuple[str | None, str]) -> list[DropMljobsOverviewOp]:
-    """Return the drops of the views beside a job table that goes; PostgreSQL would not let it go before them."""
-    schema, name = place
-    leases = [drop.table_name for drop in _leases_of(connection, drops, place)]
-    return [
-        DropMljobsOverviewOp(view, name, lease, schema=schema)
-        for lease in leases
-        for view in overviews_of(connection, name, lease, schema)
-    ]
-
-
-def _reflected_whole(connection: Connection, upgrade: Any, drops: list[Any], place: tuple[str | None, str]) -> None:
+def _see_what_reflection_does_not(connection: Connection, upgrade: Any, guarded: set[tuple[str | None, str]]) -> None:
     """Give the way back what SQLite's reflection does not see: the tokens' AUTOINCREMENT, the order of the indexes."""
-    if connection.dialect.name != "sqlite":
-        return
-    for leases in _leases_of(connection, drops, place):
-        leases.table_kw["sqlite_autoincrement"] = True
-    texts = dict(definitions(connection, place[0], "index"))
-    for table_ops in _of_table(upgrade, *place):
-        for at, change in enumerate(table_ops.ops):
-            if isinstance(change, ops.DropIndexOp):
-                index = change.to_index()
-                descend(index, texts.get(str(index.name), ""))
-                table_ops.ops[at] = ops.DropIndexOp.from_index(index)
+    seen = inspect(connection)
+    for drop in [found for found in upgrade.ops if isinstance(found, ops.DropTableOp)]:
+        schema, name = place = _place(drop)
+        if {"token", "target_lock"} <= {column["name"] for column in seen.get_columns(name, schema=schema)}:
+            drop.table_kw["sqlite_autoincrement"] = True
+        texts = dict(definitions(connection, schema, "index"))
+        for table_ops in _of_table(upgrade, schema, name) if place in guarded else ():
+            for at, change in enumerate(table_ops.ops):
+                if isinstance(change, ops.DropIndexOp):
+                    index = change.to_index()
+                    descend(index, texts.get(str(index.name), ""))
+                    table_ops.ops[at] = ops.DropIndexOp.from_index(index)
 
 
 def _referring_first(connection: Connection, drops: list[Any]) -> list[Any]:
@@ -227,7 +214,8 @@ def _repair(connection: Connection, upgrade: Any, table: Table, schema: str | No
 def _add_missing_overview(connection: Connection, upgrade: Any, table: Table, schema: str | None) -> None:
     """Make the view that a job class names, after its tables; what a view of this name reads is ``verify``'s to say."""
     overview = overview_of(table)
-    if overview is None or overview.name in inspect(connection).get_view_names(schema=schema):
+    dropped = {found.view_name for found in upgrade.ops if isinstance(found, DropMljobsOverviewOp)}
+    if overview is None or overview.name in {*inspect(connection).get_view_names(schema=schema)} - dropped:
         return
     log.info("Detected that the view %r is missing", overview.name)
     upgrade.ops.append(CreateMljobsOverviewOp(overview.name, table.name, overview.leases.name, schema=table.schema))
