@@ -348,6 +348,17 @@ def name_of_63_bytes() -> Any:
     return Run, {}
 
 
+def column_called_as_an_argument() -> Any:
+    class Base(DeclarativeBase):
+        pass
+
+    class Run(MlJobMixin, Base):
+        __tablename__ = "runs"
+        model_name: Mapped[str] = mapped_column("model")
+
+    return Run, {"model_name": "bert"}
+
+
 def name_with_a_percent_sign() -> Any:
     class Base(DeclarativeBase):
         pass
@@ -405,7 +416,8 @@ def dataclass_mixin_in_a_plain_base() -> Any:
 HOSTS: list[Callable[[], Any]] = [
     plain, own_kinds_and_columns, single_table, joined, base_with_an_id_and_times, abstract_parent, classic_base,
     registry_decorator, own_constructor, optimistic_versions, very_long_name, name_to_be_quoted, name_of_63_bytes,
-    name_with_a_percent_sign, kinds_like_parameters, name_like_a_column, dataclass_base, dataclass_mixin_in_a_plain_base,
+    name_with_a_percent_sign, column_called_as_an_argument, kinds_like_parameters, name_like_a_column, dataclass_base,
+    dataclass_mixin_in_a_plain_base,
 ]  # fmt: skip
 
 
@@ -765,10 +777,21 @@ class Long(StrEnum):
     LONG = "x" * 33
 
 
+def _refused_parent() -> Any:
+    class Base(DeclarativeBase):
+        pass
+
+    return type("Parent", (MlJobMixin, Base), {"__tablename__": "parents"})
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a base whose id comes first": (
         lambda: _define(_WithId, MlJobMixin),
         r"its column id is Integer\(\).* put ours first, class \w+\(MlJobMixin, ...\)",
+    ),
+    "a concrete subclass": (
+        lambda: type("Sub", (_refused_parent(),), {"__tablename__": "subs", "__mapper_args__": {"concrete": True}}),
+        r"it takes no columns from Parent: define class Sub\(MlJobMixin, YourBase\)",
     ),
     "a mixin whose created_at comes first": (
         lambda: _define(_Timed, MlJobMixin, _Base),
