@@ -38,7 +38,7 @@ from sqlalchemy.util import await_only
 
 from mljobs.errors import InvalidValueError
 from mljobs.guards import translate_error
-from mljobs.triggers import schema_of
+from mljobs.triggers import qualified_name, quoted, schema_of
 from mljobs.types import (
     EPOCH,
     JobId,
@@ -91,19 +91,6 @@ def row_security(connection: Connection, table: Table) -> bool:
     """Whether policies bind this role, under which PostgreSQL refuses COPY into the table."""
     asked = select(func.row_security_active(cast(qualified_name(connection, table), Text)))
     return bool(connection.scalar(asked))
-
-
-def qualified_name(connection: Connection, table: Table) -> str:
-    """Return the table's name, quoted and in the schema that this connection's translate map gives it."""
-    schema = schema_of(connection, table)
-    name = _quoted(connection, table.name)
-    return f"{_quoted(connection, schema)}.{name}" if schema else name
-
-
-def _quoted(connection: Connection, name: str) -> str:
-    text = connection.dialect.identifier_preparer.quote(name)
-    # Where parameters are %s, SQLAlchemy doubles every percent sign; COPY without parameters takes them as they are.
-    return text.replace("%%", "%") if "%" in name and text.count("%") == 2 * name.count("%") else text
 
 
 def _checked(table: Table, columns: Sequence[str], rows: Iterable[_Row]) -> Iterator[_Row]:
@@ -256,7 +243,7 @@ def insert_wire(connection: Connection, table: Table, columns: Sequence[Column[A
     if connection.dialect.name == "postgresql":
         return _copy_in(connection, table, names, iter(rows), [_wire_type(column) for column in columns])
     marks = ", ".join("?" * len(names))
-    into = f"{qualified_name(connection, table)} ({', '.join(_quoted(connection, name) for name in names)})"
+    into = f"{qualified_name(connection, table)} ({', '.join(quoted(connection, name) for name in names)})"
     statement = f"INSERT INTO {into} VALUES ({marks})"  # noqa: S608 - quoted identifiers
     total, left = 0, iter(rows)
     while chunk := list(islice(left, _CHUNK)):
@@ -349,7 +336,7 @@ def _copy_in(
 
 
 def _copy_text(connection: Connection, table: Table, columns: Sequence[str]) -> str:
-    names = ", ".join(_quoted(connection, name) for name in columns)
+    names = ", ".join(quoted(connection, name) for name in columns)
     return f"COPY {qualified_name(connection, table)} ({names}) FROM STDIN (FORMAT binary)"
 
 

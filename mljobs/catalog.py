@@ -18,10 +18,10 @@ from sqlalchemy.pool import StaticPool
 
 from mljobs.errors import InvalidValueError, SchemaError
 from mljobs.overview import overview_of
-from mljobs.triggers import GUARD_ROLES, companion_names, schema_of
+from mljobs.triggers import GUARD_ROLES, companion_names, quoted, schema_of
 
 if TYPE_CHECKING:
-    from sqlalchemy import MetaData, Table
+    from sqlalchemy import Inspector, MetaData, Table
 
 VERSION_TABLE = "mljobs_alembic_version"
 """Where Alembic keeps our version."""
@@ -115,6 +115,38 @@ def guarded_tables(connection: Connection, schema: str | None) -> set[str]:
     triggers = rows.all()
     guards = {table: {companion_names(table)[role] for role in GUARD_ROLES} for table, _ in triggers}
     return {table for table, trigger in triggers if trigger in guards[table]}
+
+
+def overviews_of(connection: Connection, schema: str | None) -> list[tuple[str, str, str]]:
+    """Return the overviews that stand in a schema, by any name: the view, its job table and the table of its leases."""
+    seen = inspect(connection)
+    found = []
+    for view in seen.get_view_names(schema=schema):
+        text_of = seen.get_view_definition(view, schema=schema) or ""
+        if not all(
+            column in text_of for column in _OVERVIEW_COLUMNS
+        ):  # its text: SQLite has no columns of a broken view
+            continue
+        read = [name for name in seen.get_table_names(schema=schema) if _names(text_of, name)]
+        jobs = [name for name in read if _has(seen, name, schema, _RECORD_COLUMNS)]
+        leases = [name for name in read if _has(seen, name, schema, _LEASE_COLUMNS)]
+        if jobs and leases:
+            found.append((view, jobs[0], leases[0]))
+    return found
+
+
+_OVERVIEW_COLUMNS = ("queue_wait", "lease_ends_at", "stuck", "note", "duration_ms")
+_RECORD_COLUMNS = frozenset({"spec_json", "target_name"})
+_LEASE_COLUMNS = frozenset({"job_id", "token", "target_lock"})
+
+
+def _has(seen: Inspector, name: str, schema: str | None, columns: frozenset[str]) -> bool:
+    return {column["name"] for column in seen.get_columns(name, schema=schema)} >= columns
+
+
+def _names(statement: str, name: str) -> bool:
+    in_quotes = '"{}"'.format(name.replace('"', '""'))
+    return in_quotes in statement or re.search(rf'(?<![\w"]){re.escape(name)}(?![\w"])', statement) is not None
 
 
 def savepoint(connection: Connection) -> NestedTransaction:
@@ -339,8 +371,8 @@ _STATISTICS = text("SELECT stxname, pg_get_statisticsobjdef(oid) FROM pg_statist
 
 
 def _read_postgresql(connection: Connection, read: Table, schema: str | None) -> _Found:
-    quote, table = connection.dialect.identifier_preparer.quote, read.name
-    row = connection.execute(_TABLE, {"name": f"{quote(schema)}.{quote(table)}" if schema else quote(table)}).first()
+    name = quoted(connection, read.name)
+    row = connection.execute(_TABLE, {"name": f"{quoted(connection, schema)}.{name}" if schema else name}).first()
     found: _Found = {}
     if row is None:
         return found

@@ -70,6 +70,19 @@ def check_body(cls: type[Any]) -> None:
                 f"its __table__ has no column {missing[0]}: give a __tablename__ instead, and the mixin makes the columns",
             )
     parents = [parent for parent in cls.__mro__[1:] if isinstance(parent.__dict__.get("__table__"), Table)]
+    options = cls.__dict__.get("__mapper_args__")
+    if (
+        parents
+        and isinstance(options, Mapping)
+        and options.get("concrete")
+        and table is None
+        and "id" not in cls.__dict__
+    ):
+        raise ModelError(
+            cls,
+            f"as a concrete subclass it takes no columns from {parents[0].__name__}: define class "
+            f"{cls.__name__}(MlJobMixin, YourBase), or put what both share into an __abstract__ class",
+        )
     if not parents or not getattr(parents[0], "__table_is_migrated_by_mljobs__", False):
         return
     own = [name for name, value in cls.__dict__.items() if isinstance(value, MappedColumn | Column)]

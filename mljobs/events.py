@@ -50,6 +50,7 @@ Callback = Callable[[Any], Any]
 _CHUNK = 1000
 _KEPT = "mljobs.finished"
 _MAKER = "mljobs.maker"
+_NAMELESS = ""  # a savepoint of which SQLAlchemy does not tell the name
 
 
 class Source:
@@ -330,12 +331,12 @@ class _Kept:
             del self._levels[at:]
 
     def forget(self, savepoint: object) -> None:
-        """Forget what was kept with a savepoint, and those inside it; of an unknown, earlier one, all that was kept."""
+        """Forget what was kept with a savepoint, and those inside it; nothing was with one that is not known."""
         at = self._find(savepoint)
-        if at is None:
-            self.take()
-        else:
+        if at is not None:
             del self._levels[at:]
+        elif self.knows(_NAMELESS):
+            self.take()
 
     def knows(self, savepoint: object) -> bool:
         """Whether anything may be kept with this savepoint."""
@@ -527,7 +528,7 @@ class _OfConnection(_Kept):
         savepoint: Any = None if connection is None else connection.get_nested_transaction()
         around: list[str] = []
         while savepoint is not None:  # neither is public; without them a rollback to a savepoint would forget too much
-            around.append(getattr(savepoint, "_savepoint", ""))
+            around.append(getattr(savepoint, "_savepoint", _NAMELESS))
             savepoint = getattr(savepoint, "_previous_nested", None)
         for name in reversed(around):
             self.enter(name)

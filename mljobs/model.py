@@ -48,7 +48,7 @@ from mljobs.errors import InvalidTransitionError, InvalidValueError, TerminalSta
 from mljobs.guards import install_hooks, install_triggers, is_expression, remember_start
 from mljobs.overview import install_overview
 from mljobs.states import ACTIVE, TERMINAL, MlJobKind, MlJobStatus
-from mljobs.triggers import GUARDED_COLUMNS, short_name
+from mljobs.triggers import GUARDED_COLUMNS, short_name, without_parameters
 from mljobs.types import (
     EPOCH,
     JobId,
@@ -590,7 +590,7 @@ def _furnish(mapper: Mapper[Any], cls: type[MlJobMixin]) -> None:
     if "mljobs" in table.info:  # defined once more on the same table, as in a notebook
         cls.__leases__ = table.info["mljobs"]
         return
-    lease_name = cls.__lease_tablename__ or f"{table.name}_leases"
+    lease_name = cls.__lease_tablename__ or short_name(f"{table.name}_leases")
     check_lease_name(cls, lease_name, table.schema, table.metadata.tables)
     _add_checks_and_indexes(table, kinds)
     cls.__leases__ = table.info["mljobs"] = _lease_table(table, lease_name)
@@ -632,7 +632,7 @@ def _quoted(tokens: type[StrEnum] | tuple[StrEnum, ...]) -> str:
 
 def _checks(table: Table, kinds: type[StrEnum]) -> list[CheckConstraint]:
     def check(suffix: str, condition: str, kind: type[CheckConstraint] = CheckConstraint) -> CheckConstraint:
-        return kind(text(condition), name=_name("ck", table, suffix))
+        return kind(text(without_parameters(condition)), name=_name("ck", table, suffix))
 
     hex_digits = "length(id) = 32 AND id NOT GLOB '*[^0-9a-f]*'"
     return [

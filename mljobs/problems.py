@@ -276,8 +276,10 @@ def _plain(value: object) -> Any:
     match value:
         case Enum():
             return _plain(value.value)
-        case None | bool() | int():
+        case None | bool():
             plain: Any = value
+        case int() if abs(value) < _LARGEST:
+            plain = value
         case float() if value - value == 0:  # JSON has no infinities
             plain = value
         case UUID():
@@ -293,3 +295,4 @@ def _plain(value: object) -> Any:
 
 
 _LONGEST = 1000
+_LARGEST = 2**64  # what is larger, hardly a JSON parser reads, and Python itself does not write without limit

@@ -71,6 +71,11 @@ def listed(tokens: Iterable[str]) -> str:
     return ", ".join("'" + token.replace("'", "''") + "'" for token in tokens)
 
 
+def without_parameters(condition: str) -> str:
+    """Return a condition as SQLAlchemy's ``text()`` takes it, which reads ``':fit'`` as a parameter otherwise."""
+    return condition.replace(":", r"\:")
+
+
 _FINISHED = listed(TERMINAL)
 _FINISHED_IN_STRING = _FINISHED.replace("'", "''")
 # What is illegal, not what is legal: PostgreSQL reads the condition anew for each statement, so a short one counts.
@@ -342,6 +347,20 @@ def schema_of(connection: Connection, table: Table) -> str | None:
     schemas = connection.get_execution_options().get("schema_translate_map") or {}
     schema: str | None = schemas.get(table.schema, table.schema)
     return schema
+
+
+def qualified_name(connection: Connection, table: Table) -> str:
+    """Return the table's name, quoted and in the schema that this connection's translate map gives it."""
+    schema = schema_of(connection, table)
+    name = quoted(connection, table.name)
+    return f"{quoted(connection, schema)}.{name}" if schema else name
+
+
+def quoted(connection: Connection, name: str) -> str:
+    """Return a name in quotes, where it needs them: for a value, or a statement that has no parameters."""
+    text = connection.dialect.identifier_preparer.quote(name)
+    # Where parameters are %s, SQLAlchemy doubles every percent sign, which only a statement with parameters undoes.
+    return text.replace("%%", "%") if "%" in name and text.count("%") == 2 * name.count("%") else text
 
 
 def kinds_of(table: Table) -> tuple[str, ...]:

@@ -22,11 +22,10 @@ from typing import TYPE_CHECKING, Any, Self
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from mljobs.bulk import qualified_name
 from mljobs.engines import pooled
 from mljobs.jobs import table_of
 from mljobs.patience import answers_within
-from mljobs.triggers import WAKE_CHANNEL, WATCHER_LOCK, WORKER_LOCK
+from mljobs.triggers import WAKE_CHANNEL, WATCHER_LOCK, WORKER_LOCK, qualified_name
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine

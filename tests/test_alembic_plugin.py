@@ -13,7 +13,18 @@ from alembic import command
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from alembic.util import CommandError
-from sqlalchemy import Column, Engine, ForeignKey, Integer, MetaData, create_engine, inspect, text
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Engine,
+    ForeignKey,
+    Integer,
+    MetaData,
+    create_engine,
+    inspect,
+    text,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool
 
@@ -247,6 +258,79 @@ def test_a_job_table_that_goes_loses_its_guard_first_and_can_come_back(
         session.flush()
         with pytest.raises(TerminalStateError):
             session.execute(text("DELETE FROM training_runs"))
+
+
+def test_a_job_table_that_goes_takes_its_view_along_and_comes_back_whole(
+    history: Callable[..., History], empty: Engine
+) -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class Run(MlJobMixin, Base):
+        __tablename__ = "training_runs"
+        __overview_name__ = "Training seen"
+        __table_args__ = (CheckConstraint("kind <> 'a rule' OR target_name <> 'x'", name="a_rule"),)
+
+        kind: Mapped[Kind] = kind_column(Kind)
+
+    host = history(Base.metadata)
+    host.migrate()
+    host.use(MetaData())
+    made = host.migrate()
+    before, after = made.split("def downgrade")
+    dropped = "op.drop_mljobs_overview('Training seen', 'training_runs', 'training_runs_leases')"
+    assert before.index(dropped) < before.index("op.drop_table(")
+    assert "op.create_mljobs_overview('Training seen'" in after
+    assert "kinds=['fit', 'score']" in after
+    assert set(inspect(empty).get_table_names()) == {"alembic_version"}
+    assert not inspect(empty).get_view_names()
+    host.downgrade()
+    schema.verify(empty, metadata=Base.metadata)
+    stands(empty, Run)
+
+
+def test_a_view_stays_beside_tables_that_are_rebuilt_or_renamed(history: Callable[..., History], empty: Engine) -> None:
+    def seen(table: str, leases: str, **columns: Any) -> Any:
+        class Base(DeclarativeBase):
+            pass
+
+        names = {"__tablename__": table, "__lease_tablename__": leases, "__overview_name__": "seen"}
+        return type("Run", (MlJobMixin, Base), {**names, **columns})
+
+    steps = [
+        seen("runs", "held", points=mapped_column(Integer)),
+        seen("runs", "held", points=mapped_column(BigInteger)),
+        seen("runs", "leased", points=mapped_column(BigInteger)),
+        seen("fits", "fits_held"),
+    ]
+    host = history(steps[0].metadata)
+    for run in steps:
+        host.use(run.metadata)
+        host.migrate()
+        host.check()
+        schema.verify(empty, metadata=run.metadata)
+        with empty.connect() as connection:
+            connection.execute(text("SELECT * FROM seen"))
+    for run in reversed(steps[:-1]):
+        host.downgrade()
+        schema.verify(empty, metadata=run.metadata)
+
+
+def test_kinds_that_look_like_parameters_are_written_as_they_are(
+    history: Callable[..., History], empty: Engine
+) -> None:
+    fewer = StrEnum("fewer", {"FIT": ":fit"})
+    more = StrEnum("more", {"FIT": ":fit", "LATER": "x :y", "PERCENT": "50%"})
+    host = history(models(fewer)[1])
+    host.migrate()
+    host.check()
+    run, metadata = models(more)
+    host.use(metadata)
+    host.migrate()
+    host.check()
+    stands(empty, run)
+    host.downgrade()
+    stands(empty, models(fewer)[0])
 
 
 def test_a_history_of_its_own_never_drops_what_our_migrations_made(

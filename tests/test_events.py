@@ -388,6 +388,22 @@ def test_core_connections_are_told_of_when_they_begin_again_or_go_back(url: str,
     engine.dispose()
 
 
+def test_a_savepoint_in_which_nothing_ended_takes_nothing_back(url: str, told: Seen) -> None:
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        jobs.cancel(connection, jobs.submit(connection, "train", "core"))
+        with connection.begin_nested() as savepoint:
+            jobs.submit(connection, "train", "never")
+            savepoint.rollback()
+    with engine.begin() as connection, Session(connection, join_transaction_mode="create_savepoint") as session:
+        jobs.cancel(session, jobs.submit(session, "train", "joined"))
+        session.commit()
+        jobs.submit(session, "train", "never")
+        session.rollback()
+    assert told == [("core", "cancelled"), ("joined", "cancelled")]
+    engine.dispose()
+
+
 # ------------------------------------------------------------------------------------------------------------- stores
 
 

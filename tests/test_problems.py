@@ -269,3 +269,37 @@ def test_openapi_tells_of_problems() -> None:
     assert told["404"]["description"] == "No such job"
     assert told["409"]["content"][MEDIA_TYPE]["schema"] == schema()
     assert told["418"]["description"] == "I'm a Teapot"
+
+
+def test_a_websocket_is_refused_before_it_is_accepted_and_closed_after() -> None:
+    from starlette.applications import Starlette
+    from starlette.routing import WebSocketRoute
+    from starlette.testclient import TestClient, WebSocketDenialResponse
+    from starlette.websockets import WebSocket, WebSocketDisconnect
+
+    from mljobs.contrib.starlette import install
+
+    async def before(_websocket: WebSocket) -> None:
+        raise JobNotFound(UUID(int=1))
+
+    async def after(websocket: WebSocket) -> None:
+        await websocket.accept()
+        if websocket.path_params["what"] == "job":
+            raise JobNotFound(UUID(int=1))
+        raise SchemaError("a table is missing")
+
+    app = Starlette(routes=[WebSocketRoute("/before", before), WebSocketRoute("/after/{what}", after)])
+    install(app)
+    client = TestClient(app)
+    with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect("/before"):
+        pass
+    assert refused.value.status_code == 404
+    for what, code, reason in (("job", 1008, "job-not-found"), ("schema", 1011, "database-not-ready")):
+        with pytest.raises(WebSocketDisconnect) as closed, client.websocket_connect(f"/after/{what}") as socket:
+            socket.receive_text()
+        assert (closed.value.code, closed.value.reason) == (code, f"urn:mljobs:{reason}")
+
+
+def test_a_number_too_large_to_be_written_is_told_in_short() -> None:
+    error = InvalidValueError("priority", 10**5000, "too large")
+    assert problem(error)["value"] == json.loads(body_of(error))["value"] == "<int>"

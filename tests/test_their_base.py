@@ -77,6 +77,14 @@ class Kind(StrEnum):
     EMBED = "embed"
 
 
+class OddKind(StrEnum):
+    COLON = ":fit"
+    LATER = "x :y"
+    ESCAPED = r"a\:b"
+    PERCENT = "%(x)s 50%"
+    QUOTE = "it's"
+
+
 @pytest.fixture
 def empty(empty_url: str) -> Iterator[Engine]:
     engine = create_engine(empty_url, poolclass=NullPool)
@@ -330,6 +338,49 @@ def name_to_be_quoted() -> Any:
     return Run, {}
 
 
+def name_of_63_bytes() -> Any:
+    class Base(DeclarativeBase):
+        pass
+
+    class Run(MlJobMixin, Base):
+        __tablename__ = "é" * 31 + "x"
+
+    assert len(Run.__leases__.name.encode()) <= 63
+    return Run, {}
+
+
+def column_called_as_an_argument() -> Any:
+    class Base(DeclarativeBase):
+        pass
+
+    class Run(MlJobMixin, Base):
+        __tablename__ = "runs"
+        model_name: Mapped[str] = mapped_column("model")
+
+    return Run, {"model_name": "bert"}
+
+
+def name_with_a_percent_sign() -> Any:
+    class Base(DeclarativeBase):
+        pass
+
+    class Run(MlJobMixin, Base):
+        __tablename__ = "100%s of runs"
+
+    return Run, {}
+
+
+def kinds_like_parameters() -> Any:
+    class Base(DeclarativeBase):
+        pass
+
+    class Run(MlJobMixin, Base):
+        __tablename__ = "runs"
+        kind: Mapped[OddKind] = kind_column(OddKind)
+
+    return Run, {}
+
+
 def name_like_a_column() -> Any:
     class Base(DeclarativeBase):
         pass
@@ -365,8 +416,9 @@ def dataclass_mixin_in_a_plain_base() -> Any:
 
 HOSTS: list[Callable[[], Any]] = [
     plain, own_kinds_and_columns, single_table, joined, base_with_an_id_and_times, abstract_parent, classic_base,
-    registry_decorator, own_constructor, optimistic_versions, very_long_name, name_to_be_quoted, name_like_a_column,
-    dataclass_base, dataclass_mixin_in_a_plain_base,
+    registry_decorator, own_constructor, optimistic_versions, very_long_name, name_to_be_quoted, name_of_63_bytes,
+    name_with_a_percent_sign, column_called_as_an_argument, kinds_like_parameters, name_like_a_column, dataclass_base,
+    dataclass_mixin_in_a_plain_base,
 ]  # fmt: skip
 
 
@@ -374,6 +426,9 @@ HOSTS: list[Callable[[], Any]] = [
 def test_a_hosts_class_lives_a_whole_life(empty: Engine, make: Callable[[], Any]) -> None:
     run, own = make()
     life(empty, run, **own)
+    for kind in run.__kinds__:
+        with JobStore(empty, model=run) as store:
+            assert store.get(store.submit(kind, "each", **own)).kind is kind
 
 
 @pytest.mark.parametrize("names", [CONVENTION, WITH_IX, ODD], ids=["without ix", "with ix", "odd"])
@@ -727,10 +782,21 @@ class Long(StrEnum):
     LONG = "x" * 33
 
 
+def _refused_parent() -> Any:
+    class Base(DeclarativeBase):
+        pass
+
+    return type("Parent", (MlJobMixin, Base), {"__tablename__": "parents"})
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a base whose id comes first": (
         lambda: _define(_WithId, MlJobMixin),
         r"its column id is Integer\(\).* put ours first, class \w+\(MlJobMixin, ...\)",
+    ),
+    "a concrete subclass": (
+        lambda: type("Sub", (_refused_parent(),), {"__tablename__": "subs", "__mapper_args__": {"concrete": True}}),
+        r"it takes no columns from Parent: define class Sub\(MlJobMixin, YourBase\)",
     ),
     "a mixin whose created_at comes first": (
         lambda: _define(_Timed, MlJobMixin, _Base),

@@ -20,9 +20,10 @@ from sqlalchemy import Identity, Table, inspect
 from sqlalchemy.sql.elements import conv
 
 from mljobs.alembic_plugin.operations import CreateJobCheckOp, CreateMljobsGuardOp, DropMljobsGuardOp
+from mljobs.alembic_plugin.rebuilding import definitions, descend
 from mljobs.alembic_plugin.rendering import render_ours
-from mljobs.alembic_plugin.views import CreateMljobsOverviewOp
-from mljobs.catalog import OWN_TABLES, Part, guarded_tables, record_differences
+from mljobs.alembic_plugin.views import CreateMljobsOverviewOp, DropMljobsOverviewOp
+from mljobs.catalog import OWN_TABLES, Part, guarded_tables, overviews_of, record_differences
 from mljobs.errors import InvalidValueError, SchemaError
 from mljobs.overview import overview_of
 from mljobs.triggers import companion_names, kinds_of, listed, short_name
@@ -61,6 +62,9 @@ def compare(context: Any, upgrade: Any, schemas: Iterable[str | None]) -> None:
     guarded = {(schema, name) for schema in searched for name in guarded_tables(connection, schema)}
     _keep_what_is_ours(upgrade, {*job_tables, *guarded})
     _drop_guards_first(connection, upgrade, guarded)
+    _drop_overviews_first(connection, upgrade, searched)
+    if connection.dialect.name == "sqlite":
+        _see_what_reflection_does_not(connection, upgrade, guarded)
     _put_up_guards_of_new_tables(upgrade, job_tables)
     for (schema, name), table in job_tables.items():
         if schema in searched and _is_compared(context, table, schema):
@@ -100,6 +104,33 @@ def _drop_guards_first(connection: Connection, upgrade: Any, guarded: set[tuple[
     upgrade.ops[:] = [found for found in upgrade.ops if found not in drops] + ordered
 
 
+def _drop_overviews_first(connection: Connection, upgrade: Any, schemas: Iterable[str | None]) -> None:
+    """Drop the views that read a table that goes: PostgreSQL would not let it go, SQLite would leave them broken."""
+    gone = {_place(found) for found in upgrade.ops if isinstance(found, ops.DropTableOp)}
+    upgrade.ops[:0] = [
+        DropMljobsOverviewOp(view, name, leases, schema=schema)
+        for schema in (schemas if gone else ())
+        for view, name, leases in overviews_of(connection, schema)
+        if not gone.isdisjoint({(schema, name), (schema, leases)})
+    ]
+
+
+def _see_what_reflection_does_not(connection: Connection, upgrade: Any, guarded: set[tuple[str | None, str]]) -> None:
+    """Give the way back what SQLite's reflection does not see: the tokens' AUTOINCREMENT, the order of the indexes."""
+    seen = inspect(connection)
+    for drop in [found for found in upgrade.ops if isinstance(found, ops.DropTableOp)]:
+        schema, name = place = _place(drop)
+        if {"token", "target_lock"} <= {column["name"] for column in seen.get_columns(name, schema=schema)}:
+            drop.table_kw["sqlite_autoincrement"] = True
+        texts = dict(definitions(connection, schema, "index"))
+        for table_ops in _of_table(upgrade, schema, name) if place in guarded else ():
+            for at, change in enumerate(table_ops.ops):
+                if isinstance(change, ops.DropIndexOp):
+                    index = change.to_index()
+                    descend(index, texts.get(str(index.name), ""))
+                    table_ops.ops[at] = ops.DropIndexOp.from_index(index)
+
+
 def _referring_first(connection: Connection, drops: list[Any]) -> list[Any]:
     """Return the drops in an order that foreign keys allow; Alembic itself gives none."""
     seen = inspect(connection)
@@ -121,7 +152,9 @@ def _referring_first(connection: Connection, drops: list[Any]) -> list[Any]:
 
 def _stored_kinds(connection: Connection, name: str, schema: str | None) -> list[str]:
     """Return the tokens that the CHECK in the database lists."""
-    for check in inspect(connection).get_check_constraints(name, schema=schema):
+    checks = inspect(connection).get_check_constraints(name, schema=schema)
+    ours = short_name(f"ck_{name}_kind")  # unless the table was renamed; a host may have checks on kind of its own
+    for check in sorted(checks, key=lambda each: each["name"] != ours):
         if re.search(r"\bkind\b", str(check["sqltext"])):
             return [token.replace("''", "'") for token in re.findall(r"'((?:[^']|'')*)'", str(check["sqltext"]))]
     return []
@@ -181,7 +214,8 @@ def _repair(connection: Connection, upgrade: Any, table: Table, schema: str | No
 def _add_missing_overview(connection: Connection, upgrade: Any, table: Table, schema: str | None) -> None:
     """Make the view that a job class names, after its tables; what a view of this name reads is ``verify``'s to say."""
     overview = overview_of(table)
-    if overview is None or overview.name in inspect(connection).get_view_names(schema=schema):
+    dropped = {found.view_name for found in upgrade.ops if isinstance(found, DropMljobsOverviewOp)}
+    if overview is None or overview.name in {*inspect(connection).get_view_names(schema=schema)} - dropped:
         return
     log.info("Detected that the view %r is missing", overview.name)
     upgrade.ops.append(CreateMljobsOverviewOp(overview.name, table.name, overview.leases.name, schema=table.schema))

@@ -10,7 +10,7 @@ from alembic.operations import MigrateOperation, Operations, ops
 from sqlalchemy import Constraint, MetaData, Table
 
 from mljobs.errors import InvalidValueError
-from mljobs.triggers import GUARD_VERSION, companion_ddl
+from mljobs.triggers import GUARD_VERSION, companion_ddl, without_parameters
 
 
 class _GuardOperation(MigrateOperation):
@@ -195,7 +195,7 @@ def _render_check(context: Any, operation: CreateJobCheckOp) -> str:
     prefix = "batch_op." if in_batch else str(context.opts["alembic_module_prefix"] or "")
     arguments = [f"{prefix}f({str(operation.constraint_name)!r})"]
     arguments += [] if in_batch else [repr(str(operation.table_name))]
-    arguments += [repr(str(operation.condition))]
+    arguments += [repr(without_parameters(str(operation.condition)))]
     arguments += [f"schema={str(operation.schema)!r}"] if operation.schema and not in_batch else []
     return f"{prefix}create_check_constraint({', '.join(arguments)})"
 

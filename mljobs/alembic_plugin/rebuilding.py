@@ -1,10 +1,10 @@
 """A batch that rebuilds a SQLite table keeps its guard.
 
 SQLite cannot alter much in place, so ``batch_alter_table`` makes a new table, copies the rows, drops the old table and
-gives the new one its name. The triggers go with the old table; reflection loses the order of an index and the
-AUTOINCREMENT of the leases, so that a token would come back. Here they are carried over, as the database has them, by
-the events that SQLAlchemy fires around Alembic's CREATE and DROP. Nothing of this works in ``--sql`` mode, where nobody
-can read the old table.
+gives the new one its name. The triggers go with the old table, and the view that reads it stands in the way of the new
+name; reflection loses the order of an index and the AUTOINCREMENT of the leases, so that a token would come back. Here
+they are carried over, as the database has them, by the events that SQLAlchemy fires around Alembic's CREATE and DROP.
+Nothing of this works in ``--sql`` mode, where nobody can read the old table.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from alembic.ddl.impl import DefaultImpl
 from sqlalchemy import Connection, Table, event
 
+from mljobs.catalog import overviews_of
 from mljobs.triggers import companion_names
 
 _TEMPORARY = "_alembic_tmp_"
@@ -26,7 +27,7 @@ def _number_on(table: Table, connection: Connection | None, _ddl_runner: object 
     """Give the new table of a rebuild the AUTOINCREMENT of the old one."""
     if not _is_batch(connection, _ddl_runner) or not table.name.startswith(_TEMPORARY):
         return
-    for name, text in _definitions(connection, table.schema, "table"):
+    for name, text in definitions(connection, table.schema, "table"):
         if _temporary(name) == table.name and re.search(r"\bAUTOINCREMENT\b", text, re.IGNORECASE):
             table.dialect_options["sqlite"]["autoincrement"] = True
 
@@ -38,12 +39,12 @@ def _carry_over(table: Table, connection: Connection | None, _ddl_runner: object
         return
     assert connection is not None  # noqa: S101 - for the type checker
     temporary = _temporary(table.name)
-    if not any(name == temporary for name, _ in _definitions(connection, table.schema, "table")):
+    if not any(name == temporary for name, _ in definitions(connection, table.schema, "table")):
         return
     ours = set(companion_names(table.name).values())
-    triggers = [text for name, text in _definitions(connection, table.schema, "trigger") if name in ours]
+    triggers = [text for name, text in definitions(connection, table.schema, "trigger") if name in ours]
     for index in table.indexes:
-        _descend(index, dict(_definitions(connection, table.schema, "index")).get(str(index.name), ""))
+        descend(index, dict(definitions(connection, table.schema, "index")).get(str(index.name), ""))
     quote = connection.dialect.identifier_preparer.quote
     prefix = f"{quote(table.schema)}." if table.schema else ""
     counted = (
@@ -52,13 +53,14 @@ def _carry_over(table: Table, connection: Connection | None, _ddl_runner: object
         else None
     )
 
+    views = _take_views(connection, table, prefix)
     waiting = [temporary]
 
     def renamed(used: Connection, _cursor: object, statement: str, *_: object) -> None:
         if not waiting or not re.match(rf'ALTER TABLE .*"?{re.escape(temporary)}"? RENAME TO', statement):
             return
         waiting.clear()  # an event cannot be removed while it runs
-        for text in triggers:
+        for text in (*triggers, *views):
             used.exec_driver_sql(_in_schema(text, prefix))
         if counted is not None:
             used.exec_driver_sql(
@@ -74,6 +76,15 @@ def _carry_over(table: Table, connection: Connection | None, _ddl_runner: object
     event.listen(connection, "after_cursor_execute", renamed)
 
 
+def _take_views(connection: Connection, table: Table, prefix: str) -> list[str]:
+    """Drop the overviews that read a table, which would stand in the way of the new one's name; return their text."""
+    texts = dict(definitions(connection, table.schema, "view"))
+    taken = [view for view, *read in overviews_of(connection, table.schema) if table.name in read]
+    for view in taken:
+        connection.exec_driver_sql(f"DROP VIEW {prefix}{connection.dialect.identifier_preparer.quote(view)}")
+    return [texts[view] for view in taken]
+
+
 def _is_batch(connection: Connection | None, runner: object) -> bool:
     return (
         isinstance(connection, Connection) and connection.dialect.name == "sqlite" and isinstance(runner, DefaultImpl)
@@ -84,23 +95,24 @@ def _temporary(name: str) -> str:
     return f"{_TEMPORARY}{name}"[:_TEMPORARY_LENGTH]
 
 
-def _definitions(connection: Any, schema: str | None, kind: str) -> list[tuple[str, str]]:
+def definitions(connection: Any, schema: str | None, kind: str) -> list[tuple[str, str]]:
+    """Return the name and text of everything of a kind in a SQLite schema."""
     prefix = f"{connection.dialect.identifier_preparer.quote(schema)}." if schema else ""
     statement = f"SELECT name, sql FROM {prefix}sqlite_master WHERE type = ? AND sql IS NOT NULL"  # noqa: S608
     return [(name, text) for name, text in connection.exec_driver_sql(statement, (kind,))]
 
 
 def _numbers(connection: Connection, table: Table) -> bool:
-    text = dict(_definitions(connection, table.schema, "table")).get(table.name, "")
+    text = dict(definitions(connection, table.schema, "table")).get(table.name, "")
     return re.search(r"\bAUTOINCREMENT\b", text, re.IGNORECASE) is not None
 
 
 def _in_schema(text: str, prefix: str) -> str:
-    """SQLite keeps a trigger's text without its schema."""
-    return re.sub(r"^CREATE TRIGGER ", lambda start: start[0] + prefix, text) if prefix else text
+    """SQLite keeps a trigger's or a view's text without its schema."""
+    return re.sub(r"^CREATE (?:TRIGGER|VIEW) ", lambda start: start[0] + prefix, text) if prefix else text
 
 
-def _descend(index: Any, text: str) -> None:
+def descend(index: Any, text: str) -> None:
     """Give a reflected index the DESC that reflection does not see."""
     descending = {first or second for first, second in re.findall(r'(?:"([^"]+)"|(\w+)) DESC', text, re.IGNORECASE)}
     index.expressions = [

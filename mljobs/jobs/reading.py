@@ -33,7 +33,7 @@ from mljobs.jobs._base import (
 )
 from mljobs.model import MlJob
 from mljobs.states import ACTIVE, TERMINAL, MlJobStatus
-from mljobs.triggers import companion_names, schema_of
+from mljobs.triggers import companion_names, qualified_name, schema_of
 from mljobs.types import from_millis, storable_text, to_job_id, to_member, to_millis, to_utc
 
 MAX_PAGE = 10_000
@@ -399,13 +399,8 @@ WHERE c.oid = CAST(:relation AS regclass)""")
 def _postgres_statistics(connection: Connection, model: Model) -> dict[tuple[str, str], int] | None:
     """Return estimates of the finished jobs; None where counting is as quick, or nothing is known yet."""
     table = table_of(model)
-    preparer = connection.dialect.identifier_preparer
-    schema = schema_of(connection, table)
-    relation = preparer.quote(table.name)
-    if schema:
-        relation = f"{preparer.quote(schema)}.{relation}"
-    names = companion_names(table.name)
-    row = connection.execute(_STATISTICS, {"relation": relation, "statistics": names["statistics"]}).one()
+    asked = {"relation": qualified_name(connection, table), "statistics": companion_names(table.name)["statistics"]}
+    row = connection.execute(_STATISTICS, asked).one()
     total, unknown, values, frequencies = row
     if unknown or values is None or total < _SMALL:
         return None

@@ -13,7 +13,7 @@ from sqlalchemy import BigInteger, Connection, bindparam, func, insert, inspect,
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from mljobs.bulk import insert_rows, qualified_name
+from mljobs.bulk import insert_rows
 from mljobs.errors import InvalidTransitionError, InvalidValueError
 from mljobs.jobs._base import (
     Bind,
@@ -34,6 +34,7 @@ from mljobs.jobs.reading import get
 from mljobs.model import MlJob, MlJobMixin
 from mljobs.prepared import Prepared
 from mljobs.states import ACTIVE, MlJobKind, MlJobStatus
+from mljobs.triggers import qualified_name
 from mljobs.types import to_json_text, to_member, utc_now
 
 _CHUNK = 1000
