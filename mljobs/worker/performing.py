@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterable
@@ -73,7 +74,12 @@ def ending(run: Run, error: BaseException | None, returned: Any = None) -> Outco
     try:
         return Outcome.completed(run.claim, run.metrics)
     except InvalidValueError as unfit:  # metrics that JSON cannot hold
+        if inspect.iscoroutine(returned):
+            returned.close()
+            return Outcome.failed(run.claim, f"{unfit}; the handler has to be an async function itself to be awaited")
         return Outcome.failed(run.claim, unfit)
+    except Exception as broken:  # noqa: BLE001 - code of theirs, such as a tolist() that raises
+        return Outcome.failed(run.claim, f"the metrics cannot be read: {failure_text(broken)}")
 
 
 # ------------------------------------------------------------------------------------------------- in another process
