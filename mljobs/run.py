@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sqlite3
 import threading
 import time
 import traceback
@@ -487,6 +488,8 @@ def database_is_away(error: BaseException) -> bool:
     """Whether trying again later may help: no connection, a restart, a standby that is not promoted yet, a deadlock."""
     if isinstance(error, DBAPIError):
         if str(getattr(error.orig, "sqlstate", "")).startswith(_WILL_BE_SO_AGAIN):
+            return False
+        if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:  # no such table, say
             return False
         return isinstance(error, OperationalError | InterfaceError | InternalError) or error.connection_invalidated
     return isinstance(error, PoolTimeout | OSError)

@@ -859,6 +859,29 @@ def test_cancelling_the_task_stops_the_worker_well(store: JobStore) -> None:
     assert ended(store, job).metrics == "finished"
 
 
+@pytest.mark.parametrize(("max_attempts", "status"), [(5, QUEUED), (1, FAILED)])
+def test_an_async_handler_whose_loop_ends_is_put_back(store: JobStore, max_attempts: int, status: MlJobStatus) -> None:
+    worker = worker_of(store, max_attempts=max_attempts)
+    job = store.submit("train", "spam")
+
+    async def main() -> None:
+        begun = asyncio.Event()
+
+        @worker.handles("train")
+        async def train(run: Run) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+        tasks.append(asyncio.create_task(worker.run_async()))
+        await begun.wait()  # and return: the loop cancels every task that is left
+
+    tasks: list[Any] = []
+    asyncio.run(main())
+    assert tasks[0].cancelled()
+    assert ended(store, job).status is status
+    assert leases(store) == 0
+
+
 def test_cancelling_the_task_again_stops_at_once_and_still_waits_for_the_worker(store: JobStore) -> None:
     worker = worker_of(store, grace=3600)
     begun, go = threading.Event(), threading.Event()
@@ -933,13 +956,11 @@ def test_processes_give_back_metrics_failures_and_what_json_cannot_hold(store: J
         worker.handles("train")(worker_app.squares)
         worker.handles("backfill")(worker_app.raises)
         worker.handles("drift_compute")(worker_app.returns_a_set)
-        worker.handles("feature_refresh")(lambda run: None)  # cannot be pickled
         good = store.submit("train", "spam", {"n": 1})
         bad = store.submit("backfill", "spam", {"n": 2})
         odd = store.submit("drift_compute", "spam")
-        far = store.submit("feature_refresh", "spam")
         worker.run(until_idle=True)
-    good, bad, odd, far = (ended(store, job) for job in (good, bad, odd, far))
+    good, bad, odd = (ended(store, job) for job in (good, bad, odd))
     assert (good.status, good.metrics["spec"]) == (COMPLETED, {"n": 1})
     assert good.metrics["process"] != os.getpid()
     assert bad.status is FAILED
@@ -947,8 +968,17 @@ def test_processes_give_back_metrics_failures_and_what_json_cannot_hold(store: J
     assert "worker_app.py" in str(bad.error_message)
     assert odd.status is FAILED
     assert "metrics" in str(odd.error_message)
-    assert far.status is FAILED
-    assert "pickle" in str(far.error_message)
+
+
+def test_a_handler_that_no_process_can_be_sent_is_refused_before_the_first_claim(store: JobStore) -> None:
+    with worker_app.pool() as executor:
+        worker = worker_of(store, executor=executor)
+        worker.handles("train")(lambda run: None)
+        job = store.submit("train", "spam")
+        with pytest.raises(InvalidValueError, match="functions of a module") as caught:
+            worker.run(until_idle=True)
+    assert caught.value.field == "handler"
+    assert (ended(store, job).status, ended(store, job).attempts) == (QUEUED, 0)
 
 
 def test_progress_and_cancels_cross_the_border_of_a_process(store: JobStore) -> None:
@@ -1150,6 +1180,20 @@ def test_a_finish_whose_answer_was_lost_is_looked_up_until_the_database_answers(
         assert store.looks >= 2
         assert ended(store, job).metrics == {"n": 1}
         assert leases(store) == 0
+
+
+def test_a_table_that_is_gone_is_not_waited_for(sqlite_url: str) -> None:
+    with JobStore(sqlite_url) as store:
+        worker = worker_of(store)
+
+        @worker.handles("train")
+        def train(run: Run) -> None:
+            with store.engine.begin() as connection:
+                connection.exec_driver_sql("DROP TABLE ml_job_leases")
+
+        store.submit("train", "spam")
+        with pytest.raises(OperationalError, match="no such table"):
+            worker.run(until_idle=True)
 
 
 def test_an_outcome_is_dropped_when_the_lease_is_gone_meanwhile(url: str) -> None:

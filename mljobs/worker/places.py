@@ -16,13 +16,13 @@ from typing import Any
 
 from mljobs.errors import LeaseLostError
 from mljobs.jobs import Outcome
-from mljobs.run import Keeper, Run, failure_text
+from mljobs.run import Keeper, Run
 from mljobs.states import MlJobStatus
 from mljobs.store import JobStore
 from mljobs.worker.handlers import Handler
 from mljobs.worker.intake import Intake
 from mljobs.worker.outbox import Entry, Outbox
-from mljobs.worker.performing import Ended, Errand, do, ending, perform, perform_async
+from mljobs.worker.performing import Ended, Errand, do, ending, perform, perform_async, putting_back
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ class Loop:
 
     async def _perform(self, run: Run, handler: Handler) -> None:
         began = time.monotonic()
-        outcome = await perform_async(handler.function, run)
+        outcome = await perform_async(handler.function, run, self._desk.max_attempts)
         self._desk.settle(run, handler, outcome, time.monotonic() - began)
 
     def close(self) -> None:
@@ -234,13 +234,7 @@ class Elsewhere:
 
     def _put_back(self, run: Run, handler: Handler, error: BaseException) -> None:
         """Put a job back whose process died with it, or gave it up; fail it if that has happened too often."""
-        claim = run.claim
-        if run.attempt >= self._desk.max_attempts:
-            reason = f"gave up after {run.attempt} attempts: {failure_text(error)}"
-            outcome = Outcome.failed(claim, reason)
-        else:
-            outcome = Outcome.requeued(claim)
-        self._desk.settle(run, handler, outcome, 0.0)
+        self._desk.settle(run, handler, putting_back(run, error, self._desk.max_attempts), 0.0)
 
     def close(self) -> None:
         """Take back what has not begun."""

@@ -10,11 +10,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
 from enum import StrEnum
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -223,6 +224,9 @@ class Worker:
         chosen = list(self._handlers) if asked is None else list(dict.fromkeys(self._handled(kind) for kind in asked))
         if not chosen:
             raise InvalidValueError("kinds", kinds, "expected one at least")
+        if isinstance(self.executor, ProcessPoolExecutor):
+            for kind in chosen:
+                _check_picklable(self._handlers[kind])
         return Wanted(
             worker=self.name,
             kinds=[str(kind) for kind in chosen],
@@ -467,6 +471,16 @@ def _blocking(store: Any) -> JobStore:
     if url is None:
         raise InvalidValueError("store", store, "expected a JobStore or an AsyncJobStore")
     return JobStore(url, model=store.model)
+
+
+def _check_picklable(handler: Handler) -> None:
+    """Refuse what no process could be sent, before every job fails of it."""
+    try:
+        if not handler.is_async:
+            ForkingPickler.dumps(handler.function)
+    except Exception as error:
+        why = f"a process pool takes functions of a module only: {error}"
+        raise InvalidValueError("handler", handler.function, why) from error
 
 
 def _name(name: str) -> str:
