@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sqlite3
 import threading
 import time
 import traceback
@@ -39,7 +40,9 @@ _PROGRESS_SECONDS = 1.0
 _RENEW_SECONDS = 5.0
 _AGAIN_SECONDS = 0.5
 _TRACEBACK_FRAMES = 5
-_TOO_MUCH = "54"  # PostgreSQL's class for what is beyond a limit of the program: it will be so again
+_WILL_BE_SO_AGAIN = ("27", "2F", "38", "39", "54", "55000", "HV")
+"""PostgreSQL's codes for what psycopg calls operational and no wait mends: limits of the program, and what triggers and
+functions of the host raise."""
 _TRACEBACK_CHARACTERS = 4000
 _SHARED = threading.Lock()  # for all runs: it is held for a few instructions, and a lock for each would cost more
 os.register_at_fork(after_in_child=lambda: globals().update(_SHARED=threading.Lock()))
@@ -484,7 +487,9 @@ def stands(store: Recorder, outcome: Outcome) -> bool:
 def database_is_away(error: BaseException) -> bool:
     """Whether trying again later may help: no connection, a restart, a standby that is not promoted yet, a deadlock."""
     if isinstance(error, DBAPIError):
-        if str(getattr(error.orig, "sqlstate", "")).startswith(_TOO_MUCH):
+        if str(getattr(error.orig, "sqlstate", "")).startswith(_WILL_BE_SO_AGAIN):
+            return False
+        if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:  # no such table, say
             return False
         return isinstance(error, OperationalError | InterfaceError | InternalError) or error.connection_invalidated
     return isinstance(error, PoolTimeout | OSError)

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from mljobs import (
 )
 from mljobs.run import Run
 from mljobs.worker.outbox import Outbox
+from mljobs.worker.performing import Ended
 from tests import worker_app
 from tests.worlds import World
 
@@ -115,12 +116,41 @@ def test_metrics_that_json_cannot_hold_fail_the_job(store: JobStore, returned: A
     assert "metrics" in str(job.error_message)
 
 
-def test_what_only_the_database_refuses_fails_its_job_and_no_other(store: JobStore) -> None:
+def test_metrics_whose_own_code_raises_fail_the_job_and_not_the_worker(store: JobStore) -> None:
+    class Broken:
+        def tolist(self) -> Any:
+            raise KeyError("no list")
+
+    worker = worker_of(store)
+    worker.handles("train")(lambda run: Broken() if run.spec["broken"] else 1)
+    bad, good = (store.submit("train", "spam", {"broken": broken}) for broken in (True, False))
+    assert worker.run(until_idle=True).jobs == {"failed": 1, "completed": 1}
+    assert "KeyError: 'no list'" in str(ended(store, bad).error_message)
+    assert ended(store, good).status is COMPLETED
+
+
+def test_a_coroutine_that_a_plain_handler_returns_fails_the_job_and_says_what_to_do(store: JobStore) -> None:
+    async def inner(run: Run) -> int:
+        return run.attempt
+
+    worker = worker_of(store)
+
+    @worker.handles("train")
+    def train(run: Run) -> Any:
+        return inner(run)
+
+    job = store.submit("train", "spam")
+    worker.run(until_idle=True)
+    assert "has to be an async function itself" in str(ended(store, job).error_message)
+
+
+@pytest.mark.parametrize("code", ["check_violation", "object_not_in_prerequisite_state", "external_routine_exception"])
+def test_what_only_the_database_refuses_fails_its_job_and_no_other(store: JobStore, code: str) -> None:
     worker = worker_of(store, concurrency=1, ahead=10)
     worker.handles("train")(lambda run: run.spec)
     jobs = store.submit_many([("train", f"t{number}", {"n": number}) for number in range(20)])
     assert jobs == 20
-    trigger(store)
+    trigger(store, code)
     worker.run(until_idle=True)
     by_target = {job.target_name: job for job in store.find(limit=100)}
     assert by_target["t7"].status is FAILED
@@ -128,7 +158,7 @@ def test_what_only_the_database_refuses_fails_its_job_and_no_other(store: JobSto
     assert sum(job.status is COMPLETED for job in by_target.values()) == 19
 
 
-def trigger(store: JobStore) -> None:
+def trigger(store: JobStore, code: str) -> None:
     """A host's own rule on its table, that one job's outcome breaks."""
     with store.engine.begin() as connection:
         if connection.dialect.name == "sqlite":
@@ -139,7 +169,7 @@ def trigger(store: JobStore) -> None:
         else:
             connection.exec_driver_sql(
                 "CREATE FUNCTION host_rule() RETURNS trigger LANGUAGE plpgsql AS "
-                "$$ BEGIN RAISE EXCEPTION 'not t7' USING ERRCODE = 'check_violation'; END $$"
+                f"$$ BEGIN RAISE EXCEPTION 'not t7' USING ERRCODE = '{code}'; END $$"
             )
             connection.exec_driver_sql(
                 "CREATE TRIGGER host_rule BEFORE UPDATE ON ml_jobs FOR EACH ROW "
@@ -300,6 +330,34 @@ def test_a_handler_that_cannot_work_is_refused_when_it_is_named(store: JobStore,
     assert caught.value.field == "handler"
 
 
+class _Callable:
+    run: int = 0  # not the parameter's type, for all that its name is the same
+
+    def __call__(self, run: Run) -> int:
+        return run.attempt
+
+
+class _AsyncCallable:
+    async def __call__(self, run: Run) -> int:
+        return run.attempt
+
+
+async def _added(number: int, run: Run) -> int:
+    return number + run.attempt
+
+
+@pytest.mark.parametrize(
+    ("function", "metrics"),
+    [(_Callable(), 1), (_AsyncCallable(), 1), (partial(_added, 2), 3), (partial(partial(_added), 2), 3)],
+)
+def test_whatever_can_be_called_with_a_run_is_a_handler(store: JobStore, function: Any, metrics: int) -> None:
+    worker = worker_of(store)
+    worker.handles("train")(function)
+    job = store.submit("train", "spam")
+    worker.run(until_idle=True)
+    assert ended(store, job).metrics == metrics
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [
@@ -307,6 +365,8 @@ def test_a_handler_that_cannot_work_is_refused_when_it_is_named(store: JobStore,
         ({"retries": True}, "retries"),
         ({"backoff": -5}, "backoff"),
         ({"backoff": "soon"}, "backoff"),
+        ({"backoff": float("inf")}, "backoff"),
+        ({"backoff": float("nan")}, "backoff"),
     ],
 )
 def test_a_policy_out_of_range_is_refused(store: JobStore, options: Any, field: str) -> None:
@@ -323,6 +383,10 @@ def test_a_policy_out_of_range_is_refused(store: JobStore, options: Any, field: 
         ({"lease": 0}, "lease"),
         ({"grace": -1}, "grace"),
         ({"poll": 0}, "poll"),
+        ({"poll": float("inf")}, "poll"),
+        ({"name": 5}, "name"),
+        ({"name": "  "}, "name"),
+        ({"name": "a\x00"}, "name"),
         ({"ahead": -1}, "ahead"),
         ({"max_attempts": 0}, "max_attempts"),
         ({"executor": 4}, "executor"),
@@ -434,11 +498,33 @@ def test_a_retry_that_cannot_be_submitted_leaves_the_first_failed(store: JobStor
     assert (tally.jobs, tally.retried) == ({"failed": 1}, 0)
 
 
-def test_a_backoff_that_raises_leaves_the_first_failed(store: JobStore) -> None:
+def test_a_retry_that_is_refused_at_its_commit_leaves_the_first_failed(postgres_url: str) -> None:
+    with JobStore(postgres_url) as store:
+        with store.engine.begin() as connection:
+            connection.exec_driver_sql(
+                "CREATE FUNCTION host_late() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+                "RAISE EXCEPTION 'no retries here' USING ERRCODE = 'check_violation'; END $$"
+            )
+            connection.exec_driver_sql(
+                "CREATE CONSTRAINT TRIGGER host_late AFTER INSERT ON ml_jobs DEFERRABLE INITIALLY DEFERRED "
+                "FOR EACH ROW WHEN (NEW.retry_of IS NOT NULL) EXECUTE FUNCTION host_late()"
+            )
+        worker = worker_of(store)
+        worker.handles("train", retries=3, backoff=0)(partial(_fail, "the reason"))
+        job = store.submit("train", "spam")
+        tally = worker.run(until_idle=True)
+        job = ended(store, job)
+        assert job.status is FAILED
+        assert "the reason" in str(job.error_message)
+        assert (tally.jobs, tally.retried) == ({"failed": 1}, 0)
+
+
+@pytest.mark.parametrize("raised", [ZeroDivisionError, SystemExit])
+def test_a_backoff_that_raises_leaves_the_first_failed(store: JobStore, raised: type[BaseException]) -> None:
     worker = worker_of(store)
 
     def backoff(_retry: int) -> float:
-        raise ZeroDivisionError
+        raise raised
 
     worker.handles("train", retries=3, backoff=backoff)(partial(_fail, "the reason"))
     job = store.submit("train", "spam")
@@ -452,10 +538,12 @@ def test_exponential_grows_up_to_the_longest_and_strays_a_little() -> None:
     stray = {round(exponential(10, 600)(1), 6) for _ in range(20)}
     assert len(stray) > 1
     assert all(9 <= seconds <= 11 for seconds in stray)
-    for arguments in ((-1, 5), (10, 5)):
+    assert all(exponential(10, 600)(1000) <= 600 for _ in range(50))
+    wrong: list[tuple[Any, Any]] = [(-1, 5), (10, 5), ("1", 5), (True, 5), (1, "5"), (1, float("inf"))]
+    for arguments in wrong:
         with pytest.raises(InvalidValueError):
             exponential(*arguments)
-    for options in ({"factor": 0.5}, {"jitter": 1}):
+    for options in ({"factor": 0.5}, {"jitter": 1}, {"factor": float("nan")}, {"jitter": None}):
         with pytest.raises(InvalidValueError):
             exponential(1, 2, **options)
 
@@ -610,7 +698,8 @@ def test_what_does_not_end_within_the_grace_is_put_back_and_its_late_result_drop
         return {"late": 1}
 
     job = store.submit("train", "spam")
-    thread = threading.Thread(target=worker.run)
+    tallies: list[Any] = []
+    thread = threading.Thread(target=lambda: tallies.append(worker.run().jobs))
     thread.start()
     begun.wait(60)
     worker.stop()
@@ -620,6 +709,7 @@ def test_what_does_not_end_within_the_grace_is_put_back_and_its_late_result_drop
     assert (job.status, job.progress, job.attempts) == (QUEUED, 0, 1)
     assert worker.abandoned == 1
     assert leases(store) == 0
+    assert tallies == [{"requeued": 1}]
     go.set()
     done.wait(60)
     assert ended(store, job).status is QUEUED
@@ -802,6 +892,58 @@ def test_cancelling_the_task_stops_the_worker_well(store: JobStore) -> None:
     assert ended(store, job).metrics == "finished"
 
 
+@pytest.mark.parametrize(("max_attempts", "status"), [(5, QUEUED), (1, FAILED)])
+def test_an_async_handler_whose_loop_ends_is_put_back(store: JobStore, max_attempts: int, status: MlJobStatus) -> None:
+    worker = worker_of(store, max_attempts=max_attempts)
+    job = store.submit("train", "spam")
+
+    async def main() -> None:
+        begun = asyncio.Event()
+
+        @worker.handles("train")
+        async def train(run: Run) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+        tasks.append(asyncio.create_task(worker.run_async()))
+        await begun.wait()  # and return: the loop cancels every task that is left
+
+    tasks: list[Any] = []
+    asyncio.run(main())
+    assert tasks[0].cancelled()
+    assert ended(store, job).status is status
+    assert leases(store) == 0
+
+
+def test_cancelling_the_task_again_stops_at_once_and_still_waits_for_the_worker(store: JobStore) -> None:
+    worker = worker_of(store, grace=3600)
+    begun, go = threading.Event(), threading.Event()
+
+    @worker.handles("train")
+    def train(run: Run) -> None:
+        begun.set()
+        go.wait(60)
+
+    job = store.submit("train", "spam")
+
+    async def main() -> None:
+        task = asyncio.create_task(worker.run_async())
+        await asyncio.to_thread(begun.wait, 60)
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert ended(store, job).status is QUEUED
+        assert worker.abandoned == 1
+
+    try:
+        asyncio.run(main())
+    finally:
+        go.set()
+
+
 def test_async_handlers_that_do_not_end_in_time_are_cancelled_and_put_back(store: JobStore) -> None:
     worker = worker_of(store, grace=0.1)
     begun, cancelled = threading.Event(), threading.Event()
@@ -847,13 +989,11 @@ def test_processes_give_back_metrics_failures_and_what_json_cannot_hold(store: J
         worker.handles("train")(worker_app.squares)
         worker.handles("backfill")(worker_app.raises)
         worker.handles("drift_compute")(worker_app.returns_a_set)
-        worker.handles("feature_refresh")(lambda run: None)  # cannot be pickled
         good = store.submit("train", "spam", {"n": 1})
         bad = store.submit("backfill", "spam", {"n": 2})
         odd = store.submit("drift_compute", "spam")
-        far = store.submit("feature_refresh", "spam")
         worker.run(until_idle=True)
-    good, bad, odd, far = (ended(store, job) for job in (good, bad, odd, far))
+    good, bad, odd = (ended(store, job) for job in (good, bad, odd))
     assert (good.status, good.metrics["spec"]) == (COMPLETED, {"n": 1})
     assert good.metrics["process"] != os.getpid()
     assert bad.status is FAILED
@@ -861,8 +1001,17 @@ def test_processes_give_back_metrics_failures_and_what_json_cannot_hold(store: J
     assert "worker_app.py" in str(bad.error_message)
     assert odd.status is FAILED
     assert "metrics" in str(odd.error_message)
-    assert far.status is FAILED
-    assert "pickle" in str(far.error_message)
+
+
+def test_a_handler_that_no_process_can_be_sent_is_refused_before_the_first_claim(store: JobStore) -> None:
+    with worker_app.pool() as executor:
+        worker = worker_of(store, executor=executor)
+        worker.handles("train")(lambda run: None)
+        job = store.submit("train", "spam")
+        with pytest.raises(InvalidValueError, match="functions of a module") as caught:
+            worker.run(until_idle=True)
+    assert caught.value.field == "handler"
+    assert (ended(store, job).status, ended(store, job).attempts) == (QUEUED, 0)
 
 
 def test_progress_and_cancels_cross_the_border_of_a_process(store: JobStore) -> None:
@@ -913,6 +1062,23 @@ def test_a_broken_executor_costs_a_job_one_attempt_and_no_more(store: JobStore) 
                 worker.run(until_idle=True)
             job = ended(store, job)
             assert (job.status, job.attempts) == (QUEUED, attempts)
+
+
+def test_a_process_that_gave_up_a_lease_that_is_ours_does_not_lose_the_job(store: JobStore) -> None:
+    class Cut(Executor):  # its process could not reach the database for as long as a lease; the worker could
+        def submit(self, *_args: Any, **_kw: Any) -> Any:
+            future: Future[Any] = Future()
+            future.set_result(Ended(None))
+            return future
+
+    worker = worker_of(store, executor=Cut(), max_attempts=2)
+    worker.handles("train")(lambda run: None)
+    job = store.submit("train", "spam")
+    assert worker.run(until_idle=True).jobs == {"requeued": 1, "failed": 1}
+    job = ended(store, job)
+    assert (job.status, job.attempts) == (FAILED, 2)
+    assert "gave up after 2 attempts" in str(job.error_message)
+    assert leases(store) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------------ logs
@@ -1047,6 +1213,20 @@ def test_a_finish_whose_answer_was_lost_is_looked_up_until_the_database_answers(
         assert store.looks >= 2
         assert ended(store, job).metrics == {"n": 1}
         assert leases(store) == 0
+
+
+def test_a_table_that_is_gone_is_not_waited_for(sqlite_url: str) -> None:
+    with JobStore(sqlite_url) as store:
+        worker = worker_of(store)
+
+        @worker.handles("train")
+        def train(run: Run) -> None:
+            with store.engine.begin() as connection:
+                connection.exec_driver_sql("DROP TABLE ml_job_leases")
+
+        store.submit("train", "spam")
+        with pytest.raises(OperationalError, match="no such table"):
+            worker.run(until_idle=True)
 
 
 def test_an_outcome_is_dropped_when_the_lease_is_gone_meanwhile(url: str) -> None:

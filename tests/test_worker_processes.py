@@ -189,6 +189,8 @@ def test_every_job_is_run_once_by_two_processes(url: str, store: JobStore) -> No
         (["tests.nowhere:worker"], "there is no module 'tests.nowhere'"),
         (["nowhere.jobs:worker"], "there is no module 'nowhere'"),
         (["tests.worker_app"], "expected module:name"),
+        ([".worker_app:worker"], "expected module:name"),
+        (["tests.worker_app:worker", "--name", ""], "expected a name"),
         (["tests.worker_app:missing"], "tests.worker_app has no 'missing'"),
         (["tests.worker_app:not_a_worker"], "not_a_worker is a object, not a Worker"),
         (["tests.worker_app:without_handlers"], "the worker has none; use @worker.handles(kind)"),

@@ -55,7 +55,7 @@ def load(place: str) -> Worker:
         InvalidValueError: There is no such module, no such name in it, or it is no worker.
     """
     module_name, colon, attribute = place.partition(":")
-    if not colon or not module_name or not attribute:
+    if not colon or not module_name or not attribute or module_name.startswith("."):
         raise InvalidValueError("worker", place, "expected module:name, e.g. app.jobs:worker")
     if "" not in sys.path:
         sys.path.insert(0, "")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,11 +57,13 @@ def exponential(first: float, longest: float, *, factor: float = 2.0, jitter: fl
     Raises:
         InvalidValueError: An argument is out of range.
     """
-    if not 0 <= first <= longest:
+    if not is_number(longest) or longest < 0:
+        raise InvalidValueError("longest", longest, "expected seconds of at least 0")
+    if not is_number(first) or not 0 <= first <= longest:
         raise InvalidValueError("first", first, f"expected seconds from 0 to longest ({longest!r})")
-    if factor < 1:
+    if not is_number(factor) or factor < 1:
         raise InvalidValueError("factor", factor, "expected at least 1")
-    if not 0 <= jitter < 1:
+    if not is_number(jitter) or not 0 <= jitter < 1:
         raise InvalidValueError("jitter", jitter, "expected a part of the wait, at least 0 and below 1")
 
     def seconds(retry: int) -> float:
@@ -67,7 +71,7 @@ def exponential(first: float, longest: float, *, factor: float = 2.0, jitter: fl
             wait = min(first * factor ** (retry - 1), longest)
         except OverflowError:
             wait = longest
-        return wait * random.uniform(1 - jitter, 1 + jitter)  # noqa: S311 - no secret
+        return min(wait * random.uniform(1 - jitter, 1 + jitter), longest)  # noqa: S311 - no secret
 
     return seconds
 
@@ -83,10 +87,15 @@ def make_handler(kind: StrEnum, function: Any, retries: int, backoff: float | Ba
     return Handler(kind, function, _checked(function), retries, _as_backoff(backoff))
 
 
+def is_number(value: object) -> bool:
+    """Whether this is a finite number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _as_backoff(backoff: float | Backoff) -> Backoff:
     if callable(backoff):
         return backoff
-    if isinstance(backoff, bool) or not isinstance(backoff, int | float) or backoff < 0:
+    if not is_number(backoff) or backoff < 0:
         raise InvalidValueError(
             "backoff", backoff, "expected seconds of at least 0, or a function such as exponential(10, 600)"
         )
@@ -105,7 +114,11 @@ def _checked(function: Any) -> bool:
 
     if not callable(function) or isinstance(function, type):
         raise refuse("expected a function that takes the run")
-    called = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
+    called = function
+    while isinstance(called, functools.partial):
+        called = called.func
+    if not inspect.isroutine(called):
+        called = getattr(called, "__call__", called)  # noqa: B004
     if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
         raise refuse("it is a generator: calling it would run nothing")
     try:
@@ -116,7 +129,7 @@ def _checked(function: Any) -> bool:
         signature.bind(None)
     except TypeError as error:
         raise refuse(f"it has to take one argument, the run: {error}") from error
-    _check_annotation(function, signature, refuse)
+    _check_annotation(called, signature, refuse)
     return inspect.iscoroutinefunction(called)
 
 

@@ -8,6 +8,7 @@ leases; an outcome is dropped only when its lease is known to be gone.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -18,7 +19,7 @@ from datetime import timedelta
 from typing import Any
 
 from mljobs import jobs
-from mljobs.errors import TerminalStateError
+from mljobs.errors import InvalidValueError, TerminalStateError
 from mljobs.jobs import Bind, Claim, Outcome
 from mljobs.jobs._base import connection_of
 from mljobs.patience import answers_within, end_if_silent
@@ -46,6 +47,7 @@ class Entry:
         seconds: How long the handler took.
         doubtful: Whether an attempt to record it was made whose answer never came.
         refused: Whether the database refused what the handler returned, and the outcome says so instead.
+        alone: Whether the database refused the failure together with its retry, and it is recorded without.
     """
 
     run: Run
@@ -54,6 +56,7 @@ class Entry:
     seconds: float
     doubtful: bool = False
     refused: bool = False
+    alone: bool = False
 
     @property
     def plain(self) -> bool:
@@ -64,7 +67,7 @@ class Entry:
     @property
     def retries(self) -> bool:
         """Whether a new record has to follow a failure in the same transaction."""
-        return self.handler is not None and self.handler.retries > 0
+        return self.handler is not None and self.handler.retries > 0 and not self.alone
 
 
 @dataclass
@@ -110,6 +113,7 @@ class Outbox:
         self._filled = threading.Event()
         self._closing = threading.Event()
         self._hurry = threading.Event()
+        self._requeued: set[int] = set()
         self._writing = 0
         self._idle = threading.Condition()
         self._thread = threading.Thread(target=self._loop, name="mljobs-outbox", daemon=True)
@@ -119,12 +123,28 @@ class Outbox:
 
     def put(self, entry: Entry) -> None:
         """Have this recorded, by whoever claims next; ``nudge`` has to follow where nobody may."""
+        if entry.run.claim.token in self._requeued:
+            return
         (self._waiting if entry.plain else self._others).append(entry)
 
     def nudge(self) -> None:
         """Have what waits written within a few milliseconds, if nobody takes it before."""
         if (self._waiting or self._others) and not self._filled.is_set():
             self._filled.set()
+
+    def requeue(self, runs: Sequence[Run]) -> None:
+        """Put back, at once, what has not ended; what its handlers report later is dropped.
+
+        Raises:
+            DBAPIError: The database is away; nothing was written.
+        """
+        entries = [Entry(run, Outcome.requeued(run.claim), None, 0.0) for run in runs]
+        with answers_within(self._patience):
+            errors = self._store.finish_many([entry.outcome for entry in entries if entry.outcome is not None])
+        # An error means that it ended, or was lost, at the last moment: whoever found that counts it.
+        done = [entry for entry, error in zip(entries, errors, strict=True) if error is None]
+        self._requeued.update(entry.run.claim.token for entry in done)
+        self._end(done, ["requeued"] * len(done))
 
     # ------------------------------------------------------------------------------------------- whoever writes takes
 
@@ -192,6 +212,10 @@ class Outbox:
                 groups.popleft()
                 if len(group) > 1:  # one of them is at fault, and which one is seen when each is written by itself
                     groups.extendleft([entry] for entry in reversed(group))
+                elif not group[0].plain and group[0].outcome is not None:  # at its commit: a deferred constraint, say
+                    logger.exception("job %s failed, and its retry could not be submitted", group[0].run.claim.job_id)
+                    group[0].alone = True
+                    groups.appendleft(group)
                 elif not group[0].refused:
                     groups.appendleft([_as_refused(group[0], error)])
                 else:
@@ -330,7 +354,7 @@ def _submit_retry(bind: Bind, entry: Entry) -> tuple[Any, float] | None:
         return None
     savepoint: AbstractContextManager[Any] = bind.begin_nested()
     try:
-        wait = max(0.0, float(handler.backoff(done + 1)))
+        wait = _wait_before(handler, done + 1)
         with savepoint:
             retry = jobs.retry(bind, job.id, run_after=timedelta(seconds=wait) if wait else None, model=type(job))
     except Exception as error:
@@ -339,6 +363,18 @@ def _submit_retry(bind: Bind, entry: Entry) -> tuple[Any, float] | None:
         logger.exception("job %s failed, and its retry could not be submitted", job.id)
         return None
     return retry.id, wait
+
+
+def _wait_before(handler: Handler, retry: int) -> float:
+    try:
+        wait = float(handler.backoff(retry))
+    except Exception:
+        raise
+    except BaseException as error:  # sys.exit() in theirs must not end a thread of ours
+        raise InvalidValueError("backoff", handler.backoff, f"it ended with {error!r}") from error
+    if math.isnan(wait):
+        raise InvalidValueError("backoff", wait, "expected seconds")
+    return max(0.0, wait)
 
 
 def _log(level: int, entry: Entry, word: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterable
@@ -50,19 +52,31 @@ def perform(function: Function, run: Run) -> Outcome | None:
     return ending(run, None, returned)
 
 
-async def perform_async(function: Callable[[Run], Awaitable[Any]], run: Run) -> Outcome | None:
-    """Await the handler; see ``perform``."""
+async def perform_async(function: Callable[[Run], Awaitable[Any]], run: Run, max_attempts: int) -> Outcome | None:
+    """Await the handler; see ``perform``. A task that was cancelled from outside, by a loop that ends say, is put back."""
     try:
         returned = await function(run)
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or not task.cancelling() or run.cancelled or run.lost:
+            return ending(run, error)
+        return putting_back(run, error, max_attempts)
     except BaseException as error:  # noqa: BLE001 - as above
         return ending(run, error)
     return ending(run, None, returned)
 
 
+def putting_back(run: Run, error: BaseException, max_attempts: int) -> Outcome:
+    """Return what to record of work that was stopped by nobody's fault: back to the queue, unless that came too often."""
+    if run.attempt < max_attempts:
+        return Outcome.requeued(run.claim)
+    return Outcome.failed(run.claim, f"gave up after {run.attempt} attempts: {failure_text(error)}")
+
+
 def ending(run: Run, error: BaseException | None, returned: Any = None) -> Outcome | None:
     """Return what to record of a handler that ended so.
 
-    ``sys.exit()`` in a handler, or a cancelled coroutine, fails the job: put back, it would do the same again.
+    ``sys.exit()`` in a handler, or a ``CancelledError`` of its own, fails the job: put back, it would do so again.
     """
     if run.cancelled or run.lost:
         return None
@@ -73,7 +87,12 @@ def ending(run: Run, error: BaseException | None, returned: Any = None) -> Outco
     try:
         return Outcome.completed(run.claim, run.metrics)
     except InvalidValueError as unfit:  # metrics that JSON cannot hold
+        if inspect.iscoroutine(returned):
+            returned.close()
+            return Outcome.failed(run.claim, f"{unfit}; the handler has to be an async function itself to be awaited")
         return Outcome.failed(run.claim, unfit)
+    except Exception as broken:  # noqa: BLE001 - code of theirs, such as a tolist() that raises
+        return Outcome.failed(run.claim, f"the metrics cannot be read: {failure_text(broken)}")
 
 
 # ------------------------------------------------------------------------------------------------- in another process

@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from mljobs.errors import LeaseLostError
 from mljobs.jobs import Outcome
-from mljobs.run import Keeper, Run, failure_text
+from mljobs.run import Keeper, Run
 from mljobs.states import MlJobStatus
 from mljobs.store import JobStore
 from mljobs.worker.handlers import Handler
 from mljobs.worker.intake import Intake
 from mljobs.worker.outbox import Entry, Outbox
-from mljobs.worker.performing import Ended, Errand, do, ending, perform, perform_async
+from mljobs.worker.performing import Ended, Errand, do, ending, perform, perform_async, putting_back
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,7 @@ class Loop:
 
     async def _perform(self, run: Run, handler: Handler) -> None:
         began = time.monotonic()
-        outcome = await perform_async(handler.function, run)
+        outcome = await perform_async(handler.function, run, self._desk.max_attempts)
         self._desk.settle(run, handler, outcome, time.monotonic() - began)
 
     def close(self) -> None:
@@ -218,8 +219,11 @@ class Elsewhere:
                 self._desk.settle(run, handler, ending(run, error), seconds)
             return
         outcome = result.outcome(run.claim) if isinstance(result, Ended) else result
-        if outcome is None and isinstance(result, Ended) and not (run.cancelled or run.lost):
-            run.mark_cancelled()  # the other process saw it first; the outbox finds out which it was
+        if outcome is None and not (run.cancelled or run.lost):
+            # The other process saw it first, or could not reach the database for so long that it gave the lease up. Putting
+            # the job back is right for all three: a cancelled one stays so, a lost one is refused, ours is done again.
+            self._put_back(run, handler, LeaseLostError(run.claim.job_id, run.claim.token))
+            return
         self._desk.settle(run, handler, outcome, seconds)
 
     def _broken(self, run: Run, handler: Handler, error: BaseException) -> None:
@@ -229,14 +233,8 @@ class Elsewhere:
         self._put_back(run, handler, error)
 
     def _put_back(self, run: Run, handler: Handler, error: BaseException) -> None:
-        """Put a job back whose process died with it; fail it if that has happened too often."""
-        claim = run.claim
-        if run.attempt >= self._desk.max_attempts:
-            reason = f"gave up after {run.attempt} attempts: {failure_text(error)}"
-            outcome = Outcome.failed(claim, reason)
-        else:
-            outcome = Outcome.requeued(claim)
-        self._desk.settle(run, handler, outcome, 0.0)
+        """Put a job back whose process died with it, or gave it up; fail it if that has happened too often."""
+        self._desk.settle(run, handler, putting_back(run, error, self._desk.max_attempts), 0.0)
 
     def close(self) -> None:
         """Take back what has not begun."""

@@ -10,10 +10,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from enum import StrEnum
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,13 +23,13 @@ from sqlalchemy import inspect
 
 from mljobs import jobs
 from mljobs.errors import InvalidValueError, SchemaError
-from mljobs.jobs import DEFAULT_LEASE, Outcome, table_of
+from mljobs.jobs import DEFAULT_LEASE, table_of
 from mljobs.jobs._base import check_lease, connection_of
 from mljobs.patience import answer_seconds, answers_within, end_if_silent
 from mljobs.run import Keeper, Run, database_is_away, first_line, worker_name
 from mljobs.store import JobStore, refuse_memory
 from mljobs.triggers import schema_of
-from mljobs.types import to_member
+from mljobs.types import storable_text, to_member
 from mljobs.worker.handlers import Backoff, Handler, exponential, make_handler
 from mljobs.worker.intake import Intake, Wanted, check_number
 from mljobs.worker.outbox import Outbox, Tally
@@ -44,6 +46,7 @@ _CONCURRENCY_MAX = 1000
 _AHEAD_MAX = 10_000
 _AHEAD = 1024
 _POLL = 1.0
+_POLL_MAX = 86_400.0
 _ATTEMPTS_MAX = 32_767
 _LAST_SECONDS = 5.0
 _DEFAULT_BACKOFF = exponential(10, 600)
@@ -103,10 +106,12 @@ class Worker:
         self.lease = check_lease(lease)
         self.grace = _seconds("grace", grace)
         self.poll = _seconds("poll", poll, above=0)
+        if poll > _POLL_MAX:
+            raise InvalidValueError("poll", poll, f"expected seconds of at most {_POLL_MAX:.0f}, a day")
         if executor is not None and not isinstance(executor, Executor):
             raise InvalidValueError("executor", executor, "expected a concurrent.futures.Executor")
         self.executor = executor
-        self.name = name or worker_name()
+        self.name = worker_name() if name is None else _name(name)
         self.abandoned = 0
         self._handlers: dict[StrEnum, Handler] = {}
         self._store = _blocking(store)
@@ -128,7 +133,7 @@ class Worker:
         if grace is not None:
             self.grace = _seconds("grace", grace)
         if name is not None:
-            self.name = name
+            self.name = _name(name)
 
     @property
     def handlers(self) -> dict[StrEnum, Handler]:
@@ -182,7 +187,8 @@ class Worker:
     async def run_async(self, *, until_idle: bool = False, kinds: Any = None) -> Tally:
         """Run jobs, coroutine handlers on the present event loop; see ``run``.
 
-        Cancelling the awaiting task stops the worker as the first signal does. Signals are the application's own.
+        Cancelling the awaiting task stops the worker as the first signal does, cancelling it again as the second.
+        Signals are the application's own.
 
         Args:
             until_idle: As of ``run``.
@@ -191,16 +197,22 @@ class Worker:
         loop = asyncio.get_running_loop()
         with self._alone():
             run = partial(self._run, until_idle=until_idle, kinds=kinds, loop=loop)
-            work = asyncio.ensure_future(asyncio.to_thread(run))
-            try:
-                return await asyncio.shield(work)
-            except asyncio.CancelledError:
-                self.stop()
-                await work
-                raise
+            # Not a task: a loop that is shut down cancels every task it knows, and this one cannot be.
+            work = loop.run_in_executor(None, copy_context().run, run)
+            cancelled: asyncio.CancelledError | None = None
+            while not work.done():  # cancelled again: its thread is waited for all the same
+                try:
+                    await asyncio.shield(work)
+                except asyncio.CancelledError as error:
+                    cancelled = error
+                    self.stop()
+            tally = await work
+            if cancelled is not None:
+                raise cancelled
+            return tally
 
     def stop(self) -> None:
-        """Stop as the first signal does; called again, as the second. From any thread."""
+        """Stop as the first signal does; called again, as the second. From any thread; before a run it does nothing."""
         self._events.put((_STOP, None))
 
     # ------------------------------------------------------------------------------------------------- before the run
@@ -209,9 +221,12 @@ class Worker:
         if not self._handlers:
             raise InvalidValueError("handlers", {}, "the worker has none; use @worker.handles(kind)")
         asked = [kinds] if isinstance(kinds, str) else kinds
-        chosen = list(self._handlers) if asked is None else [self._handled(kind) for kind in asked]
+        chosen = list(self._handlers) if asked is None else list(dict.fromkeys(self._handled(kind) for kind in asked))
         if not chosen:
             raise InvalidValueError("kinds", kinds, "expected one at least")
+        if isinstance(self.executor, ProcessPoolExecutor):
+            for kind in chosen:
+                _check_picklable(self._handlers[kind])
         return Wanted(
             worker=self.name,
             kinds=[str(kind) for kind in chosen],
@@ -427,8 +442,7 @@ class _Shift:
         logger.warning("worker %s puts back %d jobs that have not ended in time", self._worker.name, len(runs))
         self._intake.abandon(runs)
         try:
-            with answers_within(self._patience):
-                self._store.finish_many([Outcome.requeued(run.claim) for run in runs])
+            self._outbox.requeue(runs)
         except Exception as error:  # noqa: BLE001 - their leases run out, and another worker rescues them
             logger.warning("cannot put them back, their leases will run out: %s", first_line(error))
         for run in runs:
@@ -457,6 +471,22 @@ def _blocking(store: Any) -> JobStore:
     if url is None:
         raise InvalidValueError("store", store, "expected a JobStore or an AsyncJobStore")
     return JobStore(url, model=store.model)
+
+
+def _check_picklable(handler: Handler) -> None:
+    """Refuse what no process could be sent, before every job fails of it."""
+    try:
+        if not handler.is_async:
+            ForkingPickler.dumps(handler.function)
+    except Exception as error:
+        why = f"a process pool takes functions of a module only: {error}"
+        raise InvalidValueError("handler", handler.function, why) from error
+
+
+def _name(name: str) -> str:
+    if not isinstance(name, str) or not name.strip():
+        raise InvalidValueError("name", name, "expected a name for operators to read")
+    return storable_text("name", name)
 
 
 def _seconds(field: str, value: float, *, above: float | None = None) -> float:
