@@ -22,6 +22,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
 from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import QueuePool
 
 from mljobs import events, jobs, transfer
 from mljobs.engines import at_level, is_memory, new_engine, url_from_env
@@ -42,6 +43,7 @@ _POLL_SQLITE = 0.1
 _LEASE = DEFAULT_LEASE
 _READY_OWNED = 16
 _READY_SHARED = 2  # of a host's pool
+_FOR_TRANSACTIONS = 2  # of any pool, as a worker's rescue and a retry need
 _FRESH_SECONDS = 1.0
 LEASE_GIVEN_BACK = (TerminalStateError,)
 """How a finish says that the job was cancelled meanwhile; the lease that it gave back stays given back."""
@@ -113,7 +115,7 @@ class JobStore(events.Source):
         else:
             raise InvalidValueError("source", source, "expected a URL, an Engine or a sessionmaker")
         single, self._whole = modes(engine, owned=self._owned)
-        self._single = _Ready(single, _READY_OWNED if self._owned else _READY_SHARED)
+        self._single = _Ready(single, _ready_at_most(engine, _READY_OWNED if self._owned else _READY_SHARED))
         if self._sessions is None and not plain(model):
             self._sessions = sessionmaker(self._whole, expire_on_commit=False)
 
@@ -379,6 +381,20 @@ def modes(engine: Engine, *, owned: bool) -> tuple[Engine, Engine]:
     if owned:  # made with AUTOCOMMIT, so that the frequent case costs nothing at checkout
         return engine, at_level(engine, "READ COMMITTED")
     return at_level(engine, "AUTOCOMMIT"), engine
+
+
+def _ready_at_most(engine: Engine, wanted: int) -> int:
+    """Return how many connections may be kept ready, so that a small pool has some left for transactions.
+
+    Where the host's pool keeps none at all, neither do we.
+    """
+    pool = engine.pool
+    if not isinstance(pool, QueuePool):
+        return 0
+    overflow: int = pool._max_overflow  # noqa: SLF001 - there is no public way
+    if overflow < 0 or not pool.size():  # without a limit
+        return wanted
+    return max(0, min(wanted, pool.size() + overflow - _FOR_TRANSACTIONS))
 
 
 class _Ready:

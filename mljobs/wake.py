@@ -6,6 +6,9 @@ connection, a pooler that swallows LISTEN, or SQLite, which has no notifications
 On PostgreSQL a sleeper holds a shared advisory lock on its own connection; the trigger sends notifications only while
 somebody holds it, see :mod:`mljobs.triggers`. Behind a pooler neither may be: in transaction mode the lock would stay on a
 server process that others use, and nobody would hear the notification. So a sleeper there only polls.
+
+That connection is taken out of the pool for good: a sleeper holds it for hours, and a small pool would have none left for
+the work. So that watchers (of a page that many look at) do not take all that the server has, the tenth of an engine polls.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import threading
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
@@ -28,7 +32,7 @@ from mljobs.patience import answers_within
 from mljobs.triggers import WAKE_CHANNEL, WATCHER_LOCK, WORKER_LOCK, qualified_name
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Engine
+    from sqlalchemy import Connection, Engine, Pool
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from mljobs.jobs import Model
@@ -41,6 +45,25 @@ _LOCK = text(
 _LISTEN_SECONDS = 10.0
 _LISTEN = f"LISTEN {WAKE_CHANNEL}"
 _PID = text("SELECT pg_backend_pid()")
+_WATCHERS_MAX = 9
+
+_listeners: WeakKeyDictionary[Pool, int] = WeakKeyDictionary()
+_counting = threading.Lock()
+
+
+def _may_listen(pool: Pool, lock: int) -> bool:
+    """Count one more sleeper that listens beside this pool, unless it is a watcher and there are enough."""
+    with _counting:
+        there = _listeners.get(pool, 0)
+        may = there < _WATCHERS_MAX or lock == WORKER_LOCK
+        if may:
+            _listeners[pool] = there + 1
+        return may
+
+
+def _listens_no_more(pool: Pool) -> None:
+    with _counting:
+        _listeners[pool] -= 1
 
 
 class Sleeper:
@@ -58,6 +81,7 @@ class Sleeper:
         self._lock = WORKER_LOCK if workers else WATCHER_LOCK
         self._listens = engine.dialect.name == "postgresql" and engine.dialect.driver == "psycopg"
         self._connection: Connection | None = None
+        self._driver: Any = None
         self._woken = threading.Event()
         self._bell: socket.socket | None = None
         self._ear: socket.socket | None = None
@@ -74,11 +98,11 @@ class Sleeper:
     def sleep(self, seconds: float) -> None:
         """Sleep for ``seconds`` at most. The first time, and after a lost connection, only start to listen."""
         try:
-            if self._ear is not None and self._listens and self._connection is None:
-                self._listen()
-                return
             if self._ear is not None and self._connection is not None:
-                self._hear(self._connection.connection.driver_connection, self._ear, seconds)
+                self._hear(self._driver, self._ear, seconds)
+                return
+            if self._ear is not None and self._listens and _may_listen(self._engine.pool, self._lock):
+                self._listen()
                 return
         except Exception as error:  # noqa: BLE001 - whatever breaks the hint, polling goes on
             logger.debug("cannot listen for notifications, polling instead: %s", error)
@@ -100,11 +124,16 @@ class Sleeper:
             ear.recv(4096)
 
     def _listen(self) -> None:
+        try:
+            with answers_within(_LISTEN_SECONDS):
+                connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        except BaseException:
+            _listens_no_more(self._engine.pool)
+            raise
+        self._connection, self._driver = connection, connection.connection.driver_connection
+        connection.detach()
         with answers_within(_LISTEN_SECONDS):
-            connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-            self._connection = connection
-            driver: Any = connection.connection.driver_connection
-            if pooled(connection.scalar(_PID), driver.info.backend_pid):
+            if pooled(connection.scalar(_PID), self._driver.info.backend_pid):
                 self._listens = False
                 self.rest()
                 return
@@ -112,17 +141,19 @@ class Sleeper:
             connection.exec_driver_sql(_LISTEN)
 
     def close(self) -> None:
-        """Give the connection back, without what it listened to, for good."""
+        """Listen no more, for good."""
         self.rest()
         for end in (self._bell, self._ear):
             if end is not None:
                 end.close()
 
     def rest(self) -> None:
-        """Give the connection back until the next sleep, which listens anew."""
+        """Close the connection until the next sleep, which listens anew: the session's lock and LISTEN end with it."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            connection.invalidate()  # closes it for good: the session's lock and LISTEN end with it
+            _listens_no_more(self._engine.pool)
+            self._driver.close()
+            connection.invalidate()  # SQLAlchemy would reset it first, which a lost one cannot bear
             connection.close()
 
     def __enter__(self) -> Self:
@@ -146,29 +177,28 @@ class AsyncSleeper:
         self._engine = engine
         self._model = model
         self._lock = WORKER_LOCK if workers else WATCHER_LOCK
-        self._driver = engine.dialect.driver if engine.dialect.name == "postgresql" else ""
+        self._name = engine.dialect.driver if engine.dialect.name == "postgresql" else ""
         self._connection: AsyncConnection | None = None
+        self._driver: Any = None
         self._woken = asyncio.Event()
 
     async def sleep(self, seconds: float) -> None:
         """Sleep for ``seconds`` at most. The first time, and after a lost connection, only start to listen."""
-        if self._driver not in ("psycopg", "psycopg_async", "asyncpg"):
-            await asyncio.sleep(seconds)
-            return
         try:
-            if self._connection is None:
+            if self._connection is not None:
+                await self._wait(seconds)
+                return
+            if self._name in ("psycopg", "psycopg_async", "asyncpg") and _may_listen(self._engine.pool, self._lock):
                 await self._listen()
                 return
-            await self._wait(self._connection, seconds)
         except (DBAPIError, OSError, RuntimeError) as error:
             logger.debug("cannot listen for notifications, polling instead: %s", error)
             await self.close()
-            await asyncio.sleep(seconds)
+        await asyncio.sleep(seconds)
 
-    async def _wait(self, connection: AsyncConnection, seconds: float) -> None:
-        driver: Any = (await connection.get_raw_connection()).driver_connection
-        if self._driver == "asyncpg":
-            if driver.is_closed():
+    async def _wait(self, seconds: float) -> None:
+        if self._name == "asyncpg":
+            if self._driver.is_closed():
                 raise RuntimeError("the connection is closed")
             try:
                 await asyncio.wait_for(self._woken.wait(), seconds)
@@ -177,32 +207,44 @@ class AsyncSleeper:
             self._woken.clear()
             return
         try:
-            async for _ in driver.notifies(timeout=seconds, stop_after=1):
+            async for _ in self._driver.notifies(timeout=seconds, stop_after=1):
                 pass
         except Exception as error:
             raise RuntimeError(str(error)) from error
 
     async def _listen(self) -> None:
-        connection = await self._engine.connect()
+        try:
+            connection = await self._engine.connect()
+        except BaseException:
+            _listens_no_more(self._engine.pool)
+            raise
         self._connection = connection
         await connection.execution_options(isolation_level="AUTOCOMMIT")
         driver: Any = (await connection.get_raw_connection()).driver_connection
-        told = driver.get_server_pid() if self._driver == "asyncpg" else driver.info.backend_pid
+        self._driver = driver
+        if connection.sync_connection is not None:
+            connection.sync_connection.detach()
+        told = driver.get_server_pid() if self._name == "asyncpg" else driver.info.backend_pid
         if pooled(await connection.scalar(_PID), told):
-            self._driver = ""
             await self.close()
+            self._name = ""
             return
         name = await connection.run_sync(qualified_name, table_of(self._model))
         await connection.execute(_LOCK, {"lock": self._lock, "table": name})
-        if self._driver == "asyncpg":
+        if self._name == "asyncpg":
             await driver.add_listener(WAKE_CHANNEL, lambda *_: self._woken.set())
         else:
             await connection.exec_driver_sql(_LISTEN)
 
     async def close(self) -> None:
-        """Give the connection back, without what it listened to."""
+        """Listen no more."""
         connection, self._connection = self._connection, None
         if connection is not None:
+            _listens_no_more(self._engine.pool)
+            if self._name == "asyncpg":
+                self._driver.terminate()
+            else:
+                await self._driver.close()
             await connection.invalidate()
             await connection.close()
 

@@ -18,6 +18,7 @@ from sqlalchemy.pool import NullPool
 
 from mljobs import AsyncJobStore, InvalidValueError, JobStore, MlJob, MlJobStatus
 from mljobs.engines import async_url, sync_url, url_from_env
+from mljobs.jobs._base import connection_of
 from mljobs.wake import AsyncSleeper, Sleeper
 from tests.worlds import DRIVERS
 
@@ -146,6 +147,60 @@ def test_a_sleeper_whose_connection_is_lost_polls_and_listens_again(postgres_url
         sleeper.sleep(0)
         assert sleeper._connection is not None
     admin.dispose()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_small_pool_is_enough_for_every_operation(postgres_url: str, size: int) -> None:
+    with JobStore(postgres_url, pool_size=size, max_overflow=0, pool_timeout=60) as store:
+        job = store.submit("train", "spam")
+        for thread in [threading.Thread(target=store.get, args=[job]) for _ in range(4)]:
+            thread.start()
+            thread.join()
+        store.submit_many([("train", "eggs", {})])
+        assert store.rescue().requeued == []
+        with store.running(job) as run:
+            run.progress(50)
+        assert store.wait(job, timeout=60).status is MlJobStatus.COMPLETED
+
+
+def test_a_host_that_pools_no_connections_keeps_none_for_us(postgres_url: str) -> None:
+    engine = create_engine(postgres_url, poolclass=NullPool)
+    with JobStore(engine) as store, JobStore(postgres_url) as other:
+        store.submit("train", "spam")
+        with other.engine.connect() as connection:
+            asked = (
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+            assert connection.exec_driver_sql(asked).scalar_one() == 0
+    engine.dispose()
+
+
+def test_of_many_watchers_some_poll_and_all_see_the_end(postgres_url: str) -> None:
+    async def main() -> None:
+        store = AsyncJobStore(
+            postgres_url.replace("+psycopg", "+asyncpg"), pool_size=2, max_overflow=0, pool_timeout=60
+        )
+        async with store:
+            job = await store.submit("train", "spam")
+            waits = [asyncio.create_task(store.wait(job, timeout=60, poll=0.05)) for _ in range(20)]
+            listeners = 0
+            while listeners < 9:
+                await asyncio.sleep(0.01)
+                listeners = await store.run(_listeners)
+            await store.cancel(job)
+            assert {done.status for done in await asyncio.gather(*waits)} == {MlJobStatus.CANCELLED}
+            assert listeners == 9
+
+    asyncio.run(main())
+
+
+def _listeners(bind: Any) -> int:
+    asked = (
+        "SELECT count(*) FROM pg_locks JOIN pg_database ON oid = database "
+        "WHERE locktype = 'advisory' AND datname = current_database()"
+    )
+    number: int = connection_of(bind).exec_driver_sql(asked).scalar_one()
+    return number
 
 
 @pytest.mark.parametrize("driver", [DRIVERS["postgresql-psycopg-async"], DRIVERS["postgresql-asyncpg"]])

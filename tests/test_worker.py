@@ -740,6 +740,33 @@ def test_a_second_stop_does_not_wait_for_the_grace(store: JobStore) -> None:
     assert stopped.wait(60)  # a handler that listens is told
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_small_pool_is_enough_for_a_worker_that_was_idle(postgres_url: str, size: int) -> None:
+    options: dict[str, Any] = {"pool_size": size, "max_overflow": 0, "pool_timeout": 60}
+    with JobStore(postgres_url, **options) as store, JobStore(postgres_url) as other:
+        worker = worker_of(store)
+        worker.handles("train", retries=1, backoff=0)(partial(_fail, "no"))
+        thread = threading.Thread(target=worker.run, daemon=True)
+        thread.start()
+        _until(lambda: _listeners(other) == 1)
+        job = other.submit("train", "spam")
+        _until(lambda: other.counts()["train", "failed"] == 2)
+        worker.stop()
+        thread.join(60)
+        assert not thread.is_alive()
+        assert ended(other, job).status is FAILED
+        _until(lambda: _listeners(other) == 0)
+
+
+def _listeners(store: JobStore) -> int:
+    with store.engine.connect() as connection:
+        asked = (
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND starts_with(query, 'LISTEN')"
+        )
+        number: int = connection.exec_driver_sql(asked).scalar_one()
+        return number
+
+
 def test_an_idle_worker_stops_at_once_and_wakes_for_a_new_job(store: JobStore) -> None:
     worker = worker_of(store, poll=3600 if store.engine.dialect.name == "postgresql" else 0.05)
     handled = threading.Event()
