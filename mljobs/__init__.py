@@ -29,17 +29,20 @@ if TYPE_CHECKING:
         WaitTimeout,
     )
     from mljobs.events import on_finished
+    from mljobs.jobs import Claim, Outcome
     from mljobs.model import Base, MlJob, MlJobLease, MlJobMixin, kind_column, metadata
+    from mljobs.run import Run
     from mljobs.states import MlJobKind, MlJobStatus
     from mljobs.store import JobStore
     from mljobs.transfer import Imported, JobMapping, dump_kv, export_jobs, import_jobs, load_kv
-    from mljobs.worker import Worker, exponential
+    from mljobs.worker import Tally, Worker, exponential
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AsyncJobStore",
     "Base",
+    "Claim",
     "Imported",
     "InvalidTransitionError",
     "InvalidValueError",
@@ -59,7 +62,10 @@ __all__ = [
     "MlJobStatus",
     "MlJobsError",
     "ModelError",
+    "Outcome",
+    "Run",
     "SchemaError",
+    "Tally",
     "TargetLockedError",
     "TerminalStateError",
     "TransferError",
@@ -77,13 +83,15 @@ __all__ = [
 
 _MODULES = {
     "events": ("on_finished",),
+    "jobs": ("Claim", "Outcome"),
+    "run": ("Run",),
     "model": ("Base", "MlJob", "MlJobLease", "MlJobMixin", "kind_column", "metadata"),
     "dataclass_mixin": ("MlJobDataclassMixin",),
     "states": ("MlJobKind", "MlJobStatus"),
     "async_store": ("AsyncJobStore",),
     "store": ("JobStore",),
     "transfer": ("Imported", "JobMapping", "dump_kv", "export_jobs", "import_jobs", "load_kv"),
-    "worker": ("Worker", "exponential"),
+    "worker": ("Tally", "Worker", "exponential"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

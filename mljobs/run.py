@@ -7,6 +7,7 @@ event loop does not cost a lease. :func:`ended` says what becomes of the job whe
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -23,7 +24,7 @@ from uuid import UUID
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from mljobs.errors import JobCancelled, LeaseLostError, MlJobsError, TerminalStateError
+from mljobs.errors import InvalidValueError, JobCancelled, LeaseLostError, MlJobsError, TerminalStateError
 from mljobs.jobs.claiming import Claim, Renewal
 from mljobs.jobs.finishing import Outcome
 from mljobs.model import MlJob
@@ -39,6 +40,7 @@ LONGEST_PAUSE = 5.0
 _PROGRESS_SECONDS = 1.0
 _RENEW_SECONDS = 5.0
 _AGAIN_SECONDS = 0.5
+_LOOK_SECONDS = 0.25
 _TRACEBACK_FRAMES = 5
 _WILL_BE_SO_AGAIN = ("27", "2F", "38", "39", "54", "55000", "HV")
 """PostgreSQL's codes for what psycopg calls operational and no wait mends: limits of the program, and what triggers and
@@ -99,7 +101,7 @@ class Run:
         until: When the lease ends as far as its keeper knows, on the keeper's clock.
     """
 
-    __slots__ = ("_cancelled", "_lost", "_progress", "_woken", "_written", "claim", "metrics", "until")
+    __slots__ = ("_cancelled", "_lost", "_progress", "_stopping", "_woken", "_written", "claim", "metrics", "until")
 
     def __init__(self, claim: Claim) -> None:
         self.claim = claim
@@ -109,6 +111,7 @@ class Run:
         self._written = 0.0
         self._cancelled = False
         self._lost = False
+        self._stopping = False
         self._woken: threading.Event | None = None  # made when somebody sleeps: a short job never does
 
     def __repr__(self) -> str:
@@ -139,6 +142,14 @@ class Run:
         """Whether the lease is gone; the work should stop, nothing that it reports will be accepted."""
         return self._lost
 
+    @property
+    def stopping(self) -> bool:
+        """Whether the worker has been told to stop: the job is put back when its grace ends, so save what helps then.
+
+        Seen in the worker's own process; a handler in an executor's process is told nothing before.
+        """
+        return self._stopping
+
     def check(self) -> None:
         """Stop here if the work is no longer wanted.
 
@@ -158,12 +169,17 @@ class Run:
             percent: 0..100; more counts as 100.
 
         Raises:
+            InvalidValueError: Not a number.
             JobCancelled: The job was cancelled.
             LeaseLostError: The lease is gone.
         """
         self.check()
+        try:
+            whole = int(percent)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InvalidValueError("percent", percent, "expected a number, 0 to 100") from error
         with _SHARED:
-            self._progress = max(0, min(100, int(percent)))
+            self._progress = max(0, min(100, whole))
 
     def sleep(self, seconds: float) -> None:
         """Sleep, unless the work is no longer wanted; for a handler that waits for something outside.
@@ -172,15 +188,37 @@ class Run:
             seconds: How long at most.
 
         Raises:
+            InvalidValueError: Not a number of seconds, or this is a coroutine, whose loop would stand still.
             JobCancelled: The job was cancelled.
             LeaseLostError: The lease is gone.
         """
+        _check_pause(seconds)
+        if asyncio._get_running_loop() is not None:  # noqa: SLF001 - the public one raises
+            raise InvalidValueError("seconds", seconds, "in a coroutine, `await run.sleep_async(seconds)`")
         with _SHARED:
             if self._woken is None:
                 self._woken = threading.Event()
         self.check()
         self._woken.wait(seconds)
         self.check()
+
+    async def sleep_async(self, seconds: float) -> None:
+        """Sleep as ``sleep`` does, in a coroutine.
+
+        Args:
+            seconds: How long at most.
+
+        Raises:
+            InvalidValueError: Not a number of seconds.
+            JobCancelled: The job was cancelled.
+            LeaseLostError: The lease is gone.
+        """
+        _check_pause(seconds)
+        end = time.monotonic() + seconds
+        self.check()
+        while (left := end - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, _LOOK_SECONDS))
+            self.check()
 
     @overload
     def track(self, items: AsyncIterable[_T], total: int | None = None) -> AsyncIterator[_T]: ...
@@ -240,6 +278,10 @@ class Run:
         self._cancelled = True
         self._wake()
 
+    def mark_stopping(self) -> None:
+        """Tell the work that its worker stops."""
+        self._stopping = True
+
     def mark_lost(self) -> None:
         """Tell the work that the lease is gone."""
         self._lost = True
@@ -249,6 +291,11 @@ class Run:
         with _SHARED:
             if self._woken is not None:
                 self._woken.set()
+
+
+def _check_pause(seconds: float) -> None:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= threading.TIMEOUT_MAX:
+        raise InvalidValueError("seconds", seconds, "expected seconds of at least 0")
 
 
 class Keeper:

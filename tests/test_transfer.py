@@ -1152,3 +1152,12 @@ def test_rows_that_python_values_made_are_exported_alike(world: World, store: An
     file = io.BytesIO()
     store.export_jobs(file)
     assert json.loads(file.getvalue())["created_at"] == (NOW - from_millis(0)) // timedelta(milliseconds=1)
+
+
+@pytest.mark.parametrize("name", ["jobs.ndjson.bz2", "jobs.xz", "jobs.zip"])
+def test_the_name_of_another_archive_is_refused(full: JobStore, name: str) -> None:
+    for move in (full.export_jobs, full.import_jobs):
+        with pytest.raises(InvalidValueError, match=r"\.gz and \.zst") as caught:
+            move(name)
+        assert (caught.value.field, caught.value.value) == ("file", name)
+    assert not Path(name).exists()

@@ -1272,3 +1272,78 @@ def test_an_outcome_is_dropped_when_the_lease_is_gone_meanwhile(url: str) -> Non
         expire(store)
         assert store.rescue().requeued == [job.id]
         assert store.claim_one(job.id, worker="next").job.attempts == 2
+
+
+# ------------------------------------------------------------------------------------------------- what a handler is told
+
+
+def test_a_handler_sees_that_its_worker_stops_and_may_still_end_well(store: JobStore) -> None:
+    worker = worker_of(store, grace=60)
+    seen: list[bool] = []
+
+    def train(run: Run) -> dict[str, str]:
+        seen.append(run.stopping)
+        worker.stop()
+        while not run.stopping:
+            run.sleep(0.01)
+        return {"saved": "checkpoint"}
+
+    worker.handles("train")(train)
+    job = store.submit("train", "spam")
+    assert worker.run().jobs == {"completed": 1}
+    assert (seen, store.get(job).metrics) == ([False], {"saved": "checkpoint"})
+
+
+def test_a_coroutine_sleeps_without_its_loop_and_wakes_when_it_is_cancelled(store: JobStore) -> None:
+    worker = worker_of(store, lease=1)
+    asleep = threading.Event()
+
+    async def backfill(run: Run) -> None:
+        with pytest.raises(InvalidValueError, match=r"await run\.sleep_async") as caught:
+            run.sleep(1)
+        assert caught.value.field == "seconds"
+        asleep.set()
+        await run.sleep_async(3600)
+
+    worker.handles("backfill")(backfill)
+    job = store.submit("backfill", "spam")
+    thread = threading.Thread(target=lambda: asleep.wait(60) and store.cancel(job))
+    thread.start()
+    assert worker.run(until_idle=True).jobs == {"cancelled": 1}
+    thread.join()
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), "1", True, None])
+def test_a_sleep_takes_seconds(store: JobStore, seconds: Any) -> None:
+    store.submit("train", "spam")
+    run = Run(store.claim(worker="w")[0])
+    for sleep in (run.sleep, lambda seconds: asyncio.run(run.sleep_async(seconds))):
+        with pytest.raises(InvalidValueError) as caught:
+            sleep(seconds)
+        assert caught.value.field == "seconds"
+
+
+@pytest.mark.parametrize("percent", ["x", None, float("nan"), float("inf")])
+def test_progress_takes_a_number(store: JobStore, percent: Any) -> None:
+    store.submit("train", "spam")
+    run = Run(store.claim(worker="w")[0])
+    with pytest.raises(InvalidValueError) as caught:
+        run.progress(percent)
+    assert caught.value.field == "percent"
+
+
+def test_a_backoff_that_takes_no_number_is_refused_at_once(store: JobStore) -> None:
+    with pytest.raises(InvalidValueError, match="which retry it is"):
+        worker_of(store).handles("train", retries=1, backoff=lambda: 1)(lambda run: None)  # type: ignore[misc,arg-type]
+
+
+def test_a_rescue_names_the_jobs(store: JobStore, caplog: pytest.LogCaptureFixture) -> None:
+    job = store.submit("train", "spam")
+    store.claim(worker="w", lease=0.001)
+    worker = worker_of(store)
+    worker.handles("train")(lambda run: worker.stop())
+    with caplog.at_level(logging.WARNING, "mljobs.worker"):
+        assert worker.run().jobs == {"completed": 1}
+    (line,) = [record for record in caplog.records if "fell silent" in record.getMessage()]
+    assert str(job.id) in line.getMessage()
+    assert line.requeued == [str(job.id)]  # type: ignore[attr-defined]

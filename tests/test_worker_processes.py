@@ -73,7 +73,7 @@ def test_after_its_grace_a_handler_that_does_not_listen_keeps_no_process(url: st
         worker.hears("begun")
         worker.send(SIGTERM)
         assert worker.ends() == 0
-        assert "puts back 1 jobs" in "\n".join(worker.lines)
+        assert "puts back what has not ended in time; jobs: 1" in "\n".join(worker.lines)
     assert (store.get(job.id).status, store.get(job.id).attempts) == (QUEUED, 1)
     assert rows(store, "token") == []
 

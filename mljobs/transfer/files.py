@@ -32,6 +32,7 @@ _GZIP_LEVEL: Final = 6
 _AHEAD: Final = 8
 """Parts that wait to be written, so that memory has an end."""
 _STANDARD: Final = "-"
+_OTHER_ARCHIVES: Final = frozenset({".bz2", ".xz", ".lzma", ".lz4", ".br", ".zip", ".7z"})
 _DAMAGED: Final = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
@@ -87,6 +88,13 @@ class Sink:
     records: int = 0
 
 
+def _check_suffix(path: Path) -> Path:
+    """Refuse the name of an archive that we neither write nor read: its content would not be what the name says."""
+    if path.suffix in _OTHER_ARCHIVES:
+        raise InvalidValueError("file", str(path), "of compressed files .gz and .zst are written and read")
+    return path
+
+
 @contextmanager
 def writing(file: File) -> Iterator[Sink]:
     """Open a file to write to; under a path it appears when the block has ended well.
@@ -95,7 +103,7 @@ def writing(file: File) -> Iterator[Sink]:
         file: A name that ends in ``.gz`` or ``.zst`` is compressed. An open file is written as it is and left open.
 
     Raises:
-        InvalidValueError: Not a file.
+        InvalidValueError: Not a file, or the name of another kind of archive.
         TransferError: The disk is full, the pipe is broken, or the like.
         OSError: The path cannot be opened.
     """
@@ -104,7 +112,7 @@ def writing(file: File) -> Iterator[Sink]:
             sink = Sink(_writer_of(getattr(sys.stdout, "buffer", sys.stdout)))
             finish: Callable[[], object] = sys.stdout.flush
         elif isinstance(file, str | os.PathLike):
-            sink, finish = _at_path(Path(file), stack)
+            sink, finish = _at_path(_check_suffix(Path(file)), stack)
         elif callable(getattr(file, "write", None)):
             sink = Sink(_writer_of(file))
             finish = getattr(file, "flush", lambda: None)
@@ -285,14 +293,14 @@ def reading(file: File) -> Iterator[Source]:
         file: A compressed one is known by its name or by its first bytes. An open file is left open.
 
     Raises:
-        InvalidValueError: Not a file.
+        InvalidValueError: Not a file, or the name of another kind of archive.
         OSError: The path cannot be opened.
     """
     with ExitStack() as stack:
         if file == _STANDARD:
             raw: Any = getattr(sys.stdin, "buffer", sys.stdin)
         elif isinstance(file, str | os.PathLike):
-            raw = stack.enter_context(Path(file).open("rb"))
+            raw = stack.enter_context(_check_suffix(Path(file)).open("rb"))
         elif callable(getattr(file, "read", None)):
             raw = file
         else:

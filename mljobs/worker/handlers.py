@@ -94,6 +94,13 @@ def is_number(value: object) -> bool:
 
 def _as_backoff(backoff: float | Backoff) -> Backoff:
     if callable(backoff):
+        try:
+            inspect.signature(backoff).bind(1)
+        except TypeError as error:
+            why = f"it has to take one argument, which retry it is: {error}"
+            raise InvalidValueError("backoff", backoff, why) from error
+        except ValueError:  # a builtin that does not tell
+            pass
         return backoff
     if not is_number(backoff) or backoff < 0:
         raise InvalidValueError(

@@ -85,7 +85,7 @@ class Tally:
     def __str__(self) -> str:
         parts = [f"{number} {name}" for name, number in sorted(self.jobs.items())]
         if self.retried:
-            parts.append(f"{self.retried} to be retried")
+            parts.append(f"{self.retried} retried")
         return ", ".join(parts) or "no jobs"
 
 
@@ -382,12 +382,12 @@ def _log(level: int, entry: Entry, word: str) -> None:
     reason = entry.outcome.error_message if entry.outcome is not None and word == "failed" else None
     logger.log(
         level,
-        "job %s %s %s %s after %.3f s, attempt %d%s",
+        "job %s %s %s %s%s, attempt %d%s",
         claim.job_id,
         claim.job.kind,
         claim.job.target_name,
         word,
-        entry.seconds,
+        f" after {entry.seconds:.3f} s" if entry.seconds else "",  # unknown of what is put back
         claim.job.attempts,
         f": {first_line(reason)}" if reason else "",
         extra={
@@ -395,7 +395,7 @@ def _log(level: int, entry: Entry, word: str) -> None:
             "kind": str(claim.job.kind),
             "target": claim.job.target_name,
             "outcome": word,
-            "seconds": entry.seconds,
+            "seconds": entry.seconds or None,
             "attempt": claim.job.attempts,
             "error": reason,
         },

@@ -9,7 +9,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -18,6 +18,7 @@ from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID
 
 from sqlalchemy import inspect
 
@@ -388,7 +389,9 @@ class _Shift:
                 return error
             if event == _STOP:
                 self._intake.stop()  # before it is said
-                logger.info("worker %s stops claiming; %d jobs go on", self._worker.name, len(self._intake.under_way()))
+                logger.info(
+                    "worker %s stops claiming; jobs under way: %d", self._worker.name, len(self._intake.under_way())
+                )
             return None
 
     def _rescue(self) -> None:
@@ -410,10 +413,16 @@ class _Shift:
             return
         if rescue:
             logger.warning(
-                "rescued jobs whose worker fell silent: %d queued again, %d failed, %d leases ended",
+                "rescued jobs whose worker fell silent: %d queued again, %d failed, %d leases ended: %s",
                 len(rescue.requeued),
                 len(rescue.failed),
                 len(rescue.released),
+                _named([*rescue.requeued, *rescue.failed, *rescue.released]),
+                extra={
+                    "requeued": [str(job_id) for job_id in rescue.requeued],
+                    "failed": [str(job_id) for job_id in rescue.failed],
+                    "released": [str(job_id) for job_id in rescue.released],
+                },
             )
         for job_id, refused in rescue.errors.items():
             logger.error("job %s could not be rescued: %s", job_id, first_line(refused))
@@ -421,6 +430,8 @@ class _Shift:
     def _wind_up(self) -> float | None:
         """Let handlers end within the grace, put back what is left; return how long the last outcomes may take."""
         self._intake.stop()
+        for run in self._intake.under_way():
+            run.mark_stopping()
         end = time.monotonic() + self._worker.grace
         told_again = False
         while self._intake.busy and not told_again:
@@ -439,7 +450,7 @@ class _Shift:
 
     def _put_back(self, runs: list[Run]) -> None:
         """Requeue what is still running, and tell it that it may stop: what it reports later is dropped."""
-        logger.warning("worker %s puts back %d jobs that have not ended in time", self._worker.name, len(runs))
+        logger.warning("worker %s puts back what has not ended in time; jobs: %d", self._worker.name, len(runs))
         self._intake.abandon(runs)
         try:
             self._outbox.requeue(runs)
@@ -462,6 +473,12 @@ class _Shift:
 
 
 _TICK = 1.0
+_NAMED_MAX = 5
+
+
+def _named(ids: Sequence[UUID]) -> str:
+    """Return the first of them, for a line of log."""
+    return ", ".join(str(job_id) for job_id in ids[:_NAMED_MAX]) + (" ..." if len(ids) > _NAMED_MAX else "")
 
 
 def _blocking(store: Any) -> JobStore:

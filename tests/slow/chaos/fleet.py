@@ -30,7 +30,7 @@ _COUNTED = {
     "waits: to renew leases": r"cannot renew",
     "waits: to look for lost jobs": r"cannot look for lost jobs",
     "answers given up by the client": r"has not answered within",
-    "handlers put back at a stop": r"puts back (\d+) jobs",
+    "handlers put back at a stop": r"puts back what has not ended in time; jobs: (\d+)",
 }
 
 
