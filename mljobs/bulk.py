@@ -406,7 +406,8 @@ def _copy_out(
 ) -> Iterator[list[tuple[Any, ...]]]:
     with driver.cursor() as cursor, cursor.copy(text, values) as copy:
         copy.set_types(types)
-        while part := driver.wait(_some(driver.pgconn, copy, chunk)):
+        known = _known_inside(copy)
+        while part := driver.wait(_some(driver.pgconn, copy, chunk)) if known else _few(copy.read_row, chunk):
             yield part
 
 
@@ -418,7 +419,12 @@ def _copy_out_async(
     copy = await_only(block.__aenter__())
     try:
         copy.set_types(types)
-        while part := await_only(driver.wait(_some(driver.pgconn, copy, chunk))):
+        known = _known_inside(copy)
+        while part := (
+            await_only(driver.wait(_some(driver.pgconn, copy, chunk)))
+            if known
+            else _few(lambda: await_only(copy.read_row()), chunk)
+        ):
             yield part
     except BaseException as error:
         await_only(block.__aexit__(type(error), error, error.__traceback__))
@@ -427,6 +433,15 @@ def _copy_out_async(
         await_only(block.__aexit__(None, None, None))
     finally:
         await_only(cursor.close())
+
+
+def _known_inside(copy: Any) -> bool:
+    """Whether psycopg is made as ``_some`` knows it. If not, rows are read in its public way: one by one, and slowly."""
+    return all(hasattr(copy, name) for name in ("_finished", "_read_gen")) and hasattr(copy.formatter, "parse_row")
+
+
+def _few(read: Callable[[], Any], chunk: int) -> list[tuple[Any, ...]]:
+    return list(islice(iter(read, None), chunk))
 
 
 def _some(pgconn: Any, copy: Any, chunk: int) -> Generator[Any, Any, list[tuple[Any, ...]]]:

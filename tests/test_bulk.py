@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool
 
-from mljobs import InvalidValueError, MlJob, MlJobKind, MlJobMixin, MlJobStatus, jobs
+from mljobs import InvalidValueError, MlJob, MlJobKind, MlJobMixin, MlJobStatus, bulk, jobs
 from mljobs.bulk import insert_rows, insert_wire, read_wire, wire_of
 from mljobs.jobs import table_of
 from tests.worlds import World
@@ -147,6 +147,14 @@ def test_a_connection_that_breaks_is_an_operational_error_and_is_not_used_again(
     assert stored(world) == []
 
 
+@pytest.fixture(params=["inside", "public"])
+def psycopg(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """psycopg as this version is made inside, and one that is made otherwise."""
+    if request.param == "public":
+        monkeypatch.setattr(bulk, "_known_inside", lambda _: False)
+
+
+@pytest.mark.usefixtures("psycopg")
 def test_wire_rows_are_what_python_values_are(world: World) -> None:
     rows = [row(), row(started_at=datetime(1970, 1, 1, tzinfo=UTC), finished_at=NOW, error_message="", priority=32767)]
 
@@ -175,6 +183,7 @@ def test_wire_rows_are_what_python_values_are(world: World) -> None:
     assert stored(world) == sorted(rows)
 
 
+@pytest.mark.usefixtures("psycopg")
 def test_reading_is_filtered_and_in_parts(world: World) -> None:
     def act(session: Session) -> None:
         connection = session.connection()
@@ -188,6 +197,7 @@ def test_reading_is_filtered_and_in_parts(world: World) -> None:
     world.run(act)
 
 
+@pytest.mark.usefixtures("psycopg")
 def test_reading_may_end_early(world: World) -> None:
     world.run(lambda session: insert_rows(session.connection(), TABLE, NAMES, (row() for _ in range(50))))
 
@@ -200,6 +210,7 @@ def test_reading_may_end_early(world: World) -> None:
     world.run(act)
 
 
+@pytest.mark.usefixtures("psycopg")
 def test_an_error_in_the_middle_of_reading_is_the_databases_own(world: World) -> None:
     if world.dialect == "sqlite":
         return  # divides by zero without a word
