@@ -27,6 +27,7 @@ from mljobs import (
     jobs,
     on_finished,
 )
+from mljobs.events import delivering
 from mljobs.jobs import Outcome
 from tests.host import GridRun, HostBase, TrainingRun
 from tests.worlds import World
@@ -37,7 +38,7 @@ Seen = list[tuple[str, str]]
 @pytest.fixture(autouse=True)
 def nobody_listens_afterwards() -> Iterator[None]:
     yield
-    for subscription in events._subscriptions:
+    for subscription in delivering._subscriptions:
         subscription.remove()
 
 

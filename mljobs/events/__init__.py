@@ -1,0 +1,36 @@
+"""Tell the host that a job has finished: after the commit, once, with the record.
+
+A job that finishes is read in the transaction in which it does, for it never changes again, and is kept beside that
+transaction until it commits. What a rollback, or the rollback to a savepoint, takes back is forgotten.
+
+::
+
+    subscribing     on_finished, and to whom it can be said
+      |- sessions     flushes, ``update(...)`` through ``session.execute``, and every operation of mljobs.jobs
+      |- connections  every operation; told when the connection begins its next transaction or is given back
+      |- stores       every operation of a store or worker
+      +- keeping      what has finished, until the transaction commits
+           +- delivering  who listens, and calling them
+
+What goes past all of these (raw SQL, another process) is seen by ``store.watch`` and ``store.wait``.
+"""
+
+from mljobs.events.connections import hand_over
+from mljobs.events.delivering import Subscription, deliver, deliver_async, subscribed
+from mljobs.events.sessions import note
+from mljobs.events.stores import kept_by, origin_of, telling
+from mljobs.events.subscribing import Source, on_finished
+
+__all__ = [
+    "Source",
+    "Subscription",
+    "deliver",
+    "deliver_async",
+    "hand_over",
+    "kept_by",
+    "note",
+    "on_finished",
+    "origin_of",
+    "subscribed",
+    "telling",
+]
