@@ -124,10 +124,13 @@ class WorkerProcess:
             self.process.stdin.close()
 
 
-def freeze(process: subprocess.Popen[Any]) -> None:
-    """Stop a process, and wait until each of its threads stands still."""
+def freeze(process: subprocess.Popen[Any]) -> bool:
+    """Stop a process, and wait until each of its threads stands still; return False if it has ended."""
     process.send_signal(signal.SIGSTOP)
+    if process.returncode is not None:
+        return False
     os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    return process.poll() is None
 
 
 def can_write(store: JobStore) -> bool:

@@ -62,10 +62,10 @@ class Member:
             self.stopped = False
         self.process.send_signal(number)
 
-    def freeze(self) -> None:
-        """Have it stand still until SIGCONT."""
+    def freeze(self) -> bool:
+        """Have it stand still until SIGCONT; return False if it has ended by itself."""
         self.stopped = True
-        freeze(self.process)
+        return freeze(self.process)
 
 
 class Fleet:

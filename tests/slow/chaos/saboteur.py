@@ -103,11 +103,13 @@ class Saboteur:
             return set(connection.exec_driver_sql("SELECT DISTINCT worker FROM ml_job_leases").scalars())
 
     def _stop(self, member: Member, holders: set[str]) -> None:
-        member.freeze()
-        while self.cluster is None and not can_write(self.store):  # SQLite's lock would stand still with it
+        stands = member.freeze()
+        while self.cluster is None and stands and not can_write(self.store):  # SQLite's lock would stand still with it
             self.counts["SIGSTOPs inside a transaction of SQLite, taken back"] += 1
             member.send(SIGCONT)
-            member.freeze()
+            stands = member.freeze()
+        if not stands:  # a job has killed it just now
+            return
         self.counts["SIGSTOPs" + (" past the lease" if member.name in holders else " of an idle worker")] += 1
         self._holds.append(Hold("stop", {member.name}, lambda: member.send(SIGCONT)))
 
