@@ -4,7 +4,8 @@
 - :mod:`~mljobs.alembic_plugin.views`: ``op.create_mljobs_overview`` and ``op.drop_mljobs_overview``;
 - :mod:`~mljobs.alembic_plugin.comparing`: what autogenerate and ``alembic check`` see of job tables;
 - :mod:`~mljobs.alembic_plugin.rendering`: our column types and CHECKs in a migration's text;
-- :mod:`~mljobs.alembic_plugin.rebuilding`: a batch that rebuilds a SQLite table keeps its guard.
+- :mod:`~mljobs.alembic_plugin.rebuilding`: a batch that rebuilds a SQLite table keeps its guard;
+- :mod:`~mljobs.alembic_plugin.placing`: a host's new revision never lands among ours.
 
 Alembic from 1.18 on finds this package by the entry point ``alembic.plugins``; with an older one an ``env.py`` says
 ``import mljobs.alembic_plugin``. ``autogenerate_plugins=["alembic.autogenerate.*", "~mljobs"]`` turns the comparison off.
@@ -46,7 +47,7 @@ class _ModuleOrModules(ModuleType):
 sys.modules[__name__].__class__ = _ModuleOrModules
 
 # After setup: where a host imports this package before Alembic, the next line makes Alembic ask for it.
-from mljobs.alembic_plugin import operations, rebuilding, views  # noqa: E402, F401
+from mljobs.alembic_plugin import operations, placing, rebuilding, views  # noqa: E402, F401
 
 try:
     import alembic.runtime.plugins  # noqa: F401
