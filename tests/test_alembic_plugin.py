@@ -349,6 +349,26 @@ def test_a_history_of_its_own_never_drops_what_our_migrations_made(
     schema.verify(empty)
 
 
+def test_autogenerate_says_nothing_of_what_it_leaves_alone(
+    history: Callable[..., History], empty: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    schema.upgrade(empty)
+    _, metadata = models()
+    host = history(metadata)
+    host.migrate()
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        host.check()
+    assert [record.getMessage() for record in caplog.records if "removed" in record.getMessage()] == []
+    with caplog.at_level("INFO"):
+        host.use(MetaData())
+        host.migrate()
+    said = [record.getMessage() for record in caplog.records if "Detected removed" in record.getMessage()]
+    assert any("backfills" in line for line in said)
+    assert not [line for line in said if "ml_job" in line or "_guard" in line or "_counts" in line]
+    schema.verify(empty)
+
+
 def test_our_own_models_in_a_hosts_metadata_list_are_made_like_its_own(
     history: Callable[..., History], empty: Engine
 ) -> None:

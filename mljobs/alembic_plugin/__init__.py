@@ -29,6 +29,7 @@ def setup(plugin: Any) -> None:
     from alembic.util import DispatchPriority  # noqa: PLC0415
 
     for each in (plugin, Plugin("alembic.autogenerate.mljobs")):
+        each.add_autogenerate_comparator(_pass_over, "schema", "mljobs_first", priority=DispatchPriority.FIRST)
         each.add_autogenerate_comparator(_compare, "schema", "mljobs", priority=DispatchPriority.LAST)
 
 
@@ -36,6 +37,12 @@ def _compare(context: Any, upgrade: Any, schemas: Iterable[str | None]) -> Any:
     from mljobs.alembic_plugin.comparing import compare  # noqa: PLC0415 - Alembic itself is not whole yet at import
 
     compare(context, upgrade, schemas)
+
+
+def _pass_over(context: Any, _upgrade: Any, schemas: Iterable[str | None]) -> Any:
+    from mljobs.alembic_plugin.comparing import pass_over  # noqa: PLC0415 - as above
+
+    pass_over(context, schemas)
 
 
 class _ModuleOrModules(ModuleType):
