@@ -245,7 +245,7 @@ def _repair(connection: Connection, upgrade: Any, table: Table, schema: str | No
     if any(part.kind in _GUARD_KINDS for part in parts):
         log.info("Detected that the guard of table %r is missing, altered or of another release", name)
         guard = _guard_of(table)
-        guard.previous = _guard_of(table, kinds)
+        guard.previous = _guard_of(table, kinds or None)
         upgrade.ops.append(guard)
 
 
