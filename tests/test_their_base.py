@@ -39,6 +39,7 @@ from sqlalchemy.orm import (
     registry,
     relationship,
     sessionmaker,
+    validates,
 )
 from sqlalchemy.pool import NullPool
 
@@ -789,6 +790,12 @@ def _refused_parent() -> Any:
     return type("Parent", (MlJobMixin, Base), {"__tablename__": "parents"})
 
 
+class _Validating:
+    @validates("progress")
+    def check(self, _name: str, value: int) -> int:
+        return value
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a base whose id comes first": (
         lambda: _define(_WithId, MlJobMixin),
@@ -840,6 +847,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: _define(MlJobMixin, _Base, __tablename__="taken"),
         "another class has table taken_leases.* set __lease_tablename__",
     ),
+    "a validator of its own for a column of the record": (
+        lambda: _define(MlJobMixin, _Base, check=validates("note", "target_name")(lambda _self, _name, value: value)),
+        r"check validates target_name.* SQLAlchemy takes one: listen with @event.listens_for\(\w+\.target_name",
+    ),
+    "a mixin with such a validator": (
+        lambda: _define(_Validating, MlJobMixin, _Base),
+        "check validates progress",
+    ),
     "a dataclass": (
         lambda: _define(MlJobMixin, _Dataclasses),
         "it is a dataclass: inherit from MlJobDataclassMixin in the place of MlJobMixin",
@@ -859,6 +874,31 @@ def test_a_class_that_cannot_hold_a_record_is_refused_where_it_is_defined(case: 
     assert isinstance(caught.value, TypeError)
     assert caught.value.model.__name__ in str(caught.value)
     assert "note" not in MlJob.__table__.c
+
+
+def test_a_host_may_validate_its_own_columns_and_listen_to_the_records() -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class Run(MlJobMixin, Base):
+        __tablename__ = "runs"
+
+        note: Mapped[str | None]
+
+        @validates("note")
+        def check(self, _name: str, value: str) -> str:
+            return value.strip()
+
+    @event.listens_for(Run.target_name, "set")
+    def no_blank(_job: Run, value: str, *_: Any) -> None:
+        if " " in str(value):
+            raise ValueError("no blanks")
+
+    assert Run(kind="train", target_name="x", note=" a ").note == "a"
+    with pytest.raises(ValueError, match="no blanks"):
+        Run(kind="train", target_name="a b")
+    with pytest.raises(InvalidValueError):
+        Run(kind="train", target_name=7)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("enum", [Colour, Empty, Long, str, None, "fit"])
