@@ -22,6 +22,7 @@ from sqlalchemy import (
     Table,
     UniqueConstraint,
     create_engine,
+    delete,
     event,
     func,
     inspect,
@@ -59,7 +60,7 @@ from mljobs import (
     schema,
 )
 from mljobs.guards import retention
-from mljobs.types import PlainText
+from mljobs.types import PlainText, utc_now
 from mljobs.wake import Sleeper
 from tests.worlds import Face, World
 
@@ -899,6 +900,40 @@ def test_a_host_may_validate_its_own_columns_and_listen_to_the_records() -> None
         Run(kind="train", target_name="a b")
     with pytest.raises(InvalidValueError):
         Run(kind="train", target_name=7)  # type: ignore[arg-type]
+
+
+def test_a_cascade_goes_through_the_door_of_another_job_class_on_postgresql_only(empty: Engine) -> None:
+    """As docs/guard.md says: there the door is of the transaction, on SQLite of the table."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Parent(MlJobMixin, Base):
+        __tablename__ = "parents"
+
+    class Child(MlJobMixin, Base):
+        __tablename__ = "children"
+
+        parent_id: Mapped[UUID] = mapped_column(ForeignKey("parents.id", ondelete="CASCADE"))
+
+    Base.metadata.create_all(empty)
+    with Session(empty) as session:
+        parent = Parent(kind="train", target_name="a", status="cancelled", finished_at=utc_now())
+        session.add(parent)
+        session.flush()
+        session.add(
+            Child(kind="train", target_name="b", status="cancelled", finished_at=utc_now(), parent_id=parent.id)
+        )
+        session.commit()
+        if empty.dialect.name == "sqlite":
+            session.connection().exec_driver_sql("PRAGMA foreign_keys = ON")  # before the driver begins a transaction
+            with pytest.raises(TerminalStateError), retention(session, Parent):
+                session.execute(delete(Parent))
+            return
+        with retention(session, Parent):
+            session.execute(delete(Parent))
+        session.commit()
+        assert session.scalar(select(func.count()).select_from(Child)) == 0
 
 
 @pytest.mark.parametrize("enum", [Colour, Empty, Long, str, None, "fit"])
