@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
-from weakref import WeakSet
+from weakref import ref
 
 from sqlalchemy import event, inspect, select, text, update
 from sqlalchemy.engine import Connection, Engine
@@ -193,7 +193,7 @@ def install_hooks(mixin: type) -> None:
 
 def install_triggers(table: Table) -> None:
     """Create the triggers with the table and drop them with it, where a host uses ``metadata.create_all``."""
-    _JOB_TABLES.add(table)
+    _job_tables.append(ref(table, _job_tables.remove))
 
     @event.listens_for(table, "after_create")
     def create(_table: Table, connection: Connection, **_: object) -> None:
@@ -208,7 +208,12 @@ def install_triggers(table: Table) -> None:
                 connection.execute(statement)
 
 
-_JOB_TABLES: WeakSet[Table] = WeakSet()
+_job_tables: list[ref[Table]] = []
+
+
+def _known_tables() -> list[Table]:
+    # A copy first: other threads define classes meanwhile, and iterating over a WeakSet would then fail.
+    return [table for known in [*_job_tables] if (table := known()) is not None]
 
 
 def set_retention_door(connection: Connection, table: Table, *, opened: bool) -> None:
@@ -328,12 +333,12 @@ def _is_second(error: BaseException) -> bool:
                 _KEY_VALUE.search(_detail(error) or "") is not None
                 or getattr(source, "constraint_name", None) in {table.primary_key.name, f"{table.name}_pkey"}
             )
-            for table in [*_JOB_TABLES]
+            for table in _known_tables()
         )
     message = error.args[0] if error.args else None
     if not isinstance(message, str) or not message.startswith(_SQLITE_UNIQUE):
         return False
-    return message.removeprefix(_SQLITE_UNIQUE) in {f"{table.name}.id" for table in [*_JOB_TABLES]}
+    return message.removeprefix(_SQLITE_UNIQUE) in {f"{table.name}.id" for table in _known_tables()}
 
 
 _UNIQUE_VIOLATION = "23505"
@@ -370,7 +375,7 @@ def _missing_table(error: BaseException) -> str | None:
     if getattr(error, "sqlstate", None) != _UNDEFINED_TABLE and not str(error).startswith(_SQLITE_UNDEFINED):
         return None
     told = str(error).partition("\n")[0]
-    names = (name for table in [*_JOB_TABLES] for name in _beside(table))
+    names = (name for table in _known_tables() for name in _beside(table))
     return next((name for name in names if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", told)), None)
 
 
