@@ -62,3 +62,4 @@ except ImportError:  # before 1.18
     from alembic.autogenerate.compare import comparators
 
     comparators.dispatch_for("schema")(_compare)
+    getattr(comparators, "_registry")["schema", "default"].insert(0, _pass_over)  # noqa: B009 - it has no priorities
