@@ -56,7 +56,7 @@ def differences(connection: Connection, metadata: MetaData) -> list[str]:
             continue
         for (kind, name), definition in expected[table].items():
             subject = f"{kind} {name} of table {table.name}"
-            have = found.get((kind, name))
+            have = _found_as(found, kind, name, definition)
             if have is None:
                 if " of " not in kind:  # the rows or the state of what is missing itself
                     problems.append(f"{subject} is missing")
@@ -99,9 +99,9 @@ def record_differences(connection: Connection, table: Table) -> list[Part]:
         return []
     expected = expect(connection, [bare])[bare]
     return [
-        Part(kind, name, found.get((kind, name)))
+        Part(kind, name, have)
         for (kind, name), definition in expected.items()
-        if not _same(kind, found.get((kind, name)), definition)
+        if not _same(kind, have := _found_as(found, kind, name, definition), definition)
     ]
 
 
@@ -168,6 +168,17 @@ def savepoint(connection: Connection) -> NestedTransaction:
 def _sqlstate(error: DBAPIError) -> str | None:
     state: str | None = getattr(error.orig, "sqlstate", None)
     return state
+
+
+def _found_as(found: _Found, kind: str, name: str, wanted: str) -> str | None:
+    """Return what a part is; a key is itself under any name: PostgreSQL gives one, which a renamed table keeps."""
+    have = found.get((kind, name))
+    if have is None and kind in _KEYS:
+        return next((each for (of, _), each in found.items() if of == kind and each == wanted), None)
+    return have
+
+
+_KEYS = frozenset({"primary key", "foreign key"})
 
 
 def _same(kind: str, have: str | None, wanted: str) -> bool:

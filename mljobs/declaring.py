@@ -69,6 +69,7 @@ def check_body(cls: type[Any]) -> None:
                 cls,
                 f"its __table__ has no column {missing[0]}: give a __tablename__ instead, and the mixin makes the columns",
             )
+    _check_validators(cls)
     parents = [parent for parent in cls.__mro__[1:] if isinstance(parent.__dict__.get("__table__"), Table)]
     options = cls.__dict__.get("__mapper_args__")
     if (
@@ -93,6 +94,21 @@ def check_body(cls: type[Any]) -> None:
             f"it adds {own[0]} to the table of {parents[0].__name__}, which our migrations make: for columns of your own "
             "define class ...(MlJobMixin, YourBase) with a table of its own",
         )
+
+
+def _check_validators(cls: type[Any]) -> None:
+    """Refuse a second ``@validates`` of a column: SQLAlchemy takes one, and says so only when mappers are configured."""
+    for parent in cls.__mro__:
+        if parent.__module__.partition(".")[0] == __name__.partition(".")[0]:
+            continue
+        for name, value in vars(parent).items():
+            ours = [column for column in getattr(value, "__sa_validators__", ()) if column in GUARDED_COLUMNS]
+            if ours:
+                raise ModelError(
+                    cls,
+                    f"{name} validates {ours[0]}, which the record validates itself, and SQLAlchemy takes one: listen with "
+                    f'@event.listens_for({cls.__name__}.{ours[0]}, "set") instead, which comes beside it',
+                )
 
 
 def check_mapping(cls: type[Any], mapper: Mapper[Any], columns: Mapping[str, Any]) -> None:

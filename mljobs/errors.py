@@ -180,17 +180,18 @@ class TargetLockedError(MlJobsError):
 
 
 class JobExistsError(MlJobsError):
-    """A record with this id is there already, and the import was to meet none.
+    """A record with this id is there already, and a new one was to be added.
 
     Attributes:
-        job_id: The record.
-        place: Where the second one came from, e.g. ``"line 12"``.
+        job_id: The record; None where several were added at once and the database does not say which it was.
+        place: Where the second one came from, e.g. ``"line 12"``; None where the program made it.
     """
 
-    def __init__(self, job_id: UUID, place: str) -> None:
+    def __init__(self, job_id: UUID | None, place: str | None = None) -> None:
         self.job_id = job_id
         self.place = place
-        super().__init__(f"job {job_id} of {place} exists already")
+        subject = "one of these jobs" if job_id is None else f"job {job_id}"
+        super().__init__(f"{subject}{'' if place is None else f' of {place}'} exists already")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.job_id, self.place)

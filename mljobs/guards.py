@@ -6,24 +6,27 @@ Three rings, each enough alone for the writes it sees:
 2. the ORM hooks here refuse a flush early, with a clear error;
 3. the triggers of :mod:`mljobs.triggers` stop everything else, raw SQL included.
 
-``translate_error`` turns what a driver raises for ring 3 into our classes, for every engine in the process. Hosts with
+``translate_error`` turns what a driver raises for ring 3, and for a second record with the id of a first, into our
+classes, for every engine in the process. Hosts with
 SQLite engines of their own may add :func:`enforce_sqlite`, for one case the triggers cannot see.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
+from weakref import ref
 
 from sqlalchemy import event, inspect, select, text, update
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Mapper, Session, attributes, object_session
 from sqlalchemy.sql.elements import ClauseElement
 
-from mljobs.errors import InvalidTransitionError, InvalidValueError, MlJobsError, TerminalStateError
+from mljobs.errors import InvalidTransitionError, InvalidValueError, JobExistsError, MlJobsError, TerminalStateError
 from mljobs.states import MlJobStatus
 from mljobs.triggers import (
     GUARDED_COLUMNS,
@@ -190,6 +193,7 @@ def install_hooks(mixin: type) -> None:
 
 def install_triggers(table: Table) -> None:
     """Create the triggers with the table and drop them with it, where a host uses ``metadata.create_all``."""
+    _job_tables.append(ref(table, _job_tables.remove))
 
     @event.listens_for(table, "after_create")
     def create(_table: Table, connection: Connection, **_: object) -> None:
@@ -202,6 +206,14 @@ def install_triggers(table: Table) -> None:
         for statement in companion_ddl(table, connection.dialect.name, create=False):
             if statement.drops_by_itself:
                 connection.execute(statement)
+
+
+_job_tables: list[ref[Table]] = []
+
+
+def _known_tables() -> list[Table]:
+    # A copy first: other threads define classes meanwhile, and iterating over a WeakSet would then fail.
+    return [table for known in [*_job_tables] if (table := known()) is not None]
 
 
 def set_retention_door(connection: Connection, table: Table, *, opened: bool) -> None:
@@ -268,7 +280,7 @@ def enforce_sqlite(engine: Engine | AsyncEngine) -> None:
 
 
 def translate_error(error: BaseException | None) -> MlJobsError | None:
-    """Return our error for what a driver raised when ring 3 refused a write; ``None`` for any other error.
+    """Return our error for what a driver raised when ring 3 or a record's key refused a write; ``None`` for any other.
 
     For hosts that work on a raw DBAPI connection; engines are translated without being asked.
 
@@ -287,6 +299,9 @@ def translate_error(error: BaseException | None) -> MlJobsError | None:
             wanted = fields.get("wanted")
             known = MlJobStatus(wanted) if wanted in MlJobStatus.tokens() else None
             return InvalidTransitionError(job_id, status, known)
+        if _is_second(seen):
+            found = _KEY_VALUE.search(_detail(seen) or "")
+            return JobExistsError(UUID(found[1]) if found else None)
         seen = getattr(seen, "orig", None) or seen.__cause__
     return None
 
@@ -296,18 +311,48 @@ def _diagnosis(error: BaseException) -> tuple[str | None, str | None]:
     source = getattr(error, "diag", error)  # psycopg keeps them on .diag, asyncpg on the error
     constraint = getattr(source, "constraint_name", None)
     if constraint in _CONSTRAINTS:
-        detail = getattr(source, "message_detail", None) or getattr(source, "detail", None)
-        return constraint, detail
+        return constraint, _detail(error)
     message = error.args[0] if error.args else None
     return (_SQLITE_MESSAGES.get(message), None) if isinstance(message, str) else (None, None)
 
 
+def _detail(error: BaseException) -> str | None:
+    source = getattr(error, "diag", error)
+    detail: str | None = getattr(source, "message_detail", None) or getattr(source, "detail", None)
+    return detail
+
+
+def _is_second(error: BaseException) -> bool:
+    """Whether an id was to be there twice in a job table, as a driver tells it."""
+    if getattr(error, "sqlstate", None) == _UNIQUE_VIOLATION:
+        source = getattr(error, "diag", error)
+        return any(
+            table.name == getattr(source, "table_name", None)
+            # PostgreSQL says the value to whoever may read the table; the words are of the server's language.
+            and (
+                _KEY_VALUE.search(_detail(error) or "") is not None
+                or getattr(source, "constraint_name", None) in {table.primary_key.name, f"{table.name}_pkey"}
+            )
+            for table in _known_tables()
+        )
+    message = error.args[0] if error.args else None
+    if not isinstance(message, str) or not message.startswith(_SQLITE_UNIQUE):
+        return False
+    return message.removeprefix(_SQLITE_UNIQUE) in {f"{table.name}.id" for table in _known_tables()}
+
+
+_UNIQUE_VIOLATION = "23505"
+_KEY_VALUE = re.compile(r"\(id\)=\(([0-9a-f-]{36})\)")
+_SQLITE_UNIQUE = "UNIQUE constraint failed: "
 _LOST_STATEMENT = ("26000", "42P05")  # a prepared statement that is not there, or is there already
 _POOLER = (
     "mljobs: is this a pooler in transaction mode? Prepared statements do not survive there: with psycopg give the engine "
     'connect_args={"prepare_threshold": None}; asyncpg needs PgBouncer 1.21 or later with max_prepared_statements. '
     "See docs/pgbouncer.md."
 )
+_UNDEFINED_TABLE = "42P01"
+_SQLITE_UNDEFINED = "no such table: "
+_NO_TABLE = "mljobs: there is no table {}: run `mljobs upgrade`, or your own migrations"
 _CONSTRAINTS = frozenset({TERMINAL_CONSTRAINT, TRANSITION_CONSTRAINT})
 _SQLITE_MESSAGES = {TERMINAL_MESSAGE: TERMINAL_CONSTRAINT, TRANSITION_MESSAGE: TRANSITION_CONSTRAINT}
 
@@ -317,7 +362,33 @@ def _translate(context: ExceptionContext) -> MlJobsError | None:
     error = context.sqlalchemy_exception
     if error is not None and getattr(context.original_exception, "sqlstate", None) in _LOST_STATEMENT:
         error.add_note(_POOLER)
-    return translate_error(context.original_exception)
+    if error is not None and (missing := _missing_table(context.original_exception)):
+        error.add_note(_NO_TABLE.format(missing))
+    ours = translate_error(context.original_exception)
+    if isinstance(ours, JobExistsError) and ours.job_id is None:
+        return JobExistsError(_only_id(context))
+    return ours
+
+
+def _missing_table(error: BaseException) -> str | None:
+    """Return the job table, or the table of leases, that a driver says is not there."""
+    if getattr(error, "sqlstate", None) != _UNDEFINED_TABLE and not str(error).startswith(_SQLITE_UNDEFINED):
+        return None
+    told = str(error).partition("\n")[0]
+    names = (name for table in _known_tables() for name in _beside(table))
+    return next((name for name in names if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", told)), None)
+
+
+def _beside(table: Table) -> tuple[str, ...]:
+    leases = table.info.get("mljobs")
+    return (table.name,) if leases is None else (table.name, leases.name)
+
+
+def _only_id(context: ExceptionContext) -> UUID | None:
+    """Return the id of the only row of an INSERT; SQLite says of no row which one it was."""
+    rows: Any = getattr(context.execution_context, "compiled_parameters", None) or ()
+    job_id = rows[0].get("id") if len(rows) == 1 else None
+    return job_id if isinstance(job_id, UUID) else None
 
 
 def is_expression(value: object) -> bool:

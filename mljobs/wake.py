@@ -51,19 +51,29 @@ _listeners: WeakKeyDictionary[Pool, int] = WeakKeyDictionary()
 _counting = threading.Lock()
 
 
-def _may_listen(pool: Pool, lock: int) -> bool:
-    """Count one more sleeper that listens beside this pool, unless it is a watcher and there are enough."""
-    with _counting:
-        there = _listeners.get(pool, 0)
-        may = there < _WATCHERS_MAX or lock == WORKER_LOCK
-        if may:
+class _Seat:
+    """The right of one sleeper to listen beside a pool."""
+
+    def __init__(self, lock: int) -> None:
+        self._lock = lock
+        self._pool: Pool | None = None
+
+    def take(self, pool: Pool) -> bool:
+        """Take it, unless this is a watcher and there are enough."""
+        with _counting:
+            there = _listeners.get(pool, 0)
+            if there >= _WATCHERS_MAX and self._lock != WORKER_LOCK:
+                return False
             _listeners[pool] = there + 1
-        return may
+            self._pool = pool  # an engine that is disposed of has another one then
+            return True
 
-
-def _listens_no_more(pool: Pool) -> None:
-    with _counting:
-        _listeners[pool] -= 1
+    def leave(self) -> None:
+        """Give it back, if it was taken."""
+        with _counting:
+            if self._pool is not None:
+                _listeners[self._pool] -= 1
+                self._pool = None
 
 
 class Sleeper:
@@ -79,6 +89,7 @@ class Sleeper:
         self._engine = engine
         self._model = model
         self._lock = WORKER_LOCK if workers else WATCHER_LOCK
+        self._seat = _Seat(self._lock)
         self._listens = engine.dialect.name == "postgresql" and engine.dialect.driver == "psycopg"
         self._connection: Connection | None = None
         self._driver: Any = None
@@ -101,7 +112,7 @@ class Sleeper:
             if self._ear is not None and self._connection is not None:
                 self._hear(self._driver, self._ear, seconds)
                 return
-            if self._ear is not None and self._listens and _may_listen(self._engine.pool, self._lock):
+            if self._ear is not None and self._listens and self._seat.take(self._engine.pool):
                 self._listen()
                 return
         except Exception as error:  # noqa: BLE001 - whatever breaks the hint, polling goes on
@@ -128,7 +139,7 @@ class Sleeper:
             with answers_within(_LISTEN_SECONDS):
                 connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
         except BaseException:
-            _listens_no_more(self._engine.pool)
+            self._seat.leave()
             raise
         self._connection, self._driver = connection, connection.connection.driver_connection
         connection.detach()
@@ -151,7 +162,7 @@ class Sleeper:
         """Close the connection until the next sleep, which listens anew: the session's lock and LISTEN end with it."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            _listens_no_more(self._engine.pool)
+            self._seat.leave()
             self._driver.close()
             connection.invalidate()  # SQLAlchemy would reset it first, which a lost one cannot bear
             connection.close()
@@ -177,6 +188,7 @@ class AsyncSleeper:
         self._engine = engine
         self._model = model
         self._lock = WORKER_LOCK if workers else WATCHER_LOCK
+        self._seat = _Seat(self._lock)
         self._name = engine.dialect.driver if engine.dialect.name == "postgresql" else ""
         self._connection: AsyncConnection | None = None
         self._driver: Any = None
@@ -188,7 +200,7 @@ class AsyncSleeper:
             if self._connection is not None:
                 await self._wait(seconds)
                 return
-            if self._name in ("psycopg", "psycopg_async", "asyncpg") and _may_listen(self._engine.pool, self._lock):
+            if self._name in ("psycopg", "psycopg_async", "asyncpg") and self._seat.take(self._engine.pool):
                 await self._listen()
                 return
         except (DBAPIError, OSError, RuntimeError) as error:
@@ -216,7 +228,7 @@ class AsyncSleeper:
         try:
             connection = await self._engine.connect()
         except BaseException:
-            _listens_no_more(self._engine.pool)
+            self._seat.leave()
             raise
         self._connection = connection
         await connection.execution_options(isolation_level="AUTOCOMMIT")
@@ -240,7 +252,7 @@ class AsyncSleeper:
         """Listen no more."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            _listens_no_more(self._engine.pool)
+            self._seat.leave()
             if self._name == "asyncpg":
                 self._driver.terminate()
             else:

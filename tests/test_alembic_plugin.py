@@ -17,6 +17,7 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
+    Connection,
     Engine,
     ForeignKey,
     Integer,
@@ -28,7 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool
 
-from mljobs import InvalidValueError, MlJobKind, MlJobMixin, TerminalStateError, jobs, kind_column, schema
+from mljobs import InvalidValueError, MlJob, MlJobKind, MlJobMixin, TerminalStateError, jobs, kind_column, schema
 from mljobs import metadata as own_metadata
 from tests.histories import History
 
@@ -349,6 +350,26 @@ def test_a_history_of_its_own_never_drops_what_our_migrations_made(
     schema.verify(empty)
 
 
+def test_autogenerate_says_nothing_of_what_it_leaves_alone(
+    history: Callable[..., History], empty: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    schema.upgrade(empty)
+    _, metadata = models()
+    host = history(metadata)
+    host.migrate()
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        host.check()
+    assert [record.getMessage() for record in caplog.records if "removed" in record.getMessage()] == []
+    with caplog.at_level("INFO"):
+        host.use(MetaData())
+        host.migrate()
+    said = [record.getMessage() for record in caplog.records if "Detected removed" in record.getMessage()]
+    assert any("backfills" in line for line in said)
+    assert not [line for line in said if "ml_job" in line or "_guard" in line or "_counts" in line]
+    schema.verify(empty)
+
+
 def test_our_own_models_in_a_hosts_metadata_list_are_made_like_its_own(
     history: Callable[..., History], empty: Engine
 ) -> None:
@@ -516,9 +537,70 @@ def test_a_table_is_renamed_with_its_guard(history: Callable[..., History], empt
             connection.execute(text("DELETE FROM refills"))
 
 
+def documented(line: str) -> str:
+    """Return the block of docs/migrations.md in which a line stands."""
+    page = (Path(__file__).parent.parent / "docs" / "migrations.md").read_text()
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if line in block]
+    return str(block)
+
+
+def upgrade_by(block: str, connection: Connection) -> None:
+    names: dict[str, Any] = {}
+    with Operations.context(MigrationContext.configure(connection)):
+        exec(block, names)
+        names["upgrade"]()
+
+
+def test_the_documented_way_to_rename_a_table_leaves_nothing_to_verify(
+    history: Callable[..., History], empty: Engine
+) -> None:
+    def named(table: str) -> Any:
+        class Base(DeclarativeBase):
+            pass
+
+        kind = kind_column(StrEnum("Kinds", {"TRAIN": "train", "TUNE": "tune"}))
+        names = {"__tablename__": table, "__overview_name__": "training_overview", "kind": kind}
+        return type("Run", (MlJobMixin, Base), {**names, "__annotations__": {"kind": Mapped[Any]}})
+
+    old, new = named("training_runs"), named("fits")
+    host = history(old.metadata)
+    host.migrate()
+    with empty.begin() as connection:
+        upgrade_by("from alembic import op\n" + documented('op.rename_table("training_runs", "fits")'), connection)
+    host.use(new.metadata)
+    made = host.migrate()
+    assert "create_table" not in made
+    host.check()
+    stands(empty, new)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        'batch.add_column(sa.Column("note", sa.String))',
+        'batch.alter_column("error_message", existing_type=sa.Text, comment="why")',
+        'batch.create_check_constraint("ck_host", "attempts < 1000")',
+    ],
+)
+def test_the_documented_batch_runs_on_both(empty: Engine, change: str) -> None:
+    schema.upgrade(empty)
+    block = documented("op.batch_alter_table")
+    assert "\n        pass " in block
+    with empty.begin() as connection:
+        upgrade_by("import sqlalchemy as sa\n" + block.replace("        pass ", f"        {change} "), connection)
+    schema.verify(empty)
+    stands(empty, MlJob)
+
+
 @pytest.mark.parametrize(
     ("arguments", "field"),
-    [({"kinds": ["a"], "version": 99}, "version"), ({"kinds": "train"}, "kinds"), ({"kinds": [1]}, "kinds")],
+    [
+        ({"kinds": ["a"], "version": 99}, "version"),
+        ({"kinds": "train"}, "kinds"),
+        ({"kinds": [1]}, "kinds"),
+        ({"kinds": []}, "kinds"),
+        ({"kinds": None}, "kinds"),
+    ],
 )
 def test_what_no_guard_can_be_made_of_is_refused(arguments: dict[str, Any], field: str) -> None:
     engine = create_engine("sqlite://")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,12 @@ class Host:
         done = self._installed.run(*arguments, cwd=self.path, env={"DATABASE_URL": self.url})
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
+    def fails(self, *arguments: str) -> str:
+        """Run what must fail; return what it says."""
+        done = self._installed.run(*arguments, cwd=self.path, env={"DATABASE_URL": self.url})
+        assert done.returncode != 0, done.stdout
+        return done.stdout + done.stderr
 
     def alembic(self, *arguments: str) -> str:
         return self.run("-m", "alembic", *arguments)
@@ -99,6 +106,43 @@ def test_one_history(host: Any) -> None:
     schema.verify(app.engine)
 
 
+def test_the_first_revision_in_one_history_begins_beside_ours(host: Any) -> None:
+    """The commands of docs/migrations.md and the example's README, typed into an application that has none."""
+    app = host("alembic_one_history")
+    for old in (app.path / "migrations" / "versions").glob("*.py"):
+        old.unlink()
+    app.alembic("upgrade", "heads")
+    for natural in (
+        ("revision", "--autogenerate", "-m", "mine"),
+        ("revision", "-m", "mine"),
+        ("revision", "-m", "mine", "--head", "mljobs@head"),
+    ):
+        refused = app.fails("-m", "alembic", *natural)
+        assert "--head base --branch-label app --version-path migrations/versions -m" in refused
+    readme = (app.path / "README.md").read_text()
+    docs = (ROOT / "docs" / "migrations.md").read_text()
+    first, later = (line for line in readme.splitlines() if line.startswith("$ alembic revision"))
+    assert first in docs
+    assert later in docs
+    _, _, *arguments = shlex.split(first)
+    app.alembic(*arguments)
+    app.alembic("upgrade", "heads")
+    assert "No new upgrade operations detected." in app.alembic("check")
+    app.run("app.py")
+    _, _, *arguments = shlex.split(later)
+    app.alembic(*arguments)
+    assert len(list((app.path / "migrations" / "versions").glob("*.py"))) == 2
+    app.alembic("merge", "heads", "-m", "merged")  # needless, but a thing people do: it is theirs too
+    assert len(list((app.path / "migrations" / "versions").glob("*.py"))) == 3
+    app.alembic("upgrade", "heads")
+    schema.verify(app.engine)
+    ours = app.run("-c", "import mljobs.schema as s; print(*(p.name for p in s.migrations_path().rglob('0*.py')))")
+    everything = app.run(
+        "-c", "import mljobs.schema as s; print(*(p.name for p in s.migrations_path().rglob('*_*.py')))"
+    )
+    assert sorted(everything.split()) == sorted(ours.split())
+
+
 def test_the_mixin_with_autogenerate(host: Any) -> None:
     app = host("alembic_mixin")
     app.alembic("upgrade", "head")
@@ -108,9 +152,7 @@ def test_the_mixin_with_autogenerate(host: Any) -> None:
     on = " ON training_runs" if app.engine.dialect.name == "postgresql" else ""
     with app.engine.begin() as connection:
         connection.execute(text(f"DROP TRIGGER training_runs_guard_delete{on}"))
-    done = app._installed.run("-m", "alembic", "check", cwd=app.path, env={"DATABASE_URL": app.url})
-    assert done.returncode != 0
-    assert "create_mljobs_guard" in done.stdout + done.stderr
+    assert "create_mljobs_guard" in app.fails("-m", "alembic", "check")
     assert app.generated().count("op.create_mljobs_guard('training_runs', kinds=['fit', 'tune'], version=1)") == 2
     app.alembic("upgrade", "head")
     assert "No new upgrade operations detected." in app.alembic("check")

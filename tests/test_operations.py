@@ -9,11 +9,13 @@ from uuid import uuid4
 
 import pytest
 from sqlalchemy import create_engine, select, text
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Session
 
 from mljobs import (
     InvalidTransitionError,
     InvalidValueError,
+    JobExistsError,
     JobNotFound,
     LeaseLostError,
     MlJob,
@@ -89,6 +91,40 @@ def test_unless_active_returns_the_job_that_is_there(store: Any) -> None:
     assert store.submit("backfill", "spam", unless_active=True).id != first.id
     store.complete(claim)
     assert store.submit("train", "spam", unless_active=True).id != first.id
+
+
+def test_an_id_that_is_there_is_told_by_name(store: Any, world: World) -> None:
+    first = store.submit("train", "spam")
+    for wanted in ({"id": first.id}, {"id": first.id, "priority": 3}, {"id": first.id, "unless_active": True}):
+        with pytest.raises(JobExistsError, match=f"^job {first.id} exists already$") as caught:
+            store.submit("train", "ham", **wanted)
+        assert (caught.value.job_id, caught.value.place) == (first.id, None)
+    with pytest.raises(JobExistsError) as caught:
+        store.submit_many([("train", "a", None), MlJob(id=first.id, kind="train", target_name="b")])
+    assert caught.value.job_id in ([first.id] if world.dialect == "postgresql" else [first.id, None])
+    assert [job.id for job in store.find()] == [first.id]
+
+    def flush(*added: MlJob) -> Callable[[Session], JobExistsError]:
+        def act(session: Session) -> JobExistsError:
+            session.add_all(added)
+            with pytest.raises(JobExistsError) as caught:
+                session.flush()
+            session.rollback()
+            return caught.value
+
+        return act
+
+    assert world.run(flush(MlJob(id=first.id, kind="train", target_name="c"))).job_id == first.id
+    pair = [MlJob(id=job_id, kind="train", target_name="d") for job_id in (first.id, uuid4())]
+    assert world.run(flush(*pair)).job_id in (first.id, None)
+
+
+def test_a_uniqueness_of_the_hosts_own_is_not_taken_for_an_id(store: Any, world: World) -> None:
+    with world.outside.begin() as connection:
+        connection.exec_driver_sql("CREATE UNIQUE INDEX host_one ON ml_jobs (target_name)")
+    store.submit("train", "spam")
+    with pytest.raises(IntegrityError):
+        store.submit("train", "spam")
 
 
 def test_submit_many_takes_records_and_tuples_from_a_generator(store: Any) -> None:

@@ -149,6 +149,16 @@ def test_a_submitter_submits_and_cancels_and_claims_nothing(database: Database) 
     )
 
 
+def test_a_submitter_that_writes_sql_can_end_a_live_job_but_not_make_it_look_done(database: Database) -> None:
+    job = database.store("submitter").submit("train", "mine")
+    database.run("submitter", "UPDATE ml_jobs SET status = 'running'")
+    database.run("submitter", "UPDATE ml_jobs SET status = 'completed', finished_at = now()")
+    ended = database.owner.get(job.id)
+    assert (ended.status, ended.started_at, ended.progress, ended.metrics) == (MlJobStatus.COMPLETED, None, 0, None)
+    with pytest.raises(TerminalStateError):
+        database.run("submitter", "UPDATE ml_jobs SET status = 'failed'")
+
+
 def test_a_worker_claims_finishes_retries_and_rescues(database: Database) -> None:
     database.owner.submit_many([("train", "work", {})] * 5)
     worker = database.store("worker")

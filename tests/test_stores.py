@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, make_url, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from mljobs import AsyncJobStore, InvalidValueError, JobStore, MlJob, MlJobStatus
@@ -43,6 +44,35 @@ def test_a_bad_url_does_not_show_its_password() -> None:
         with pytest.raises(InvalidValueError) as caught:
             sync_url(url)
         assert "secret" not in str(caught.value)
+
+
+def test_a_table_that_is_missing_is_told_with_the_remedy(empty_url: str) -> None:
+    async def awaited(driver: str) -> None:
+        async with AsyncJobStore(make_url(empty_url).set(drivername=driver).render_as_string(False)) as store:
+            await store.submit("train", "spam")
+
+    def blocking() -> None:
+        with JobStore(empty_url) as store:
+            store.submit("train", "spam")
+
+    def own_session() -> None:
+        engine = create_engine(make_url(sync_url(empty_url)), poolclass=NullPool)
+        with Session(engine) as session:
+            session.add(MlJob(kind="train", target_name="spam"))
+            session.flush()
+
+    backend = make_url(empty_url).get_backend_name()
+    of_async = [driver for name, driver in DRIVERS.items() if name.startswith(f"{backend}-")]
+    for act in (blocking, own_session, *(lambda driver=driver: asyncio.run(awaited(driver)) for driver in of_async)):
+        with pytest.raises(DBAPIError) as caught:
+            act()
+        assert caught.value.__notes__ == [
+            "mljobs: there is no table ml_jobs: run `mljobs upgrade`, or your own migrations"
+        ]
+    engine = create_engine(make_url(sync_url(empty_url)), poolclass=NullPool)
+    with engine.connect() as connection, pytest.raises(DBAPIError) as caught:
+        connection.exec_driver_sql("SELECT * FROM their_ml_jobs")
+    assert not hasattr(caught.value, "__notes__")
 
 
 def test_the_environment_names_the_database(monkeypatch: pytest.MonkeyPatch) -> None:

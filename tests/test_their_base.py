@@ -22,6 +22,7 @@ from sqlalchemy import (
     Table,
     UniqueConstraint,
     create_engine,
+    delete,
     event,
     func,
     inspect,
@@ -39,6 +40,7 @@ from sqlalchemy.orm import (
     registry,
     relationship,
     sessionmaker,
+    validates,
 )
 from sqlalchemy.pool import NullPool
 
@@ -58,7 +60,7 @@ from mljobs import (
     schema,
 )
 from mljobs.guards import retention
-from mljobs.types import PlainText
+from mljobs.types import PlainText, utc_now
 from mljobs.wake import Sleeper
 from tests.worlds import Face, World
 
@@ -789,6 +791,12 @@ def _refused_parent() -> Any:
     return type("Parent", (MlJobMixin, Base), {"__tablename__": "parents"})
 
 
+class _Validating:
+    @validates("progress")
+    def check(self, _name: str, value: int) -> int:
+        return value
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a base whose id comes first": (
         lambda: _define(_WithId, MlJobMixin),
@@ -840,6 +848,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: _define(MlJobMixin, _Base, __tablename__="taken"),
         "another class has table taken_leases.* set __lease_tablename__",
     ),
+    "a validator of its own for a column of the record": (
+        lambda: _define(MlJobMixin, _Base, check=validates("note", "target_name")(lambda _self, _name, value: value)),
+        r"check validates target_name.* SQLAlchemy takes one: listen with @event.listens_for\(\w+\.target_name",
+    ),
+    "a mixin with such a validator": (
+        lambda: _define(_Validating, MlJobMixin, _Base),
+        "check validates progress",
+    ),
     "a dataclass": (
         lambda: _define(MlJobMixin, _Dataclasses),
         "it is a dataclass: inherit from MlJobDataclassMixin in the place of MlJobMixin",
@@ -859,6 +875,65 @@ def test_a_class_that_cannot_hold_a_record_is_refused_where_it_is_defined(case: 
     assert isinstance(caught.value, TypeError)
     assert caught.value.model.__name__ in str(caught.value)
     assert "note" not in MlJob.__table__.c
+
+
+def test_a_host_may_validate_its_own_columns_and_listen_to_the_records() -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class Run(MlJobMixin, Base):
+        __tablename__ = "runs"
+
+        note: Mapped[str | None]
+
+        @validates("note")
+        def check(self, _name: str, value: str) -> str:
+            return value.strip()
+
+    @event.listens_for(Run.target_name, "set")
+    def no_blank(_job: Run, value: str, *_: Any) -> None:
+        if " " in str(value):
+            raise ValueError("no blanks")
+
+    assert Run(kind="train", target_name="x", note=" a ").note == "a"
+    with pytest.raises(ValueError, match="no blanks"):
+        Run(kind="train", target_name="a b")
+    with pytest.raises(InvalidValueError):
+        Run(kind="train", target_name=7)  # type: ignore[arg-type]
+
+
+def test_a_cascade_goes_through_the_door_of_another_job_class_on_postgresql_only(empty: Engine) -> None:
+    """As docs/guard.md says: there the door is of the transaction, on SQLite of the table."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Parent(MlJobMixin, Base):
+        __tablename__ = "parents"
+
+    class Child(MlJobMixin, Base):
+        __tablename__ = "children"
+
+        parent_id: Mapped[UUID] = mapped_column(ForeignKey("parents.id", ondelete="CASCADE"))
+
+    Base.metadata.create_all(empty)
+    with Session(empty) as session:
+        parent = Parent(kind="train", target_name="a", status="cancelled", finished_at=utc_now())
+        session.add(parent)
+        session.flush()
+        session.add(
+            Child(kind="train", target_name="b", status="cancelled", finished_at=utc_now(), parent_id=parent.id)
+        )
+        session.commit()
+        if empty.dialect.name == "sqlite":
+            session.connection().exec_driver_sql("PRAGMA foreign_keys = ON")  # before the driver begins a transaction
+            with pytest.raises(TerminalStateError), retention(session, Parent):
+                session.execute(delete(Parent))
+            return
+        with retention(session, Parent):
+            session.execute(delete(Parent))
+        session.commit()
+        assert session.scalar(select(func.count()).select_from(Child)) == 0
 
 
 @pytest.mark.parametrize("enum", [Colour, Empty, Long, str, None, "fit"])

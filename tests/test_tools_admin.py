@@ -13,12 +13,12 @@ from sqladmin import Admin as SqlAdmin
 from sqladmin import ModelView as SqlAdminView
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session
 from starlette.applications import Starlette
 from starlette_admin.contrib.sqla import Admin as StarletteAdmin
 from starlette_admin.contrib.sqla import ModelView
 
-from mljobs import MlJob, MlJobLease, MlJobStatus
+from mljobs import MlJob, MlJobLease, MlJobMixin, MlJobStatus
 from mljobs.admin import JobView
 from tests.worlds import World
 
@@ -48,6 +48,11 @@ def _fields(page: str) -> dict[str, str]:
         chosen = re.search(r'<option[^>]*value="([^"]*)"[^>]*selected', options)
         found[name] = chosen[1] if chosen else ""
     return found
+
+
+def _as_sent(form: dict[str, str]) -> dict[str, str]:
+    """Return the fields with the line ends that browsers send."""
+    return {name: re.sub(r"\r?\n", "\r\n", value) for name, value in form.items()}
 
 
 def _jobs(session: Session) -> tuple[MlJob, MlJob]:
@@ -132,6 +137,52 @@ def test_sqladmin_lists_shows_edits_and_is_told_why_a_finished_job_stays(world: 
         assert (created.status, created.kind) == (MlJobStatus.QUEUED, "backfill")
 
 
+class AdminBase(DeclarativeBase):
+    """Of a host."""
+
+
+class Fit(MlJobMixin, AdminBase):
+    """A job in the host's own table."""
+
+    __tablename__ = "fits"
+
+    owner: Mapped[str | None]
+
+
+class FitAdmin(SqlAdminView, model=Fit):
+    form_excluded_columns = ("created_at", "started_at", "finished_at", "run_after", "error_message")
+
+
+class OwnersAdmin(SqlAdminView, model=Fit):
+    form_columns = ("owner",)
+
+
+def test_sqladmin_saves_the_hosts_own_columns_of_a_finished_job(engine: Engine) -> None:
+    AdminBase.metadata.create_all(engine)
+    with Session(engine) as session:
+        fit = Fit(kind="train", target_name="spam", spec={"lr": 0.1})
+        fit.start()
+        fit.fail("boom\nat line 3")
+        session.add(fit)
+        session.commit()
+        before = fit.to_json()
+    for view in (FitAdmin, OwnersAdmin):
+        app = Starlette()
+        SqlAdmin(app, engine).add_view(view)
+
+        async def story(client: Client, owner: str = view.__name__) -> None:
+            edit = f"/admin/fit/edit/{fit.id}"
+            page = await client.get(edit)
+            form = _as_sent(_fields(page.text))
+            assert (await client.post(edit, data=form)).status_code == 200
+            assert (await client.post(edit, data={**form, "owner": owner})).status_code == 200
+            with Session(engine) as session:
+                saved = session.get_one(Fit, fit.id)
+                assert (saved.owner, saved.to_json()) == (owner, before)
+
+        asyncio.run(_visit(app, story))
+
+
 # ----------------------------------------------------------------------------------------------------- starlette-admin
 
 
@@ -173,6 +224,17 @@ def test_starlette_admin_lists_shows_edits_and_is_told_why_a_finished_job_stays(
         assert wrong.status_code == 422
         assert "field 'spec_json' cannot be '{': not JSON text" in _said(wrong)
 
+        for field, typed in (("run_after", "tomorrow"), ("progress", "abc"), ("priority", "1e9")):
+            wrong = await client.post(edit, data={**form, field: typed})
+            assert wrong.status_code == 422
+            assert f"field '{field}' cannot be '{typed}'" in _said(wrong)
+        for name in form.keys() - {"csrftoken", "_continue_editing", "_add_another"}:
+            sorted_by = await client.get(f"/admin/ml-job/list?sort={name}__asc")
+            assert sorted_by.status_code == 200, name
+        listed = (await client.get("/admin/ml-job/list")).text
+        assert "sort=status__" in listed
+        assert "sort=spec_json__" not in listed
+
         token = {"X-CSRFToken": form["csrftoken"]}
         gone = await client.post(f"/admin/_api/ml-job/row-action?name=delete&pk={finished}", headers=token)
         assert gone.status_code == 400
@@ -191,6 +253,28 @@ def test_starlette_admin_lists_shows_edits_and_is_told_why_a_finished_job_stays(
     assert str(after.run_after) == "2030-01-01 12:00:00+00:00"
     with Session(world.outside) as session:
         assert session.query(MlJob).filter_by(target_name="new").one().status is MlJobStatus.QUEUED
+
+
+def test_starlette_admin_saves_the_hosts_own_columns_of_a_finished_job(engine: Engine) -> None:
+    AdminBase.metadata.create_all(engine)
+    with Session(engine) as session:
+        fit = Fit(kind="train", target_name="spam", spec_json='{"lr":\n0.1}')
+        fit.start()
+        fit.fail("boom\nat line 3")
+        session.add(fit)
+        session.commit()
+        before = fit.to_json()
+
+    async def story(client: Client) -> None:
+        edit = f"/admin/fit/edit?pk={fit.id}"
+        form = _as_sent(_fields((await client.get(edit)).text))
+        assert (await client.post(edit, data=form)).status_code == 200
+        assert (await client.post(edit, data={**form, "owner": "Ada"})).status_code == 200
+
+    asyncio.run(_visit(_starlette_admin(engine, JobView(Fit)), story))
+    with Session(engine) as session:
+        saved = session.get_one(Fit, fit.id)
+        assert (saved.owner, saved.to_json()) == ("Ada", before)
 
 
 def test_starlette_admins_own_view_shows_the_table_too(engine: Engine) -> None:

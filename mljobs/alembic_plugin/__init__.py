@@ -4,7 +4,8 @@
 - :mod:`~mljobs.alembic_plugin.views`: ``op.create_mljobs_overview`` and ``op.drop_mljobs_overview``;
 - :mod:`~mljobs.alembic_plugin.comparing`: what autogenerate and ``alembic check`` see of job tables;
 - :mod:`~mljobs.alembic_plugin.rendering`: our column types and CHECKs in a migration's text;
-- :mod:`~mljobs.alembic_plugin.rebuilding`: a batch that rebuilds a SQLite table keeps its guard.
+- :mod:`~mljobs.alembic_plugin.rebuilding`: a batch that rebuilds a SQLite table keeps its guard;
+- :mod:`~mljobs.alembic_plugin.placing`: a host's new revision never lands among ours.
 
 Alembic from 1.18 on finds this package by the entry point ``alembic.plugins``; with an older one an ``env.py`` says
 ``import mljobs.alembic_plugin``. ``autogenerate_plugins=["alembic.autogenerate.*", "~mljobs"]`` turns the comparison off.
@@ -28,6 +29,7 @@ def setup(plugin: Any) -> None:
     from alembic.util import DispatchPriority  # noqa: PLC0415
 
     for each in (plugin, Plugin("alembic.autogenerate.mljobs")):
+        each.add_autogenerate_comparator(_pass_over, "schema", "mljobs_first", priority=DispatchPriority.FIRST)
         each.add_autogenerate_comparator(_compare, "schema", "mljobs", priority=DispatchPriority.LAST)
 
 
@@ -35,6 +37,12 @@ def _compare(context: Any, upgrade: Any, schemas: Iterable[str | None]) -> Any:
     from mljobs.alembic_plugin.comparing import compare  # noqa: PLC0415 - Alembic itself is not whole yet at import
 
     compare(context, upgrade, schemas)
+
+
+def _pass_over(context: Any, _upgrade: Any, schemas: Iterable[str | None]) -> Any:
+    from mljobs.alembic_plugin.comparing import pass_over  # noqa: PLC0415 - as above
+
+    pass_over(context, schemas)
 
 
 class _ModuleOrModules(ModuleType):
@@ -46,7 +54,7 @@ class _ModuleOrModules(ModuleType):
 sys.modules[__name__].__class__ = _ModuleOrModules
 
 # After setup: where a host imports this package before Alembic, the next line makes Alembic ask for it.
-from mljobs.alembic_plugin import operations, rebuilding, views  # noqa: E402, F401
+from mljobs.alembic_plugin import operations, placing, rebuilding, views  # noqa: E402, F401
 
 try:
     import alembic.runtime.plugins  # noqa: F401
@@ -54,3 +62,4 @@ except ImportError:  # before 1.18
     from alembic.autogenerate.compare import comparators
 
     comparators.dispatch_for("schema")(_compare)
+    getattr(comparators, "_registry")["schema", "default"].insert(0, _pass_over)  # noqa: B009 - it has no priorities

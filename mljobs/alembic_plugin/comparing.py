@@ -45,7 +45,7 @@ def compare(context: Any, upgrade: Any, schemas: Iterable[str | None]) -> None:
         upgrade: What the migration will do so far; changed in place.
         schemas: Those that ``env.py`` compares, None for the default one.
     """
-    if "~mljobs" in (context.opts.get("autogenerate_plugins") or ()) or getattr(upgrade, "compared_by_mljobs", False):
+    if _is_off(context) or getattr(upgrade, "compared_by_mljobs", False):
         return
     upgrade.compared_by_mljobs = True  # registered under two names
     connection: Connection = context.connection
@@ -54,9 +54,7 @@ def compare(context: Any, upgrade: Any, schemas: Iterable[str | None]) -> None:
     render_ours(context.opts)
     default = connection.dialect.default_schema_name
     job_tables = {
-        (None if table.schema == default else table.schema, table.name): table
-        for table in context.sorted_tables
-        if "mljobs" in table.info
+        (_unless(default, table.schema), table.name): table for table in context.sorted_tables if "mljobs" in table.info
     }
     searched = list(schemas)
     guarded = {(schema, name) for schema in searched for name in guarded_tables(connection, schema)}
@@ -76,9 +74,49 @@ def compare(context: Any, upgrade: Any, schemas: Iterable[str | None]) -> None:
 # ------------------------------------------------------------------------------------------------- what is not theirs
 
 
+def pass_over(context: Any, schemas: Iterable[str | None]) -> None:
+    """Let Alembic's own comparison not see what is ours, which it would log as removed, line by line.
+
+    A table of ours that is in the host's metadata as well is the host's to compare.
+
+    Args:
+        context: Alembic's ``AutogenContext``.
+        schemas: Those that ``env.py`` compares, None for the default one.
+    """
+    connection: Connection = context.connection
+    filters = getattr(context, "_name_filters", None)
+    if _is_off(context) or filters is None or connection.dialect.name not in ("postgresql", "sqlite"):
+        return
+    default = connection.dialect.default_schema_name
+    known = {(_unless(default, table.schema), table.name) for table in context.sorted_tables}
+    job_tables = {
+        *((_unless(default, table.schema), table.name) for table in context.sorted_tables if "mljobs" in table.info),
+        *((schema, name) for schema in schemas for name in guarded_tables(connection, schema)),
+    }
+    ours = _beside(job_tables)
+
+    def include_name(name: str | None, kind: str, parents: Any) -> bool:
+        place = (parents.get("schema_name"), str(name))
+        return kind != "table" or place in known or not (name in OWN_TABLES or place in ours)
+
+    filters.append(include_name)
+
+
+def _is_off(context: Any) -> bool:
+    return "~mljobs" in (context.opts.get("autogenerate_plugins") or ())
+
+
+def _unless(default: str | None, schema: str | None) -> str | None:
+    return None if schema == default else schema
+
+
+def _beside(job_tables: Iterable[tuple[str | None, str]]) -> set[tuple[str | None, str]]:
+    return {(schema, companion_names(name)[role]) for schema, name in job_tables for role in ("door", "counts")}
+
+
 def _keep_what_is_ours(upgrade: Any, job_tables: Iterable[tuple[str | None, str]]) -> None:
     """Take out every drop of our own tables, and of what stands beside a job table."""
-    beside = {(schema, companion_names(name)[role]) for schema, name in job_tables for role in ("door", "counts")}
+    beside = _beside(job_tables)
     dropped = {_place(found) for found in upgrade.ops if isinstance(found, ops.DropTableOp)}
     ours = {place for place in dropped if place in beside or place[1] in OWN_TABLES}
     upgrade.ops[:] = [found for found in upgrade.ops if _place(found) not in ours]
@@ -207,7 +245,7 @@ def _repair(connection: Connection, upgrade: Any, table: Table, schema: str | No
     if any(part.kind in _GUARD_KINDS for part in parts):
         log.info("Detected that the guard of table %r is missing, altered or of another release", name)
         guard = _guard_of(table)
-        guard.previous = _guard_of(table, kinds)
+        guard.previous = _guard_of(table, kinds or None)
         upgrade.ops.append(guard)
 
 

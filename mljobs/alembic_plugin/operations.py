@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from alembic.autogenerate.render import renderers
@@ -55,7 +55,7 @@ class _GuardOperation(MigrateOperation):
 
 
 def _tokens(kinds: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(kinds, str) or not all(isinstance(kind, str) for kind in kinds):
+    if not isinstance(kinds, Collection) or isinstance(kinds, str) or not all(isinstance(kind, str) for kind in kinds):
         raise InvalidValueError("kinds", kinds, "expected the tokens of the column kind, as a list")
     return tuple(str(kind) for kind in kinds)
 
@@ -91,7 +91,10 @@ class CreateMljobsGuardOp(_GuardOperation):
             with_rowid: False for a SQLite table WITHOUT ROWID.
             version: Of the guard's text; a later release still makes it.
         """
-        operations.invoke(cls(table_name, schema=schema, kinds=kinds, with_rowid=with_rowid, version=version))
+        operation = cls(table_name, schema=schema, kinds=kinds, with_rowid=with_rowid, version=version)
+        if not operation.kinds:
+            raise InvalidValueError("kinds", kinds, "expected the tokens of the column kind, one at least")
+        operations.invoke(operation)
 
     def reverse(self) -> MigrateOperation:
         """Return the way back."""

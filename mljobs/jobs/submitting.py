@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from mljobs.bulk import insert_rows
-from mljobs.errors import InvalidTransitionError, InvalidValueError
+from mljobs.errors import InvalidTransitionError, InvalidValueError, JobExistsError
 from mljobs.jobs._base import (
     Bind,
     JobRef,
@@ -88,6 +88,7 @@ def submit(
     Raises:
         InvalidValueError: A value is not one that its field can hold; or ``unless_active`` in a REPEATABLE READ
             transaction, which cannot see what others have committed since it began.
+        JobExistsError: You gave an ``id``, and a record with it is there.
     """
     table_of(model)
     special = priority != 0 or exclusive is not False or unless_active or run_after is not None or values
@@ -127,6 +128,7 @@ def submit_many(
 
     Raises:
         InvalidValueError: A value is not one that its field can hold. Roll the transaction back; nothing stands.
+        JobExistsError: A record with the id of one of them is there. Roll back, as above.
     """
     if not plain(model):
         return _add_chunks(session, model, jobs)
@@ -270,7 +272,11 @@ def _checked_tuple(job: Any) -> tuple[str, str, Any]:
 
 
 def _add_row(connection: Connection, model: Model, row: tuple[Any, ...]) -> MlJob:
-    _insertion(model).rows(connection, dict(zip(table_of(model).columns.keys(), row, strict=True)))
+    values = dict(zip(table_of(model).columns.keys(), row, strict=True))
+    try:
+        _insertion(model).rows(connection, values)
+    except JobExistsError as error:
+        raise JobExistsError(values["id"]) from error.__cause__
     detached: MlJob = record(model, row)
     return detached
 
