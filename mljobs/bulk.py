@@ -497,7 +497,9 @@ def _translated(connection: Connection, error: Exception) -> Exception:
     if not isinstance(error, dbapi.Error):
         # asyncpg's own classes are not those of SQLAlchemy's DBAPI facade: wrap by SQLSTATE class.
         integrity = str(getattr(error, "sqlstate", "")).startswith("23")
-        error = (dbapi.IntegrityError if integrity else dbapi.Error)(str(error))
+        facade = (dbapi.IntegrityError if integrity else dbapi.Error)(str(error))
+        facade.__cause__ = error  # knows the constraint
+        error = facade
     lost = connection.dialect.is_disconnect(error, connection.connection.dbapi_connection, None)
     if lost:
         connection.invalidate(error)

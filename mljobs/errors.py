@@ -191,7 +191,9 @@ class JobExistsError(MlJobsError):
         self.job_id = job_id
         self.place = place
         subject = "one of these jobs" if job_id is None else f"job {job_id}"
-        super().__init__(f"{subject}{'' if place is None else f' of {place}'} exists already")
+        super().__init__(
+            f"{subject}{'' if place is None else f' of {place}'} exists already: its id would be a duplicate"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.job_id, self.place)

@@ -6,8 +6,7 @@ Three rings, each enough alone for the writes it sees:
 2. the ORM hooks here refuse a flush early, with a clear error;
 3. the triggers of :mod:`mljobs.triggers` stop everything else, raw SQL included.
 
-``translate_error`` turns what a driver raises for ring 3, and for a second record with the id of a first, into our
-classes, for every engine in the process. Hosts with
+``translate_error`` turns what a driver raises for ring 3 into our classes, for every engine in the process. Hosts with
 SQLite engines of their own may add :func:`enforce_sqlite`, for one case the triggers cannot see.
 """
 
@@ -280,7 +279,7 @@ def enforce_sqlite(engine: Engine | AsyncEngine) -> None:
 
 
 def translate_error(error: BaseException | None) -> MlJobsError | None:
-    """Return our error for what a driver raised when ring 3 or a record's key refused a write; ``None`` for any other.
+    """Return our error for what a driver raised when ring 3 refused a write; ``None`` for any other error.
 
     For hosts that work on a raw DBAPI connection; engines are translated without being asked.
 
@@ -299,9 +298,6 @@ def translate_error(error: BaseException | None) -> MlJobsError | None:
             wanted = fields.get("wanted")
             known = MlJobStatus(wanted) if wanted in MlJobStatus.tokens() else None
             return InvalidTransitionError(job_id, status, known)
-        if _is_second(seen):
-            found = _KEY_VALUE.search(_detail(seen) or "")
-            return JobExistsError(UUID(found[1]) if found else None)
         seen = getattr(seen, "orig", None) or seen.__cause__
     return None
 
@@ -320,6 +316,23 @@ def _detail(error: BaseException) -> str | None:
     source = getattr(error, "diag", error)
     detail: str | None = getattr(source, "message_detail", None) or getattr(source, "detail", None)
     return detail
+
+
+def second_record(error: BaseException | None) -> JobExistsError | None:
+    """Return our error for a record whose id is there already; ``None`` for any other error.
+
+    Only the operations ask. Everywhere else it stays an ``IntegrityError``, which hosts and their tools know.
+
+    Args:
+        error: What SQLAlchemy or a driver raised.
+    """
+    seen: Any = error
+    while seen is not None:
+        if _is_second(seen):
+            found = _KEY_VALUE.search(_detail(seen) or "")
+            return JobExistsError(UUID(found[1]) if found else None)
+        seen = getattr(seen, "orig", None) or seen.__cause__
+    return None
 
 
 def _is_second(error: BaseException) -> bool:
@@ -364,10 +377,7 @@ def _translate(context: ExceptionContext) -> MlJobsError | None:
         error.add_note(_POOLER)
     if error is not None and (missing := _missing_table(context.original_exception)):
         error.add_note(_NO_TABLE.format(missing))
-    ours = translate_error(context.original_exception)
-    if isinstance(ours, JobExistsError) and ours.job_id is None:
-        return JobExistsError(_only_id(context))
-    return ours
+    return translate_error(context.original_exception)
 
 
 def _missing_table(error: BaseException) -> str | None:
@@ -382,13 +392,6 @@ def _missing_table(error: BaseException) -> str | None:
 def _beside(table: Table) -> tuple[str, ...]:
     leases = table.info.get("mljobs")
     return (table.name,) if leases is None else (table.name, leases.name)
-
-
-def _only_id(context: ExceptionContext) -> UUID | None:
-    """Return the id of the only row of an INSERT; SQLite says of no row which one it was."""
-    rows: Any = getattr(context.execution_context, "compiled_parameters", None) or ()
-    job_id = rows[0].get("id") if len(rows) == 1 else None
-    return job_id if isinstance(job_id, UUID) else None
 
 
 def is_expression(value: object) -> bool:

@@ -11,11 +11,11 @@ from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import JSON, Connection, create_engine, event, func, select, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool
 
-from mljobs import InvalidValueError, JobExistsError, MlJob, MlJobKind, MlJobMixin, MlJobStatus, bulk, jobs
+from mljobs import InvalidValueError, MlJob, MlJobKind, MlJobMixin, MlJobStatus, bulk, jobs
 from mljobs.bulk import insert_rows, insert_wire, read_wire, wire_of
 from mljobs.jobs import table_of
 from tests.worlds import World
@@ -90,11 +90,11 @@ def test_what_was_inserted_goes_with_the_callers_rollback(world: World) -> None:
     assert stored(world) == []
 
 
-def test_a_duplicate_key_is_told_as_a_job_that_exists(world: World) -> None:
+def test_a_duplicate_key_is_an_integrity_error(world: World) -> None:
     job_id = uuid4()
 
     def act(session: Session) -> None:
-        with pytest.raises(JobExistsError):
+        with pytest.raises(IntegrityError):
             insert_rows(session.connection(), TABLE, NAMES, [row(id=job_id), row(id=job_id)])
         session.rollback()
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any
+from uuid import UUID
 
 from sqlalchemy import BigInteger, Connection, bindparam, func, insert, inspect, literal, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from mljobs.bulk import insert_rows
 from mljobs.errors import InvalidTransitionError, InvalidValueError, JobExistsError
+from mljobs.guards import second_record
 from mljobs.jobs._base import (
     Bind,
     JobRef,
@@ -133,7 +137,8 @@ def submit_many(
     if not plain(model):
         return _add_chunks(session, model, jobs)
     table = table_of(model)
-    return insert_rows(connection_of(session), table, table.columns.keys(), _rows(jobs))
+    with _naming_seconds():
+        return insert_rows(connection_of(session), table, table.columns.keys(), _rows(jobs))
 
 
 def retry(
@@ -225,10 +230,28 @@ def _made(model: Any, values: dict[str, Any]) -> Any:
     return job
 
 
+@contextmanager
+def _naming_seconds(job_id: UUID | None = None) -> Iterator[None]:
+    """Raise our error where an id was there already.
+
+    Args:
+        job_id: Which it must have been, if only one record is added.
+    """
+    try:
+        yield
+    except IntegrityError as error:
+        second = second_record(error)
+        if second is None:
+            raise
+        raise JobExistsError(second.job_id or job_id) from error
+
+
 def _add(bind: Bind, job: MlJob) -> MlJob:
     if isinstance(bind, Session):
+        alone = not bind.new
         bind.add(job)
-        bind.flush()
+        with _naming_seconds(job.id if alone else None):
+            bind.flush()
         return job
     model = type(job)
     if plain(model):
@@ -236,7 +259,8 @@ def _add(bind: Bind, job: MlJob) -> MlJob:
         return _add_row(bind, model, tuple([state.get(column.name) for column in table_of(model).columns]))
     with session_on(bind) as session:
         session.add(job)
-        session.flush()
+        with _naming_seconds(job.id):
+            session.flush()
         session.refresh(job)
         session.expunge_all()
     return job
@@ -250,7 +274,8 @@ def _add_chunks(bind: Bind, model: Model, jobs: Iterable[Any]) -> int:
     total = 0
     while chunk := [_record_of(model, job) for job in islice(records, _CHUNK)]:
         bind.add_all(chunk)
-        bind.flush()
+        with _naming_seconds():
+            bind.flush()
         for job in chunk:
             bind.expunge(job)
         total += len(chunk)
@@ -275,8 +300,10 @@ def _add_row(connection: Connection, model: Model, row: tuple[Any, ...]) -> MlJo
     values = dict(zip(table_of(model).columns.keys(), row, strict=True))
     try:
         _insertion(model).rows(connection, values)
-    except JobExistsError as error:
-        raise JobExistsError(values["id"]) from error.__cause__
+    except IntegrityError as error:  # _naming_seconds, without its cost
+        if second_record(error) is None:
+            raise
+        raise JobExistsError(values["id"]) from error
     detached: MlJob = record(model, row)
     return detached
 
