@@ -47,8 +47,8 @@ _LISTEN = f"LISTEN {WAKE_CHANNEL}"
 _PID = text("SELECT pg_backend_pid()")
 _WATCHERS_MAX = 9
 
-_listeners: WeakKeyDictionary[Pool, int] = WeakKeyDictionary()
-_counting = threading.Lock()
+_seats: WeakKeyDictionary[Pool, list[object]] = WeakKeyDictionary()
+_counting = threading.RLock()  # again by a sleeper that is collected meanwhile
 
 
 class _Seat:
@@ -56,24 +56,24 @@ class _Seat:
 
     def __init__(self, lock: int) -> None:
         self._lock = lock
-        self._pool: Pool | None = None
+        self._row: list[object] | None = None
 
     def take(self, pool: Pool) -> bool:
         """Take it, unless this is a watcher and there are enough."""
         with _counting:
-            there = _listeners.get(pool, 0)
-            if there >= _WATCHERS_MAX and self._lock != WORKER_LOCK:
+            row = _seats.setdefault(pool, [])
+            if len(row) >= _WATCHERS_MAX and self._lock != WORKER_LOCK:
                 return False
-            _listeners[pool] = there + 1
-            self._pool = pool  # an engine that is disposed of has another one then
+            row.append(self)
+            self._row = row  # an engine that is disposed of has another pool then
             return True
 
     def leave(self) -> None:
         """Give it back, if it was taken."""
         with _counting:
-            if self._pool is not None:
-                _listeners[self._pool] -= 1
-                self._pool = None
+            if self._row is not None:
+                self._row.remove(self)
+                self._row = None
 
 
 class Sleeper:

@@ -298,3 +298,14 @@ def test_opening_a_file_that_is_never_let_go_ends_with_the_timeout(tmp_path: Pat
     with store, pytest.raises(OperationalError, match="locked"):
         store.find()
     writer.close()
+
+
+def test_a_sleeper_ends_well_after_its_engine_was_disposed_of(postgres_url: str) -> None:
+    engine = create_engine(postgres_url, poolclass=NullPool)
+    with Sleeper(engine, MlJob) as sleeper:
+        sleeper.sleep(0)
+        engine.dispose()
+        sleeper.sleep(0)
+    with Sleeper(engine, MlJob) as another:
+        another.sleep(0)
+        assert another._connection is not None
