@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from enum import Enum, StrEnum
 from pathlib import Path
@@ -645,7 +646,8 @@ def test_subclasses_share_one_queue_and_come_back_as_what_they_are(empty: Engine
         watch = store.watch(timeout=10, poll=0.01)
         started: list[Any] = []
         event.listen(grid, "load", lambda *_: started or started.append(store.cancel(again)))
-        assert {type(next(watch))} == {grid}
+        with closing(watch):
+            assert {type(next(watch))} == {grid}
 
 
 def test_host_tables_may_refer_to_our_own(empty: Engine) -> None:
