@@ -32,7 +32,7 @@ from sqlalchemy import (
     select,
     type_coerce,
 )
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.types import BigInteger, Date, DateTime, Double, Float, LargeBinary, NullType, TypeEngine
 from sqlalchemy.util import await_only
 
@@ -306,7 +306,13 @@ def _busy(connection: Connection) -> Iterator[None]:
     def refuse(*_: object) -> None:
         raise InvalidValueError("session", connection, "its connection is reading records; use another one meanwhile")
 
-    event.listen(connection, "before_cursor_execute", refuse)
+    try:
+        event.listen(connection, "before_cursor_execute", refuse)
+    except (
+        InvalidRequestError
+    ):  # SQLAlchemy 2.0 takes none for a connection of an engine with options, such as a store's
+        yield
+        return
     try:
         yield
     finally:

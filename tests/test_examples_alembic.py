@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from sqlalchemy.pool import NullPool
 
 from mljobs import schema
 from tests.installed import ROOT, Installed, install
+
+_FINDS_PLUGINS = find_spec("alembic.runtime.plugins") is not None
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +30,11 @@ class Host:
     def __init__(self, name: str, url: str, home: Path, installed: Installed) -> None:
         self.path = home / name
         shutil.copytree(ROOT / "examples" / name, self.path, ignore=shutil.ignore_patterns("__pycache__"))
+        if not _FINDS_PLUGINS:  # then an env.py has a line more; see docs/migrations.md
+            env = self.path / "migrations" / "env.py"
+            env.write_text(
+                env.read_text().replace("import context\n", "import context\nimport mljobs.alembic_plugin\n")
+            )
         self.url = url
         self.engine = create_engine(url, poolclass=NullPool)
         self._installed = installed
@@ -112,11 +120,8 @@ def test_the_first_revision_in_one_history_begins_beside_ours(host: Any) -> None
     for old in (app.path / "migrations" / "versions").glob("*.py"):
         old.unlink()
     app.alembic("upgrade", "heads")
-    for natural in (
-        ("revision", "--autogenerate", "-m", "mine"),
-        ("revision", "-m", "mine"),
-        ("revision", "-m", "mine", "--head", "mljobs@head"),
-    ):
+    without_env = [("revision", "-m", "mine"), ("revision", "-m", "mine", "--head", "mljobs@head")]
+    for natural in (("revision", "--autogenerate", "-m", "mine"), *(without_env if _FINDS_PLUGINS else ())):
         refused = app.fails("-m", "alembic", *natural)
         assert "--head base --branch-label app --version-path migrations/versions -m" in refused
     readme = (app.path / "README.md").read_text()
@@ -132,9 +137,10 @@ def test_the_first_revision_in_one_history_begins_beside_ours(host: Any) -> None
     _, _, *arguments = shlex.split(later)
     app.alembic(*arguments)
     assert len(list((app.path / "migrations" / "versions").glob("*.py"))) == 2
-    app.alembic("merge", "heads", "-m", "merged")  # needless, but a thing people do: it is theirs too
-    assert len(list((app.path / "migrations" / "versions").glob("*.py"))) == 3
-    app.alembic("upgrade", "heads")
+    if _FINDS_PLUGINS:
+        app.alembic("merge", "heads", "-m", "merged")  # needless, but a thing people do: it is theirs too
+        assert len(list((app.path / "migrations" / "versions").glob("*.py"))) == 3
+        app.alembic("upgrade", "heads")
     schema.verify(app.engine)
     ours = app.run("-c", "import mljobs.schema as s; print(*(p.name for p in s.migrations_path().rglob('0*.py')))")
     everything = app.run(

@@ -310,7 +310,7 @@ def _(place: Place) -> Rows:
 @answers(16)
 def _(place: Place) -> Rows:
     best = sorted(_scored(place, "train", "spam-3"), key=lambda pair: (-pair[1], pair[0].id))[:10]
-    return [(job.id, score, job.spec["algorithm"], str(job.spec["lr"])) for job, score in best]
+    return [(job.id, score, job.spec["algorithm"], job.spec["lr"]) for job, score in best]
 
 
 @answers(17)
