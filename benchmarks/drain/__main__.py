@@ -33,6 +33,7 @@ ONE_BY_ONE = 2_000
 SAMPLES = 200
 IDLE_SECONDS = 60
 RIVALS = os.environ.get("BENCH_RIVALS", "raw,pgqueuer,procrastinate,oban,graphile").split(",")
+PROCESSES = tuple(int(count) for count in os.environ.get("BENCH_PROCESSES", "1,2").split(","))
 TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -129,7 +130,7 @@ def middle(values: list[float], form: str = ",.0f") -> str:
     return f"{statistics.median(values):{form}} ({min(values):{form}} .. {max(values):{form}})"
 
 
-def drain(bench: Bench, *, processes: tuple[int, ...] = (1, 2), mode: str = "batch") -> None:
+def drain(bench: Bench, *, processes: tuple[int, ...] = PROCESSES, mode: str = "batch") -> None:
     for count in processes:
         what = "one job at a time" if mode == "single" else "no-op jobs"
         print(f"\n{what}, {count} process(es): jobs/s, CPU us/job, mljobs / rival")
