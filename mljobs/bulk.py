@@ -10,7 +10,7 @@ costs a driver least (see :class:`Wire`): a ``UUID`` and three ``datetime`` obje
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
@@ -306,17 +306,12 @@ def _busy(connection: Connection) -> Iterator[None]:
     def refuse(*_: object) -> None:
         raise InvalidValueError("session", connection, "its connection is reading records; use another one meanwhile")
 
-    try:
-        event.listen(connection, "before_cursor_execute", refuse)
-    except (
-        InvalidRequestError
-    ):  # SQLAlchemy 2.0 takes none for a connection of an engine with options, such as a store's
+    with ExitStack() as stack:
+        # SQLAlchemy 2.0 takes no listener for a connection of an engine with options, such as a store's.
+        with suppress(InvalidRequestError):
+            event.listen(connection, "before_cursor_execute", refuse)
+            stack.callback(event.remove, connection, "before_cursor_execute", refuse)
         yield
-        return
-    try:
-        yield
-    finally:
-        event.remove(connection, "before_cursor_execute", refuse)
 
 
 def _wire_type(column: Column[Any]) -> str:

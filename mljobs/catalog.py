@@ -122,10 +122,8 @@ def overviews_of(connection: Connection, schema: str | None) -> list[tuple[str, 
     seen = inspect(connection)
     found = []
     for view in seen.get_view_names(schema=schema):
-        text_of = seen.get_view_definition(view, schema=schema) or ""
-        if not all(
-            column in text_of for column in _OVERVIEW_COLUMNS
-        ):  # its text: SQLite has no columns of a broken view
+        text_of = seen.get_view_definition(view, schema=schema) or ""  # SQLite has no columns of a broken view
+        if not all(column in text_of for column in _OVERVIEW_COLUMNS):
             continue
         read = [name for name in seen.get_table_names(schema=schema) if _names(text_of, name)]
         jobs = [name for name in read if _has(seen, name, schema, _RECORD_COLUMNS)]

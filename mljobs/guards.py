@@ -286,8 +286,7 @@ def translate_error(error: BaseException | None) -> MlJobsError | None:
     Args:
         error: An exception of psycopg, asyncpg, sqlite3 or aiosqlite, or SQLAlchemy's wrapper around one.
     """
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in _causes(error):
         constraint, detail = _diagnosis(seen)
         fields = dict(part.partition("=")[::2] for part in (detail or "").split())
         job_id = UUID(fields["id"]) if "id" in fields else None
@@ -298,8 +297,14 @@ def translate_error(error: BaseException | None) -> MlJobsError | None:
             wanted = fields.get("wanted")
             known = MlJobStatus(wanted) if wanted in MlJobStatus.tokens() else None
             return InvalidTransitionError(job_id, status, known)
-        seen = getattr(seen, "orig", None) or seen.__cause__
     return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, and what SQLAlchemy or a driver's facade has wrapped in it."""
+    while error is not None:
+        yield error
+        error = getattr(error, "orig", None) or error.__cause__
 
 
 def _diagnosis(error: BaseException) -> tuple[str | None, str | None]:
@@ -326,12 +331,10 @@ def second_record(error: BaseException | None) -> JobExistsError | None:
     Args:
         error: What SQLAlchemy or a driver raised.
     """
-    seen: Any = error
-    while seen is not None:
+    for seen in _causes(error):
         if _is_second(seen):
             found = _KEY_VALUE.search(_detail(seen) or "")
             return JobExistsError(UUID(found[1]) if found else None)
-        seen = getattr(seen, "orig", None) or seen.__cause__
     return None
 
 

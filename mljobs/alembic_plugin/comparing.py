@@ -52,12 +52,9 @@ def compare(context: Any, upgrade: Any, schemas: Iterable[str | None]) -> None:
     if connection.dialect.name not in ("postgresql", "sqlite"):
         return
     render_ours(context.opts)
-    default = connection.dialect.default_schema_name
-    job_tables = {
-        (_unless(default, table.schema), table.name): table for table in context.sorted_tables if "mljobs" in table.info
-    }
+    job_tables = {place: table for place, table in _tables_of(context).items() if "mljobs" in table.info}
     searched = list(schemas)
-    guarded = {(schema, name) for schema in searched for name in guarded_tables(connection, schema)}
+    guarded = _guarded(connection, searched)
     _keep_what_is_ours(upgrade, {*job_tables, *guarded})
     _drop_guards_first(connection, upgrade, guarded)
     _drop_overviews_first(connection, upgrade, searched)
@@ -87,13 +84,8 @@ def pass_over(context: Any, schemas: Iterable[str | None]) -> None:
     filters = getattr(context, "_name_filters", None)
     if _is_off(context) or filters is None or connection.dialect.name not in ("postgresql", "sqlite"):
         return
-    default = connection.dialect.default_schema_name
-    known = {(_unless(default, table.schema), table.name) for table in context.sorted_tables}
-    job_tables = {
-        *((_unless(default, table.schema), table.name) for table in context.sorted_tables if "mljobs" in table.info),
-        *((schema, name) for schema in schemas for name in guarded_tables(connection, schema)),
-    }
-    ours = _beside(job_tables)
+    known = _tables_of(context)
+    ours = _beside({*(place for place in known if "mljobs" in known[place].info), *_guarded(connection, schemas)})
 
     def include_name(name: str | None, kind: str, parents: Any) -> bool:
         place = (parents.get("schema_name"), str(name))
@@ -106,8 +98,15 @@ def _is_off(context: Any) -> bool:
     return "~mljobs" in (context.opts.get("autogenerate_plugins") or ())
 
 
-def _unless(default: str | None, schema: str | None) -> str | None:
-    return None if schema == default else schema
+def _tables_of(context: Any) -> dict[tuple[str | None, str], Table]:
+    """Return the tables of the host's metadata by schema, None for the default one, and name."""
+    default = context.connection.dialect.default_schema_name
+    return {(None if table.schema == default else table.schema, table.name): table for table in context.sorted_tables}
+
+
+def _guarded(connection: Connection, schemas: Iterable[str | None]) -> set[tuple[str | None, str]]:
+    """Return the tables in the database that have a guard, in the same form."""
+    return {(schema, name) for schema in schemas for name in guarded_tables(connection, schema)}
 
 
 def _beside(job_tables: Iterable[tuple[str | None, str]]) -> set[tuple[str | None, str]]:
@@ -160,8 +159,10 @@ def _see_what_reflection_does_not(connection: Connection, upgrade: Any, guarded:
         schema, name = place = _place(drop)
         if {"token", "target_lock"} <= {column["name"] for column in seen.get_columns(name, schema=schema)}:
             drop.table_kw["sqlite_autoincrement"] = True
+        if place not in guarded:
+            continue
         texts = dict(definitions(connection, schema, "index"))
-        for table_ops in _of_table(upgrade, schema, name) if place in guarded else ():
+        for table_ops in _of_table(upgrade, schema, name):
             for at, change in enumerate(table_ops.ops):
                 if isinstance(change, ops.DropIndexOp):
                     index = change.to_index()

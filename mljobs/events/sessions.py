@@ -11,7 +11,7 @@ from weakref import ref
 from sqlalchemy import Connection, Table, event, inspect, select
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction, attributes
 
-from mljobs.events.connections import of_connection
+from mljobs.events.connections import OfConnection, of_connection
 from mljobs.events.delivering import Origin, deliver, interesting, subscribed
 from mljobs.events.keeping import Kept, finished_among
 from mljobs.model import MlJobMixin
@@ -175,6 +175,11 @@ def _updated(state: ORMExecuteState) -> type[MlJobMixin] | None:
     return model
 
 
+def kept_of(bind: Bind) -> OfSession | OfConnection:
+    """Return what is kept beside the transaction of a session or connection."""
+    return of_session(bind) if isinstance(bind, Session) else of_connection(bind)
+
+
 def note(bind: Bind, model: type[MlJobMixin], ids: Iterable[UUID]) -> None:
     """Keep what these jobs are now, if they have finished, until the transaction commits.
 
@@ -186,7 +191,7 @@ def note(bind: Bind, model: type[MlJobMixin], ids: Iterable[UUID]) -> None:
     wanted = list(ids)
     if not wanted:
         return
-    kept = of_session(bind) if isinstance(bind, Session) else of_connection(bind)
+    kept = kept_of(bind)
     if interesting(kept.origin):
         connection = bind.connection() if isinstance(bind, Session) else bind
         kept.add(finished_among(connection, model, wanted))

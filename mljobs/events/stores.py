@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from sqlalchemy.orm import Session
-
-from mljobs.events.connections import OfConnection, of_connection
+from mljobs.events.connections import OfConnection
 from mljobs.events.delivering import Origin, Store
-from mljobs.events.sessions import Bind, of_session
+from mljobs.events.sessions import Bind, OfSession, kept_of
 
 
 @contextmanager
@@ -22,9 +20,7 @@ def telling(inner: AbstractContextManager[Bind], store: Store) -> Iterator[Bind]
         store: Whose it is.
     """
     with inner as bind:
-        kept = of_session(bind) if isinstance(bind, Session) else of_connection(bind)
-        kept.take()
-        kept.store = store
+        kept = _kept_anew(bind, store)
         yield bind
     if isinstance(kept, OfConnection):  # a session has told by itself
         kept.tell()
@@ -37,10 +33,16 @@ def kept_by(bind: Bind, store: Store) -> Callable[[], list[Any]]:
         bind: The connection or session in which the operation is about to run.
         store: Whose it is.
     """
-    kept = of_session(bind) if isinstance(bind, Session) else of_connection(bind)
+    kept = _kept_anew(bind, store)
+    return kept.take if isinstance(kept, OfConnection) else list
+
+
+def _kept_anew(bind: Bind, store: Store) -> OfSession | OfConnection:
+    """Forget what an operation that failed has left; what comes is of this store."""
+    kept = kept_of(bind)
     kept.take()
     kept.store = store
-    return kept.take if isinstance(kept, OfConnection) else list
+    return kept
 
 
 def origin_of(store: Store) -> Origin:

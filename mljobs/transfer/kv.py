@@ -152,11 +152,16 @@ def _check_prefix(prefix: object) -> str:
     return prefix
 
 
+def _check_mapping(mapping: object, method: str) -> None:
+    """Refuse what has no keys; a sequence has the method, too."""
+    if not hasattr(mapping, method) or isinstance(mapping, Sequence):
+        raise InvalidValueError("mapping", mapping, "expected a mapping, or a client of Redis or Valkey")
+
+
 def _putter(mapping: KvStore) -> Callable[[Iterable[tuple[str, str]]], None]:
     if redis.is_client(mapping):
         return lambda pairs: redis.put(mapping, pairs)
-    if not hasattr(mapping, "__setitem__") or isinstance(mapping, Sequence):
-        raise InvalidValueError("mapping", mapping, "expected a mapping, or a client of Redis or Valkey")
+    _check_mapping(mapping, "__setitem__")
 
     def put(pairs: Iterable[tuple[str, str]]) -> None:
         for key, text in pairs:
@@ -169,10 +174,10 @@ class _KvInput:
     """The records of a key-value store; see ``importing.Input``."""
 
     def __init__(self, mapping: KvStore, prefix: str) -> None:
-        is_mapping = hasattr(mapping, "__getitem__") and not isinstance(mapping, Sequence)
-        if not redis.is_client(mapping) and not is_mapping:
-            raise InvalidValueError("mapping", mapping, "expected a mapping, or a client of Redis or Valkey")
-        self._pairs = redis.pairs if redis.is_client(mapping) else _pairs_of_mapping
+        is_client = redis.is_client(mapping)
+        if not is_client:
+            _check_mapping(mapping, "__getitem__")
+        self._pairs = redis.pairs if is_client else _pairs_of_mapping
         self._mapping = mapping
         self._prefix = prefix
 

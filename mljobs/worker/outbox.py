@@ -138,11 +138,12 @@ class Outbox:
         Raises:
             DBAPIError: The database is away; nothing was written.
         """
-        entries = [Entry(run, Outcome.requeued(run.claim), None, 0.0) for run in runs]
+        outcomes = [Outcome.requeued(run.claim) for run in runs]
         with answers_within(self._patience):
-            errors = self._store.finish_many([entry.outcome for entry in entries if entry.outcome is not None])
+            errors = self._store.finish_many(outcomes)
         # An error means that it ended, or was lost, at the last moment: whoever found that counts it.
-        done = [entry for entry, error in zip(entries, errors, strict=True) if error is None]
+        told = zip(runs, outcomes, errors, strict=True)
+        done = [Entry(run, outcome, None, 0.0) for run, outcome, error in told if error is None]
         self._requeued.update(entry.run.claim.token for entry in done)
         self._end(done, ["requeued"] * len(done))
 
