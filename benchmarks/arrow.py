@@ -19,8 +19,8 @@ from sqlalchemy.pool import NullPool
 
 from benchmarks.bench import clear, compare, database, rate, report
 from mljobs import JobStore, MlJob
-from mljobs.arrow import to_arrow
-from mljobs.bulk import read_wire
+from mljobs.db._copy import read_wire
+from mljobs.transfer._arrow import to_arrow
 from tests.history import fill
 
 JOBS = int(os.environ.get("BENCH_JOBS", "200000"))

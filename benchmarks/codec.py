@@ -15,7 +15,7 @@ from uuid import UUID
 
 import msgspec
 
-from mljobs.codec import KvRecord, decode, encode
+from mljobs.record._kv import KvRecord, decode, encode
 from mljobs.states import MlJobKind, MlJobStatus
 
 LINES = 2_000

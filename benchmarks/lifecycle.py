@@ -20,11 +20,11 @@ from uuid_utils.compat import uuid7
 
 from benchmarks.bench import clear, compare, database, rate, report
 from mljobs import JobStore, MlJob
-from mljobs.jobs.claiming import _claim_statement, _progress_statement, _renewal
-from mljobs.jobs.finishing import _finish_statement
-from mljobs.jobs.submitting import _insertion
-from mljobs.model import MlJobMixin
-from mljobs.prepared import Prepared, _Compiled
+from mljobs.db._prepared import Prepared, _Compiled
+from mljobs.jobs._claiming import _claim_statement, _progress_statement, _renewal
+from mljobs.jobs._finishing import _finish_statement
+from mljobs.jobs._submitting import _insertion
+from mljobs.record._models import MlJobMixin
 
 SCALE = float(os.environ.get("BENCH_SCALE", "1"))
 SPEC = {"model": "gradient boosting", "depth": 6, "lr": 0.05, "features": ["age", "country", "clicks_7d"]}
@@ -271,7 +271,7 @@ def guard(url: str) -> None:
 
     def flush(*, guarded: bool) -> float:
         clear(url)
-        from mljobs import guards  # noqa: PLC0415
+        from mljobs.guards import _hooks as guards  # noqa: PLC0415
 
         with engine.begin() as connection:
             verb = "ENABLE" if guarded else "DISABLE"
@@ -364,7 +364,7 @@ def notify(url: str) -> None:
             return eight()
 
         def asleep() -> float:
-            from mljobs.wake import Sleeper  # noqa: PLC0415
+            from mljobs.db._wake import Sleeper  # noqa: PLC0415
 
             clear(url)
             with Sleeper(store.engine, MlJob, workers=True) as sleeper:

@@ -31,11 +31,11 @@ from sqlalchemy import make_url
 from benchmarks.bench import clear, compare, database, rate, report
 from benchmarks.codec import Bare, sample
 from mljobs import JobStore, MlJob, MlJobKind
-from mljobs.bulk import _WIRES
-from mljobs.codec import decode, encode
-from mljobs.transfer.files import reading
-from mljobs.transfer.lines import batches
-from mljobs.transfer.rows import NAMES, SHARED, row_maker
+from mljobs.db._copy import _WIRES
+from mljobs.record._kv import decode, encode
+from mljobs.transfer._files import reading
+from mljobs.transfer._lines import batches
+from mljobs.transfer._rows import NAMES, SHARED, row_maker
 
 RECORDS = int(float(os.environ.get("BENCH_SCALE", "1")) * 200_000)
 MANY = int(os.environ.get("BENCH_RECORDS", "5000000"))

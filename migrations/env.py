@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager, nullcontext
 from alembic import context
 from sqlalchemy import Connection
 
-from mljobs.engines import DEFAULT_URL, URL_VARIABLE, new_engine, sync_url
-from mljobs.schema import VERSION_TABLE, is_ours, migrating
+from mljobs.db._engines import DEFAULT_URL, URL_VARIABLE, new_engine, sync_url
+from mljobs.schema._versions import VERSION_TABLE, is_ours, migrating
 
 config = context.config
 
@@ -29,7 +29,7 @@ def _include_object(_object: object, name: str | None, kind: str, *_: object) ->
 
 
 def _configure(**options: object) -> None:
-    from mljobs.model import metadata  # noqa: PLC0415 - only what compares needs the model
+    from mljobs.record._models import metadata  # noqa: PLC0415 - only what compares needs the model
 
     context.configure(
         target_metadata=metadata,

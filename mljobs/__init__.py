@@ -9,8 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mljobs.async_store import AsyncJobStore
-    from mljobs.dataclass_mixin import MlJobDataclassMixin
     from mljobs.errors import (
         InvalidTransitionError,
         InvalidValueError,
@@ -30,10 +28,12 @@ if TYPE_CHECKING:
     )
     from mljobs.events import on_finished
     from mljobs.jobs import Claim, Outcome
-    from mljobs.model import Base, MlJob, MlJobLease, MlJobMixin, kind_column, metadata
-    from mljobs.run import Run
+    from mljobs.record._dataclass import MlJobDataclassMixin
+    from mljobs.record._models import Base, MlJob, MlJobLease, MlJobMixin, kind_column, metadata
     from mljobs.states import MlJobKind, MlJobStatus
-    from mljobs.store import JobStore
+    from mljobs.store._async_store import AsyncJobStore
+    from mljobs.store._run import Run
+    from mljobs.store._store import JobStore
     from mljobs.transfer import Imported, JobMapping, dump_kv, export_jobs, import_jobs, load_kv
     from mljobs.worker import Tally, Worker, exponential
 
@@ -84,12 +84,12 @@ __all__ = [
 _MODULES = {
     "events": ("on_finished",),
     "jobs": ("Claim", "Outcome"),
-    "run": ("Run",),
-    "model": ("Base", "MlJob", "MlJobLease", "MlJobMixin", "kind_column", "metadata"),
-    "dataclass_mixin": ("MlJobDataclassMixin",),
+    "store._run": ("Run",),
+    "record._models": ("Base", "MlJob", "MlJobLease", "MlJobMixin", "kind_column", "metadata"),
+    "record._dataclass": ("MlJobDataclassMixin",),
     "states": ("MlJobKind", "MlJobStatus"),
-    "async_store": ("AsyncJobStore",),
-    "store": ("JobStore",),
+    "store._async_store": ("AsyncJobStore",),
+    "store._store": ("JobStore",),
     "transfer": ("Imported", "JobMapping", "dump_kv", "export_jobs", "import_jobs", "load_kv"),
     "worker": ("Tally", "Worker", "exponential"),
 }

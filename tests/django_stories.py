@@ -27,7 +27,7 @@ from uploads.models import Upload  # noqa: E402
 
 from mljobs import MlJob, TerminalStateError, Worker, jobs, on_finished  # noqa: E402
 from mljobs.contrib import django as ours  # noqa: E402
-from mljobs.run import Run  # noqa: E402
+from mljobs.store._run import Run  # noqa: E402
 
 STORIES: list[Callable[[], None]] = []
 

@@ -121,7 +121,7 @@ def test_a_job_table_is_made_with_its_guard_and_seen_as_it_is(
     assert made.count("op.create_mljobs_guard(") == made.count("op.drop_mljobs_guard(") == 2
     assert {"import mljobs.alembic_plugin", "import mljobs.types"} <= set(made.splitlines())
     assert "mljobs.types.UtcMillis('created_at')" in made
-    assert "mljobs.model" not in made
+    assert "mljobs.record._models" not in made
     assert "info=" not in made
     host.upgrade()
     stands(empty, run)
@@ -619,8 +619,8 @@ def test_the_text_of_a_version_never_changes() -> None:
     """Migrations of hosts name it. A text that must change gets a new GUARD_VERSION, and the old one stays to be made."""
     from hashlib import sha256
 
-    from mljobs.alembic_plugin.operations import CreateMljobsGuardOp
-    from mljobs.triggers import GUARD_VERSION
+    from mljobs.alembic_plugin._operations import CreateMljobsGuardOp
+    from mljobs.guards._companions import GUARD_VERSION
 
     operation = CreateMljobsGuardOp("training_runs", kinds=["fit"], version=1)
     digests = {}

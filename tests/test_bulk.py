@@ -16,7 +16,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool
 
 from mljobs import InvalidValueError, MlJob, MlJobKind, MlJobMixin, MlJobStatus, bulk, jobs
-from mljobs.bulk import insert_rows, insert_wire, read_wire, wire_of
+from mljobs.db._copy import insert_rows, insert_wire, read_wire, wire_of
 from mljobs.jobs import table_of
 from tests.worlds import World
 

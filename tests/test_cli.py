@@ -11,9 +11,9 @@ import pytest
 import typer
 
 from mljobs import MlJob, MlJobStatus, __version__, schema
-from mljobs.cli import app as application
+from mljobs.cli import _app as application
 from mljobs.cli import main
-from mljobs.store import JobStore
+from mljobs.store._store import JobStore
 
 DOCS = Path(__file__).parent.parent / "docs" / "cli.md"
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mljobs.cli import transfer
-from mljobs.store import JobStore
+from mljobs.cli import _transfer as transfer
+from mljobs.store._store import JobStore
 from tests.test_cli import run
 from tests.test_transfer import job
 

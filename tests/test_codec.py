@@ -14,8 +14,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mljobs.codec import MAX_MS, KvRecord, _decode_exactly, decode, duration_ms, encode
 from mljobs.errors import InvalidValueError, JobDecodeError
+from mljobs.record._kv import MAX_MS, KvRecord, _decode_exactly, decode, duration_ms, encode
 from mljobs.states import MlJobKind, MlJobStatus, Token
 
 VECTORS = [

@@ -27,7 +27,7 @@ from mljobs import (
     jobs,
     on_finished,
 )
-from mljobs.events import delivering
+from mljobs.events import _delivering as delivering
 from mljobs.jobs import Outcome
 from tests.host import GridRun, HostBase, TrainingRun
 from tests.worlds import World

@@ -19,8 +19,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from mljobs import JobStore, MlJob, jobs
-from mljobs.engines import async_url
-from mljobs.problems import MEDIA_TYPE
+from mljobs.contrib.problems import MEDIA_TYPE
+from mljobs.db._engines import async_url
 
 ROOT = Path(__file__).parent.parent
 

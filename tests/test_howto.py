@@ -8,7 +8,7 @@ from textwrap import dedent
 
 import pytest
 
-from mljobs.problems import MEANINGS
+from mljobs.contrib.problems import MEANINGS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

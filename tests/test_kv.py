@@ -33,8 +33,8 @@ from mljobs import (
     dump_kv,
     load_kv,
 )
-from mljobs.transfer import mapping as mapping_module
-from mljobs.transfer import redis as redis_module
+from mljobs.transfer import _mapping as mapping_module
+from mljobs.transfer import _redis as redis_module
 from tests import redis_server
 from tests.host import HostBase, TrainingRun
 from tests.test_operations import expire_leases

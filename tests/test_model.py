@@ -19,7 +19,7 @@ from mljobs import (
     MlJobStatus,
     TerminalStateError,
 )
-from mljobs.guards import retention
+from mljobs.guards._hooks import retention
 from mljobs.types import utc_now
 
 

@@ -11,9 +11,9 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from mljobs import JobStore, MlJobStatus, Worker
-from mljobs.engines import engine_options, new_engine
-from mljobs.patience import answer_seconds, answers_within, end_if_silent, watch
-from mljobs.run import Run, database_is_away
+from mljobs.db._engines import engine_options, new_engine
+from mljobs.db._patience import answer_seconds, answers_within, end_if_silent, watch
+from mljobs.store._run import Run, database_is_away
 from tests.processes import until
 from tests.slow.chaos.proxy import Proxy
 

@@ -12,7 +12,7 @@ from sqlalchemy.pool import NullPool
 
 from mljobs import JobStore, MlJob, MlJobLease, MlJobMixin, SchemaError, schema
 from mljobs.errors import InvalidValueError
-from mljobs.overview import overview_ddl
+from mljobs.guards._overview import overview_ddl
 from mljobs.types import utc_now
 
 

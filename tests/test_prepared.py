@@ -16,8 +16,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import NullType
 
 from mljobs import JobStore, MlJob, MlJobMixin, MlJobStatus, jobs
+from mljobs.db._prepared import Prepared
 from mljobs.jobs import _base
-from mljobs.prepared import Prepared
 
 
 class Grade(Enum):

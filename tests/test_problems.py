@@ -32,7 +32,7 @@ from mljobs import (
     TransferError,
     WaitTimeout,
 )
-from mljobs.problems import MEANINGS, MEDIA_TYPE, body_of, problem, schema, status_of
+from mljobs.contrib.problems import MEANINGS, MEDIA_TYPE, body_of, problem, schema, status_of
 
 JOB = UUID("0199f3c2-0000-7000-8000-000000000001")
 MOMENT = datetime(2026, 11, 23, 20, 14, 5, 7000, tzinfo=UTC)

@@ -20,7 +20,7 @@ from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.util import await_only
 
 from mljobs import MlJob, MlJobStatus, TerminalStateError
-from mljobs.guards import translate_error
+from mljobs.guards._hooks import translate_error
 from tests.host import GridRun, HostBase, Team, TrainingRun
 from tests.postgres import Server
 from tests.worlds import DRIVERS, World

@@ -13,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 
 from mljobs import InvalidValueError, JobCancelled, JobStore, LeaseLostError, MlJobStatus, WaitTimeout
 from mljobs.jobs import Claim, Outcome
-from mljobs.run import Keeper, Run, record_outcome
+from mljobs.store._run import Keeper, Run, record_outcome
 from tests.test_operations import expire_leases
 from tests.worlds import World
 
@@ -378,7 +378,7 @@ def test_a_plain_session_add_wakes_a_sleeper(postgres_url: str) -> None:
     from sqlalchemy.orm import Session
 
     from mljobs import MlJob
-    from mljobs.wake import Sleeper
+    from mljobs.db._wake import Sleeper
 
     with JobStore(postgres_url) as store, Sleeper(store.engine, MlJob, workers=True) as sleeper:
         sleeper.sleep(0)  # begins to listen

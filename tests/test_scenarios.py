@@ -73,7 +73,7 @@ def test_a_clock_that_jumps_does_not_lose_a_lease(postgres_url: str, monkeypatch
 
 
 def _plan(world: World, connection: Any, statement: Any, parameters: dict[str, Any]) -> str:
-    from mljobs.prepared import _Compiled
+    from mljobs.db._prepared import _Compiled
 
     compiled = _Compiled(statement._statement(connection.dialect), connection.dialect)
     explain = "EXPLAIN " if world.dialect == "postgresql" else "EXPLAIN QUERY PLAN "

@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from mljobs import InvalidValueError, MlJob, SchemaError, schema
-from mljobs.engines import new_engine
+from mljobs.db._engines import new_engine
 from tests.worlds import DRIVERS
 
 ASYNC = {name: driver for name, driver in DRIVERS.items() if "-" in name}

@@ -16,9 +16,9 @@ from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.pool import NullPool
 
 from mljobs import MlJob, MlJobLease, MlJobMixin, SchemaError, TerminalStateError, metadata, schema
-from mljobs.alembic_plugin import rebuilding
+from mljobs.alembic_plugin import _rebuilding as rebuilding
 from mljobs.errors import InvalidValueError
-from mljobs.overview import overview_ddl
+from mljobs.guards._overview import overview_ddl
 from tests.host import HostBase
 from tests.postgres import Server
 

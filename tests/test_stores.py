@@ -18,9 +18,9 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from mljobs import AsyncJobStore, InvalidValueError, JobStore, MlJob, MlJobStatus
-from mljobs.engines import async_url, sync_url, url_from_env
+from mljobs.db._engines import async_url, sync_url, url_from_env
+from mljobs.db._wake import AsyncSleeper, Sleeper
 from mljobs.jobs._base import connection_of
-from mljobs.wake import AsyncSleeper, Sleeper
 from tests.processes import until
 from tests.worlds import DRIVERS
 

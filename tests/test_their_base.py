@@ -60,9 +60,9 @@ from mljobs import (
     kind_column,
     schema,
 )
-from mljobs.guards import retention
+from mljobs.db._wake import Sleeper
+from mljobs.guards._hooks import retention
 from mljobs.types import PlainText, utc_now
-from mljobs.wake import Sleeper
 from tests.worlds import Face, World
 
 CONVENTION = {

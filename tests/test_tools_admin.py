@@ -19,7 +19,7 @@ from starlette_admin.contrib.sqla import Admin as StarletteAdmin
 from starlette_admin.contrib.sqla import ModelView
 
 from mljobs import MlJob, MlJobLease, MlJobMixin, MlJobStatus
-from mljobs.admin import JobView
+from mljobs.contrib.starlette_admin import JobView
 from tests.worlds import World
 
 Client = httpx.AsyncClient

@@ -43,13 +43,13 @@ from mljobs import (
     import_jobs,
     metadata,
 )
-from mljobs import codec as codec_module
-from mljobs.bulk import _WIRES, insert_rows
+from mljobs.db._copy import _WIRES, insert_rows
 from mljobs.errors import JobDecodeError
 from mljobs.jobs import table_of
+from mljobs.record import _kv as codec_module
 from mljobs.transfer import Imported, importing, lines, writing
-from mljobs.transfer import files as files_module
-from mljobs.transfer.rows import IDS, NAMES, SHARED, RejectedLineError, _make_exactly, line_maker, row_maker
+from mljobs.transfer import _files as files_module
+from mljobs.transfer._rows import IDS, NAMES, SHARED, RejectedLineError, _make_exactly, line_maker, row_maker
 from mljobs.types import from_millis, storable_json, storable_text
 from tests.host import HostBase, TrainingRun
 from tests.test_operations import expire_leases

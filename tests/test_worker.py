@@ -28,9 +28,9 @@ from mljobs import (
     Worker,
     exponential,
 )
-from mljobs.run import Run
-from mljobs.worker.outbox import Outbox
-from mljobs.worker.performing import Ended
+from mljobs.store._run import Run
+from mljobs.worker._outbox import Outbox
+from mljobs.worker._performing import Ended
 from tests import worker_app
 from tests.processes import until
 from tests.worlds import World

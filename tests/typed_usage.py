@@ -10,7 +10,7 @@ from uuid import UUID
 
 from mljobs import AsyncJobStore, JobStore, MlJob
 from mljobs.jobs import Claim, Counts, Page, Renewal, Rescue
-from mljobs.run import Run
+from mljobs.store._run import Run
 
 
 def blocking(store: JobStore, job_id: UUID) -> None:

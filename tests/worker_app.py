@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from mljobs import JobStore, Worker
-from mljobs.run import Run
+from mljobs.store._run import Run
 
 worker = Worker(
     JobStore.from_env(),
@@ -89,7 +89,7 @@ def squares(run: Run) -> dict[str, Any]:
 
 def fit(run: Run) -> dict[str, Any]:
     """Train a real classifier, epoch by epoch."""
-    from mljobs.demo import SPEC, Training
+    from mljobs.cli._training import SPEC, Training
 
     training = Training({**SPEC, **run.spec})
     for epoch in run.track(training):

@@ -1,11 +1,11 @@
 """Alembic, at home with job tables: for the ``env.py`` and the migrations of a host whose models have ``MlJobMixin``.
 
-- :mod:`~mljobs.alembic_plugin.operations`: ``op.create_mljobs_guard`` and ``op.drop_mljobs_guard``;
-- :mod:`~mljobs.alembic_plugin.views`: ``op.create_mljobs_overview`` and ``op.drop_mljobs_overview``;
-- :mod:`~mljobs.alembic_plugin.comparing`: what autogenerate and ``alembic check`` see of job tables;
-- :mod:`~mljobs.alembic_plugin.rendering`: our column types and CHECKs in a migration's text;
-- :mod:`~mljobs.alembic_plugin.rebuilding`: a batch that rebuilds a SQLite table keeps its guard;
-- :mod:`~mljobs.alembic_plugin.placing`: a host's new revision never lands among ours.
+- :mod:`~mljobs.alembic_plugin._operations`: ``op.create_mljobs_guard`` and ``op.drop_mljobs_guard``;
+- :mod:`~mljobs.alembic_plugin._views`: ``op.create_mljobs_overview`` and ``op.drop_mljobs_overview``;
+- :mod:`~mljobs.alembic_plugin._comparing`: what autogenerate and ``alembic check`` see of job tables;
+- :mod:`~mljobs.alembic_plugin._rendering`: our column types and CHECKs in a migration's text;
+- :mod:`~mljobs.alembic_plugin._rebuilding`: a batch that rebuilds a SQLite table keeps its guard;
+- :mod:`~mljobs.alembic_plugin._placing`: a host's new revision never lands among ours.
 
 Alembic from 1.18 on finds this package by the entry point ``alembic.plugins``; with an older one an ``env.py`` says
 ``import mljobs.alembic_plugin``. ``autogenerate_plugins=["alembic.autogenerate.*", "~mljobs"]`` turns the comparison off.
@@ -34,13 +34,13 @@ def setup(plugin: Any) -> None:
 
 
 def _compare(context: Any, upgrade: Any, schemas: Iterable[str | None]) -> Any:
-    from mljobs.alembic_plugin.comparing import compare  # noqa: PLC0415 - Alembic itself is not whole yet at import
+    from mljobs.alembic_plugin._comparing import compare  # noqa: PLC0415 - Alembic itself is not whole yet at import
 
     compare(context, upgrade, schemas)
 
 
 def _pass_over(context: Any, _upgrade: Any, schemas: Iterable[str | None]) -> Any:
-    from mljobs.alembic_plugin.comparing import pass_over  # noqa: PLC0415 - as above
+    from mljobs.alembic_plugin._comparing import pass_over  # noqa: PLC0415 - as above
 
     pass_over(context, schemas)
 
@@ -54,7 +54,7 @@ class _ModuleOrModules(ModuleType):
 sys.modules[__name__].__class__ = _ModuleOrModules
 
 # After setup: where a host imports this package before Alembic, the next line makes Alembic ask for it.
-from mljobs.alembic_plugin import operations, placing, rebuilding, views  # noqa: E402, F401
+from mljobs.alembic_plugin import _operations, _placing, _rebuilding, _views  # noqa: E402, F401
 
 try:
     import alembic.runtime.plugins  # noqa: F401

@@ -13,6 +13,6 @@ def main() -> None:
     except ModuleNotFoundError as error:
         sys.stderr.write(f"mljobs: the command needs {error.name}: pip install 'mljobs[cli]'\n")
         sys.exit(2)
-    from mljobs.cli.app import run  # noqa: PLC0415
+    from mljobs.cli._app import run  # noqa: PLC0415
 
     run()

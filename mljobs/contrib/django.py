@@ -20,15 +20,15 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from mljobs import events
+from mljobs.contrib.problems import MEDIA_TYPE, body_of, status_of
 from mljobs.errors import InvalidValueError, MlJobsError
-from mljobs.guards import translate_error
-from mljobs.problems import MEDIA_TYPE, body_of, status_of
-from mljobs.schema import downgrade as schema_downgrade
-from mljobs.schema import upgrade as schema_upgrade
-from mljobs.store import JobStore
+from mljobs.guards._hooks import translate_error
+from mljobs.schema._versions import downgrade as schema_downgrade
+from mljobs.schema._versions import upgrade as schema_upgrade
+from mljobs.store._store import JobStore
 
 if TYPE_CHECKING:
-    from mljobs.async_store import AsyncJobStore
+    from mljobs.store._async_store import AsyncJobStore
 
 __all__ = [
     "ProblemMiddleware",
@@ -212,7 +212,7 @@ def async_store(using: str = "default", **options: Any) -> AsyncJobStore:
         using: The name of the database in ``DATABASES``.
         **options: As of ``AsyncJobStore``.
     """
-    from mljobs.async_store import AsyncJobStore  # noqa: PLC0415 - needs greenlet, which blocking hosts may not have
+    from mljobs.store._async_store import AsyncJobStore  # noqa: PLC0415 - needs greenlet, which blocking hosts may not have
 
     return AsyncJobStore(database_url(using), **options)
 

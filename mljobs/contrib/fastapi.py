@@ -7,8 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from mljobs import problems
-from mljobs.contrib import starlette
+from mljobs.contrib import problems, starlette
 
 
 def install(app: FastAPI) -> None:

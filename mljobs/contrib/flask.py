@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from flask import Blueprint, Flask, Response, request
 
+from mljobs.contrib.problems import MEDIA_TYPE, body_of, status_of
 from mljobs.errors import MlJobsError
-from mljobs.problems import MEDIA_TYPE, body_of, status_of
 
 
 def answer(error: MlJobsError) -> Response:

@@ -8,8 +8,8 @@ from litestar import Request, Response
 from litestar.config.app import AppConfig
 from litestar.plugins import InitPluginProtocol
 
+from mljobs.contrib.problems import MEDIA_TYPE, body_of, status_of
 from mljobs.errors import MlJobsError
-from mljobs.problems import MEDIA_TYPE, body_of, status_of
 
 
 def answer(request: Request[Any, Any, Any], error: MlJobsError) -> Response[bytes]:

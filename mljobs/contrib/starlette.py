@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketState
 
+from mljobs.contrib.problems import MEDIA_TYPE, body_of, problem, status_of
 from mljobs.errors import MlJobsError
-from mljobs.problems import MEDIA_TYPE, body_of, problem, status_of
 
 _POLICY_VIOLATION, _INTERNAL_ERROR = 1008, 1011
 

@@ -15,11 +15,11 @@ transaction until it commits. What a rollback, or the rollback to a savepoint, t
 What goes past all of these (raw SQL, another process) is seen by ``store.watch`` and ``store.wait``.
 """
 
-from mljobs.events.connections import hand_over
-from mljobs.events.delivering import Subscription, deliver, deliver_async, subscribed
-from mljobs.events.sessions import note
-from mljobs.events.stores import kept_by, origin_of, telling
-from mljobs.events.subscribing import Source, on_finished
+from mljobs.events._connections import hand_over
+from mljobs.events._delivering import Subscription, deliver, deliver_async, subscribed
+from mljobs.events._sessions import note
+from mljobs.events._stores import kept_by, origin_of, telling
+from mljobs.events._subscribing import Source, on_finished
 
 __all__ = [
     "Source",

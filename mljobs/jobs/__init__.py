@@ -6,12 +6,12 @@ engine and a transaction of their own.
 
 By the question they answer:
 
-- :mod:`~mljobs.jobs.submitting`: what is to be done (``submit``, ``submit_many``, ``retry``)
-- :mod:`~mljobs.jobs.reading`: what is there (``get``, ``find``, ``history``, ``counts``)
-- :mod:`~mljobs.jobs.claiming`: who works on what now (``claim``, ``renew``, ``release``, ``set_progress``)
-- :mod:`~mljobs.jobs.finishing`: how it ended (``complete``, ``fail``, ``requeue``, ``cancel``)
-- :mod:`~mljobs.jobs.exchanging`: both at once, for busy workers (``finish_and_claim``)
-- :mod:`~mljobs.jobs.sweeping`: what nobody does any more (``rescue``, ``prune``)
+- :mod:`~mljobs.jobs._submitting`: what is to be done (``submit``, ``submit_many``, ``retry``)
+- :mod:`~mljobs.jobs._reading`: what is there (``get``, ``find``, ``history``, ``counts``)
+- :mod:`~mljobs.jobs._claiming`: who works on what now (``claim``, ``renew``, ``release``, ``set_progress``)
+- :mod:`~mljobs.jobs._finishing`: how it ended (``complete``, ``fail``, ``requeue``, ``cancel``)
+- :mod:`~mljobs.jobs._exchanging`: both at once, for busy workers (``finish_and_claim``)
+- :mod:`~mljobs.jobs._sweeping`: what nobody does any more (``rescue``, ``prune``)
 
 Every write names the state it expects, and a worker's write the lease it holds, in the condition of its own statement.
 On PostgreSQL each is one statement, and times come from the database's clock. On SQLite, where one writer works at a
@@ -19,7 +19,7 @@ time, each takes the write lock before it reads.
 """
 
 from mljobs.jobs._base import Bind, JobRef, Model, table_of
-from mljobs.jobs.claiming import (
+from mljobs.jobs._claiming import (
     DEFAULT_LEASE,
     Claim,
     Renewal,
@@ -31,8 +31,8 @@ from mljobs.jobs.claiming import (
     set_progress,
     set_progress_many,
 )
-from mljobs.jobs.exchanging import finish_and_claim
-from mljobs.jobs.finishing import (
+from mljobs.jobs._exchanging import finish_and_claim
+from mljobs.jobs._finishing import (
     Outcome,
     cancel,
     complete,
@@ -43,9 +43,20 @@ from mljobs.jobs.finishing import (
     requeue,
     requeue_many,
 )
-from mljobs.jobs.reading import FILTERS, Counts, Page, conditions, counts, find, get, history, lineage, named_conditions
-from mljobs.jobs.submitting import retry, submit, submit_many
-from mljobs.jobs.sweeping import Cursor, Pruned, Rescue, prune, prune_batch, rescue
+from mljobs.jobs._reading import (
+    FILTERS,
+    Counts,
+    Page,
+    conditions,
+    counts,
+    find,
+    get,
+    history,
+    lineage,
+    named_conditions,
+)
+from mljobs.jobs._submitting import retry, submit, submit_many
+from mljobs.jobs._sweeping import Cursor, Pruned, Rescue, prune, prune_batch, rescue
 
 __all__ = [
     "DEFAULT_LEASE",

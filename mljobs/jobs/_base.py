@@ -30,9 +30,9 @@ from sqlalchemy import column as sqlalchemy_column
 from sqlalchemy.orm import Mapper, Session, selectin_polymorphic
 from sqlalchemy.types import NullType, TypeDecorator
 
+from mljobs.db._prepared import Prepared
 from mljobs.errors import InvalidTransitionError, InvalidValueError, JobNotFound, TerminalStateError
-from mljobs.model import MlJob, MlJobMixin
-from mljobs.prepared import Prepared
+from mljobs.record._models import MlJob, MlJobMixin
 from mljobs.states import MlJobStatus
 from mljobs.types import UtcMillis, to_job_id, utc_now
 

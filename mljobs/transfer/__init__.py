@@ -2,24 +2,24 @@
 
 By the question they answer:
 
-- :mod:`~mljobs.transfer.exporting`, :mod:`~mljobs.transfer.importing`: the table to a file and back (``export_jobs``,
+- :mod:`~mljobs.transfer._exporting`, :mod:`~mljobs.transfer._importing`: the table to a file and back (``export_jobs``,
   ``import_jobs``)
-- :mod:`~mljobs.transfer.kv`: to a mapping, Redis or Valkey and back (``dump_kv``, ``load_kv``)
-- :mod:`~mljobs.transfer.mapping`: the table as a mapping (``JobMapping``)
+- :mod:`~mljobs.transfer._kv`: to a mapping, Redis or Valkey and back (``dump_kv``, ``load_kv``)
+- :mod:`~mljobs.transfer._mapping`: the table as a mapping (``JobMapping``)
 
-Beneath them: :mod:`~mljobs.transfer.files` opens, :mod:`~mljobs.transfer.lines` cuts, :mod:`~mljobs.transfer.rows` turns a
-line into a row and back, :mod:`~mljobs.transfer.judging` says what becomes of a record that is there already,
-:mod:`~mljobs.transfer.writing` writes a batch, :mod:`~mljobs.transfer.rejects` keeps what was not imported.
+Beneath them: :mod:`~mljobs.transfer._files` opens, :mod:`~mljobs.transfer._lines` cuts,
+:mod:`~mljobs.transfer._rows` turns a line into a row and back, :mod:`~mljobs.transfer._judging` says what becomes of
+a record that is there already, :mod:`~mljobs.transfer._writing` writes a batch, :mod:`~mljobs.transfer._rejects` keeps what was not imported.
 """
 
 from mljobs.jobs import FILTERS
-from mljobs.transfer.exporting import export_jobs
-from mljobs.transfer.files import File
-from mljobs.transfer.importing import Import, file_import, import_jobs
-from mljobs.transfer.judging import OnConflict
-from mljobs.transfer.kv import KvStore, dump_kv, kv_import, load_kv
-from mljobs.transfer.mapping import JobMapping
-from mljobs.transfer.results import Imported, OnProgress, Problem, Progress
+from mljobs.transfer._exporting import export_jobs
+from mljobs.transfer._files import File
+from mljobs.transfer._importing import Import, file_import, import_jobs
+from mljobs.transfer._judging import OnConflict
+from mljobs.transfer._kv import KvStore, dump_kv, kv_import, load_kv
+from mljobs.transfer._mapping import JobMapping
+from mljobs.transfer._results import Imported, OnProgress, Problem, Progress
 
 __all__ = [
     "FILTERS",

@@ -10,11 +10,11 @@
       +- Outbox       outcomes on their way into the database                  outbox
 
 Threads of a worker: one for each handler that may run at a time; one that writes what was left over after a few
-milliseconds; one that keeps the leases (:class:`mljobs.run.Keeper`); and the caller's own, which waits for signals.
+milliseconds; one that keeps the leases (:class:`mljobs.store._run.Keeper`); and the caller's own, which waits for signals.
 """
 
-from mljobs.worker.handlers import Handler, exponential
-from mljobs.worker.outbox import Tally
-from mljobs.worker.worker import Worker
+from mljobs.worker._handlers import Handler, exponential
+from mljobs.worker._outbox import Tally
+from mljobs.worker._worker import Worker
 
 __all__ = ["Handler", "Tally", "Worker", "exponential"]

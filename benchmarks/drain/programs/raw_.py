@@ -9,11 +9,11 @@ import psycopg
 
 from benchmarks.lifecycle import COLUMNS, row, sql
 from mljobs import JobStore, MlJob
-from mljobs.jobs.claiming import _claim_statement
-from mljobs.jobs.exchanging import _statement
-from mljobs.jobs.finishing import _finish_statement
-from mljobs.jobs.submitting import _insertion
-from mljobs.triggers import WORKER_LOCK
+from mljobs.guards._companions import WORKER_LOCK
+from mljobs.jobs._claiming import _claim_statement
+from mljobs.jobs._exchanging import _statement
+from mljobs.jobs._finishing import _finish_statement
+from mljobs.jobs._submitting import _insertion
 
 action, url, *rest = sys.argv[1:]
 store = JobStore(url.replace("postgresql://", "postgresql+psycopg://"))

@@ -7,7 +7,7 @@ import signal
 from typing import Any
 
 from mljobs import JobStore, Worker
-from mljobs.run import Run
+from mljobs.store._run import Run
 from tests.slow.chaos import RETRIES
 from tests.slow.chaos.ledger import Ledger
 

@@ -1,0 +1,133 @@
+"""``op.create_mljobs_overview`` and ``op.drop_mljobs_overview``: the view beside a job table, in a migration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from alembic.autogenerate.render import renderers
+from alembic.operations import MigrateOperation, Operations
+from sqlalchemy import MetaData, Table
+
+from mljobs.alembic_plugin._operations import prefix_of
+from mljobs.errors import InvalidValueError
+from mljobs.guards._overview import Overview, OverviewDDL, view_ddl
+
+
+class _OverviewOperation(MigrateOperation):
+    def __init__(self, view_name: str, table_name: str, lease_table_name: str, *, schema: str | None = None) -> None:
+        self.view_name = view_name
+        self.table_name = table_name
+        self.lease_table_name = lease_table_name
+        self.schema = schema
+
+    def statements(self, dialect_name: str, *, create: bool) -> Sequence[OverviewDDL]:
+        """Return the DDL for a dialect.
+
+        Raises:
+            InvalidValueError: mljobs does not know the dialect.
+        """
+        jobs, leases = (
+            Table(name, MetaData(), schema=self.schema) for name in (self.table_name, self.lease_table_name)
+        )
+        found = view_ddl(Overview(self.view_name, jobs, leases), dialect_name, create=create)
+        if not found:
+            raise InvalidValueError("dialect", dialect_name, "mljobs knows postgresql and sqlite")
+        return found
+
+    def arguments(self) -> str:
+        """Return what a migration's text gives."""
+        names = (self.view_name, self.table_name, self.lease_table_name)
+        schema = [f"schema={str(self.schema)!r}"] if self.schema else []
+        return ", ".join([*(repr(str(name)) for name in names), *schema])
+
+
+@Operations.register_operation("create_mljobs_overview")
+class CreateMljobsOverviewOp(_OverviewOperation):
+    """Make the view beside a job table; one of this name is replaced."""
+
+    @classmethod
+    def create_mljobs_overview(
+        cls,
+        operations: Operations,
+        view_name: str,
+        table_name: str,
+        lease_table_name: str,
+        *,
+        schema: str | None = None,
+    ) -> None:
+        """Make the view beside a job table, for people with a SQL shell; one of this name is replaced.
+
+        Args:
+            operations: Alembic's own.
+            view_name: What ``__overview_name__`` says.
+            table_name: The job table.
+            lease_table_name: The table of its leases.
+            schema: Where all three are; None for the default.
+        """
+        operations.invoke(cls(view_name, table_name, lease_table_name, schema=schema))
+
+    def reverse(self) -> MigrateOperation:
+        """Return the way back."""
+        return DropMljobsOverviewOp(self.view_name, self.table_name, self.lease_table_name, schema=self.schema)
+
+    def to_diff_tuple(self) -> tuple[Any, ...]:
+        """Return how ``alembic check`` and ``compare_metadata`` tell it."""
+        return ("create_mljobs_overview", self.view_name, self.schema)
+
+
+@Operations.register_operation("drop_mljobs_overview")
+class DropMljobsOverviewOp(_OverviewOperation):
+    """Drop the view beside a job table."""
+
+    @classmethod
+    def drop_mljobs_overview(
+        cls,
+        operations: Operations,
+        view_name: str,
+        table_name: str,
+        lease_table_name: str,
+        *,
+        schema: str | None = None,
+    ) -> None:
+        """Drop the view beside a job table, before the table is dropped or rebuilt; what is not there is no error.
+
+        Args:
+            operations: Alembic's own.
+            view_name: What ``__overview_name__`` says.
+            table_name: The job table.
+            lease_table_name: The table of its leases.
+            schema: Where all three are; None for the default.
+        """
+        operations.invoke(cls(view_name, table_name, lease_table_name, schema=schema))
+
+    def reverse(self) -> MigrateOperation:
+        """Return the way back."""
+        return CreateMljobsOverviewOp(self.view_name, self.table_name, self.lease_table_name, schema=self.schema)
+
+    def to_diff_tuple(self) -> tuple[Any, ...]:
+        """Return how ``alembic check`` and ``compare_metadata`` tell it."""
+        return ("drop_mljobs_overview", self.view_name, self.schema)
+
+
+@Operations.implementation_for(CreateMljobsOverviewOp)
+def _create(operations: Operations, operation: CreateMljobsOverviewOp) -> None:
+    dialect = operations.get_context().dialect.name
+    for statement in (*operation.statements(dialect, create=False), *operation.statements(dialect, create=True)):
+        operations.execute(statement)
+
+
+@Operations.implementation_for(DropMljobsOverviewOp)
+def _drop(operations: Operations, operation: DropMljobsOverviewOp) -> None:
+    for statement in operation.statements(operations.get_context().dialect.name, create=False):
+        operations.execute(statement)
+
+
+@renderers.dispatch_for(CreateMljobsOverviewOp)
+def _render_create(context: Any, operation: CreateMljobsOverviewOp) -> str:
+    return f"{prefix_of(context)}create_mljobs_overview({operation.arguments()})"
+
+
+@renderers.dispatch_for(DropMljobsOverviewOp)
+def _render_drop(context: Any, operation: DropMljobsOverviewOp) -> str:
+    return f"{prefix_of(context)}drop_mljobs_overview({operation.arguments()})"

@@ -1,0 +1,159 @@
+"""``export`` and ``import``: records to a file and back."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from time import monotonic
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from mljobs.cli._options import DEFAULT, UrlOption
+from mljobs.errors import InvalidValueError, TransferError
+from mljobs.store._store import JobStore
+from mljobs.transfer import OnProgress, Progress
+
+_PATIENCE: Final = 1.0
+"""Seconds before a bar is shown: what ends sooner needs none."""
+
+_FileArgument = typer.Argument(help="The file; .gz and .zst are compressed; - for the standard stream.")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command("export")(export)
+    app.command("import")(import_)
+
+
+def export(
+    file: Annotated[str, _FileArgument] = "-",
+    *,
+    url: UrlOption = DEFAULT,
+    extended: Annotated[
+        bool, typer.Option("--extended", help="Our own columns too, under keys RedDB ignores.")
+    ] = False,
+    kind: Annotated[list[str] | None, typer.Option(help="Only this kind; may be given again.")] = None,
+    status: Annotated[list[str] | None, typer.Option(help="Only this state; may be given again.")] = None,
+    target: Annotated[str | None, typer.Option(help="Only this target.")] = None,
+    target_prefix: Annotated[str | None, typer.Option(help="Only targets that begin so.")] = None,
+    created_after: Annotated[str | None, typer.Option(help="Created at this time or later, e.g. 2026-11-01.")] = None,
+    created_before: Annotated[str | None, typer.Option(help="Created before this time.")] = None,
+    finished_after: Annotated[str | None, typer.Option(help="Finished at this time or later.")] = None,
+    finished_before: Annotated[str | None, typer.Option(help="Finished before this time.")] = None,
+    error_contains: Annotated[str | None, typer.Option(help="Only errors that hold this text.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bar and no summary.")] = False,
+) -> None:
+    """Write records to a file of NDJSON, one a line, as RedDB writes them."""
+    given = {
+        "kind": kind or None,
+        "status": status or None,
+        "target": target,
+        "target_prefix": target_prefix,
+        "created_after": _moment("created_after", created_after),
+        "created_before": _moment("created_before", created_before),
+        "finished_after": _moment("finished_after", finished_after),
+        "finished_before": _moment("finished_before", finished_before),
+        "error_contains": error_contains,
+    }
+    filters: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    with JobStore(url) as store:
+        total = None if filters else sum(store.counts().values())
+        with _bar("exporting", quiet=quiet, total=total) as report, _told_of_a_broken_pipe():
+            number = store.export_jobs(file, extended=extended, progress=report, **filters)
+    if not quiet:
+        typer.echo(f"exported {number:,} records", err=True)
+
+
+def import_(
+    file: Annotated[str, _FileArgument] = "-",
+    *,
+    url: UrlOption = DEFAULT,
+    on_conflict: Annotated[
+        str, typer.Option(help="A live record that is there: skip it, update it along a legal edge, or error.")
+    ] = "skip",
+    requeue_running: Annotated[bool, typer.Option("--requeue-running", help="Queue running records again.")] = False,
+    rejects: Annotated[
+        str | None, typer.Option(help="Where what is not imported goes; else <file>.rejects.ndjson; - for stderr.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bar, and a summary only of problems.")] = False,
+) -> None:
+    """Read records from a file of NDJSON; exit with 1 if any was refused or rejected."""
+    choice: Any = on_conflict
+    with JobStore(url) as store, _bar("importing", quiet=quiet) as report:
+        done = store.import_jobs(
+            file, on_conflict=choice, requeue_running=requeue_running, rejects=rejects, progress=report
+        )
+    if not quiet or not done.complete:
+        typer.echo(f"imported {done}", err=True)
+    if not done.complete:
+        for problem in done.problems[:3]:
+            typer.echo(f"  {problem}", err=True)
+        raise typer.Exit(1)
+
+
+def _moment(name: str, text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise InvalidValueError(name, text, "expected a time like 2026-11-01 or 2026-11-01T12:30:00+01:00") from error
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+
+
+@contextmanager
+def _told_of_a_broken_pipe() -> Iterator[None]:
+    """Say it here: Typer would end without a word, and Python with several when it flushes what is left."""
+    try:
+        yield
+    except TransferError as error:
+        if error.errno != errno.EPIPE:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        typer.echo(f"mljobs: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
+def _bar(what: str, *, quiet: bool, total: int | None = None) -> Iterator[OnProgress | None]:
+    """Yield what is told of the progress; it draws a bar on a terminal once a second has passed."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    bars = Bars(
+        TextColumn(what),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[records]:,} records"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    task = bars.add_task(what, total=total, records=0)
+    begun = monotonic()
+
+    def report(progress: Progress) -> None:
+        if not bars.live.is_started:
+            if monotonic() - begun < _PATIENCE:
+                return
+            bars.start()
+        if progress.size is not None:
+            bars.update(task, completed=progress.read, total=progress.size, records=progress.records)
+        else:
+            bars.update(task, completed=progress.records, records=progress.records)
+
+    try:
+        yield report
+    finally:
+        if bars.live.is_started:
+            bars.stop()
+        sys.stderr.flush()

@@ -1,0 +1,1 @@
+"""The two databases: engines, prepared statements, bulk transfer, waiting for a server, waking of sleepers."""

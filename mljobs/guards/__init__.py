@@ -1,0 +1,28 @@
+"""What keeps a finished job as it is: ORM hooks, triggers, and the one way to delete old records.
+
+Three rings, each enough alone for the writes it sees:
+
+1. the operations in :mod:`mljobs.jobs` name the state and the lease that they expect in their ``UPDATE``;
+2. the ORM hooks refuse a flush early, with a clear error;
+3. the triggers in the database refuse everything else, raw SQL included.
+
+The names load on first use: Alembic's plugin reads the triggers' text without the ORM.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mljobs.guards._hooks import enforce_sqlite, retention, translate_error
+
+__all__ = ["enforce_sqlite", "retention", "translate_error"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module("mljobs.guards._hooks"), name)
+    globals()[name] = value
+    return value

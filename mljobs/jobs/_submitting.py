@@ -1,0 +1,365 @@
+"""Say what is to be done: one job, very many, or a finished one again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, fields, is_dataclass
+from datetime import datetime, timedelta
+from itertools import islice
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import BigInteger, Connection, bindparam, func, insert, inspect, literal, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+from uuid_utils.compat import uuid7
+
+from mljobs.db._copy import insert_rows
+from mljobs.db._prepared import Prepared
+from mljobs.errors import InvalidTransitionError, InvalidValueError, JobExistsError
+from mljobs.guards._companions import qualified_name
+from mljobs.guards._hooks import second_record
+from mljobs.jobs._base import (
+    Bind,
+    JobRef,
+    Model,
+    connection_of,
+    is_postgres,
+    lock_sqlite,
+    named,
+    owner_of,
+    per_model,
+    plain,
+    record,
+    session_on,
+    table_of,
+)
+from mljobs.jobs._reading import get
+from mljobs.record._models import MlJob, MlJobMixin
+from mljobs.states import ACTIVE, MlJobKind, MlJobStatus
+from mljobs.types import to_json_text, to_member, utc_now
+
+_CHUNK = 1000
+_LIFE = frozenset(
+    {
+        "id",
+        "status",
+        "progress",
+        "created_at",
+        "started_at",
+        "finished_at",
+        "error_message",
+        "metrics_json",
+        "attempts",
+        "run_after",
+        "retry_of",
+    }
+)
+"""What a retry does not take over from the job that it does again."""
+
+
+def submit(
+    session: Bind,
+    /,
+    kind: str,
+    target_name: str,
+    spec: Any = None,
+    *,
+    priority: int = 0,
+    run_after: datetime | timedelta | None = None,
+    exclusive: bool = False,
+    unless_active: bool = False,
+    model: Model = MlJob,
+    **values: Any,
+) -> MlJob:
+    """Queue a job.
+
+    Args:
+        session: The caller's session or connection; in a session the job is a member of it.
+        kind: The kind or its token.
+        target_name: What the job works on.
+        spec: What to do, any JSON-able value; None for ``{}``.
+        priority: Higher is claimed first, -32,768 to 32,767.
+        run_after: Not claimed before this time, or for this long.
+        exclusive: Never two exclusive jobs at once on one ``target_name``.
+        unless_active: Return the queued or running job of this kind and target, if there is one, instead of a second;
+            safe between two transactions that cannot see each other.
+        model: The mapped job class.
+        **values: Other fields of the record, and columns that a host has added.
+
+    Raises:
+        InvalidValueError: A value is not one that its field can hold; or ``unless_active`` in a REPEATABLE READ
+            transaction, which cannot see what others have committed since it began.
+        JobExistsError: You gave an ``id``, and a record with it is there.
+    """
+    table_of(model)
+    special = priority != 0 or exclusive is not False or unless_active or run_after is not None or values
+    if not special and plain(model) and isinstance(session, Connection):
+        # The frequent case. To build the record by its constructor would cost as much again as to send it.
+        return _add_row(session, model, _row_of_plain(kind, target_name, {} if spec is None else spec))
+    if spec is not None:
+        values["spec"] = spec
+    if run_after is not None:
+        values["run_after"] = utc_now() + run_after if isinstance(run_after, timedelta) else run_after
+    values |= {"kind": kind, "target_name": target_name, "priority": priority, "exclusive": exclusive}
+    job = _made(model, values)
+    if unless_active:
+        active = _active(session, job, model)
+        if active is not None:
+            return active
+    return _add(session, job)
+
+
+def submit_many(
+    session: Bind,
+    jobs: Iterable[MlJobMixin | tuple[str, str, Any]],
+    *,
+    model: Model = MlJob,
+) -> int:
+    """Queue very many jobs at the speed of COPY, in constant memory, in the caller's transaction.
+
+    A host's own class goes through the ORM, a thousand at a time, because only the ORM knows its defaults and tables.
+
+    Args:
+        session: The caller's session or connection.
+        jobs: Records, or tuples of kind, target name and spec; any length, a generator too.
+        model: The mapped job class.
+
+    Returns:
+        How many were queued.
+
+    Raises:
+        InvalidValueError: A value is not one that its field can hold. Roll the transaction back; nothing stands.
+        JobExistsError: A record with the id of one of them is there. Roll back, as above.
+    """
+    if not plain(model):
+        return _add_chunks(session, model, jobs)
+    table = table_of(model)
+    with _naming_seconds():
+        return insert_rows(connection_of(session), table, table.columns.keys(), _rows(jobs))
+
+
+def retry(
+    session: Bind,
+    job: JobRef,
+    *,
+    run_after: datetime | timedelta | None = None,
+    priority: int | None = None,
+    unless_active: bool = False,
+    model: Model = MlJob,
+) -> MlJob:
+    """Queue a finished job's work again, as a new record with ``retry_of`` set; the finished one stays what it is.
+
+    Kind, target, spec, priority, exclusiveness and a host's own columns are taken over.
+
+    Args:
+        session: The caller's session or connection.
+        job: The finished job or its id.
+        run_after: Not claimed before this time, or for this long.
+        priority: Instead of the finished job's own.
+        unless_active: Return the queued or running job of this kind and target, if there is one.
+        model: The mapped job class.
+
+    Raises:
+        JobNotFound: No record has this id.
+        InvalidTransitionError: It has not finished.
+    """
+    model, job_id = named(job, model)
+    if isinstance(session, Connection) and not plain(model):
+        with session_on(session) as own:
+            again = retry(own, job_id, run_after=run_after, priority=priority, unless_active=unless_active, model=model)
+            own.refresh(again)
+            own.expunge_all()
+        return again
+    original: Any = get(session, job_id, model=model)
+    if not original.is_terminal:
+        raise InvalidTransitionError(original.id, original.status, MlJobStatus.QUEUED)
+    values = {
+        attribute.key: getattr(original, attribute.key)
+        for attribute in inspect(type(original)).column_attrs
+        if attribute.key not in _LIFE
+    }
+    # A dataclass may ask for the user where the table has the user's id.
+    values |= {name: getattr(original, name) for name in _required(type(original)) if name not in values}
+    if priority is not None:
+        values["priority"] = priority
+    values["retry_of"] = original.id
+    kind, target = values.pop("kind"), values.pop("target_name")
+    return submit(
+        session, kind, target, run_after=run_after, unless_active=unless_active, model=type(original), **values
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- the details
+
+
+def _required(model: Any) -> list[str]:
+    """Return the fields of a dataclass without which none can be made; none of what is no dataclass."""
+    if not is_dataclass(model):
+        return []
+    return [
+        field.name
+        for field in fields(model)
+        if field.init and field.default is MISSING and field.default_factory is MISSING
+    ]
+
+
+def _made(model: Any, values: dict[str, Any]) -> Any:
+    """Return a new job.
+
+    Raises:
+        InvalidValueError: The class has no such field. One with a constructor of its own judges for itself.
+    """
+    by_constructor = values
+    of_dataclass = is_dataclass(model)
+    if of_dataclass or inspect(model).class_manager.original_init.__module__.startswith("sqlalchemy."):
+        for name, value in values.items():
+            if not hasattr(model, name):
+                raise InvalidValueError(name, value, f"{model.__name__} has no such field")
+    if of_dataclass:
+        for name in _required(model):
+            if name not in values:
+                raise InvalidValueError(name, None, f"{model.__name__} needs it: its field has no default")
+        taken = {field.name for field in fields(model) if field.init}
+        by_constructor = {name: value for name, value in values.items() if name in taken}
+    job: Any = model(**by_constructor)
+    for name in values.keys() - by_constructor.keys():
+        setattr(job, name, values[name])
+    return job
+
+
+@contextmanager
+def _naming_seconds(job_id: UUID | None = None) -> Iterator[None]:
+    """Raise our error where an id was there already.
+
+    Args:
+        job_id: Which it must have been, if only one record is added.
+    """
+    try:
+        yield
+    except IntegrityError as error:
+        second = second_record(error)
+        if second is None:
+            raise
+        raise JobExistsError(second.job_id or job_id) from error
+
+
+def _add(bind: Bind, job: MlJob) -> MlJob:
+    if isinstance(bind, Session):
+        alone = not bind.new
+        bind.add(job)
+        with _naming_seconds(job.id if alone else None):
+            bind.flush()
+        return job
+    model = type(job)
+    if plain(model):
+        state = inspect(job).dict
+        return _add_row(bind, model, tuple([state.get(column.name) for column in table_of(model).columns]))
+    with session_on(bind) as session:
+        session.add(job)
+        with _naming_seconds(job.id):
+            session.flush()
+        session.refresh(job)
+        session.expunge_all()
+    return job
+
+
+def _add_chunks(bind: Bind, model: Model, jobs: Iterable[Any]) -> int:
+    if isinstance(bind, Connection):
+        with session_on(bind) as session:
+            return _add_chunks(session, model, jobs)
+    records = iter(jobs)
+    total = 0
+    while chunk := [_record_of(model, job) for job in islice(records, _CHUNK)]:
+        bind.add_all(chunk)
+        with _naming_seconds():
+            bind.flush()
+        for job in chunk:
+            bind.expunge(job)
+        total += len(chunk)
+    return total
+
+
+def _record_of(model: Model, job: Any) -> Any:
+    if isinstance(job, model):
+        return job
+    kind, target_name, spec = _checked_tuple(job)
+    return _made(model, {"kind": kind, "target_name": target_name, "spec": spec})
+
+
+def _checked_tuple(job: Any) -> tuple[str, str, Any]:
+    if not isinstance(job, tuple) or len(job) != 3:
+        raise InvalidValueError("jobs", job, "expected a record, or a tuple of kind, target name and spec")
+    kind, target_name, spec = job
+    return kind, target_name, {} if spec is None else spec
+
+
+def _add_row(connection: Connection, model: Model, row: tuple[Any, ...]) -> MlJob:
+    values = dict(zip(table_of(model).columns.keys(), row, strict=True))
+    try:
+        _insertion(model).rows(connection, values)
+    except IntegrityError as error:  # _naming_seconds, without its cost
+        if second_record(error) is None:
+            raise
+        raise JobExistsError(values["id"]) from error
+    detached: MlJob = record(model, row)
+    return detached
+
+
+@per_model
+def _insertion(model: Model) -> Prepared:
+    table = table_of(model)
+    return Prepared(
+        lambda _: insert(table).values({column.name: bindparam(column.name, type_=column.type) for column in table.c})
+    )
+
+
+def _active(bind: Bind, job: MlJob, model: Model) -> MlJob | None:
+    """Return the active job of the same kind and target; hold off everybody else who asks until we have committed."""
+    connection = connection_of(bind)
+    table = table_of(model)
+    if is_postgres(connection):
+        place = "/".join((qualified_name(connection, table), job.kind.value, job.target_name))
+        digest = hashlib.sha256(place.encode()).digest()
+        key = literal(int.from_bytes(digest[:8], "big", signed=True), BigInteger())
+        row = connection.execute(
+            select(func.pg_advisory_xact_lock(key), func.current_setting("transaction_isolation"))
+        ).one()
+        if row[1] == "repeatable read":
+            raise InvalidValueError(
+                "unless_active",
+                True,
+                "a REPEATABLE READ transaction cannot see what others have committed; use READ COMMITTED",
+            )
+    else:
+        lock_sqlite(connection, model)
+    found = connection.execute(
+        select(table.c.id)
+        .where(table.c.kind == job.kind, table.c.target_name == job.target_name, table.c.status.in_(ACTIVE))
+        .order_by(table.c.created_at, table.c.id)
+        .limit(1)
+    ).scalar()
+    return None if found is None else get(bind, found, model=owner_of(model))
+
+
+def _rows(jobs: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    names = table_of(MlJob).columns.keys()
+    for job in jobs:
+        if isinstance(job, MlJob):
+            state = inspect(job).dict
+            yield tuple([state.get(name) for name in names])
+        else:
+            yield _row_of_plain(*_checked_tuple(job))
+
+
+def _row_of_plain(kind: str, target_name: str, spec: Any) -> tuple[Any, ...]:
+    """Return the row of a new job without building the job: a tenth of the cost."""
+    member = to_member(MlJobKind, "kind", kind)
+    return (uuid7(), member, target_name, _QUEUED, 0, utc_now(), *_UNSET, to_json_text("spec", spec), *_REST)
+
+
+_QUEUED = MlJobStatus.QUEUED
+_UNSET = (None, None, None)  # started_at, finished_at, error_message
+_REST = (None, 0, 0, None, False, None)  # metrics_json, attempts, priority, run_after, exclusive, retry_of

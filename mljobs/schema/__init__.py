@@ -1,0 +1,34 @@
+"""The tables of mljobs in a database: bring them up to date, take them down, check that they are what they should be.
+
+Every upgrade is one transaction, on SQLite too, and waits for an upgrade that another process has begun. The version
+is kept in ``mljobs_alembic_version``, a table of our own, so it never meets a host's.
+"""
+
+from mljobs.schema._catalog import OWN_TABLES, VERSION_TABLE
+from mljobs.schema._versions import (
+    Target,
+    current,
+    downgrade,
+    head,
+    is_ours,
+    migrating,
+    migrations_path,
+    stamp,
+    upgrade,
+    verify,
+)
+
+__all__ = [
+    "OWN_TABLES",
+    "VERSION_TABLE",
+    "Target",
+    "current",
+    "downgrade",
+    "head",
+    "is_ours",
+    "migrating",
+    "migrations_path",
+    "stamp",
+    "upgrade",
+    "verify",
+]

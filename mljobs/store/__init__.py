@@ -1,0 +1,1 @@
+"""``JobStore`` and ``AsyncJobStore``: every operation with an engine and a transaction of its own."""

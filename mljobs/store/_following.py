@@ -1,0 +1,103 @@
+"""Follow jobs: wait for one to finish, watch which change. The logic only; who reads and who sleeps, the store knows.
+
+Each generator here yields what it needs next: a :class:`Look` at the database, whose answer it is sent, a number of
+seconds to sleep, or a job to hand to the caller. So one body serves threads and coroutines.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import or_
+
+from mljobs.errors import InvalidValueError, WaitTimeout
+from mljobs.jobs import Bind, JobRef, Model, conditions, get
+from mljobs.jobs._base import named, table_of
+from mljobs.jobs._reading import fetch
+from mljobs.record._models import MlJob
+from mljobs.states import MlJobStatus
+from mljobs.types import utc_now
+
+_OVERLAP = timedelta(minutes=5)
+"""How far back a watch looks, so that a transaction that committed late is still seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A look at the database."""
+
+    read: Callable[[Bind], Any]
+
+
+Steps = Generator["Look | float | MlJob", Any, Any]
+
+
+def check_seconds(field: str, value: float | None) -> None:
+    """Refuse what is not a number of seconds of at least 0.
+
+    Raises:
+        InvalidValueError: It is not.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
+        raise InvalidValueError(field, value, "expected seconds of at least 0")
+
+
+def waiting(job: JobRef, timeout: float | None, poll: float, model: Model) -> Steps:
+    """Return the job once it has finished."""
+    check_seconds("timeout", timeout)
+    check_seconds("poll", poll)
+    model, job_id = named(job, model)
+    end = None if timeout is None else time.monotonic() + timeout
+    while True:
+        current: MlJob = yield Look(lambda bind: get(bind, job_id, model=model))
+        if current.is_terminal:
+            return current
+        left = poll if end is None else end - time.monotonic()
+        if left <= 0:
+            raise WaitTimeout(job_id, timeout or 0.0, current.status)
+        yield min(poll, left)
+
+
+def watching(filters: dict[str, Any], timeout: float | None, poll: float, model: Model) -> Steps:
+    """Yield each job that was added, or whose state, progress or attempts changed, since the watch began."""
+    check_seconds("timeout", timeout)
+    check_seconds("poll", poll)
+    where = conditions(model, **filters)
+    end = None if timeout is None else time.monotonic() + timeout
+    seen: dict[UUID, tuple[Any, ...]] = {}
+    first = True
+    while True:
+        jobs: list[MlJob] = yield Look(lambda bind: _recent(bind, model, where))
+        present = {job.id for job in jobs}
+        gone = [job_id for job_id, state in seen.items() if job_id not in present and not state[0].is_terminal]
+        if gone:
+            jobs += yield Look(lambda bind, gone=gone: _these(bind, model, gone))  # type: ignore[misc]
+        now: dict[UUID, tuple[Any, ...]] = {}
+        for job in sorted(jobs, key=lambda job: (job.finished_at or job.started_at or job.created_at, job.id)):
+            state = (job.status, job.progress, job.attempts)
+            if job.id in present:
+                now[job.id] = state
+            if not first and seen.get(job.id) != state:
+                yield job
+        seen, first = now, False
+        left = poll if end is None else end - time.monotonic()
+        if left <= 0:
+            return
+        yield min(poll, left)
+
+
+def _recent(bind: Bind, model: Model, where: Sequence[Any]) -> list[MlJob]:
+    """Return the running jobs, and those that were created or finished lately."""
+    table = table_of(model)
+    since = utc_now() - _OVERLAP
+    lately = or_(table.c.status == MlJobStatus.RUNNING, table.c.created_at >= since, table.c.finished_at >= since)
+    return fetch(bind, model, [lately, *where])
+
+
+def _these(bind: Bind, model: Model, ids: Sequence[UUID]) -> list[MlJob]:
+    return fetch(bind, model, [table_of(model).c.id.in_(ids)])

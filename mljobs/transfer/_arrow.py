@@ -1,0 +1,412 @@
+"""Jobs as Arrow, for pandas, polars and DuckDB: read by COPY, a column at a time, without building a record.
+
+Types: ``kind`` and ``status`` are dictionary-encoded, times are UTC in milliseconds, ids are text as ``str(job.id)`` writes
+it, or Arrow's own UUID type; JSON is text. ``spread`` makes a column of each key of ``spec`` or ``metrics``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import msgspec
+
+from mljobs.db._copy import Wire, read_wire, wire_of
+from mljobs.errors import InvalidValueError
+from mljobs.guards._companions import GUARDED_COLUMNS
+from mljobs.jobs import Bind, Model, named_conditions, table_of
+from mljobs.jobs._base import check_count, connection_of
+from mljobs.record._models import MlJob
+from mljobs.states import MlJobStatus
+
+try:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+except ImportError as error:
+    raise ImportError("mljobs.transfer._arrow needs pyarrow: pip install 'mljobs[arrow]'") from error
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+Ids = Literal["string", "uuid"]
+"""How ids are given: 36 characters, or Arrow's extension type ``arrow.uuid``."""
+
+BATCH = 65_536
+"""Rows in a batch, where the caller says nothing."""
+_BATCH_MAX = 1_000_000
+_KEYS_MAX = 1_000
+_SPREADABLE = ("spec", "metrics")
+_IDS = frozenset({"id", "retry_of"})
+_TIMES = frozenset({"created_at", "started_at", "finished_at", "run_after"})
+_SMALL = frozenset({"progress", "attempts", "priority"})
+_TOKENS = frozenset({"kind", "status"})
+_LONG = frozenset({"error_message", "spec_json", "metrics_json"})
+_POSTGRES_EPOCH_US = 946_684_800_000_000  # from 1970 to 2000, where COPY counts from
+
+_Kind = Literal["null", "number", "flag", "string", "json"]
+_Shape = dict[str, _Kind]
+"""The keys of JSON objects in the order they were met, and what all their values are."""
+
+_TYPES: dict[_Kind, Any] = {
+    "null": pa.null(),
+    "number": pa.float64(),
+    "flag": pa.bool_(),
+    "string": pa.large_string(),
+    "json": pa.large_string(),
+}
+
+
+def to_arrow(
+    session: Bind,
+    *,
+    columns: Sequence[str] | None = None,
+    spread: Sequence[str] = (),
+    ids: Ids = "string",
+    model: Model = MlJob,
+    **filters: Any,
+) -> pa.Table:
+    """Return jobs as an Arrow table, in no particular order.
+
+    Args:
+        session: The caller's session or connection.
+        columns: Which columns of the record; None for all. A host's own columns are not read.
+        spread: ``"spec"``, ``"metrics"`` or both: a column for each key of these objects, named ``metrics.f1`` and so on.
+            Where all values under a key are numbers it is float64, where all are strings or flags it is that; anything
+            else becomes JSON text. null and a missing key are null.
+        ids: ``"string"`` or ``"uuid"``.
+        model: The mapped job class.
+        **filters: As of ``jobs.conditions``.
+
+    Raises:
+        InvalidValueError: A name or a value is not one of those; or more than 1,000 keys are to be spread.
+    """
+    reading = _Reading(session, model, filters, columns=columns, spread=spread, ids=ids)
+    batches = list(reading.batches(BATCH))
+    table = pa.Table.from_batches(batches, reading.schema)
+    for name in reading.spread:
+        texts = table.column(f"{name}_json")
+        shape = _shape_of(name, (chunk.to_pylist() for chunk in texts.chunks), {})
+        for key, values in _spread_chunks(name, shape, texts.chunks).items():
+            table = table.append_column(key, values)
+    return table.drop_columns(reading.surplus) if reading.surplus else table
+
+
+def arrow_batches(
+    session: Bind,
+    *,
+    columns: Sequence[str] | None = None,
+    spread: Sequence[str] = (),
+    ids: Ids = "string",
+    batch: int = BATCH,
+    model: Model = MlJob,
+    **filters: Any,
+) -> pa.RecordBatchReader:
+    """Return a reader of jobs as Arrow batches, in constant memory; the connection is busy until its last batch is read.
+
+    With ``spread`` the JSON is read once before, to know the columns: do it in a REPEATABLE READ transaction, as
+    ``JobStore.arrow_batches`` does, or a job that finishes in between may not fit them.
+
+    Args:
+        session: The caller's session or connection.
+        columns: Which columns of the record; None for all.
+        spread: See ``to_arrow``.
+        ids: ``"string"`` or ``"uuid"``.
+        batch: Rows in a batch, 1 to 1,000,000.
+        model: The mapped job class.
+        **filters: As of ``jobs.conditions``.
+
+    Raises:
+        InvalidValueError: See ``to_arrow``; while reading: a value does not fit its column.
+    """
+    schema, batches = _open(session, columns=columns, spread=spread, ids=ids, batch=batch, model=model, **filters)
+    return pa.RecordBatchReader.from_batches(schema, batches)
+
+
+@contextmanager
+def reader_of(session: Bind, **options: Any) -> Iterator[pa.RecordBatchReader]:
+    """Read as ``arrow_batches`` does, and free the connection at the end of the block, however far the reader came."""
+    schema, batches = _open(session, **options)
+    with closing(batches):
+        yield pa.RecordBatchReader.from_batches(schema, batches)
+
+
+def _open(
+    session: Bind,
+    *,
+    columns: Sequence[str] | None = None,
+    spread: Sequence[str] = (),
+    ids: Ids = "string",
+    batch: int = BATCH,
+    model: Model = MlJob,
+    **filters: Any,
+) -> tuple[pa.Schema, Generator[pa.RecordBatch]]:
+    check_count("batch", batch, _BATCH_MAX)
+    reading = _Reading(session, model, filters, columns=columns, spread=spread, ids=ids)
+    shapes = reading.shapes(batch)
+    kept = [field for field in reading.schema if field.name not in reading.surplus]
+    extra = [pa.field(f"{name}.{key}", _TYPES[kind]) for name in reading.spread for key, kind in shapes[name].items()]
+    schema = pa.schema(kept + extra)
+
+    def generate() -> Generator[pa.RecordBatch]:
+        with closing(reading.batches(batch)) as batches:
+            for found in batches:
+                arrays = [found.column(field.name) for field in kept]
+                for name in reading.spread:
+                    texts = found.column(f"{name}_json").to_pylist()
+                    arrays += _spread_texts(name, shapes[name], texts).values()
+                yield pa.record_batch(arrays, schema=schema)
+
+    return schema, generate()
+
+
+# --------------------------------------------------------------------------------------------------------- the record
+
+
+class _Reading:
+    """What to read, and from where.
+
+    Attributes:
+        schema: Of what is read.
+        spread: What is to be spread.
+        surplus: Columns that are read only to be spread.
+    """
+
+    def __init__(
+        self,
+        session: Bind,
+        model: Model,
+        filters: dict[str, Any],
+        *,
+        columns: Sequence[str] | None,
+        spread: Sequence[str],
+        ids: Ids,
+    ) -> None:
+        self._table = table_of(model)
+        self._where = named_conditions(model, filters)
+        self._connection: Connection = connection_of(session)
+        self._kinds = [str(kind) for kind in model.__kinds__]
+        names = list(GUARDED_COLUMNS) if columns is None else _known("columns", columns, GUARDED_COLUMNS)
+        self.spread = _known("spread", spread, _SPREADABLE)
+        if ids not in get_args(Ids):
+            raise InvalidValueError("ids", ids, "expected 'string' or 'uuid'")
+        self.surplus = [f"{name}_json" for name in self.spread if f"{name}_json" not in names]
+        self._names = names + self.surplus
+        if not self._names:
+            raise InvalidValueError("columns", columns, "expected at least one, or None for all")
+        self._id_type = pa.string() if ids == "string" else pa.uuid()
+        self.schema = pa.schema([self._field(name) for name in self._names])
+
+    def _field(self, name: str) -> pa.Field:
+        nullable = bool(self._table.c[name].nullable)
+        if name in _IDS:
+            return pa.field(name, self._id_type, nullable)
+        if name in _TIMES:
+            return pa.field(name, pa.timestamp("ms", "UTC"), nullable)
+        if name in _TOKENS:
+            return pa.field(name, pa.dictionary(pa.int8(), pa.string()), nullable)
+        if name in _SMALL:
+            return pa.field(name, pa.int16(), nullable)
+        if name == "exclusive":
+            return pa.field(name, pa.bool_(), nullable)
+        # A batch of string holds 2 GiB: 65,536 specs of 32 KiB.
+        return pa.field(name, pa.large_string() if name in _LONG else pa.string(), nullable)
+
+    def batches(self, batch: int) -> Generator[pa.RecordBatch]:
+        wire = wire_of(self._connection)
+        makers = [self._maker(name, wire) for name in self._names]
+        columns = [self._table.c[name] for name in self._names]
+        with closing(read_wire(self._connection, columns, self._where, batch)) as chunks:
+            for rows in chunks:
+                arrays = [make(values) for make, values in zip(makers, zip(*rows, strict=True), strict=True)]
+                yield pa.record_batch(arrays, schema=self.schema)
+
+    def shapes(self, batch: int) -> dict[str, _Shape]:
+        """Read the JSON that is to be spread, and nothing else."""
+        shapes: dict[str, _Shape] = {name: {} for name in self.spread}
+        if shapes:
+            columns = [self._table.c[f"{name}_json"] for name in self.spread]
+            with closing(read_wire(self._connection, columns, self._where, batch)) as chunks:
+                for rows in chunks:
+                    for name, texts in zip(self.spread, zip(*rows, strict=True), strict=True):
+                        _shape_of(name, [texts], shapes[name])
+        return shapes
+
+    def _maker(self, name: str, wire: Wire) -> Callable[[Sequence[Any]], pa.Array]:
+        """Return what makes an array of a column's values in wire form."""
+        if name in _IDS:
+            return _ids_as_text(wire) if self._id_type == pa.string() else _ids_as_uuid(wire)
+        if name in _TIMES:
+            return _times(wire)
+        if name in _TOKENS:
+            tokens = self._kinds if name == "kind" else [str(status) for status in MlJobStatus]
+            return _tokens(tokens)
+        wanted = self.schema.field(name).type
+        if name == "exclusive":  # SQLite's are 0 and 1
+            return lambda values: pa.array([bool(value) for value in values], wanted)
+        return lambda values: pa.array(values, wanted)
+
+
+def _known(field: str, names: Sequence[str], known: Sequence[str]) -> list[str]:
+    listed = [names] if isinstance(names, str) else list(names)
+    for name in listed:
+        if name not in known or listed.count(name) > 1:
+            raise InvalidValueError(field, name, f"expected each of {', '.join(known)} once at most")
+    return listed
+
+
+def _ids_as_text(wire: Wire) -> Callable[[Sequence[Any]], pa.Array]:
+    to_hex = wire.id_out
+
+    def make(values: Sequence[Any]) -> pa.Array:
+        present = [value for value in values if value is not None]
+        digits = b"".join(present).hex() if wire.name == "psycopg" else "".join(map(to_hex, present))
+        # All at once: to write half a million dashes one by one in Python costs as much as to read the rows.
+        offsets = pa.array(range(0, len(digits) + 1, 32), pa.int32())
+        plain = pa.StringArray.from_buffers(len(present), offsets.buffers()[1], pa.py_buffer(digits.encode()))
+        cuts = [pc.utf8_slice_codeunits(plain, start, end) for start, end in _DASHED]
+        dashed = pc.binary_join_element_wise(*cuts, "-")
+        return dashed if len(present) == len(values) else _with_nulls(dashed, values)
+
+    return make
+
+
+_DASHED = ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32))
+
+
+def _with_nulls(present: pa.Array, values: Sequence[Any]) -> pa.Array:
+    at = -1
+    places: list[int | None] = []
+    for value in values:
+        if value is not None:
+            at += 1
+        places.append(None if value is None else at)
+    return present.take(pa.array(places, pa.int32()))
+
+
+def _ids_as_uuid(wire: Wire) -> Callable[[Sequence[Any]], pa.Array]:
+    to_hex = wire.id_out
+
+    def make(values: Sequence[Any]) -> pa.Array:
+        if wire.name != "psycopg":
+            values = [None if value is None else bytes.fromhex(to_hex(value)) for value in values]
+        return pa.ExtensionArray.from_storage(pa.uuid(), pa.array(values, pa.binary(16)))
+
+    return make
+
+
+def _times(wire: Wire) -> Callable[[Sequence[Any]], pa.Array]:
+    wanted = pa.timestamp("ms", "UTC")
+    if wire.name == "psycopg":
+        # Times have whole milliseconds, so the division leaves no rest.
+        return lambda values: pc.divide(
+            pc.add(pa.array(values, pa.int64()), _POSTGRES_EPOCH_US), pa.scalar(1000, pa.int64())
+        ).cast(wanted)
+    to_millis = wire.time_out
+    return lambda values: pa.array([None if value is None else to_millis(value) for value in values], pa.int64()).cast(
+        wanted
+    )
+
+
+def _tokens(tokens: Sequence[str]) -> Callable[[Sequence[Any]], pa.Array]:
+    dictionary = pa.array(tokens, pa.string())
+    place = {token: at for at, token in enumerate(tokens)}
+    return lambda values: pa.DictionaryArray.from_arrays(
+        pa.array([place[str(value)] for value in values], pa.int8()), dictionary
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- spread JSON
+
+_decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_string = msgspec.json.Decoder(str).decode
+_KIND_OF: dict[int, _Kind] = {
+    **dict.fromkeys(b"-0123456789", "number"),
+    **dict.fromkeys(b"tf", "flag"),
+    **dict.fromkeys(b"{[", "json"),
+    ord('"'): "string",
+}
+_NULL = ord("n")
+
+
+def _object(text: str | None) -> Mapping[str, Any]:
+    """Return the values of a JSON object, each as its text in bytes; of anything else none."""
+    if text is None or text == "{}":
+        return {}
+    try:
+        return _decode_object(text)
+    except msgspec.ValidationError:  # JSON, but no object
+        return {}
+    except msgspec.DecodeError:  # a lone surrogate, which the databases let through
+        found = json.loads(text)
+        return {key: _written(value) for key, value in found.items()} if isinstance(found, dict) else {}
+
+
+def _written(value: Any) -> bytes:
+    if isinstance(value, float) and math.isinf(value):  # 1e999 is JSON, Infinity is none
+        return b"1e999" if value > 0 else b"-1e999"
+    return json.dumps(value).encode()
+
+
+def _shape_of(name: str, parts: Iterable[Sequence[str | None]], shape: _Shape) -> _Shape:
+    for texts in parts:
+        for text in texts:
+            for key, raw in _object(text).items():
+                value = bytes(raw)
+                if value[0] == _NULL:
+                    shape.setdefault(key, "null")
+                    continue
+                kind: _Kind = _KIND_OF[value[0]]
+                if kind == "string" and b"\\" in value and not _is_text(value):
+                    kind = "json"  # a lone surrogate, which no text column can hold
+                have = shape.get(key, "null")
+                if have != kind:
+                    shape[key] = kind if have == "null" else "json"
+        if len(shape) > _KEYS_MAX:
+            raise InvalidValueError(
+                "spread", name, f"its objects have more than {_KEYS_MAX:,} keys; read its text instead"
+            )
+    return shape
+
+
+def _is_text(value: bytes) -> bool:
+    try:
+        _decode_string(value)
+    except (msgspec.MsgspecError, UnicodeError):
+        return False
+    return True
+
+
+_READ: dict[str, Callable[[bytes], Any]] = {
+    "number": float,
+    "flag": lambda value: value == b"true",
+    "string": _decode_string,
+    "json": bytes.decode,
+}
+
+
+def _spread_texts(name: str, shape: _Shape, texts: Sequence[str | None]) -> dict[str, pa.Array]:
+    """Return an array for each key, named ``metrics.f1``."""
+    columns: dict[str, list[Any]] = {key: [None] * len(texts) for key in shape}
+    for at, text in enumerate(texts):
+        for key, raw in _object(text).items():
+            value = bytes(raw)
+            if value[0] == _NULL:
+                continue
+            kind = shape.get(key)
+            if kind is None or kind not in ("json", _KIND_OF[value[0]]):
+                raise InvalidValueError(
+                    f"{name}.{key}", value.decode(), "it came while the jobs were read; read them in REPEATABLE READ"
+                )
+            columns[key][at] = _READ[kind](value)
+    return {f"{name}.{key}": pa.array(values, _TYPES[shape[key]]) for key, values in columns.items()}
+
+
+def _spread_chunks(name: str, shape: _Shape, chunks: Sequence[pa.Array]) -> dict[str, pa.ChunkedArray]:
+    spread = [_spread_texts(name, shape, chunk.to_pylist()) for chunk in chunks]
+    return {
+        f"{name}.{key}": pa.chunked_array([part[f"{name}.{key}"] for part in spread], _TYPES[kind])
+        for key, kind in shape.items()
+    }

@@ -1,0 +1,109 @@
+"""``export_jobs``: the table as NDJSON."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from sqlalchemy import Column, ColumnElement, Connection
+from sqlalchemy.util import await_only
+
+from mljobs.db._copy import read_wire, wire_of
+from mljobs.jobs import Bind, Model, named_conditions
+from mljobs.jobs._base import connection_of, is_postgres
+from mljobs.record._models import MlJob
+from mljobs.transfer._files import File, writing
+from mljobs.transfer._results import OnProgress, Progress
+from mljobs.transfer._rows import ID, SHARED, Row, columns_of, line_maker
+
+_PART: Final = 250
+"""Rows at once: as many as stay in the processor's cache from row to line."""
+
+
+def export_jobs(
+    session: Bind,
+    /,
+    file: File,
+    *,
+    extended: bool = False,
+    progress: OnProgress | None = None,
+    model: Model = MlJob,
+    **filters: Any,
+) -> int:
+    """Write records as NDJSON, one a line, byte for byte as RedDB writes them, in constant memory.
+
+    All are of one moment, in the order in which the database has them.
+
+    Args:
+        session: The caller's session or connection.
+        file: A path, ``"-"`` for standard output, or an open file, binary or text. A path that ends in ``.gz`` or
+            ``.zst`` is compressed. Under a path the file appears when it is whole.
+        extended: Write our own columns too, under keys that RedDB ignores; the import of such a file is lossless.
+        progress: Is called after every few hundred records.
+        model: The mapped job class; columns of a host's own are not written.
+        **filters: As of ``jobs.find``: ``kind``, ``status``, ``target``, ``target_prefix``, ``created_after``,
+            ``created_before``, ``finished_after``, ``finished_before``, ``error_contains``.
+
+    Returns:
+        How many.
+
+    Raises:
+        InvalidValueError: No such filter, or a value that it cannot take; or ``file`` is no file.
+        TransferError: The file cannot be written to its end.
+        OSError: The path cannot be opened.
+    """
+    rows_of = rows_reader(session, extended=extended, model=model, filters=filters)
+    with closing(rows_of.parts()) as parts, writing(file) as sink:
+        for rows in parts:
+            sink.write(rows_of.lines(rows))
+            sink.records += len(rows)
+            if progress is not None:
+                progress(Progress(sink.records))
+    return sink.records
+
+
+@dataclass(frozen=True, slots=True)
+class RowsReader:
+    """The records that pass some filters, in parts.
+
+    Attributes:
+        parts: Begins to read; close what it returns, for the connection is busy until then.
+        lines: Returns the lines of some rows, each with its line feed.
+        id_of: Returns the 32 hex digits of a row.
+    """
+
+    parts: Callable[[], Generator[list[Row], None, None]]
+    lines: Callable[[list[Row]], bytes]
+    id_of: Callable[[Row], str]
+
+
+def rows_reader(session: Bind, *, extended: bool, model: Model, filters: dict[str, Any]) -> RowsReader:
+    """Return what reads the records that pass the filters.
+
+    Raises:
+        InvalidValueError: No such filter, or a value that it cannot take.
+    """
+    where = named_conditions(model, filters)
+    connection = connection_of(session)
+    is_postgres(connection)
+    wire = wire_of(connection)
+    columns = columns_of(model) if extended else columns_of(model)[:SHARED]
+    return RowsReader(
+        partial(_parts, connection, columns, where),
+        line_maker(wire, extended=extended),
+        lambda row: wire.id_out(row[ID]),
+    )
+
+
+def _parts(
+    connection: Connection, columns: Sequence[Column[Any]], where: Sequence[ColumnElement[bool]]
+) -> Generator[list[Row], None, None]:
+    with closing(read_wire(connection, columns, where, _PART)) as parts:
+        for rows in parts:
+            yield rows
+            if connection.dialect.is_async:
+                await_only(asyncio.sleep(0))  # let others run: rows may be there as fast as they are asked for
