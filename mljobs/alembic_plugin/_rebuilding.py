@@ -16,7 +16,6 @@ from alembic.ddl.impl import DefaultImpl
 from sqlalchemy import Connection, Table, event
 
 from mljobs.guards._companions import companion_names
-from mljobs.schema._catalog import overviews_of
 
 _TEMPORARY = "_alembic_tmp_"
 _TEMPORARY_LENGTH = 50
@@ -78,6 +77,8 @@ def _carry_over(table: Table, connection: Connection | None, _ddl_runner: object
 
 def _take_views(connection: Connection, table: Table, prefix: str) -> list[str]:
     """Drop the overviews that read a table, which would stand in the way of the new one's name; return their text."""
+    from mljobs.schema._catalog import overviews_of  # noqa: PLC0415 - when this is loaded, Alembic is not whole yet
+
     texts = dict(definitions(connection, table.schema, "view"))
     taken = [view for view, *read in overviews_of(connection, table.schema) if table.name in read]
     for view in taken:
