@@ -8,6 +8,10 @@ By the question they answer:
 
 - :mod:`~mljobs.jobs._submitting`: what is to be done (``submit``, ``submit_many``, ``retry``)
 - :mod:`~mljobs.jobs._reading`: what is there (``get``, ``find``, ``history``, ``counts``)
+- :mod:`~mljobs.jobs._summaries`: what a list shows (``summaries``, ``running_jobs``, ``chains``)
+- :mod:`~mljobs.jobs._statistics`: figures over many (``finished_per``, ``durations``, ``failure_reasons``)
+- :mod:`~mljobs.jobs._queue`: what waits (``queue_depths``, ``next_claims``, ``held_in_queue``)
+- :mod:`~mljobs.jobs._targets`: which targets there are (``target_names``, ``target_jobs``)
 - :mod:`~mljobs.jobs._claiming`: who works on what now (``claim``, ``renew``, ``release``, ``set_progress``)
 - :mod:`~mljobs.jobs._finishing`: how it ended (``complete``, ``fail``, ``requeue``, ``cancel``)
 - :mod:`~mljobs.jobs._exchanging`: both at once, for busy workers (``finish_and_claim``)
@@ -43,6 +47,7 @@ from mljobs.jobs._finishing import (
     requeue,
     requeue_many,
 )
+from mljobs.jobs._queue import Queue, QueueDepth, held_in_queue, next_claims, queue_depths
 from mljobs.jobs._reading import (
     FILTERS,
     Counts,
@@ -55,8 +60,33 @@ from mljobs.jobs._reading import (
     lineage,
     named_conditions,
 )
+from mljobs.jobs._statistics import (
+    Durations,
+    Finished,
+    KindDurations,
+    Reason,
+    Reasons,
+    Spread,
+    durations,
+    failure_reasons,
+    finished_per,
+    last_failures,
+    pattern_of,
+    usual_durations,
+)
 from mljobs.jobs._submitting import retry, submit, submit_many
+from mljobs.jobs._summaries import (
+    JobSummary,
+    SummaryPage,
+    chain,
+    chains,
+    held_after_end,
+    running_jobs,
+    summaries,
+    summaries_of,
+)
 from mljobs.jobs._sweeping import Cursor, Pruned, Rescue, prune, prune_batch, rescue
+from mljobs.jobs._targets import count_up_to, limit_time, target_jobs, target_names, why_read_only
 
 __all__ = [
     "DEFAULT_LEASE",
@@ -65,41 +95,71 @@ __all__ = [
     "Claim",
     "Counts",
     "Cursor",
+    "Durations",
+    "Finished",
     "JobRef",
+    "JobSummary",
+    "KindDurations",
     "Model",
     "Outcome",
     "Page",
     "Pruned",
+    "Queue",
+    "QueueDepth",
+    "Reason",
+    "Reasons",
     "Renewal",
     "Rescue",
+    "Spread",
+    "SummaryPage",
     "cancel",
+    "chain",
+    "chains",
     "claim",
     "claim_one",
     "complete",
     "complete_many",
     "conditions",
+    "count_up_to",
     "counts",
+    "durations",
     "fail",
     "fail_many",
+    "failure_reasons",
     "find",
     "finish_and_claim",
     "finish_many",
+    "finished_per",
     "get",
+    "held_after_end",
+    "held_in_queue",
     "history",
+    "last_failures",
+    "limit_time",
     "lineage",
     "look",
     "named_conditions",
+    "next_claims",
+    "pattern_of",
     "prune",
     "prune_batch",
+    "queue_depths",
     "release",
     "renew",
     "requeue",
     "requeue_many",
     "rescue",
     "retry",
+    "running_jobs",
     "set_progress",
     "set_progress_many",
     "submit",
     "submit_many",
+    "summaries",
+    "summaries_of",
     "table_of",
+    "target_jobs",
+    "target_names",
+    "usual_durations",
+    "why_read_only",
 ]

@@ -243,13 +243,13 @@ def find(
     )
     created, key = _column(model, "created_at"), _column(model, "id")
     if after is not None:
-        moment, job_id = _read_cursor(after, order)
+        moment, job_id = read_cursor(after, order)
         here = tuple_(literal(moment, created.type), literal(job_id, key.type))
         where.append(tuple_(created, key) < here if order == "newest" else tuple_(created, key) > here)
     by = [created.desc(), key.desc()] if order == "newest" else [created.asc(), key.asc()]
     jobs = fetch(session, model, where, by, limit + 1)
     more = len(jobs) > limit
-    return Page(tuple(jobs[:limit]), _write_cursor(jobs[limit - 1], order) if more else None)
+    return Page(tuple(jobs[:limit]), cursor_of(jobs[limit - 1], order) if more else None)
 
 
 def history(
@@ -359,12 +359,18 @@ def fetch(
     return list(bind.scalars(statement.execution_options(populate_existing=True)))
 
 
-def _write_cursor(job: MlJob, order: Order) -> str:
+def cursor_of(job: Any, order: Order) -> str:
+    """Return where the page after this job starts; of a record or a summary."""
     parts = json.dumps([order[0], to_millis(job.created_at), job.id.hex], separators=(",", ":"))
     return base64.urlsafe_b64encode(parts.encode()).decode().rstrip("=")
 
 
-def _read_cursor(cursor: str, order: Order) -> tuple[datetime, UUID]:
+def read_cursor(cursor: str, order: Order) -> tuple[datetime, UUID]:
+    """Return the creation time and id that a cursor holds.
+
+    Raises:
+        InvalidValueError: It is none, or of another order.
+    """
     try:
         padded = cursor + "=" * (-len(cursor) % 4)
         direction, millis, digits = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))

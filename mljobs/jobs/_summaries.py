@@ -1,0 +1,286 @@
+"""Jobs as lists and pages show them: one row each with its lease, texts cut in the database, no query for each job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import Column, ColumnElement, Connection, Select, Text, case, cast, func, literal, null, select, tuple_
+
+from mljobs.errors import InvalidValueError
+from mljobs.jobs._base import Bind, JobRef, Model, check_count, connection_of, id_of, is_postgres, named, table_of
+from mljobs.jobs._reading import MAX_PAGE, Order, cursor_of, read_cursor
+from mljobs.record._models import MlJob
+from mljobs.states import MlJobStatus
+from mljobs.types import first_line
+
+_ERROR_SHOWN = 300
+TEXT_SHOWN: Final = 4_000
+"""How many characters of ``spec`` and ``metrics`` a list reads; what is longer is left out, only its size is told."""
+_CHAIN_ROUNDS = 100
+_CHAIN_RECORDS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class JobSummary:
+    """A job as a list shows it: the record with its texts cut, and its lease.
+
+    Attributes:
+        error: First line of ``error_message``, at most 300 characters.
+        spec: The JSON text; None where it is longer than was asked for.
+        spec_bytes: Its size as stored, on PostgreSQL after compression.
+        metrics: As ``spec``; None where there are none, too.
+        metrics_bytes: As ``spec_bytes``; 0 where there are none.
+        worker: Who runs the job, or ran it last; None where that is not known.
+        token: Of its lease; None without one.
+        acquired_at: When that was taken.
+        expires_at: When that ends.
+    """
+
+    id: UUID
+    kind: str
+    target_name: str
+    status: MlJobStatus
+    progress: int
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    run_after: datetime | None
+    attempts: int
+    priority: int
+    exclusive: bool
+    retry_of: UUID | None
+    error: str | None
+    spec: str | None
+    spec_bytes: int
+    metrics: str | None
+    metrics_bytes: int
+    worker: str | None
+    token: int | None
+    acquired_at: datetime | None
+    expires_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class SummaryPage:
+    """Summaries in order, and where the next page starts.
+
+    Attributes:
+        jobs: The summaries.
+        cursor: Pass it as ``after`` for the next page; None on the last one.
+    """
+
+    jobs: tuple[JobSummary, ...]
+    cursor: str | None
+
+
+def summaries(
+    session: Bind,
+    *,
+    where: Sequence[ColumnElement[bool]] = (),
+    order: Order = "newest",
+    limit: int = 50,
+    after: str | None = None,
+    text: int = TEXT_SHOWN,
+    model: Model = MlJob,
+) -> SummaryPage:
+    """Return a page of jobs as lists show them, by time of creation.
+
+    Args:
+        session: The caller's session or connection.
+        where: Conditions, as ``conditions`` returns them.
+        order: ``"newest"`` or ``"oldest"`` first.
+        limit: At most so many jobs, 1 to 10,000.
+        after: The ``cursor`` of the page before.
+        text: How many characters of ``spec`` and ``metrics`` to read at most; 0 for none.
+        model: The mapped job class.
+
+    Raises:
+        InvalidValueError: ``after`` is no cursor of this order.
+    """
+    check_count("limit", limit, MAX_PAGE)
+    table = table_of(model)
+    conditions = list(where)
+    if after is not None:
+        moment, job_id = read_cursor(after, order)
+        here = tuple_(literal(moment, table.c.created_at.type), literal(job_id, table.c.id.type))
+        key = tuple_(table.c.created_at, table.c.id)
+        conditions.append(key < here if order == "newest" else key > here)
+    by = [column.desc() if order == "newest" else column.asc() for column in (table.c.created_at, table.c.id)]
+    found = _read(connection_of(session), model, conditions, by, limit + 1, text=text)
+    more = len(found) > limit
+    return SummaryPage(tuple(found[:limit]), cursor_of(found[limit - 1], order) if more else None)
+
+
+def summaries_of(
+    session: Bind, ids: Iterable[JobRef], *, text: int = TEXT_SHOWN, model: Model = MlJob
+) -> list[JobSummary]:
+    """Return these jobs as lists show them, in this order; those that are not there are left out.
+
+    Args:
+        session: The caller's session or connection.
+        ids: At most 10,000.
+        text: How many characters of ``spec`` and ``metrics`` to read at most; 0 for none.
+        model: The mapped job class.
+    """
+    wanted = list(dict.fromkeys(id_of(job) for job in ids))
+    if len(wanted) > MAX_PAGE:
+        raise InvalidValueError("ids", len(wanted), f"expected at most {MAX_PAGE}")
+    if not wanted:
+        return []
+    table = table_of(model)
+    found = {job.id: job for job in _read(connection_of(session), model, [table.c.id.in_(wanted)], [], None, text=text)}
+    return [found[job_id] for job_id in wanted if job_id in found]
+
+
+def running_jobs(session: Bind, *, limit: int = 200, model: Model = MlJob) -> list[JobSummary]:
+    """Return the running jobs with their leases, the longest running first, without ``spec`` and ``metrics``.
+
+    Args:
+        session: The caller's session or connection.
+        limit: At most so many, 1 to 10,000.
+        model: The mapped job class.
+    """
+    check_count("limit", limit, MAX_PAGE)
+    table = table_of(model)
+    where = [table.c.status == MlJobStatus.RUNNING]
+    return _read(connection_of(session), model, where, [table.c.started_at, table.c.id], limit, text=0)
+
+
+def held_after_end(session: Bind, *, limit: int = 50, model: Model = MlJob) -> list[JobSummary]:
+    """Return the finished jobs whose worker still holds the lease: cancelled, and not stopped yet.
+
+    Args:
+        session: The caller's session or connection.
+        limit: At most so many, 1 to 10,000.
+        model: The mapped job class.
+    """
+    table, leases = table_of(model), model.__leases__
+    # From the leases, of which there are as many as jobs at work: the jobs themselves are millions.
+    held = table.c.id.in_(select(leases.c.job_id))
+    where = [held, table.c.status.in_([status for status in MlJobStatus if status.is_terminal])]
+    return _read(connection_of(session), model, where, [table.c.finished_at], limit, text=0)
+
+
+def chains(session: Bind, ids: Iterable[JobRef], *, model: Model = MlJob) -> dict[UUID, list[JobSummary]]:
+    """Return for each of these jobs all records of the same work: what it retries, and what retries it, oldest first.
+
+    Args:
+        session: The caller's session or connection.
+        ids: The jobs or their ids.
+        model: The mapped job class.
+
+    Returns:
+        By id; a chain of more than 500 records in all is cut.
+    """
+    wanted = [id_of(job) for job in ids]
+    table, connection = table_of(model), connection_of(session)
+    known = {job.id: job for job in summaries_of(session, wanted, text=0, model=model)}
+    ups = {job.retry_of for job in known.values() if job.retry_of is not None} - set(known)
+    downs = set(known)
+    for _ in range(_CHAIN_ROUNDS):
+        if not (ups or downs) or len(known) > _CHAIN_RECORDS:
+            break
+        found = _read(connection, model, [table.c.id.in_(ups)], [], None, text=0) if ups else []
+        found += _read(connection, model, [table.c.retry_of.in_(downs)], [], _CHAIN_RECORDS, text=0) if downs else []
+        fresh = [job for job in found if job.id not in known]
+        known |= {job.id: job for job in fresh}
+        downs = {job.id for job in fresh}
+        ups = {job.retry_of for job in fresh if job.retry_of is not None} - set(known)
+    return {job_id: _same_work(job_id, known) for job_id in wanted if job_id in known}
+
+
+def chain(session: Bind, job: JobRef, *, model: Model = MlJob) -> list[JobSummary]:
+    """Return all records of the same work as this job: what it retries, and what retries it, oldest first.
+
+    Args:
+        session: The caller's session or connection.
+        job: The job or its id.
+        model: The mapped job class.
+    """
+    model, job_id = named(job, model)
+    return chains(session, [job_id], model=model).get(job_id, [])
+
+
+# ------------------------------------------------------------------------------------------------------- the details
+
+
+def _same_work(job_id: UUID, known: dict[UUID, JobSummary]) -> list[JobSummary]:
+    linked: dict[UUID, set[UUID]] = {}
+    for job in known.values():
+        if job.retry_of in known:
+            linked.setdefault(job.id, set()).add(job.retry_of)
+            linked.setdefault(job.retry_of, set()).add(job.id)
+    reached, open_ends = {job_id}, [job_id]
+    while open_ends:
+        near = linked.get(open_ends.pop(), set()) - reached
+        reached |= near
+        open_ends += near
+    return sorted((known[one] for one in reached), key=lambda job: (job.created_at, job.id))
+
+
+def _read(
+    connection: Connection,
+    model: Model,
+    where: Sequence[ColumnElement[bool]],
+    order: Sequence[Any],
+    limit: int | None,
+    *,
+    text: int,
+) -> list[JobSummary]:
+    statement = _statement(model, text, postgres=is_postgres(connection))
+    rows = connection.execute(statement.where(*where).order_by(*order).limit(limit))
+    return [_summary(row, text) for row in rows]
+
+
+def _statement(model: Model, text: int, *, postgres: bool) -> Select[Any]:
+    table, leases = table_of(model), model.__leases__
+    joined = table.outerjoin(leases, leases.c.job_id == table.c.id)
+    kept = table.c.get("worker")
+    worker = leases.c.worker if kept is None else func.coalesce(leases.c.worker, kept)
+    return select(
+        table.c.id,
+        table.c.kind,
+        table.c.target_name,
+        table.c.status,
+        table.c.progress,
+        table.c.created_at,
+        table.c.started_at,
+        table.c.finished_at,
+        table.c.run_after,
+        table.c.attempts,
+        table.c.priority,
+        table.c.exclusive,
+        table.c.retry_of,
+        func.substr(first_line(table.c.error_message), 1, _ERROR_SHOWN),
+        *_cut(table.c.spec_json, text, postgres=postgres),
+        *_cut(table.c.metrics_json, text, postgres=postgres),
+        worker,
+        leases.c.token,
+        leases.c.acquired_at,
+        leases.c.expires_at,
+    ).select_from(joined)
+
+
+def _cut(column: Column[Any], text: int, *, postgres: bool) -> tuple[Any, Any]:
+    """Return the text where it is short, and how large it is; a large one is not even unpacked on PostgreSQL."""
+    if not text:
+        return null(), literal(0)
+    raw = cast(column, Text)
+    size = func.pg_column_size(column) if postgres else func.length(raw)
+    return case((size <= text, func.substr(raw, 1, text + 1))), func.coalesce(size, 0)
+
+
+def _summary(row: Sequence[Any], text: int) -> JobSummary:
+    values = list(row)
+    for at in (_SPEC, _METRICS):
+        if values[at] is not None and len(values[at]) > text:  # packed it was short enough
+            values[at], values[at + 1] = None, len(values[at])
+    return JobSummary(*values)
+
+
+_FIELDS = tuple(JobSummary.__dataclass_fields__)
+_SPEC, _METRICS = _FIELDS.index("spec"), _FIELDS.index("metrics")
