@@ -364,11 +364,11 @@ def notify(url: str) -> None:
             return eight()
 
         def asleep() -> float:
-            from mljobs.db._wake import Sleeper  # noqa: PLC0415
+            from mljobs.db._wake import ChangeListener  # noqa: PLC0415
 
             clear(url)
-            with Sleeper(store.engine, MlJob, workers=True) as sleeper:
-                sleeper.sleep(0)
+            with ChangeListener(store.engine, MlJob.__table__, workers=True) as listener:
+                listener.wait(0)
                 return eight()
 
         def every() -> float:

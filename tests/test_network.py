@@ -12,8 +12,9 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 
 from mljobs import JobStore, MlJobStatus, Worker
 from mljobs.db._engines import engine_options, new_engine
-from mljobs.db._patience import answer_seconds, answers_within, end_if_silent, watch
-from mljobs.store._run import Run, database_is_away
+from mljobs.db._failures import database_is_away
+from mljobs.db._timeouts import answer_seconds, answers_within, limit_idle_transaction, obey_timeouts
+from mljobs.store._run import Run
 from tests.processes import until
 from tests.slow.chaos.proxy import Proxy
 
@@ -141,9 +142,9 @@ def test_a_transaction_that_falls_silent_is_ended_by_the_server(there: JobStore)
     job = there.submit("train", "spam")
     with there.engine.connect() as connection:
         with connection.begin():
-            end_if_silent(connection, 60)
+            limit_idle_transaction(connection, 60)
         with pytest.raises(DBAPIError) as caught, connection.begin():
-            end_if_silent(connection, 0.05)
+            limit_idle_transaction(connection, 0.05)
             connection.execute(text("UPDATE ml_jobs SET priority = 1"))
             assert there.cancel(job.id)  # waits for the lock until the server takes it away
             connection.execute(text("SELECT 1"))
@@ -189,8 +190,8 @@ def test_the_settings_reach_the_connection(postgres_url: str) -> None:
 
 def test_other_engines_are_left_alone(sqlite_url: str) -> None:
     engine = create_engine(sqlite_url)
-    watch(engine)
+    obey_timeouts(engine)
     with engine.connect() as connection, answers_within(0.1):
-        end_if_silent(connection, 1)
+        limit_idle_transaction(connection, 1)
         assert connection.scalar(text("SELECT 1")) == 1
     engine.dispose()

@@ -13,7 +13,9 @@ from sqlalchemy.exc import OperationalError
 
 from mljobs import InvalidValueError, JobCancelled, JobStore, LeaseLostError, MlJobStatus, WaitTimeout
 from mljobs.jobs import Claim, Outcome
-from mljobs.store._run import Keeper, Run, record_outcome
+from mljobs.store._keeper import Keeper
+from mljobs.store._recording import record_outcome
+from mljobs.store._run import Run
 from tests.test_operations import expire_leases
 from tests.worlds import World
 
@@ -374,14 +376,14 @@ def test_watch_yields_what_changes_and_ends_in_time(world: World, store: Any) ->
     assert seen == [(old.target_name, "running")]
 
 
-def test_a_plain_session_add_wakes_a_sleeper(postgres_url: str) -> None:
+def test_a_plain_session_add_wakes_a_listener(postgres_url: str) -> None:
     from sqlalchemy.orm import Session
 
     from mljobs import MlJob
-    from mljobs.db._wake import Sleeper
+    from mljobs.db._wake import ChangeListener
 
-    with JobStore(postgres_url) as store, Sleeper(store.engine, MlJob, workers=True) as sleeper:
-        sleeper.sleep(0)  # begins to listen
+    with JobStore(postgres_url) as store, ChangeListener(store.engine, MlJob.__table__, workers=True) as listener:
+        listener.wait(0)  # begins to listen
 
         def add() -> None:
             with Session(store.engine) as session, session.begin():
@@ -392,7 +394,7 @@ def test_a_plain_session_add_wakes_a_sleeper(postgres_url: str) -> None:
         woken = threading.Event()
 
         def sleep() -> None:
-            sleeper.sleep(300)
+            listener.wait(300)
             woken.set()
 
         sleeping = threading.Thread(target=sleep)

@@ -19,7 +19,7 @@ from sqlalchemy.pool import NullPool
 
 from mljobs import AsyncJobStore, InvalidValueError, JobStore, MlJob, MlJobStatus
 from mljobs.db._engines import async_url, sync_url, url_from_env
-from mljobs.db._wake import AsyncSleeper, Sleeper
+from mljobs.db._wake import AsyncChangeListener, ChangeListener
 from mljobs.jobs._base import connection_of
 from tests.processes import until
 from tests.worlds import DRIVERS
@@ -169,14 +169,14 @@ def test_no_more_connections_are_kept_of_a_hosts_pool_than_it_can_spare(postgres
     engine.dispose()
 
 
-def test_a_sleeper_whose_connection_is_lost_polls_and_listens_again(postgres_url: str) -> None:
+def test_a_listener_whose_connection_is_lost_polls_and_listens_again(postgres_url: str) -> None:
     admin = create_engine(postgres_url, poolclass=NullPool)
-    with JobStore(postgres_url) as store, Sleeper(store.engine, MlJob) as sleeper:
-        sleeper.sleep(0)
+    with JobStore(postgres_url) as store, ChangeListener(store.engine, MlJob.__table__) as listener:
+        listener.wait(0)
         _drop_connections(admin)
-        sleeper.sleep(0.01)
-        sleeper.sleep(0)
-        assert sleeper._connection is not None
+        listener.wait(0.01)
+        listener.wait(0)
+        assert listener._connection is not None
     admin.dispose()
 
 
@@ -235,18 +235,18 @@ def _listeners(bind: Any) -> int:
 
 
 @pytest.mark.parametrize("driver", [DRIVERS["postgresql-psycopg-async"], DRIVERS["postgresql-asyncpg"]])
-def test_an_async_sleeper_whose_connection_is_lost_polls_and_listens_again(postgres_url: str, driver: str) -> None:
+def test_an_async_listener_whose_connection_is_lost_polls_and_listens_again(postgres_url: str, driver: str) -> None:
     admin = create_engine(postgres_url, poolclass=NullPool)
 
     async def main() -> None:
         engine = create_async_engine(postgres_url.replace("postgresql+psycopg", driver))
-        async with AsyncSleeper(engine, MlJob) as sleeper:
-            await sleeper.sleep(0)
-            await sleeper.sleep(0.01)
+        async with AsyncChangeListener(engine, MlJob.__table__) as listener:
+            await listener.wait(0)
+            await listener.wait(0.01)
             _drop_connections(admin)
             for _ in range(3):
-                await sleeper.sleep(0.05)
-            assert sleeper._connection is not None
+                await listener.wait(0.05)
+            assert listener._connection is not None
         await engine.dispose()
 
     asyncio.run(main())
@@ -300,12 +300,12 @@ def test_opening_a_file_that_is_never_let_go_ends_with_the_timeout(tmp_path: Pat
     writer.close()
 
 
-def test_a_sleeper_ends_well_after_its_engine_was_disposed_of(postgres_url: str) -> None:
+def test_a_listener_ends_well_after_its_engine_was_disposed_of(postgres_url: str) -> None:
     engine = create_engine(postgres_url, poolclass=NullPool)
-    with Sleeper(engine, MlJob) as sleeper:
-        sleeper.sleep(0)
+    with ChangeListener(engine, MlJob.__table__) as listener:
+        listener.wait(0)
         engine.dispose()
-        sleeper.sleep(0)
-    with Sleeper(engine, MlJob) as another:
-        another.sleep(0)
+        listener.wait(0)
+    with ChangeListener(engine, MlJob.__table__) as another:
+        another.wait(0)
         assert another._connection is not None

@@ -60,7 +60,7 @@ from mljobs import (
     kind_column,
     schema,
 )
-from mljobs.db._wake import Sleeper
+from mljobs.db._wake import ChangeListener
 from mljobs.guards._hooks import retention
 from mljobs.types import PlainText, utc_now
 from tests.worlds import Face, World
@@ -518,15 +518,15 @@ def finished() -> dict[str, Any]:
     return {"kind": "fit", "target_name": "x", "status": "failed", "finished_at": now, "spec_json": "{}"}
 
 
-def test_a_sleeper_listens_for_the_table_of_its_own_tenant(postgres_url: str) -> None:
+def test_a_listener_listens_for_the_table_of_its_own_tenant(postgres_url: str) -> None:
     engine = create_engine(postgres_url, poolclass=NullPool)
     in_schema(engine, "north", "south")
     run, _ = plain()
     north, south = (engine.execution_options(schema_translate_map={None: name}) for name in ("north", "south"))
     for tenant in (north, south):
         run.metadata.create_all(tenant)
-    with Sleeper(north, run, workers=True) as sleeper, engine.connect() as other:
-        sleeper.sleep(0)
+    with ChangeListener(north, run.__table__, workers=True) as listener, engine.connect() as other:
+        listener.wait(0)
         other.exec_driver_sql("LISTEN mljobs")
         other.commit()
         for tenant in (south, north):
@@ -535,7 +535,7 @@ def test_a_sleeper_listens_for_the_table_of_its_own_tenant(postgres_url: str) ->
         driver: Any = other.connection.driver_connection
         heard = [note.payload for note in driver.notifies(timeout=10, stop_after=1)]
         assert heard == ["insert north.runs"]
-        sleeper.sleep(10)
+        listener.wait(10)
 
 
 def test_relationships_lead_both_ways_and_cascades_stop_at_a_finished_job(empty: Engine) -> None:

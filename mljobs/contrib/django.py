@@ -133,7 +133,7 @@ def connection(using: str = "default") -> Iterator[Connection]:
     engine = _engine(using, database.vendor)
     with transaction.atomic(using=using), engine.begin() as lent:  # its commit is none, but tells listeners
         if events.subscribed():
-            events.hand_over(lent, partial(transaction.on_commit, using=using))
+            events.deliver_by(lent, partial(transaction.on_commit, using=using))
         yield lent
 
 

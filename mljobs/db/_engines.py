@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import URL, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, InvalidRequestError
 
-from mljobs.db._patience import watch
+from mljobs.db._timeouts import obey_timeouts
 from mljobs.errors import InvalidValueError
 
 URL_VARIABLE = "MLJOBS_DATABASE_URL"
@@ -88,13 +88,23 @@ def new_engine(url: str | URL, *, autocommit: bool = False, **options: Any) -> E
     parsed = sync_url(url)
     engine = create_engine(parsed, **engine_options(parsed, options, autocommit=autocommit))
     set_up_connections(engine)
-    watch(engine)
+    obey_timeouts(engine)
     return engine
 
 
 def is_memory(url: URL) -> bool:
     """Whether this is a SQLite database in memory, which no second connection can see."""
     return url.get_backend_name() == "sqlite" and (url.database in (None, "", ":memory:") or "mode" in url.query)
+
+
+def refuse_memory(url: URL) -> None:
+    """Refuse what the thread that keeps a lease could not open.
+
+    Raises:
+        InvalidValueError: A SQLite database in memory.
+    """
+    if is_memory(url):
+        raise InvalidValueError("url", str(url), "the thread that keeps the lease cannot open a database in memory")
 
 
 def _with_driver(url: str | URL, drivers: dict[str, str]) -> URL:

@@ -1,14 +1,15 @@
-"""Sleep until jobs may have changed: a notification wakes early, the timeout always wakes.
+"""Wait until jobs may have changed: for a notification, or for a timeout where none comes.
 
-A notification is a hint and never the truth. Whoever sleeps here looks at the table before and after, so a lost
-connection, a pooler that swallows LISTEN, or SQLite, which has no notifications, cost time and nothing else.
+A notification is a hint and never the truth. The caller reads the table before and after, so a lost connection, a
+pooler that swallows LISTEN, or SQLite, which has no notifications, cost time and nothing else.
 
-On PostgreSQL a sleeper holds a shared advisory lock on its own connection; the trigger sends notifications only while
+On PostgreSQL a listener holds a shared advisory lock on its own connection; the trigger sends notifications only while
 somebody holds it, see :mod:`mljobs.guards._companions`. Behind a pooler neither may be: in transaction mode the lock
-would stay on a server process that others use, and nobody would hear the notification. So a sleeper there only polls.
+would stay on a server process that others use, and nobody would hear the notification. So a listener there only polls.
 
-That connection is taken out of the pool for good: a sleeper holds it for hours, and a small pool would have none left for
-the work. So that watchers (of a page that many look at) do not take all that the server has, the tenth of an engine polls.
+That connection is taken out of the pool for good: a listener holds it for hours, and a small pool would have none left for
+the work. At most nine watchers of an engine listen, and further ones poll, so that a page that many people open does not
+take all connections of the server.
 """
 
 from __future__ import annotations
@@ -27,15 +28,12 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from mljobs.db._engines import pooled
-from mljobs.db._patience import answers_within
+from mljobs.db._timeouts import answers_within
 from mljobs.guards._companions import WAKE_CHANNEL, WATCHER_LOCK, WORKER_LOCK, qualified_name
-from mljobs.jobs import table_of
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Engine, Pool
+    from sqlalchemy import Connection, Engine, Pool, Table
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-
-    from mljobs.jobs import Model
 
 logger = logging.getLogger(__name__)
 
@@ -47,122 +45,122 @@ _LISTEN = f"LISTEN {WAKE_CHANNEL}"
 _PID = text("SELECT pg_backend_pid()")
 _WATCHERS_MAX = 9
 
-_seats: WeakKeyDictionary[Pool, list[object]] = WeakKeyDictionary()
-_counting = threading.RLock()  # again by a sleeper that is collected meanwhile
+_slots: WeakKeyDictionary[Pool, list[object]] = WeakKeyDictionary()
+_slots_lock = threading.RLock()  # taken again by a listener that is collected meanwhile
 
 
-class _Seat:
-    """The right of one sleeper to listen beside a pool."""
+class _Slot:
+    """The right of one listener to have a connection beside a pool."""
 
     def __init__(self, lock: int) -> None:
         self._lock = lock
-        self._row: list[object] | None = None
+        self._taken: list[object] | None = None
 
     def take(self, pool: Pool) -> bool:
-        """Take it, unless this is a watcher and there are enough."""
-        with _counting:
-            row = _seats.setdefault(pool, [])
-            if len(row) >= _WATCHERS_MAX and self._lock != WORKER_LOCK:
+        """Take it; return False for a watcher where the most that may listen do."""
+        with _slots_lock:
+            taken = _slots.setdefault(pool, [])
+            if len(taken) >= _WATCHERS_MAX and self._lock != WORKER_LOCK:
                 return False
-            row.append(self)
-            self._row = row  # an engine that is disposed of has another pool then
+            taken.append(self)
+            self._taken = taken  # an engine that is disposed of has another pool then
             return True
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Give it back, if it was taken."""
-        with _counting:
-            if self._row is not None:
-                self._row.remove(self)
-                self._row = None
+        with _slots_lock:
+            if self._taken is not None:
+                self._taken.remove(self)
+                self._taken = None
 
 
-class Sleeper:
-    """Sleep between looks at the table, from a thread.
+class ChangeListener:
+    """Wait between reads of the table, from a thread.
 
     Args:
-        engine: Of the database that is looked at.
-        model: The mapped job class.
-        workers: Wake for new jobs; otherwise for changed ones.
+        engine: Of the database.
+        table: The job table.
+        workers: Wait for new jobs; otherwise for changed ones.
     """
 
-    def __init__(self, engine: Engine, model: Model, *, workers: bool = False) -> None:
+    def __init__(self, engine: Engine, table: Table, *, workers: bool = False) -> None:
         self._engine = engine
-        self._model = model
+        self._table = table
         self._lock = WORKER_LOCK if workers else WATCHER_LOCK
-        self._seat = _Seat(self._lock)
+        self._slot = _Slot(self._lock)
         self._listens = engine.dialect.name == "postgresql" and engine.dialect.driver == "psycopg"
         self._connection: Connection | None = None
         self._driver: Any = None
         self._woken = threading.Event()
-        self._bell: socket.socket | None = None
-        self._ear: socket.socket | None = None
+        self._wake_sender: socket.socket | None = None
+        self._wake_receiver: socket.socket | None = None
         if self._listens:
-            self._bell, self._ear = socket.socketpair()
+            self._wake_sender, self._wake_receiver = socket.socketpair()
 
     def wake(self) -> None:
-        """End the present sleep, or the next one; from any thread."""
+        """End the present wait, or the next one; from any thread."""
         self._woken.set()
-        if self._bell is not None:
+        if self._wake_sender is not None:
             with suppress(OSError):
-                self._bell.send(b"!")
+                self._wake_sender.send(b"!")
 
-    def sleep(self, seconds: float) -> None:
-        """Sleep for ``seconds`` at most. The first time, and after a lost connection, only start to listen."""
+    def wait(self, seconds: float) -> None:
+        """Wait for ``seconds`` at most. The first time, and after a lost connection, only start to listen."""
         try:
-            if self._ear is not None and self._connection is not None:
-                self._hear(self._driver, self._ear, seconds)
+            if self._wake_receiver is not None and self._connection is not None:
+                self._wait_for_notification(self._driver, self._wake_receiver, seconds)
                 return
-            if self._ear is not None and self._listens and self._seat.take(self._engine.pool):
+            if self._wake_receiver is not None and self._listens and self._slot.take(self._engine.pool):
                 self._listen()
                 return
         except Exception as error:  # noqa: BLE001 - whatever breaks the hint, polling goes on
             logger.debug("cannot listen for notifications, polling instead: %s", error)
-            self.rest()
+            self.disconnect()
         self._woken.wait(seconds)
         self._woken.clear()
 
-    def _hear(self, driver: Any, ear: socket.socket, seconds: float) -> None:
-        """Wait for the server or for ``wake``, whichever speaks first."""
+    def _wait_for_notification(self, driver: Any, wake_receiver: socket.socket, seconds: float) -> None:
+        """Wait for the server or for ``wake``, whichever comes first."""
         if not _notified(driver):
             with selectors.DefaultSelector() as selector:
                 selector.register(driver.fileno(), selectors.EVENT_READ)
-                selector.register(ear, selectors.EVENT_READ)
+                selector.register(wake_receiver, selectors.EVENT_READ)
                 ready = selector.select(seconds)
-            if any(key.fileobj is not ear for key, _ in ready):
+            if any(key.fileobj is not wake_receiver for key, _ in ready):
                 _notified(driver)
         if self._woken.is_set():
             self._woken.clear()
-            ear.recv(4096)
+            wake_receiver.recv(4096)
 
     def _listen(self) -> None:
         try:
             with answers_within(_LISTEN_SECONDS):
                 connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
         except BaseException:
-            self._seat.leave()
+            self._slot.release()
             raise
         self._connection, self._driver = connection, connection.connection.driver_connection
         connection.detach()
         with answers_within(_LISTEN_SECONDS):
             if pooled(connection.scalar(_PID), self._driver.info.backend_pid):
                 self._listens = False
-                self.rest()
+                self.disconnect()
                 return
-            connection.execute(_LOCK, {"lock": self._lock, "table": qualified_name(connection, table_of(self._model))})
+            connection.execute(_LOCK, {"lock": self._lock, "table": qualified_name(connection, self._table)})
             connection.exec_driver_sql(_LISTEN)
 
     def close(self) -> None:
         """Listen no more, for good."""
-        self.rest()
-        for end in (self._bell, self._ear):
+        self.disconnect()
+        for end in (self._wake_sender, self._wake_receiver):
             if end is not None:
                 end.close()
 
-    def rest(self) -> None:
-        """Close the connection until the next sleep, which listens anew: the session's lock and LISTEN end with it."""
+    def disconnect(self) -> None:
+        """Close the connection until the next wait, which listens anew: the session's lock and LISTEN end with it."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            self._seat.leave()
+            self._slot.release()
             self._driver.close()
             connection.invalidate()  # SQLAlchemy would reset it first, which a lost one cannot bear
             connection.close()
@@ -181,26 +179,26 @@ def _notified(driver: Any) -> bool:
     return any(True for _ in list(driver.notifies(timeout=0)))
 
 
-class AsyncSleeper:
-    """Sleep between looks at the table, from a coroutine; see ``Sleeper``."""
+class AsyncChangeListener:
+    """Wait between reads of the table, from a coroutine; see ``ChangeListener``."""
 
-    def __init__(self, engine: AsyncEngine, model: Model, *, workers: bool = False) -> None:
+    def __init__(self, engine: AsyncEngine, table: Table, *, workers: bool = False) -> None:
         self._engine = engine
-        self._model = model
+        self._table = table
         self._lock = WORKER_LOCK if workers else WATCHER_LOCK
-        self._seat = _Seat(self._lock)
+        self._slot = _Slot(self._lock)
         self._name = engine.dialect.driver if engine.dialect.name == "postgresql" else ""
         self._connection: AsyncConnection | None = None
         self._driver: Any = None
         self._woken = asyncio.Event()
 
-    async def sleep(self, seconds: float) -> None:
-        """Sleep for ``seconds`` at most. The first time, and after a lost connection, only start to listen."""
+    async def wait(self, seconds: float) -> None:
+        """Wait for ``seconds`` at most. The first time, and after a lost connection, only start to listen."""
         try:
             if self._connection is not None:
-                await self._wait(seconds)
+                await self._wait_for_notification(seconds)
                 return
-            if self._name in ("psycopg", "psycopg_async", "asyncpg") and self._seat.take(self._engine.pool):
+            if self._name in ("psycopg", "psycopg_async", "asyncpg") and self._slot.take(self._engine.pool):
                 await self._listen()
                 return
         except (DBAPIError, OSError, RuntimeError) as error:
@@ -208,7 +206,7 @@ class AsyncSleeper:
             await self.close()
         await asyncio.sleep(seconds)
 
-    async def _wait(self, seconds: float) -> None:
+    async def _wait_for_notification(self, seconds: float) -> None:
         if self._name == "asyncpg":
             if self._driver.is_closed():
                 raise RuntimeError("the connection is closed")
@@ -228,7 +226,7 @@ class AsyncSleeper:
         try:
             connection = await self._engine.connect()
         except BaseException:
-            self._seat.leave()
+            self._slot.release()
             raise
         self._connection = connection
         await connection.execution_options(isolation_level="AUTOCOMMIT")
@@ -236,12 +234,12 @@ class AsyncSleeper:
         self._driver = driver
         if connection.sync_connection is not None:
             connection.sync_connection.detach()
-        told = driver.get_server_pid() if self._name == "asyncpg" else driver.info.backend_pid
-        if pooled(await connection.scalar(_PID), told):
+        client_pid = driver.get_server_pid() if self._name == "asyncpg" else driver.info.backend_pid
+        if pooled(await connection.scalar(_PID), client_pid):
             await self.close()
             self._name = ""
             return
-        name = await connection.run_sync(qualified_name, table_of(self._model))
+        name = await connection.run_sync(qualified_name, self._table)
         await connection.execute(_LOCK, {"lock": self._lock, "table": name})
         if self._name == "asyncpg":
             await driver.add_listener(WAKE_CHANNEL, lambda *_: self._woken.set())
@@ -252,7 +250,7 @@ class AsyncSleeper:
         """Listen no more."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            self._seat.leave()
+            self._slot.release()
             if self._name == "asyncpg":
                 self._driver.terminate()
             else:

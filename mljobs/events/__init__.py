@@ -7,30 +7,30 @@ transaction until it commits. What a rollback, or the rollback to a savepoint, t
 
     subscribing     on_finished, and to whom it can be said
       |- sessions     flushes, ``update(...)`` through ``session.execute``, and every operation of mljobs.jobs
-      |- connections  every operation; told when the connection begins its next transaction or is given back
+      |- connections  every operation; delivered when the connection begins its next transaction or is given back
       |- stores       every operation of a store or worker
-      +- keeping      what has finished, until the transaction commits
+      +- pending      what has finished, until the transaction commits
            +- delivering  who listens, and calling them
 
 What goes past all of these (raw SQL, another process) is seen by ``store.watch`` and ``store.wait``.
 """
 
-from mljobs.events._connections import hand_over
+from mljobs.events._connections import deliver_by
 from mljobs.events._delivering import Subscription, deliver, deliver_async, subscribed
-from mljobs.events._sessions import note
-from mljobs.events._stores import kept_by, origin_of, telling
-from mljobs.events._subscribing import Source, on_finished
+from mljobs.events._sessions import add_finished
+from mljobs.events._stores import collecting, delivering, origin_of
+from mljobs.events._subscribing import EventSource, on_finished
 
 __all__ = [
-    "Source",
+    "EventSource",
     "Subscription",
+    "add_finished",
+    "collecting",
     "deliver",
     "deliver_async",
-    "hand_over",
-    "kept_by",
-    "note",
+    "deliver_by",
+    "delivering",
     "on_finished",
     "origin_of",
     "subscribed",
-    "telling",
 ]

@@ -10,32 +10,32 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 
 from mljobs.events._delivering import deliver
-from mljobs.events._keeping import NAMELESS, Kept
+from mljobs.events._pending import NAMELESS, Pending
 
-_connections: WeakKeyDictionary[Connection, OfConnection] = WeakKeyDictionary()
-_committing: dict[int, OfConnection] = {}
-_watched: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+_connections: WeakKeyDictionary[Connection, ConnectionPending] = WeakKeyDictionary()
+_committing: dict[int, ConnectionPending] = {}
+_listened_to: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
-class OfConnection(Kept):
+class ConnectionPending(Pending):
     """Finished jobs of a Core connection's transaction.
 
-    Core has no event after a commit. What is committed is told when the connection begins again or is given back; a
-    store, which knows when its own transaction has ended, does not wait for that.
+    Core has no event after a commit. What was committed is delivered when the connection begins again or is given back; a
+    store, which knows when its own transaction has ended, delivers at once.
     """
 
     def __init__(self, connection: Connection) -> None:
         super().__init__()
         self._connection = ref(connection)
-        self.hand: Callable[[Callable[[], None]], object] = lambda tell: tell()
-        self._will: int | None = None
+        self.deliver_by: Callable[[Callable[[], None]], object] = lambda deliver: deliver()
+        self._committing_id: int | None = None
         engine = connection.engine
-        if engine not in _watched:
-            _watched[engine] = True
-            _watch(engine)
+        if engine not in _listened_to:
+            _listened_to[engine] = True
+            _listen_to(engine)
 
     def add(self, jobs: Iterable[Any]) -> None:
-        """See ``Kept.add``."""
+        """See ``Pending.add``."""
         connection = self._connection()
         savepoint: Any = None if connection is None else connection.get_nested_transaction()
         around: list[str] = []
@@ -46,18 +46,18 @@ class OfConnection(Kept):
             self.enter(name)
         super().add(jobs)
         if self.store is None and connection is not None and _commits_by_itself(connection):
-            self.tell()
+            self.deliver()
 
-    def will_commit(self) -> None:
+    def before_commit(self) -> None:
         """Take note that the transaction is about to be committed."""
         connection = self._connection()
-        if connection is None or self.store is not None or not any(kept for _, kept in self._levels):
+        if connection is None or self.store is not None or not any(pending for _, pending in self._levels):
             return
-        self._will = id(connection.connection.dbapi_connection)
-        _committing[self._will] = self
+        self._committing_id = id(connection.connection.dbapi_connection)
+        _committing[self._committing_id] = self
         pool = connection.engine.pool
-        if pool not in _watched:
-            _watched[pool] = True
+        if pool not in _listened_to:
+            _listened_to[pool] = True
             event.listen(pool, "checkin", _on_checkin)
             event.listen(connection.engine, "handle_error", _on_error)
 
@@ -69,73 +69,73 @@ class OfConnection(Kept):
         self._settle()
         self.take()
 
-    def not_committed(self) -> None:
+    def commit_failed(self) -> None:
         """Forget what was about to be committed."""
         if self._settle():
             self.take()
 
     def _settle(self) -> bool:
-        will, self._will = self._will, None
-        return will is not None and _committing.pop(will, None) is not None
+        committing, self._committing_id = self._committing_id, None
+        return committing is not None and _committing.pop(committing, None) is not None
 
     def committed(self) -> None:
-        """Tell what the last transaction committed, if it did."""
+        """Deliver what the last transaction committed, if it did."""
         if self._settle():
-            self.tell()
+            self.deliver()
 
-    def tell(self) -> None:
-        """Tell all that was kept."""
+    def deliver(self) -> None:
+        """Deliver all that was kept."""
         jobs, origin = self.take(), self.origin
         if jobs:
-            self.hand(lambda: deliver(jobs, origin))
+            self.deliver_by(lambda: deliver(jobs, origin))
 
 
-def of_connection(connection: Connection) -> OfConnection:
-    """Return what is kept beside this connection's transaction."""
-    kept = _connections.get(connection)
-    if kept is None:
-        kept = _connections[connection] = OfConnection(connection)
-    return kept
+def pending_of_connection(connection: Connection) -> ConnectionPending:
+    """Return what is pending beside this connection's transaction."""
+    pending = _connections.get(connection)
+    if pending is None:
+        pending = _connections[connection] = ConnectionPending(connection)
+    return pending
 
 
-def _watch(engine: Engine) -> None:
-    """Hear how the transactions of this engine end.
+def _listen_to(engine: Engine) -> None:
+    """Listen to how the transactions of this engine end.
 
     Of the engine: SQLAlchemy 2.0 takes no listener for one connection of an engine that has options.
     """
 
-    def heard(act: Callable[..., object], *, named: bool = False) -> Callable[..., None]:
-        def hear(connection: Connection, *details: Any) -> None:
-            kept = _connections.get(connection)
-            if kept is not None:
-                act(kept, *details[: 1 if named else 0])
+    def handler(act: Callable[..., object], *, named: bool = False) -> Callable[..., None]:
+        def handle(connection: Connection, *details: Any) -> None:
+            pending = _connections.get(connection)
+            if pending is not None:
+                act(pending, *details[: 1 if named else 0])
 
-        return hear
+        return handle
 
-    event.listen(engine, "release_savepoint", heard(OfConnection.release, named=True))
-    event.listen(engine, "rollback_savepoint", heard(OfConnection.forget, named=True))
+    event.listen(engine, "release_savepoint", handler(ConnectionPending.release, named=True))
+    event.listen(engine, "rollback_savepoint", handler(ConnectionPending.forget, named=True))
     for ending, act in (
-        ("commit", OfConnection.will_commit),
-        ("commit_twophase", OfConnection.will_commit),
-        ("rollback", OfConnection.rolled_back),
-        ("rollback_twophase", OfConnection.rolled_back),
-        ("begin", OfConnection.committed),
-        ("begin_twophase", OfConnection.committed),
+        ("commit", ConnectionPending.before_commit),
+        ("commit_twophase", ConnectionPending.before_commit),
+        ("rollback", ConnectionPending.rolled_back),
+        ("rollback_twophase", ConnectionPending.rolled_back),
+        ("begin", ConnectionPending.committed),
+        ("begin_twophase", ConnectionPending.committed),
     ):
-        event.listen(engine, ending, heard(act))
+        event.listen(engine, ending, handler(act))
 
 
 def _on_checkin(driver_connection: object, _record: object) -> None:
-    kept = _committing.get(id(driver_connection))
-    if kept is not None:
-        kept.committed()
+    pending = _committing.get(id(driver_connection))
+    if pending is not None:
+        pending.committed()
 
 
 def _on_error(context: ExceptionContext) -> None:
     """Forget what a COMMIT that failed would have committed."""
-    kept = None if context.connection is None else _connections.get(context.connection)
-    if kept is not None:
-        kept.not_committed()
+    pending = None if context.connection is None else _connections.get(context.connection)
+    if pending is not None:
+        pending.commit_failed()
 
 
 def _commits_by_itself(connection: Connection) -> bool:
@@ -143,11 +143,11 @@ def _commits_by_itself(connection: Connection) -> bool:
     return connection.get_execution_options().get("isolation_level", engine_wide) == "AUTOCOMMIT"
 
 
-def hand_over(connection: Connection, hand: Callable[[Callable[[], None]], object]) -> None:
-    """Have somebody else, who commits this connection's transaction, tell what has finished in it.
+def deliver_by(connection: Connection, call: Callable[[Callable[[], None]], object]) -> None:
+    """Deliver what finishes on a connection whose transaction somebody else commits.
 
     Args:
-        connection: Whose commits are none.
-        hand: Is given what to call after the real commit.
+        connection: Its own commits commit nothing.
+        call: Is given the function to call after the real commit.
     """
-    of_connection(connection).hand = hand
+    pending_of_connection(connection).deliver_by = call

@@ -1,4 +1,4 @@
-"""Who listens, and calling them."""
+"""The callbacks, and calling them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Callback = Callable[[Any], Any]
 
 
 class Store(Protocol):
-    """What is asked of a store through which jobs finish.
+    """A store through which jobs finish.
 
     Attributes:
-        told_later: Where finished jobs go instead of to the callbacks, for a store that works for another one.
+        diverted_events: Where finished jobs go instead of to the callbacks; None for to the callbacks.
     """
 
-    told_later: list[Any] | None
+    diverted_events: list[Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +88,9 @@ def subscribed() -> bool:
     return bool(_subscriptions)
 
 
-def interesting(origin: Origin) -> bool:
+def has_listener(origin: Origin) -> bool:
     """Whether anybody may want to hear of jobs of this origin."""
-    if origin.store is not None and origin.store.told_later is not None:
+    if origin.store is not None and origin.store.diverted_events is not None:
         return True
     return any(subscription.matches(None, origin) for subscription in _subscriptions)
 
@@ -104,7 +104,7 @@ def deliver(jobs: Sequence[Any], origin: Origin, *, awaiting: Callable[[Awaitabl
         awaiting: Runs what a coroutine function returned to its end.
     """
     for job, callback in _calls(jobs, origin):
-        with _harmless(job, callback):
+        with _logging_errors(job, callback):
             answer = callback(job)
             if isawaitable(answer):
                 awaiting(answer)
@@ -118,14 +118,14 @@ async def deliver_async(jobs: Sequence[Any], origin: Origin) -> None:
         origin: Through what.
     """
     for job, callback in _calls(jobs, origin):
-        with _harmless(job, callback):
+        with _logging_errors(job, callback):
             answer = callback(job)
             if isawaitable(answer):
                 await answer
 
 
 def _calls(jobs: Sequence[Any], origin: Origin) -> Iterator[tuple[Any, Callback]]:
-    later = origin.store.told_later if origin.store is not None else None
+    later = origin.store.diverted_events if origin.store is not None else None
     if later is not None:
         later.extend(jobs)
         return
@@ -136,7 +136,7 @@ def _calls(jobs: Sequence[Any], origin: Origin) -> Iterator[tuple[Any, Callback]
 
 
 @contextmanager
-def _harmless(job: Any, callback: Callback) -> Iterator[None]:
+def _logging_errors(job: Any, callback: Callback) -> Iterator[None]:
     """Log what a callback raises: the commit stands."""
     try:
         yield

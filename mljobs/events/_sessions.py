@@ -11,17 +11,17 @@ from weakref import ref
 from sqlalchemy import Connection, Table, event, inspect, select
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction, attributes
 
-from mljobs.events._connections import OfConnection, of_connection
-from mljobs.events._delivering import Origin, deliver, interesting, subscribed
-from mljobs.events._keeping import Kept, finished_among
+from mljobs.events._connections import ConnectionPending, pending_of_connection
+from mljobs.events._delivering import Origin, deliver, has_listener, subscribed
+from mljobs.events._pending import Pending, finished_among
 from mljobs.record._models import MlJobMixin
 from mljobs.states import ACTIVE, MlJobStatus
 
 Bind = Session | Connection
-KEPT = "mljobs.finished"
+_INFO_KEY = "mljobs.finished"
 
 
-class OfSession(Kept):
+class SessionPending(Pending):
     """Finished jobs of a session's transaction.
 
     Attributes:
@@ -41,7 +41,7 @@ class OfSession(Kept):
         return Origin(self._session(), self.store)
 
     def add(self, jobs: Iterable[Any]) -> None:
-        """See ``Kept.add``."""
+        """See ``Pending.add``."""
         session = self._session()
         around: list[SessionTransaction] = []
         transaction = None if session is None else session.get_nested_transaction()
@@ -54,12 +54,12 @@ class OfSession(Kept):
         super().add(jobs)
 
 
-def of_session(session: Session) -> OfSession:
-    """Return what is kept beside this session's transaction."""
-    kept: OfSession | None = session.info.get(KEPT)
-    if kept is None:
-        kept = session.info[KEPT] = OfSession(session)
-    return kept
+def pending_of_session(session: Session) -> SessionPending:
+    """Return what is pending beside this session's transaction."""
+    pending: SessionPending | None = session.info.get(_INFO_KEY)
+    if pending is None:
+        pending = session.info[_INFO_KEY] = SessionPending(session)
+    return pending
 
 
 @cache
@@ -85,49 +85,49 @@ def _after_write(_mapper: Mapper[Any], _connection: Connection, job: Any, *, new
         return
     session = attributes.instance_state(job).session
     if session is not None:
-        of_session(session).flushed.append((type(job), job.id))
+        pending_of_session(session).flushed.append((type(job), job.id))
 
 
 def _after_flush(session: Session, _context: object) -> None:
-    kept: OfSession | None = session.info.get(KEPT)
-    if kept is None or not kept.flushed:
+    pending: SessionPending | None = session.info.get(_INFO_KEY)
+    if pending is None or not pending.flushed:
         return
-    flushed, kept.flushed = kept.flushed, []
+    flushed, pending.flushed = pending.flushed, []
     for model in dict.fromkeys(model for model, _ in flushed):
-        note(session, model, [job_id for of, job_id in flushed if of is model])
+        add_finished(session, model, [job_id for of, job_id in flushed if of is model])
 
 
 def _after_commit(session: Session) -> None:
-    kept: OfSession | None = session.info.get(KEPT)
-    if kept is None:
+    pending: SessionPending | None = session.info.get(_INFO_KEY)
+    if pending is None:
         return
     nested = session.get_nested_transaction()
     if nested is None:
-        kept.committed = True
+        pending.committed = True
     else:
-        kept.release(nested)
+        pending.release(nested)
 
 
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
-    kept: OfSession | None = session.info.get(KEPT)
-    if kept is None:
+    pending: SessionPending | None = session.info.get(_INFO_KEY)
+    if pending is None:
         return
     if transaction.nested:
-        kept.flushed = []
-        if kept.knows(transaction):  # not released, so rolled back
-            kept.forget(transaction)
+        pending.flushed = []
+        if pending.knows(transaction):  # not released, so rolled back
+            pending.forget(transaction)
         return
     if transaction.parent is not None:
         return
-    jobs, committed = kept.take(), kept.committed
-    kept.flushed, kept.committed = [], False
+    jobs, committed = pending.take(), pending.committed
+    pending.flushed, pending.committed = [], False
     if not committed or not jobs:
         return
     outer = _still_open(session, jobs[0])
     if outer is None:
-        deliver(jobs, kept.origin)
+        deliver(jobs, pending.origin)
     else:
-        of_connection(outer).add(jobs)
+        pending_of_connection(outer).add(jobs)
 
 
 def _still_open(session: Session, job: Any) -> Connection | None:
@@ -145,7 +145,7 @@ def _on_execute(state: ORMExecuteState) -> Any:
         return None
     statement: Any = state.statement
     session = state.session
-    if not interesting(of_session(session).origin):
+    if not has_listener(pending_of_session(session).origin):
         return None
     given = state.parameters
     record = next(table for table in inspect(model).tables if "spec_json" in table.c)
@@ -161,7 +161,7 @@ def _on_execute(state: ORMExecuteState) -> Any:
     if not ids:
         return None
     result = state.invoke_statement()
-    note(session, model, ids)
+    add_finished(session, model, ids)
     return result
 
 
@@ -175,12 +175,12 @@ def _updated(state: ORMExecuteState) -> type[MlJobMixin] | None:
     return model
 
 
-def kept_of(bind: Bind) -> OfSession | OfConnection:
-    """Return what is kept beside the transaction of a session or connection."""
-    return of_session(bind) if isinstance(bind, Session) else of_connection(bind)
+def pending_of(bind: Bind) -> SessionPending | ConnectionPending:
+    """Return what is pending beside the transaction of a session or connection."""
+    return pending_of_session(bind) if isinstance(bind, Session) else pending_of_connection(bind)
 
 
-def note(bind: Bind, model: type[MlJobMixin], ids: Iterable[UUID]) -> None:
+def add_finished(bind: Bind, model: type[MlJobMixin], ids: Iterable[UUID]) -> None:
     """Keep what these jobs are now, if they have finished, until the transaction commits.
 
     Args:
@@ -191,7 +191,7 @@ def note(bind: Bind, model: type[MlJobMixin], ids: Iterable[UUID]) -> None:
     wanted = list(ids)
     if not wanted:
         return
-    kept = kept_of(bind)
-    if interesting(kept.origin):
+    pending = pending_of(bind)
+    if has_listener(pending.origin):
         connection = bind.connection() if isinstance(bind, Session) else bind
-        kept.add(finished_among(connection, model, wanted))
+        pending.add(finished_among(connection, model, wanted))

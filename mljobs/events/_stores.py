@@ -1,4 +1,4 @@
-"""What has finished in a store's own transaction, told once that has ended well."""
+"""What has finished in a store's own transaction, delivered once that has ended well."""
 
 from __future__ import annotations
 
@@ -6,43 +6,43 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from mljobs.events._connections import OfConnection
+from mljobs.events._connections import ConnectionPending
 from mljobs.events._delivering import Origin, Store
-from mljobs.events._sessions import Bind, OfSession, kept_of
+from mljobs.events._sessions import Bind, SessionPending, pending_of
 
 
 @contextmanager
-def telling(inner: AbstractContextManager[Bind], store: Store) -> Iterator[Bind]:
-    """Enter a store's transaction, and tell what has finished in it once it has ended well.
+def delivering(inner: AbstractContextManager[Bind], store: Store) -> Iterator[Bind]:
+    """Enter a store's transaction, and deliver what has finished in it once it has ended well.
 
     Args:
         inner: The transaction.
         store: Whose it is.
     """
     with inner as bind:
-        kept = _kept_anew(bind, store)
+        pending = _cleared(bind, store)
         yield bind
-    if isinstance(kept, OfConnection):  # a session has told by itself
-        kept.tell()
+    if isinstance(pending, ConnectionPending):  # a session delivers by itself
+        pending.deliver()
 
 
-def kept_by(bind: Bind, store: Store) -> Callable[[], list[Any]]:
+def collecting(bind: Bind, store: Store) -> Callable[[], list[Any]]:
     """Keep what finishes in the transaction of an async store; return what takes it, once that has ended well.
 
     Args:
         bind: The connection or session in which the operation is about to run.
         store: Whose it is.
     """
-    kept = _kept_anew(bind, store)
-    return kept.take if isinstance(kept, OfConnection) else list
+    pending = _cleared(bind, store)
+    return pending.take if isinstance(pending, ConnectionPending) else list
 
 
-def _kept_anew(bind: Bind, store: Store) -> OfSession | OfConnection:
+def _cleared(bind: Bind, store: Store) -> SessionPending | ConnectionPending:
     """Forget what an operation that failed has left; what comes is of this store."""
-    kept = kept_of(bind)
-    kept.take()
-    kept.store = store
-    return kept
+    pending = pending_of(bind)
+    pending.take()
+    pending.store = store
+    return pending
 
 
 def origin_of(store: Store) -> Origin:

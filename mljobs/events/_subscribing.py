@@ -1,10 +1,10 @@
-"""``on_finished``, and to whom it can be said."""
+"""``on_finished``, and what it can listen to."""
 
 from __future__ import annotations
 
 import sys
 from inspect import iscoroutinefunction
-from typing import Any
+from typing import Any, ClassVar
 from weakref import ref
 
 from sqlalchemy.orm import Session, sessionmaker
@@ -17,14 +17,21 @@ from mljobs.record._models import MlJobMixin
 _MAKER = "mljobs.maker"
 
 
-class Source:
+class EventSource:
     """A store: what finishes through it can be listened to.
 
     Attributes:
-        told_later: Where finished jobs go instead of to the callbacks, for a store that works for another one.
+        awaits_callbacks: Whether a callback may be a coroutine function.
+        diverted_events: Where finished jobs go instead of to the callbacks; None for to the callbacks.
     """
 
-    told_later: list[Any] | None = None
+    awaits_callbacks: ClassVar[bool] = False
+    diverted_events: list[Any] | None = None
+
+    def divert_events(self) -> list[Any]:
+        """Return the list to which finished jobs go from now on, for a store that works for another one."""
+        self.diverted_events = []
+        return self.diverted_events
 
     def on_finished(self, callback: Callback) -> Subscription:
         """Call ``callback(job)`` after the commit of each job that finishes through this store; see ``on_finished``.
@@ -88,11 +95,11 @@ def _matching(target: object, subscription: Subscription) -> tuple[Matches, bool
             return lambda _job, origin: isinstance(origin.session, target), False
         if issubclass(target, MlJobMixin):
             return lambda job, _origin: job is None or isinstance(job, target), False
-    elif isinstance(target, Session | Source):
+    elif isinstance(target, Session | EventSource):
         alone = ref(target, lambda _: subscription.remove())
         if isinstance(target, Session):
             return lambda _job, origin: origin.session is not None and origin.session is alone(), False
-        return lambda _job, origin: origin.store is not None and origin.store is alone(), hasattr(target, "keeper_url")
+        return lambda _job, origin: origin.store is not None and origin.store is alone(), target.awaits_callbacks
     return _matching_async(target, subscription), True
 
 

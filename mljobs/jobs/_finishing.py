@@ -212,7 +212,7 @@ def answers(
     refresh(session, model, [outcome.claim.job_id for outcome in outcomes])
     if events.subscribed():
         ended_now = zip(outcomes, errors, strict=True)
-        events.note(session, model, [outcome.claim.job_id for outcome, error in ended_now if error is None])
+        events.add_finished(session, model, [outcome.claim.job_id for outcome, error in ended_now if error is None])
     return errors
 
 
@@ -240,7 +240,7 @@ def cancel(session: Bind, job: JobRef, *, model: Model = MlJob) -> bool:
         state_of(connection, model, job_id)
     refresh(session, model, [job_id])
     if cancelled and events.subscribed():
-        events.note(session, model, [job_id])
+        events.add_finished(session, model, [job_id])
     return cancelled
 
 

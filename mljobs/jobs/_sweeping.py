@@ -128,7 +128,7 @@ def rescue(
         outcome.errors[lease[1]] = error
     refresh(session, model, [*outcome.requeued, *outcome.failed])
     if outcome.failed and events.subscribed():
-        events.note(session, model, outcome.failed)
+        events.add_finished(session, model, outcome.failed)
     return outcome
 
 

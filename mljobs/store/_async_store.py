@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
-from functools import partial, wraps
+from functools import partial
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
+from typing import Any, Self, TypeVar
 
 from sqlalchemy import URL
 from sqlalchemy.orm import Session
 
 try:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
-    from sqlalchemy.util import greenlet_spawn
 except ImportError as error:
     raise ImportError("AsyncJobStore needs the extra: pip install 'mljobs[async]'") from error
 
-from mljobs import events, jobs, transfer
-from mljobs.db._engines import async_url, engine_options, set_up_connections, sync_url, url_from_env
-from mljobs.db._wake import AsyncSleeper
-from mljobs.errors import InvalidValueError, MlJobsError
-from mljobs.jobs import Bind, JobRef, Model
+from mljobs import events, jobs
+from mljobs.db._connections import engines_of
+from mljobs.db._engines import async_url, engine_options, refuse_memory, set_up_connections, sync_url, url_from_env
+from mljobs.db._wake import AsyncChangeListener
+from mljobs.errors import InvalidValueError
+from mljobs.jobs import DEFAULT_LEASE, Bind, JobRef, Model, table_of
 from mljobs.jobs._base import plain
-from mljobs.jobs._claiming import DEFAULT_LEASE
 from mljobs.record._models import MlJob
-from mljobs.store._following import Look, Steps, waiting, watching
-from mljobs.store._run import Keeper, Run, worker_name
-from mljobs.store._store import LEASE_GIVEN_BACK, JobStore, modes, poll_seconds, record_end, refuse_memory, takes_model
+from mljobs.store._base import LEASE_GIVEN_BACK, Store, async_store_method
+from mljobs.store._following import FollowSteps, Read, poll_seconds, wait_steps, watch_steps
+from mljobs.store._keeper import Keeper
+from mljobs.store._recording import record_end
+from mljobs.store._run import Run, worker_name
+from mljobs.store._store import JobStore
+from mljobs.store._transferring import AsyncTransfers
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -43,38 +45,7 @@ def new_async_engine(url: str | URL, *, autocommit: bool = False, **options: Any
     return engine
 
 
-def _bound_async(
-    operation: Callable[Concatenate[Bind, P], R],
-    *,
-    atomic: bool | str = False,
-    stands: tuple[type[MlJobsError], ...] = (),
-) -> Callable[Concatenate[AsyncJobStore, P], Coroutine[Any, Any, R]]:
-    """Bind an operation to an ``AsyncJobStore``; see ``store._bound``."""
-    of_model = takes_model(operation)
-
-    @wraps(operation)
-    async def run(self: AsyncJobStore, *args: P.args, **kw: P.kwargs) -> R:
-        if of_model:
-            kw.setdefault("model", self.model)
-        whole = bool(kw.get(atomic)) if isinstance(atomic, str) else atomic
-        result, told = await self.run(partial(_told, lambda bind: operation(bind, *args, **kw), stands), atomic=whole)
-        if told is not None:
-            raise told
-        return cast("R", result)
-
-    return cast("Callable[Concatenate[AsyncJobStore, P], Coroutine[Any, Any, R]]", run)
-
-
-def _told(
-    operation: Callable[..., R], stands: tuple[type[MlJobsError], ...], bind: Bind
-) -> tuple[R | None, MlJobsError | None]:
-    try:
-        return operation(bind), None
-    except stands as error:
-        return None, error
-
-
-class AsyncJobStore(events.Source):
+class AsyncJobStore(AsyncTransfers, Store):
     """Jobs in a database, each operation a transaction of its own, awaited. The same names as ``JobStore``.
 
     Args:
@@ -83,9 +54,6 @@ class AsyncJobStore(events.Source):
         keeper_url: Where ``running`` keeps leases alive from, by a thread with a connection of its own; None for the
             URL of the engine.
         **options: With a URL, passed on to ``create_async_engine``.
-
-    Attributes:
-        keeper_url: Where a blocking store on the same database connects.
 
     Raises:
         InvalidValueError: ``source`` is none of these.
@@ -114,11 +82,11 @@ class AsyncJobStore(events.Source):
             self._sessions = source
         else:
             raise InvalidValueError("source", source, "expected a URL, an AsyncEngine or an async_sessionmaker")
-        single, whole = modes(engine.sync_engine, owned=self._owned)
-        self._single, self._whole = AsyncEngine(single), AsyncEngine(whole)
-        self.keeper_url = sync_url(keeper_url or engine.url)
+        single, transactional = engines_of(engine.sync_engine, owned=self._owned)
+        self._single, self._engine = AsyncEngine(single), AsyncEngine(transactional)
+        self._sync_url = sync_url(keeper_url or engine.url)
         if self._sessions is None and not plain(model):
-            self._sessions = async_sessionmaker(self._whole, expire_on_commit=False)
+            self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
 
     @classmethod
     def from_env(cls, **options: Any) -> Self:
@@ -128,7 +96,9 @@ class AsyncJobStore(events.Source):
     @property
     def engine(self) -> AsyncEngine:
         """The engine, for statements of your own."""
-        return self._whole
+        return self._engine
+
+    awaits_callbacks = True
 
     async def run(self, operation: Callable[[Bind], R], *, atomic: bool = True) -> R:
         """Run a function of ``mljobs.jobs``, or one of your own, on a connection of this store.
@@ -142,7 +112,7 @@ class AsyncJobStore(events.Source):
         taken: list[Callable[[], list[Any]]] = []
 
         def keeping(bind: Bind) -> R:
-            taken.append(events.kept_by(bind, self))
+            taken.append(events.collecting(bind, self))
             return operation(bind)
 
         result = await self._run(keeping, atomic=atomic)
@@ -154,56 +124,56 @@ class AsyncJobStore(events.Source):
             async with self._sessions.begin() as session:
                 return await session.run_sync(partial(_detached, operation))
         if atomic:
-            async with self._whole.begin() as connection:
+            async with self._engine.begin() as connection:
                 return await connection.run_sync(operation)
         async with self._single.connect() as connection:
             result = await connection.run_sync(operation)
             await connection.commit()
             return result
 
-    submit = _bound_async(jobs.submit, atomic="unless_active")
-    submit_many = _bound_async(jobs.submit_many, atomic=True)
-    retry = _bound_async(jobs.retry, atomic="unless_active")
-    get = _bound_async(jobs.get)
-    find = _bound_async(jobs.find)
-    history = _bound_async(jobs.history)
-    lineage = _bound_async(jobs.lineage)
-    counts = _bound_async(jobs.counts)
-    count_up_to = _bound_async(jobs.count_up_to)
-    durations = _bound_async(jobs.durations)
-    failure_reasons = _bound_async(jobs.failure_reasons)
-    finished_per = _bound_async(jobs.finished_per)
-    held_in_queue = _bound_async(jobs.held_in_queue)
-    last_failures = _bound_async(jobs.last_failures)
-    next_claims = _bound_async(jobs.next_claims)
-    queue_depths = _bound_async(jobs.queue_depths)
-    target_jobs = _bound_async(jobs.target_jobs)
-    target_names = _bound_async(jobs.target_names)
-    usual_durations = _bound_async(jobs.usual_durations)
-    why_read_only = _bound_async(jobs.why_read_only)
-    chain = _bound_async(jobs.chain)
-    chains = _bound_async(jobs.chains)
-    held_after_end = _bound_async(jobs.held_after_end)
-    running_jobs = _bound_async(jobs.running_jobs)
-    summaries = _bound_async(jobs.summaries)
-    summaries_of = _bound_async(jobs.summaries_of)
-    claim = _bound_async(jobs.claim)
-    claim_one = _bound_async(jobs.claim_one)
-    renew = _bound_async(jobs.renew)
-    look = _bound_async(jobs.look)
-    release = _bound_async(jobs.release)
-    set_progress = _bound_async(jobs.set_progress)
-    set_progress_many = _bound_async(jobs.set_progress_many)
-    complete = _bound_async(jobs.complete, stands=LEASE_GIVEN_BACK)
-    complete_many = _bound_async(jobs.complete_many)
-    fail = _bound_async(jobs.fail, stands=LEASE_GIVEN_BACK)
-    fail_many = _bound_async(jobs.fail_many)
-    requeue = _bound_async(jobs.requeue, stands=LEASE_GIVEN_BACK)
-    requeue_many = _bound_async(jobs.requeue_many)
-    finish_many = _bound_async(jobs.finish_many)
-    finish_and_claim = _bound_async(jobs.finish_and_claim)
-    cancel = _bound_async(jobs.cancel)
-    rescue = _bound_async(jobs.rescue, atomic=True)
+    submit = async_store_method(jobs.submit, atomic="unless_active")
+    submit_many = async_store_method(jobs.submit_many, atomic=True)
+    retry = async_store_method(jobs.retry, atomic="unless_active")
+    get = async_store_method(jobs.get)
+    find = async_store_method(jobs.find)
+    history = async_store_method(jobs.history)
+    lineage = async_store_method(jobs.lineage)
+    counts = async_store_method(jobs.counts)
+    count_up_to = async_store_method(jobs.count_up_to)
+    durations = async_store_method(jobs.durations)
+    failure_reasons = async_store_method(jobs.failure_reasons)
+    finished_per = async_store_method(jobs.finished_per)
+    held_in_queue = async_store_method(jobs.held_in_queue)
+    last_failures = async_store_method(jobs.last_failures)
+    next_claims = async_store_method(jobs.next_claims)
+    queue_depths = async_store_method(jobs.queue_depths)
+    target_jobs = async_store_method(jobs.target_jobs)
+    target_names = async_store_method(jobs.target_names)
+    usual_durations = async_store_method(jobs.usual_durations)
+    why_read_only = async_store_method(jobs.why_read_only)
+    chain = async_store_method(jobs.chain)
+    chains = async_store_method(jobs.chains)
+    held_after_end = async_store_method(jobs.held_after_end)
+    running_jobs = async_store_method(jobs.running_jobs)
+    summaries = async_store_method(jobs.summaries)
+    summaries_of = async_store_method(jobs.summaries_of)
+    claim = async_store_method(jobs.claim)
+    claim_one = async_store_method(jobs.claim_one)
+    renew = async_store_method(jobs.renew)
+    look = async_store_method(jobs.look)
+    release = async_store_method(jobs.release)
+    set_progress = async_store_method(jobs.set_progress)
+    set_progress_many = async_store_method(jobs.set_progress_many)
+    complete = async_store_method(jobs.complete, committed_errors=LEASE_GIVEN_BACK)
+    complete_many = async_store_method(jobs.complete_many)
+    fail = async_store_method(jobs.fail, committed_errors=LEASE_GIVEN_BACK)
+    fail_many = async_store_method(jobs.fail_many)
+    requeue = async_store_method(jobs.requeue, committed_errors=LEASE_GIVEN_BACK)
+    requeue_many = async_store_method(jobs.requeue_many)
+    finish_many = async_store_method(jobs.finish_many)
+    finish_and_claim = async_store_method(jobs.finish_and_claim)
+    cancel = async_store_method(jobs.cancel)
+    rescue = async_store_method(jobs.rescue, atomic=True)
 
     async def prune(self, *, older_than: timedelta | datetime, keep_last: int = 0, batch: int = 1000) -> int:
         """Delete finished records past their time, a transaction for each batch; see ``jobs.prune``."""
@@ -225,74 +195,9 @@ class AsyncJobStore(events.Source):
             if after is None:
                 return total
 
-    export_jobs = _bound_async(transfer.export_jobs, atomic=True)
-
-    async def import_jobs(
-        self,
-        file: transfer.File,
-        *,
-        on_conflict: transfer.OnConflict = "skip",
-        requeue_running: bool = False,
-        rejects: transfer.File | None = None,
-        progress: transfer.OnProgress | None = None,
-    ) -> transfer.Imported:
-        """Read records from NDJSON, a transaction for each batch; see ``JobStore.import_jobs``."""
-        work = transfer.file_import(
-            file,
-            on_conflict=on_conflict,
-            requeue_running=requeue_running,
-            rejects=rejects,
-            progress=progress,
-            model=self.model,
-        )
-        return await self._import(work)
-
-    dump_kv = _bound_async(transfer.dump_kv, atomic=True)
-
-    async def load_kv(
-        self,
-        mapping: transfer.KvStore,
-        prefix: str = "",
-        *,
-        on_conflict: transfer.OnConflict = "skip",
-        requeue_running: bool = False,
-        rejects: transfer.File | None = None,
-        progress: transfer.OnProgress | None = None,
-    ) -> transfer.Imported:
-        """Read records from a key-value store, a transaction for each batch; see ``transfer.load_kv``."""
-        work = transfer.kv_import(
-            mapping,
-            prefix,
-            on_conflict=on_conflict,
-            requeue_running=requeue_running,
-            rejects=rejects,
-            progress=progress,
-            model=self.model,
-        )
-        return await self._import(work)
-
-    async def _import(self, work: transfer.Import) -> transfer.Imported:
-        if work.single:
-            return await self.run(work.run)
-        with work:
-            batches = work.batches()
-            # In a greenlet too: what it reads from may be asynchronous.
-            while (batch := await greenlet_spawn(next, batches, None)) is not None:
-                tried = 0
-                while True:
-                    try:
-                        done = await self.run(partial(work.write, batch=batch))
-                        break
-                    except Exception as error:
-                        if not work.try_again(error, tried):
-                            raise
-                        tried += 1
-                work.record(done)
-        return work.result
-
     async def wait(self, job: JobRef, timeout: float | None = None, *, poll: float | None = None) -> MlJob:  # noqa: ASYNC109
         """Wait until the job has finished, and return it; see ``JobStore.wait``."""
-        steps = waiting(job, timeout, poll_seconds(self.engine.dialect.name, poll), self.model)
+        steps = wait_steps(job, timeout, poll_seconds(self.engine.dialect.name, poll), self.model)
         finished: list[MlJob] = []
         async for _ in self._follow(steps, finished):
             pass
@@ -300,11 +205,11 @@ class AsyncJobStore(events.Source):
 
     def watch(self, *, timeout: float | None = None, poll: float | None = None, **filters: Any) -> AsyncIterator[MlJob]:
         """Yield each job that is added or changes, from now on; see ``JobStore.watch``."""
-        return self._follow(watching(filters, timeout, poll_seconds(self.engine.dialect.name, poll), self.model), [])
+        return self._follow(watch_steps(filters, timeout, poll_seconds(self.engine.dialect.name, poll), self.model), [])
 
-    async def _follow(self, steps: Steps, finished: list[MlJob]) -> AsyncIterator[MlJob]:
+    async def _follow(self, steps: FollowSteps, finished: list[MlJob]) -> AsyncIterator[MlJob]:
         answer: Any = None
-        async with AsyncSleeper(self.engine, self.model) as sleeper:
+        async with AsyncChangeListener(self.engine, table_of(self.model)) as listener:
             while True:
                 try:
                     step = steps.send(answer)
@@ -312,18 +217,12 @@ class AsyncJobStore(events.Source):
                     finished.append(stop.value)
                     return
                 answer = None
-                if isinstance(step, Look):
-                    answer = await self.run(step.read, atomic=False)
+                if isinstance(step, Read):
+                    answer = await self.run(step.operation, atomic=False)
                 elif isinstance(step, float | int):
-                    await sleeper.sleep(step)
+                    await listener.wait(step)
                 else:
                     yield step
-
-    async def to_arrow(self, **options: Any) -> Any:
-        """Return jobs as an Arrow table; see ``JobStore.to_arrow``."""
-        from mljobs.transfer._arrow import to_arrow  # noqa: PLC0415 - an extra
-
-        return await self.run(partial(to_arrow, model=self.model, **options))
 
     @asynccontextmanager
     async def running(
@@ -334,28 +233,33 @@ class AsyncJobStore(events.Source):
         Raises:
             InvalidValueError: A SQLite database in memory, which the thread that keeps the lease could not see.
         """
-        refuse_memory(self.keeper_url)
+        refuse_memory(self.sync_url)
         run = Run(await self.claim_one(job, worker=worker or worker_name(), lease=lease))
-        with JobStore(self.keeper_url, model=self.model, pool_size=1) as twin, Keeper(twin, lease) as keeper:
+        with JobStore(self.sync_url, model=self.model, pool_size=1) as sync_store, Keeper(sync_store, lease) as keeper:
             keeper.add(run)
             try:
                 yield run
             except BaseException as error:
-                await asyncio.shield(self._record_end(twin, keeper, run, error))
+                await asyncio.shield(self._record_end(sync_store, keeper, run, error))
                 raise
-            await self._record_end(twin, keeper, run, None)
+            await self._record_end(sync_store, keeper, run, None)
 
-    async def _record_end(self, twin: JobStore, keeper: Keeper, run: Run, error: BaseException | None) -> None:
-        twin.told_later = []  # callbacks belong on this store's loop, not in that thread
+    async def _record_end(self, sync_store: JobStore, keeper: Keeper, run: Run, error: BaseException | None) -> None:
+        finished = sync_store.divert_events()  # callbacks belong on this store's loop, not in that thread
         try:
-            await asyncio.to_thread(record_end, twin, keeper, run, error)
+            await asyncio.to_thread(record_end, sync_store, keeper, run, error)
         finally:
-            await events.deliver_async(twin.told_later, events.origin_of(self))
+            await events.deliver_async(finished, events.origin_of(self))
+
+    @property
+    def sync_url(self) -> URL:
+        """Where a blocking store on the same database connects."""
+        return self._sync_url
 
     async def close(self) -> None:
         """Close the connections of a store that was made from a URL."""
         if self._owned:
-            await self._whole.dispose()
+            await self._engine.dispose()
 
     async def __aenter__(self) -> Self:
         return self

@@ -1,6 +1,6 @@
 """Follow jobs: wait for one to finish, watch which change. The logic only; who reads and who sleeps, the store knows.
 
-Each generator here yields what it needs next: a :class:`Look` at the database, whose answer it is sent, a number of
+Each generator here yields what it needs next: a :class:`Read` of the database, whose answer it is sent, a number of
 seconds to sleep, or a job to hand to the caller. So one body serves threads and coroutines.
 """
 
@@ -23,18 +23,20 @@ from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus
 from mljobs.types import utc_now
 
+_POLL = 1.0
+_POLL_SQLITE = 0.1
 _OVERLAP = timedelta(minutes=5)
 """How far back a watch looks, so that a transaction that committed late is still seen."""
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """A look at the database."""
+class Read:
+    """A read of the database: the operation to run."""
 
-    read: Callable[[Bind], Any]
+    operation: Callable[[Bind], Any]
 
 
-Steps = Generator["Look | float | MlJob", Any, Any]
+FollowSteps = Generator["Read | float | MlJob", Any, Any]
 
 
 def check_seconds(field: str, value: float | None) -> None:
@@ -47,14 +49,14 @@ def check_seconds(field: str, value: float | None) -> None:
         raise InvalidValueError(field, value, "expected seconds of at least 0")
 
 
-def waiting(job: JobRef, timeout: float | None, poll: float, model: Model) -> Steps:
-    """Return the job once it has finished."""
+def wait_steps(job: JobRef, timeout: float | None, poll: float, model: Model) -> FollowSteps:
+    """Read until the job has finished, and return it."""
     check_seconds("timeout", timeout)
     check_seconds("poll", poll)
     model, job_id = named(job, model)
     end = None if timeout is None else time.monotonic() + timeout
     while True:
-        current: MlJob = yield Look(lambda bind: get(bind, job_id, model=model))
+        current: MlJob = yield Read(lambda bind: get(bind, job_id, model=model))
         if current.is_terminal:
             return current
         left = poll if end is None else end - time.monotonic()
@@ -63,7 +65,7 @@ def waiting(job: JobRef, timeout: float | None, poll: float, model: Model) -> St
         yield min(poll, left)
 
 
-def watching(filters: dict[str, Any], timeout: float | None, poll: float, model: Model) -> Steps:
+def watch_steps(filters: dict[str, Any], timeout: float | None, poll: float, model: Model) -> FollowSteps:
     """Yield each job that was added, or whose state, progress or attempts changed, since the watch began."""
     check_seconds("timeout", timeout)
     check_seconds("poll", poll)
@@ -72,11 +74,11 @@ def watching(filters: dict[str, Any], timeout: float | None, poll: float, model:
     seen: dict[UUID, tuple[Any, ...]] = {}
     first = True
     while True:
-        jobs: list[MlJob] = yield Look(lambda bind: _recent(bind, model, where))
+        jobs: list[MlJob] = yield Read(lambda bind: _recent(bind, model, where))
         present = {job.id for job in jobs}
         gone = [job_id for job_id, state in seen.items() if job_id not in present and not state[0].is_terminal]
         if gone:
-            jobs += yield Look(lambda bind, gone=gone: _these(bind, model, gone))  # type: ignore[misc]
+            jobs += yield Read(lambda bind, gone=gone: _these(bind, model, gone))  # type: ignore[misc]
         now: dict[UUID, tuple[Any, ...]] = {}
         for job in sorted(jobs, key=lambda job: (job.finished_at or job.started_at or job.created_at, job.id)):
             state = (job.status, job.progress, job.attempts)
@@ -101,3 +103,10 @@ def _recent(bind: Bind, model: Model, where: Sequence[Any]) -> list[MlJob]:
 
 def _these(bind: Bind, model: Model, ids: Sequence[UUID]) -> list[MlJob]:
     return fetch(bind, model, [table_of(model).c.id.in_(ids)])
+
+
+def poll_seconds(dialect_name: str, poll: float | None) -> float:
+    """Return the seconds between two reads: ``poll``, or what suits the database."""
+    if poll is not None:
+        return poll
+    return _POLL if dialect_name == "postgresql" else _POLL_SQLITE

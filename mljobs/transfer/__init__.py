@@ -9,7 +9,8 @@ By the question they answer:
 
 Beneath them: :mod:`~mljobs.transfer._files` opens, :mod:`~mljobs.transfer._lines` cuts,
 :mod:`~mljobs.transfer._rows` turns a line into a row and back, :mod:`~mljobs.transfer._judging` says what becomes of
-a record that is there already, :mod:`~mljobs.transfer._writing` writes a batch, :mod:`~mljobs.transfer._rejects` keeps what was not imported.
+a record that is there already, :mod:`~mljobs.transfer._writing` writes a batch, :mod:`~mljobs.transfer._rejects` keeps
+what was not imported.
 """
 
 from mljobs.jobs import FILTERS

@@ -61,6 +61,7 @@ _TYPES: dict[_Kind, Any] = {
 
 def to_arrow(
     session: Bind,
+    /,
     *,
     columns: Sequence[str] | None = None,
     spread: Sequence[str] = (),
@@ -96,6 +97,7 @@ def to_arrow(
 
 def arrow_batches(
     session: Bind,
+    /,
     *,
     columns: Sequence[str] | None = None,
     spread: Sequence[str] = (),

@@ -19,12 +19,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mljobs.db._patience import answer_seconds, answers_within
-from mljobs.db._wake import Sleeper
+from mljobs.db._failures import database_is_away, first_line
+from mljobs.db._timeouts import answer_seconds, answers_within
+from mljobs.db._wake import ChangeListener
 from mljobs.errors import InvalidValueError
-from mljobs.jobs import Claim, Outcome
+from mljobs.jobs import Claim, Outcome, table_of
 from mljobs.jobs._claiming import MAX_BATCH
-from mljobs.store._run import FIRST_PAUSE, LONGEST_PAUSE, Keeper, Run, database_is_away, first_line
+from mljobs.store._keeper import Keeper
+from mljobs.store._recording import FIRST_PAUSE, LONGEST_PAUSE
+from mljobs.store._run import Run
 from mljobs.store._store import JobStore
 from mljobs.worker._outbox import Entry, Outbox
 
@@ -105,7 +108,7 @@ class Intake:
         self._ended = 0
         self._recorded = 0  # how many times: an outcome may free a target that a claim has just found taken
         self._since = clock()
-        self._sleeper = Sleeper(store.engine, store.model, workers=True)
+        self._listener = ChangeListener(store.engine, table_of(store.model), workers=True)
         self._slept = False
         self._woken_at = 0.0
         self.abandoned = 0
@@ -278,7 +281,7 @@ class Intake:
         if stopped:
             self._give_back()
         if self._slept and self._clock() - self._woken_at > _BUSY_SECONDS:
-            self._sleeper.rest()  # while somebody listens, every submit pays for a notification
+            self._listener.disconnect()  # while somebody listens, every submit pays for a notification
             self._slept = False
 
     def _nothing_left(self, recorded: int) -> bool:
@@ -305,7 +308,7 @@ class Intake:
     def _sleep(self) -> None:
         self._measure()
         self._rate = 0.0
-        self._sleeper.sleep(self._wanted.poll)
+        self._listener.wait(self._wanted.poll)
         self._woken_at = self._clock()
         with self._lock:
             self._since = self._woken_at
@@ -318,7 +321,7 @@ class Intake:
                 self._changed.notify_all()
                 return
         if self._slept and any(entry.run.job.exclusive for entry in entries):
-            self._sleeper.wake()
+            self._listener.wake()
 
     # ---------------------------------------------------------------------------------------- what the worker calls
 
@@ -345,7 +348,7 @@ class Intake:
             quiet = not self._under_way and not self._leading
             self._changed.notify_all()
         self._stopping.set()
-        self._sleeper.wake()
+        self._listener.wake()
         self._give_back()
         if quiet:
             self._on_quiet()
@@ -370,7 +373,7 @@ class Intake:
 
     def close(self) -> None:
         """Stop listening."""
-        self._sleeper.close()
+        self._listener.close()
 
 
 def check_number(field: str, value: int, lowest: int, highest: int) -> int:

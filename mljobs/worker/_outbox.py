@@ -19,12 +19,15 @@ from datetime import timedelta
 from typing import Any
 
 from mljobs import jobs
-from mljobs.db._patience import answers_within, end_if_silent
+from mljobs.db._failures import database_is_away, first_line
+from mljobs.db._timeouts import answers_within, limit_idle_transaction
 from mljobs.errors import InvalidValueError, TerminalStateError
 from mljobs.jobs import Bind, Claim, Outcome
 from mljobs.jobs._base import connection_of
 from mljobs.states import MlJobStatus
-from mljobs.store._run import FIRST_PAUSE, LONGEST_PAUSE, Keeper, Run, database_is_away, first_line, stands
+from mljobs.store._keeper import Keeper
+from mljobs.store._recording import FIRST_PAUSE, LONGEST_PAUSE, was_recorded
+from mljobs.store._run import Run
 from mljobs.store._store import JobStore
 from mljobs.worker._handlers import Handler
 
@@ -184,7 +187,7 @@ class Outbox:
 
     def _what_became(self, entry: Entry, error: Exception | None) -> str:
         outcome = entry.outcome
-        if outcome is not None and (error is None or (entry.doubtful and stands(self._store, outcome))):
+        if outcome is not None and (error is None or (entry.doubtful and was_recorded(self._store, outcome))):
             return _WORDS[outcome.status]
         if isinstance(error, TerminalStateError):
             entry.run.mark_cancelled()
@@ -240,7 +243,7 @@ class Outbox:
         retry = None
         with self._store.connect() as bind:
             if self._patience is not None:
-                end_if_silent(connection_of(bind), self._patience)
+                limit_idle_transaction(connection_of(bind), self._patience)
             errors = jobs.finish_many(bind, [entry.outcome] if entry.outcome is not None else [])
             if errors == [None]:
                 retry = _submit_retry(bind, entry)

@@ -17,7 +17,9 @@ from mljobs.errors import InvalidValueError
 from mljobs.jobs import Claim, Model, Outcome, Renewal
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus
-from mljobs.store._run import Keeper, Run, failure_text
+from mljobs.store._keeper import Keeper
+from mljobs.store._recording import failure_text
+from mljobs.store._run import Run
 from mljobs.store._store import JobStore
 from mljobs.worker._handlers import Function
 

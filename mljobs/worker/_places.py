@@ -17,7 +17,8 @@ from typing import Any
 from mljobs.errors import LeaseLostError
 from mljobs.jobs import Outcome
 from mljobs.states import MlJobStatus
-from mljobs.store._run import Keeper, Run
+from mljobs.store._keeper import Keeper
+from mljobs.store._run import Run
 from mljobs.store._store import JobStore
 from mljobs.worker._handlers import Handler
 from mljobs.worker._intake import Intake

@@ -23,13 +23,17 @@ from uuid import UUID
 from sqlalchemy import inspect
 
 from mljobs import jobs
-from mljobs.db._patience import answer_seconds, answers_within, end_if_silent
+from mljobs.db._engines import refuse_memory
+from mljobs.db._failures import database_is_away, first_line
+from mljobs.db._timeouts import answer_seconds, answers_within, limit_idle_transaction
 from mljobs.errors import InvalidValueError, SchemaError
 from mljobs.guards._companions import schema_of
 from mljobs.jobs import DEFAULT_LEASE, table_of
 from mljobs.jobs._base import check_lease, connection_of
-from mljobs.store._run import Keeper, Run, database_is_away, first_line, worker_name
-from mljobs.store._store import JobStore, refuse_memory
+from mljobs.store._base import Store
+from mljobs.store._keeper import Keeper
+from mljobs.store._run import Run, worker_name
+from mljobs.store._store import JobStore
 from mljobs.types import storable_text, to_member
 from mljobs.worker._handlers import Backoff, Handler, exponential, make_handler
 from mljobs.worker._intake import Intake, Wanted, check_number
@@ -398,7 +402,7 @@ class _Shift:
         self._keeper.catch_up()  # a process that stood still must not rescue its own jobs from itself
         try:
             with answers_within(self._patience), self._store.connect() as bind:
-                end_if_silent(connection_of(bind), self._patience)
+                limit_idle_transaction(connection_of(bind), self._patience)
                 rescue = jobs.rescue(
                     bind,
                     max_attempts=self._worker.max_attempts,
@@ -484,10 +488,9 @@ def _named(ids: Sequence[UUID]) -> str:
 def _blocking(store: Any) -> JobStore:
     if isinstance(store, JobStore):
         return store
-    url = getattr(store, "keeper_url", None)
-    if url is None:
+    if not isinstance(store, Store):
         raise InvalidValueError("store", store, "expected a JobStore or an AsyncJobStore")
-    return JobStore(url, model=store.model)
+    return JobStore(store.sync_url, model=store.model)
 
 
 def _check_picklable(handler: Handler) -> None:

@@ -1,7 +1,7 @@
 """How long to wait for a server that says nothing: a partition, a frozen server or a stalled proxy sends no reset.
 
 What is far too long depends on who asks: a migration may take an hour, the renewal of a lease may not take longer than the
-lease. So a thread says it around a call, and connections that :func:`watch` made obey::
+lease. So a thread says it around a call, and connections that :func:`obey_timeouts` made obey::
 
     with answers_within(30):
         store.renew(claims)         # OperationalError after 30 s, the connection closed, the pool told
@@ -73,7 +73,7 @@ class answers_within:  # noqa: N801 - used like a function
         _limit.seconds = self._before
 
 
-def end_if_silent(connection: Connection, seconds: float) -> None:
+def limit_idle_transaction(connection: Connection, seconds: float) -> None:
     """Have PostgreSQL end this transaction if nothing more comes from us for so long.
 
     Behind a partition, or in a process that was stopped, its locks would last until TCP gives up: for hours.
@@ -86,7 +86,7 @@ def end_if_silent(connection: Connection, seconds: float) -> None:
         connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = {max(1, int(seconds * 1000))}")
 
 
-def watch(engine: Engine) -> None:
+def obey_timeouts(engine: Engine) -> None:
     """Have the connections of this engine obey ``answers_within``; an engine of another driver is left as it is."""
     if engine.dialect.name != "postgresql" or engine.dialect.driver != "psycopg":
         return

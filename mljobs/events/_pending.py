@@ -31,7 +31,7 @@ def finished_among(connection: Connection, model: type[MlJobMixin], ids: Sequenc
     return [found[job_id] for job_id in ids if job_id in found]
 
 
-class Kept:
+class Pending:
     """Finished jobs of one transaction, by the savepoint in which they finished."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Kept:
 
     @property
     def origin(self) -> Origin:
-        """Through what they finished."""
+        """The session or store through which they finished."""
         return Origin(store=self.store)
 
     def enter(self, savepoint: object) -> None:
@@ -51,15 +51,15 @@ class Kept:
     def add(self, jobs: Iterable[Any]) -> None:
         """Keep these with the innermost savepoint."""
         for job in jobs:
-            if all(job.id not in kept for _, kept in self._levels):
+            if all(job.id not in pending for _, pending in self._levels):
                 self._levels[-1][1][job.id] = job
 
     def release(self, savepoint: object) -> None:
         """Give what was kept with a savepoint, and those inside it, to what is around it."""
         at = self._find(savepoint)
         if at is not None:
-            for _, kept in self._levels[at:]:
-                self._levels[at - 1][1].update(kept)
+            for _, pending in self._levels[at:]:
+                self._levels[at - 1][1].update(pending)
             del self._levels[at:]
 
     def forget(self, savepoint: object) -> None:
@@ -79,6 +79,6 @@ class Kept:
 
     def take(self) -> list[Any]:
         """Return all that was kept, and keep it no more."""
-        jobs = [job for _, kept in self._levels for job in kept.values()]
+        jobs = [job for _, pending in self._levels for job in pending.values()]
         self._levels = [(None, {})]
         return jobs

@@ -1,0 +1,87 @@
+"""The connections of a store: one engine for single statements, one for transactions, and a cache before the pool."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.pool import QueuePool
+
+from mljobs.db._engines import at_level
+
+_FOR_TRANSACTIONS = 2  # of any pool, as a worker's rescue and a retry need
+_FRESH_SECONDS = 1.0
+
+
+def engines_of(engine: Engine, *, owned: bool) -> tuple[Engine, Engine]:
+    """Return the engine for single statements, and the one for transactions."""
+    if engine.dialect.name != "postgresql":
+        return engine, engine
+    if owned:  # made with AUTOCOMMIT, so that the frequent case costs nothing at checkout
+        return engine, at_level(engine, "READ COMMITTED")
+    return at_level(engine, "AUTOCOMMIT"), engine
+
+
+def cache_size(engine: Engine, wanted: int) -> int:
+    """Return how many connections may be kept, so that a small pool has some left for transactions.
+
+    Where the host's pool keeps none at all, neither do we.
+    """
+    pool = engine.pool
+    if not isinstance(pool, QueuePool):
+        return 0
+    overflow: int = pool._max_overflow  # noqa: SLF001 - there is no public way
+    if overflow < 0 or not pool.size():  # without a limit
+        return wanted
+    return max(0, min(wanted, pool.size() + overflow - _FOR_TRANSACTIONS))
+
+
+class ConnectionCache:
+    """Connections for single statements, kept checked out between two operations: a checkout costs as much as the statement.
+
+    Args:
+        engine: In AUTOCOMMIT.
+        size: How many to keep at most.
+    """
+
+    def __init__(self, engine: Engine, size: int) -> None:
+        self._engine = engine
+        self._size = size
+        self._idle: deque[tuple[Connection, float]] = deque()
+        self._process = os.getpid()
+
+    @contextmanager
+    def use(self) -> Iterator[Connection]:
+        """Yield a connection; one that failed goes back to the pool, which knows what to do with it."""
+        connection = self._take()
+        try:
+            yield connection
+        except BaseException:
+            connection.close()
+            raise
+        if len(self._idle) < self._size:
+            self._idle.append((connection, time.monotonic()))
+        else:
+            connection.close()
+
+    def _take(self) -> Connection:
+        if self._process != os.getpid():  # a fork: these belong to the parent
+            self._idle, self._process = deque(), os.getpid()
+            self._engine.dispose(close=False)
+        while True:
+            try:
+                connection, used = self._idle.pop()
+            except IndexError:
+                return self._engine.connect()
+            if time.monotonic() - used < _FRESH_SECONDS:
+                return connection
+            connection.close()  # the pool checks whether the server is still there
+
+    def close(self) -> None:
+        """Give all back to the pool."""
+        while self._idle:
+            self._idle.pop()[0].close()

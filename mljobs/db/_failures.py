@@ -1,0 +1,30 @@
+"""Which errors of a database a later attempt may not meet again."""
+
+from __future__ import annotations
+
+import sqlite3
+
+from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+_NOT_RETRYABLE = ("27", "2F", "38", "39", "54", "55000", "HV")
+"""SQLSTATEs that psycopg calls operational and that no wait mends: limits of the program, and what triggers and functions
+of the host raise."""
+CONNECTION_ERRORS = (DBAPIError, PoolTimeout, OSError)
+"""What a call to the database raises when it fails; see ``database_is_away``."""
+
+
+def database_is_away(error: BaseException) -> bool:
+    """Whether trying again later may help: no connection, a restart, a standby that is not promoted yet, a deadlock."""
+    if isinstance(error, DBAPIError):
+        if str(getattr(error.orig, "sqlstate", "")).startswith(_NOT_RETRYABLE):
+            return False
+        if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:  # no such table, say
+            return False
+        return isinstance(error, OperationalError | InterfaceError | InternalError) or error.connection_invalidated
+    return isinstance(error, PoolTimeout | OSError)
+
+
+def first_line(error: BaseException | str) -> str:
+    """Return the first line of what an error says."""
+    return str(error).partition("\n")[0]

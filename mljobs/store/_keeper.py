@@ -1,0 +1,218 @@
+"""``Keeper``: a thread that renews the leases of runs.
+
+It renews all leases in one statement, writes their progress, and brings back cancels; so a long import, a busy GIL or a
+blocked event loop does not cost a lease.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, Protocol, Self
+from uuid import UUID
+
+from mljobs.db._failures import CONNECTION_ERRORS, first_line
+from mljobs.db._timeouts import answer_seconds, answers_within
+from mljobs.errors import TerminalStateError
+from mljobs.jobs import Claim, Outcome, Renewal
+from mljobs.record._models import MlJob
+from mljobs.store._run import Run
+
+logger = logging.getLogger(__name__)
+
+_WRITE_SECONDS = 1.0
+_RENEW_SECONDS = 5.0
+_RETRY_SECONDS = 0.5
+
+
+class LeaseStore(Protocol):
+    """What a keeper, and what records outcomes, needs of a store."""
+
+    def renew(self, claims: Iterable[Claim], *, lease: float = ...) -> Renewal:
+        """Extend leases."""
+
+    def set_progress_many(self, progress: Iterable[tuple[Claim, int]]) -> list[Any]:
+        """Write progress."""
+
+    def finish_many(self, outcomes: Iterable[Outcome]) -> list[Exception | None]:
+        """Write outcomes."""
+
+    def release(self, claims: Iterable[Claim]) -> int:
+        """Give leases back."""
+
+    def get(self, job: UUID) -> MlJob:
+        """Read a job."""
+
+
+class Keeper:
+    """Keeps the leases of runs alive from a thread of its own.
+
+    Args:
+        store: Where the jobs are.
+        lease: Seconds of each lease.
+        clock: A monotonic clock, in seconds.
+        every: Seconds between two renewals, each of which also brings back cancels; None for a third of the lease, at
+            most 5.
+    """
+
+    def __init__(
+        self,
+        store: LeaseStore,
+        lease: float,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        every: float | None = None,
+    ) -> None:
+        self._store = store
+        self._lease = lease
+        self._patience = answer_seconds(lease)
+        self._every = min(lease / 3, _RENEW_SECONDS) if every is None else every
+        self._clock = clock
+        self._runs: dict[int, Run] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+        self._resting = False
+        self._thread: threading.Thread | None = None
+
+    def add(self, run: Run) -> None:
+        """Keep this run's lease from now on."""
+        self.add_many([run])
+
+    def add_many(self, runs: Iterable[Run], since: float | None = None) -> None:
+        """Keep the leases of these runs from now on.
+
+        Args:
+            runs: Claimed in one statement.
+            since: When the claim was asked for, on this keeper's clock; None for now.
+        """
+        until = (self._clock() if since is None else since) + self._lease
+        with self._changed:
+            for run in runs:
+                run.until = until
+                self._runs[run.claim.token] = run
+            if self._resting:
+                self._changed.notify_all()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="mljobs-keeper", daemon=True)
+                self._thread.start()
+
+    def remove(self, run: Run) -> None:
+        """Stop keeping this run's lease."""
+        self.remove_many([run])
+
+    def remove_many(self, runs: Iterable[Run]) -> None:
+        """Stop keeping the leases of these runs."""
+        with self._changed:
+            for run in runs:
+                self._runs.pop(run.claim.token, None)
+
+    def overdue(self, run: Run) -> bool:
+        """Whether this run's lease may have ended unnoticed, because the whole process stood still."""
+        return run.until <= self._clock()
+
+    def catch_up(self) -> None:
+        """Renew now if a lease may have ended unnoticed: what nobody else took is ours still."""
+        with self._changed:
+            late = any(run.until <= self._clock() for run in self._runs.values())
+        if late:
+            self.renew()
+
+    def renew(self) -> bool:
+        """Renew all leases now, and tell the runs what was found; return False where the database is away."""
+        with self._changed:
+            runs = dict(self._runs)
+            first_end = min((run.until for run in runs.values()), default=0.0)
+        if not runs:
+            return True
+        asked = self._clock()
+        try:
+            with answers_within(answer_seconds(self._lease, first_end - asked)):
+                renewal = self._store.renew([run.claim for run in runs.values()], lease=self._lease)
+        except CONNECTION_ERRORS as error:
+            logger.warning("cannot renew %d leases: %s", len(runs), first_line(error))
+            self._give_up_expired()
+            return False
+        with self._changed:
+            for claim in (*renewal.held, *renewal.cancelled):
+                runs[claim.token].until = asked + self._lease
+            for claim in renewal.lost:
+                self._runs.pop(claim.token, None)
+        for claim in renewal.cancelled:
+            runs[claim.token].mark_cancelled()
+        for claim in renewal.lost:
+            runs[claim.token].mark_lost()
+        return True
+
+    def write_progress(self, only: Run | None = None) -> None:
+        """Write the progress that is due; of ``only`` whatever is there."""
+        now = self._clock()
+        with self._changed:
+            runs = [only] if only is not None else list(self._runs.values())
+        due = [(run, run.due_progress(now, everything=only is not None)) for run in runs]
+        pairs = [(run, value) for run, value in due if value is not None]
+        if not pairs:
+            return
+        try:
+            with answers_within(self._patience):
+                errors = self._store.set_progress_many([(run.claim, value) for run, value in pairs])
+        except CONNECTION_ERRORS as error:
+            logger.warning("cannot write progress: %s", first_line(error))
+            for run, value in pairs:
+                run.keep_progress(value)
+            return
+        for (run, _), refused in zip(pairs, errors, strict=True):
+            if isinstance(refused, TerminalStateError):
+                run.mark_cancelled()
+            elif refused is not None:
+                run.mark_lost()
+
+    def _give_up_expired(self) -> None:
+        """Where nothing could be renewed for a whole lease, somebody else may have the job by now."""
+        now = self._clock()
+        with self._changed:
+            expired = [run for run in self._runs.values() if run.until <= now]
+            for run in expired:
+                del self._runs[run.claim.token]
+        for run in expired:
+            run.mark_lost()
+
+    def _loop(self) -> None:
+        due = self._clock() + self._every
+        while True:
+            with self._changed:
+                if not self._closed:
+                    self._changed.wait(max(0.0, min(due - self._clock(), _WRITE_SECONDS)))
+                if not self._runs and not self._closed:  # nothing to keep, so not a tick until there is
+                    self._resting = True
+                    self._changed.wait()
+                    self._resting = False
+                    due = self._clock() + self._every
+                if self._closed:
+                    return
+            try:
+                self.write_progress()
+                if self._clock() >= due:
+                    pause = self._every if self.renew() else min(self._every, _RETRY_SECONDS)
+                    due = self._clock() + pause
+            except Exception:
+                logger.exception("the keeper goes on after an unexpected error")
+                due = self._clock() + self._every
+
+    def close(self) -> None:
+        """Stop the thread; the leases live on until they expire."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,130 @@
+"""What becomes of the job when the work on a run stops, and recording it while the database comes and goes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from mljobs.db._failures import CONNECTION_ERRORS, database_is_away, first_line
+from mljobs.errors import InvalidValueError, JobCancelled, LeaseLostError, MlJobsError, TerminalStateError
+from mljobs.jobs import Outcome
+from mljobs.states import MlJobStatus
+from mljobs.store._keeper import Keeper, LeaseStore
+from mljobs.store._run import Run
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE = 0.05
+"""Seconds before the first new attempt, while the database is away; each further pause is twice as long."""
+LONGEST_PAUSE = 5.0
+_TRACEBACK_FRAMES = 5
+_TRACEBACK_CHARACTERS = 4000
+_OURS = [Path(__file__).parents[1] / room for room in ("store", "worker")]
+
+
+def failure_text(error: BaseException) -> str:
+    """Return type and message of an exception, then the last frames of its traceback."""
+    summary = "".join(traceback.format_exception_only(error)).strip()
+    frames = "".join(
+        traceback.format_list(
+            [
+                frame
+                for frame in traceback.extract_tb(error.__traceback__)
+                if Path(frame.filename).parent not in _OURS  # the work's own frames say more than ours
+            ][-_TRACEBACK_FRAMES:]
+        )
+    ).rstrip()
+    text = f"{summary}\n{frames}" if frames else summary
+    return text[:_TRACEBACK_CHARACTERS].replace("\x00", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
+
+
+def outcome_of(run: Run, error: BaseException | None) -> Outcome | None:
+    """Return what to record when the work has stopped; None where nothing may be recorded any more.
+
+    An exception fails the job. What only asks to stop (``KeyboardInterrupt``, ``SystemExit``, a cancelled coroutine)
+    puts it back.
+    """
+    if run.cancelled or run.lost:
+        return None
+    if error is None:
+        return Outcome.completed(run.claim, run.metrics)
+    if isinstance(error, Exception):
+        return Outcome.failed(run.claim, failure_text(error))
+    return Outcome.requeued(run.claim)
+
+
+def record_outcome(
+    store: LeaseStore, run: Run, outcome: Outcome, pause: Callable[[float], object] | None = None
+) -> None:
+    """Record the outcome, and go on trying while the database is away, until it is recorded or the lease is lost.
+
+    Args:
+        store: Where the job is.
+        run: Whose lease is still kept alive.
+        outcome: What to record.
+        pause: Sleeps so many seconds between two attempts.
+
+    Raises:
+        JobCancelled: The job was cancelled before.
+        LeaseLostError: The lease is gone; nothing was written.
+    """
+    wait = pause or threading.Event().wait
+    seconds, doubtful = FIRST_PAUSE, False
+    while True:
+        try:
+            (error,) = store.finish_many([outcome])
+        except CONNECTION_ERRORS as failure:
+            if not database_is_away(failure):
+                raise
+            logger.warning("cannot record the end of job %s yet: %s", outcome.claim.job_id, first_line(failure))
+            if run.lost:
+                raise LeaseLostError(outcome.claim.job_id, outcome.claim.token) from failure
+            doubtful = True
+            wait(seconds)
+            seconds = min(seconds * 2, LONGEST_PAUSE)
+            continue
+        if error is None or (doubtful and was_recorded(store, outcome)):
+            return
+        if isinstance(error, TerminalStateError) and error.status is MlJobStatus.CANCELLED:
+            run.mark_cancelled()
+            raise JobCancelled(outcome.claim.job_id) from error
+        if isinstance(error, LeaseLostError):
+            run.mark_lost()
+        raise error
+
+
+def was_recorded(store: LeaseStore, outcome: Outcome) -> bool:
+    """Whether an attempt whose answer was lost on the way has been recorded after all."""
+    try:
+        job = store.get(outcome.claim.job_id)
+    except MlJobsError:
+        return False
+    return job.status is outcome.status and job.attempts == outcome.claim.job.attempts
+
+
+def record_end(store: LeaseStore, keeper: Keeper, run: Run, error: BaseException | None) -> None:
+    """Record how the work on a run ended."""
+    try:
+        outcome = outcome_of(run, error)
+    except InvalidValueError as unfit:  # metrics that JSON cannot hold
+        record_outcome(store, run, Outcome.failed(run.claim, unfit))
+        raise
+    try:
+        if error is not None:
+            keeper.write_progress(run)
+        if outcome is not None:
+            record_outcome(store, run, outcome)
+        if run.cancelled:
+            store.release([run.claim])
+    except Exception as failure:
+        if error is None:
+            raise
+        error.add_note(f"mljobs: the end of job {run.claim.job_id} was not recorded: {failure}")
+        return
+    finally:
+        keeper.remove(run)
+    if error is None:
+        run.check()
