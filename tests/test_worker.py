@@ -29,8 +29,8 @@ from mljobs import (
     exponential,
 )
 from mljobs.store._run import Run
-from mljobs.worker._outbox import Outbox
-from mljobs.worker._performing import Ended
+from mljobs.worker._recording import OutcomeWriter
+from mljobs.worker._remote import RemoteResult
 from tests import worker_app
 from tests.processes import until
 from tests.worlds import World
@@ -252,7 +252,7 @@ def test_a_target_that_is_freed_while_a_claim_finds_it_taken_is_looked_at_again(
 ) -> None:
     worker = worker_of(store, concurrency=2, poll=3600)
     may_end, written = threading.Event(), threading.Event()
-    finish_and_claim, done_writing = store.finish_and_claim, Outbox.done_writing
+    finish_and_claim, done_writing = store.finish_and_claim, OutcomeWriter.done_writing
 
     def claim(*args: Any, **kw: Any) -> Any:
         answer = finish_and_claim(*args, **kw)
@@ -261,8 +261,8 @@ def test_a_target_that_is_freed_while_a_claim_finds_it_taken_is_looked_at_again(
             assert written.wait(60)  # what was under way is recorded before this answer is looked at
         return answer
 
-    def spy(outbox: Outbox) -> None:
-        done_writing(outbox)
+    def spy(writer: OutcomeWriter) -> None:
+        done_writing(writer)
         written.set()
 
     def train(_run: Run) -> None:
@@ -271,7 +271,7 @@ def test_a_target_that_is_freed_while_a_claim_finds_it_taken_is_looked_at_again(
             worker.stop()
 
     store.finish_and_claim = claim  # type: ignore[method-assign]
-    monkeypatch.setattr(Outbox, "done_writing", spy)
+    monkeypatch.setattr(OutcomeWriter, "done_writing", spy)
     worker.handles("train")(train)
     for _ in range(2):
         store.submit("train", "spam", exclusive=True)
@@ -1084,7 +1084,7 @@ def test_a_process_that_gave_up_a_lease_that_is_ours_does_not_lose_the_job(store
     class Cut(Executor):  # its process could not reach the database for as long as a lease; the worker could
         def submit(self, *_args: Any, **_kw: Any) -> Any:
             future: Future[Any] = Future()
-            future.set_result(Ended(None))
+            future.set_result(RemoteResult(None))
             return future
 
     worker = worker_of(store, executor=Cut(), max_attempts=2)

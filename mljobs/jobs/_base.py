@@ -165,14 +165,33 @@ def check_lease(lease: float) -> float:
     return lease
 
 
-def check_count(field: str, value: int, highest: int) -> int:
-    """Return ``value`` if it is an int from 1 to ``highest``.
+def check_seconds(field: str, value: float, *, above_zero: bool = False, longest: float | None = None) -> float:
+    """Return ``value`` if it is a number of seconds.
+
+    Args:
+        field: Its name, for the error.
+        value: What was given.
+        above_zero: Whether 0 is refused too.
+        longest: The most that is taken; None for no limit.
 
     Raises:
         InvalidValueError: It is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
-        raise InvalidValueError(field, value, f"expected an int, 1 to {highest}")
+    fits = not isinstance(value, bool) and isinstance(value, int | float) and value >= 0
+    if not fits or (above_zero and value == 0) or (longest is not None and value > longest):
+        limit = "" if longest is None else f" and at most {longest:.0f}"
+        raise InvalidValueError(field, value, f"expected seconds {'above' if above_zero else 'of at least'} 0{limit}")
+    return value
+
+
+def check_count(field: str, value: int, highest: int, *, lowest: int = 1) -> int:
+    """Return ``value`` if it is an int from ``lowest`` to ``highest``.
+
+    Raises:
+        InvalidValueError: It is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+        raise InvalidValueError(field, value, f"expected an int, {lowest} to {highest}")
     return value
 
 

@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any, get_type_hints
 
 from mljobs.errors import InvalidValueError
+from mljobs.jobs._base import check_count
 from mljobs.store._run import Run
 
 Function = Callable[[Run], Any]
@@ -82,8 +83,7 @@ def make_handler(kind: StrEnum, function: Any, retries: int, backoff: float | Ba
     Raises:
         InvalidValueError: What was given cannot work; said now, before the first job fails of it.
     """
-    if isinstance(retries, bool) or not isinstance(retries, int) or not 0 <= retries <= _RETRIES_MAX:
-        raise InvalidValueError("retries", retries, f"expected an int, 0 to {_RETRIES_MAX}")
+    check_count("retries", retries, _RETRIES_MAX, lowest=0)
     return Handler(kind, function, _checked(function), retries, _as_backoff(backoff))
 
 

@@ -1,6 +1,6 @@
-"""Where handlers run: threads of the worker, one event loop, or any executor.
+"""Where handlers run in the worker's own process: threads, or one event loop. For others see ``_executors``.
 
-Each place takes runs from the intake and puts what became of them into the outbox.
+Each place is given runs, and hands what became of them to the :class:`OutcomeWriter`.
 """
 
 from __future__ import annotations
@@ -9,70 +9,66 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
-from mljobs.errors import LeaseLostError
 from mljobs.jobs import Outcome
 from mljobs.states import MlJobStatus
 from mljobs.store._keeper import Keeper
 from mljobs.store._run import Run
 from mljobs.store._store import JobStore
+from mljobs.worker._calling import await_handler, call_handler
+from mljobs.worker._finished import FinishedRun
 from mljobs.worker._handlers import Handler
-from mljobs.worker._intake import Intake
-from mljobs.worker._outbox import Entry, Outbox
-from mljobs.worker._performing import Ended, Errand, do, ending, perform, perform_async, putting_back
+from mljobs.worker._prefetching import Prefetcher
+from mljobs.worker._recording import OutcomeWriter
+
+_CLOSE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Desk:
+class WorkerContext:
     """What every place works with.
 
     Attributes:
         store: Where the jobs are.
         handlers: By kind.
-        intake: Gives runs.
-        outbox: Takes outcomes.
+        prefetcher: Gives runs.
+        writer: Takes outcomes.
         keeper: Keeps the leases.
         lease: Seconds of each lease.
         max_attempts: Of a job whose executor's process died.
-        on_error: Told of what ends the worker.
+        on_error: Called with what ends the worker.
     """
 
     store: JobStore
     handlers: Mapping[StrEnum, Handler]
-    intake: Intake
-    outbox: Outbox
+    prefetcher: Prefetcher
+    writer: OutcomeWriter
     keeper: Keeper
     lease: float
     max_attempts: int
     on_error: Callable[[BaseException], None]
 
-    def settle(
-        self, run: Run, handler: Handler, outcome: Outcome | None, seconds: float, *, elsewhere: bool = True
-    ) -> None:
-        """Hand the outcome on, and the slot back."""
+    def finish(self, run: Run, handler: Handler, outcome: Outcome | None, seconds: float) -> None:
+        """Hand the outcome on, and free the slot."""
         if outcome is not None and outcome.status is MlJobStatus.FAILED:
             self.keeper.write_progress(run)  # how far it came
-        self.outbox.put(Entry(run, outcome, handler, seconds))
-        if elsewhere:
-            self.outbox.nudge()  # a lane takes it along when it claims the next run; others do not come back
-        self.intake.ended(run)
+        self.writer.put(FinishedRun(run, outcome, handler, seconds))
+        self.prefetcher.ended(run)
 
 
-class Lanes:
-    """Threads that each take a run, call its handler, and take the next.
+class HandlerThreads:
+    """Threads that each take a run, start its handler, and take the next.
 
     Args:
-        desk: What to work with.
+        context: What to work with.
         number: How many.
-        start: Calls or begins one run; returns before it has ended if it runs elsewhere.
+        start: Starts one run; returns before it has ended if it runs in another thread or process.
     """
 
-    def __init__(self, desk: Desk, number: int, start: Callable[[Run, Handler], None]) -> None:
-        self._desk = desk
+    def __init__(self, context: WorkerContext, number: int, start: Callable[[Run, Handler], None]) -> None:
+        self._context = context
         self._start = start
         # Daemons: a handler that hangs must not keep the process from ending after its grace.
         self._threads = [
@@ -85,13 +81,13 @@ class Lanes:
             thread.start()
 
     def _loop(self) -> None:
-        start, following = self._start, self._desk.intake.next
-        handlers: Mapping[str, Handler] = {str(kind): handler for kind, handler in self._desk.handlers.items()}
+        start, following = self._start, self._context.prefetcher.next
+        handlers: Mapping[str, Handler] = {str(kind): handler for kind, handler in self._context.handlers.items()}
         try:
             while (run := following()) is not None:
                 start(run, handlers[run.claim.kind])
-        except BaseException as error:  # noqa: BLE001 - told to whoever called run()
-            self._desk.on_error(error)
+        except BaseException as error:  # noqa: BLE001 - raised to whoever called run()
+            self._context.on_error(error)
 
     def join(self, timeout: float) -> None:
         """Wait for those that are not in a handler that hangs."""
@@ -100,33 +96,33 @@ class Lanes:
             thread.join(max(0.0, end - time.monotonic()))
 
 
-class Here:
+class ThreadPlace:
     """Calls a handler in the thread that took the run.
 
     Args:
-        desk: What to work with.
+        context: What to work with.
     """
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
 
     def start(self, run: Run, handler: Handler) -> None:
-        """Call the handler."""
+        """Call the handler. Its outcome is written with the claim of this thread's next run."""
         began = time.monotonic()
-        outcome = perform(handler.function, run)
-        self._desk.settle(run, handler, outcome, time.monotonic() - began, elsewhere=False)
+        outcome = call_handler(handler.function, run)
+        self._context.finish(run, handler, outcome, time.monotonic() - began)
 
 
-class Loop:
+class LoopPlace:
     """Awaits handlers on one event loop.
 
     Args:
-        desk: What to work with.
+        context: What to work with.
         loop: A running loop of the caller; None for one of its own, in a thread.
     """
 
-    def __init__(self, desk: Desk, loop: asyncio.AbstractEventLoop | None = None) -> None:
-        self._desk = desk
+    def __init__(self, context: WorkerContext, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        self._context = context
         self._tasks: set[asyncio.Task[None]] = set()
         self._thread: threading.Thread | None = None
         if loop is None:
@@ -149,21 +145,22 @@ class Loop:
         self._loop.call_soon_threadsafe(self._begin, run, handler)
 
     def _begin(self, run: Run, handler: Handler) -> None:
-        task = self._loop.create_task(self._perform(run, handler))
+        task = self._loop.create_task(self._await(run, handler))
         self._tasks.add(task)  # the loop itself holds tasks weakly
         task.add_done_callback(self._tasks.discard)
 
-    async def _perform(self, run: Run, handler: Handler) -> None:
+    async def _await(self, run: Run, handler: Handler) -> None:
         began = time.monotonic()
-        outcome = await perform_async(handler.function, run, self._desk.max_attempts)
-        self._desk.settle(run, handler, outcome, time.monotonic() - began)
+        outcome = await await_handler(handler.function, run, self._context.max_attempts)
+        self._context.finish(run, handler, outcome, time.monotonic() - began)
+        self._context.writer.nudge()
 
     def close(self) -> None:
         """Cancel what still runs; end the loop, if it is our own."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._cancel)
         if self._thread is not None:
-            self._thread.join(timeout=5)
+            self._thread.join(timeout=_CLOSE_SECONDS)
 
     def _cancel(self) -> None:
         tasks = list(self._tasks)
@@ -173,84 +170,3 @@ class Loop:
             asyncio.gather(*tasks, return_exceptions=True).add_done_callback(lambda _: self._loop.stop())
             if not tasks:
                 self._loop.stop()
-
-
-class Elsewhere:
-    """Sends handlers to an executor: processes of this machine, or a cluster.
-
-    Args:
-        desk: What to work with.
-        executor: Any; threads of this process are called without a second connection.
-    """
-
-    def __init__(self, desk: Desk, executor: Executor) -> None:
-        self._desk = desk
-        self._executor = executor
-        self._here = isinstance(executor, ThreadPoolExecutor)
-        self._futures: set[Future[Any]] = set()
-
-    def start(self, run: Run, handler: Handler) -> None:
-        """Send the handler off."""
-        began = time.monotonic()
-        try:
-            if self._here:
-                future: Future[Any] = self._executor.submit(perform, handler.function, run)
-            else:
-                store = self._desk.store
-                errand = Errand(handler.function, run.claim, store.engine.url, store.model, self._desk.lease)
-                future = self._executor.submit(do, errand)
-        except BaseException as error:  # noqa: BLE001 - the executor is broken, or closed
-            self._broken(run, handler, error)
-            return
-        self._futures.add(future)
-        future.add_done_callback(lambda done: self._ended(done, run, handler, began))
-
-    def _ended(self, future: Future[Any], run: Run, handler: Handler, began: float) -> None:
-        self._futures.discard(future)
-        seconds = time.monotonic() - began
-        try:
-            result = future.result()
-        except BrokenExecutor as error:
-            self._broken(run, handler, error)
-            return
-        except (CancelledError, Exception) as error:  # noqa: BLE001 - it could not be sent, or its answer could not
-            if _came_to_nothing(error):
-                self._put_back(run, handler, error)
-            else:
-                self._desk.settle(run, handler, ending(run, error), seconds)
-            return
-        outcome = result.outcome(run.claim) if isinstance(result, Ended) else result
-        if outcome is None and not (run.cancelled or run.lost):
-            # The other process saw it first, or could not reach the database for so long that it gave the lease up. Putting
-            # the job back is right for all three: a cancelled one stays so, a lost one is refused, ours is done again.
-            self._put_back(run, handler, LeaseLostError(run.claim.job_id, run.claim.token))
-            return
-        self._desk.settle(run, handler, outcome, seconds)
-
-    def _broken(self, run: Run, handler: Handler, error: BaseException) -> None:
-        """Stop the worker: this executor takes nothing any more."""
-        self._desk.on_error(error)
-        self._desk.intake.stop()  # before the job is back: claimed again here, it would lose an attempt to no process
-        self._put_back(run, handler, error)
-
-    def _put_back(self, run: Run, handler: Handler, error: BaseException) -> None:
-        """Put a job back whose process died with it, or gave it up; fail it if that has happened too often."""
-        self._desk.settle(run, handler, putting_back(run, error, self._desk.max_attempts), 0.0)
-
-    def close(self) -> None:
-        """Take back what has not begun."""
-        for future in list(self._futures):
-            future.cancel()
-
-
-_DEATHS = {
-    "distributed": {"KilledWorker"},
-    "ray": {"WorkerCrashedError", "NodeDiedError", "OutOfMemoryError", "ActorDiedError"},
-}
-"""How engines say that a process died, by the package and the name: none of them need be installed."""
-
-
-def _came_to_nothing(error: BaseException) -> bool:
-    """Whether the call ended without the handler's doing: its process died, or the executor dropped it."""
-    names = _DEATHS.get(type(error).__module__.partition(".")[0], ())
-    return isinstance(error, CancelledError) or type(error).__name__ in names

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
-import random
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -18,27 +16,23 @@ from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
-from uuid import UUID
 
 from sqlalchemy import inspect
 
-from mljobs import jobs
 from mljobs.db._engines import refuse_memory
-from mljobs.db._failures import database_is_away, first_line
-from mljobs.db._timeouts import answer_seconds, answers_within, limit_idle_transaction
 from mljobs.errors import InvalidValueError, SchemaError
 from mljobs.guards._companions import schema_of
 from mljobs.jobs import DEFAULT_LEASE, table_of
-from mljobs.jobs._base import check_lease, connection_of
+from mljobs.jobs._base import check_count, check_lease, check_seconds
 from mljobs.store._base import Store
 from mljobs.store._keeper import Keeper
-from mljobs.store._run import Run, worker_name
+from mljobs.store._run import worker_name
 from mljobs.store._store import JobStore
 from mljobs.types import storable_text, to_member
+from mljobs.worker._finished import Tally
 from mljobs.worker._handlers import Backoff, Handler, exponential, make_handler
-from mljobs.worker._intake import Intake, Wanted, check_number
-from mljobs.worker._outbox import Outbox, Tally
-from mljobs.worker._places import Desk, Elsewhere, Here, Lanes, Loop
+from mljobs.worker._prefetching import ClaimSettings
+from mljobs.worker._running import RunSettings, Signal, Signals, WorkerRun
 
 if TYPE_CHECKING:
     from mljobs.store._async_store import AsyncJobStore
@@ -53,9 +47,7 @@ _AHEAD = 1024
 _POLL = 1.0
 _POLL_MAX = 86_400.0
 _ATTEMPTS_MAX = 32_767
-_LAST_SECONDS = 5.0
 _DEFAULT_BACKOFF = exponential(10, 600)
-_STOP, _QUIET, _ERROR = "stop", "quiet", "error"
 
 
 class Worker:
@@ -105,24 +97,21 @@ class Worker:
         max_attempts: int = 5,
         name: str | None = None,
     ) -> None:
-        self.concurrency = check_number("concurrency", concurrency, 1, _CONCURRENCY_MAX)
-        self.ahead = check_number("ahead", ahead, 0, _AHEAD_MAX)
-        self.max_attempts = check_number("max_attempts", max_attempts, 1, _ATTEMPTS_MAX)
+        self.concurrency = check_count("concurrency", concurrency, _CONCURRENCY_MAX)
+        self.ahead = check_count("ahead", ahead, _AHEAD_MAX, lowest=0)
+        self.max_attempts = check_count("max_attempts", max_attempts, _ATTEMPTS_MAX)
         self.lease = check_lease(lease)
-        self.grace = _seconds("grace", grace)
-        self.poll = _seconds("poll", poll, above=0)
-        if poll > _POLL_MAX:
-            raise InvalidValueError("poll", poll, f"expected seconds of at most {_POLL_MAX:.0f}, a day")
+        self.grace = check_seconds("grace", grace)
+        self.poll = check_seconds("poll", poll, above_zero=True, longest=_POLL_MAX)
         if executor is not None and not isinstance(executor, Executor):
             raise InvalidValueError("executor", executor, "expected a concurrent.futures.Executor")
         self.executor = executor
         self.name = worker_name() if name is None else _name(name)
         self.abandoned = 0
         self._handlers: dict[StrEnum, Handler] = {}
-        self._store = _blocking(store)
+        self._store = _blocking_store(store)
         self._own_store = self._store is not store
-        # A SimpleQueue, for a signal handler may put into it while this very thread waits in get.
-        self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._signals: Signals = queue.SimpleQueue()
         self._running = threading.Lock()
 
     def configure(self, *, concurrency: int | None = None, grace: float | None = None, name: str | None = None) -> None:
@@ -134,9 +123,9 @@ class Worker:
             name: As of the class.
         """
         if concurrency is not None:
-            self.concurrency = check_number("concurrency", concurrency, 1, _CONCURRENCY_MAX)
+            self.concurrency = check_count("concurrency", concurrency, _CONCURRENCY_MAX)
         if grace is not None:
-            self.grace = _seconds("grace", grace)
+            self.grace = check_seconds("grace", grace)
         if name is not None:
             self.name = _name(name)
 
@@ -170,7 +159,7 @@ class Worker:
         return register
 
     def run(self, *, until_idle: bool = False, kinds: Any = None) -> Tally:
-        """Run jobs until told to stop by ``stop``, SIGTERM or SIGINT.
+        """Run jobs until ``stop``, SIGTERM or SIGINT.
 
         The first signal stops claiming, lets handlers finish for ``grace`` seconds, and puts back what is left; the
         second stops at once. Signals are only heard where this is called from the main thread.
@@ -186,7 +175,7 @@ class Worker:
             InvalidValueError: There are no handlers, or a kind has none; nothing was claimed.
             SchemaError: The database has no such table; nothing was claimed.
         """
-        with self._alone(), self._hearing_signals():
+        with self._only_one_run(), self._handling_signals():
             return self._run(until_idle=until_idle, kinds=kinds, loop=None)
 
     async def run_async(self, *, until_idle: bool = False, kinds: Any = None) -> Tally:
@@ -200,7 +189,7 @@ class Worker:
             kinds: As of ``run``.
         """
         loop = asyncio.get_running_loop()
-        with self._alone():
+        with self._only_one_run():
             run = partial(self._run, until_idle=until_idle, kinds=kinds, loop=loop)
             # Not a task: a loop that is shut down cancels every task it knows, and this one cannot be.
             work = loop.run_in_executor(None, copy_context().run, run)
@@ -218,11 +207,9 @@ class Worker:
 
     def stop(self) -> None:
         """Stop as the first signal does; called again, as the second. From any thread; before a run it does nothing."""
-        self._events.put((_STOP, None))
+        self._signals.put((Signal.STOP, None))
 
-    # ------------------------------------------------------------------------------------------------- before the run
-
-    def _wanted(self, kinds: Any, *, until_idle: bool) -> Wanted:
+    def _claim_settings(self, kinds: Any, *, until_idle: bool) -> ClaimSettings:
         if not self._handlers:
             raise InvalidValueError("handlers", {}, "the worker has none; use @worker.handles(kind)")
         asked = [kinds] if isinstance(kinds, str) else kinds
@@ -232,7 +219,7 @@ class Worker:
         if isinstance(self.executor, ProcessPoolExecutor):
             for kind in chosen:
                 _check_picklable(self._handlers[kind])
-        return Wanted(
+        return ClaimSettings(
             worker=self.name,
             kinds=[str(kind) for kind in chosen],
             lease=self.lease,
@@ -257,17 +244,17 @@ class Worker:
                 raise SchemaError(f"there is no table {table.fullname}: run `mljobs upgrade`, or your own migrations")
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _only_one_run(self) -> Iterator[None]:
         if not self._running.acquire(blocking=False):
             raise InvalidValueError("worker", self.name, "it is running already")
-        self._events = queue.SimpleQueue()  # what was told to an earlier run is not for this one
+        self._signals = queue.SimpleQueue()  # what was sent to an earlier run is not for this one
         try:
             yield
         finally:
             self._running.release()
 
     @contextmanager
-    def _hearing_signals(self) -> Iterator[None]:
+    def _handling_signals(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -282,25 +269,21 @@ class Worker:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    # ------------------------------------------------------------------------------------------------------- the run
-
     def _run(self, *, until_idle: bool, kinds: Any, loop: asyncio.AbstractEventLoop | None) -> Tally:
-        wanted = self._wanted(kinds, until_idle=until_idle)
+        claims = self._claim_settings(kinds, until_idle=until_idle)
+        settings = RunSettings(claims, self.handlers, self.executor, loop, self.grace, self.max_attempts)
         self._check_database()
         with Keeper(self._store, self.lease) as keeper:
-            return self._supervised(wanted, keeper, loop)
-
-    def _supervised(self, wanted: Wanted, keeper: Keeper, loop: asyncio.AbstractEventLoop | None) -> Tally:
-        shift = _Shift(self, self._store, wanted, keeper=keeper, events=self._events, loop=loop)
-        logger.info("worker %s begins: %s, %d at a time", self.name, ", ".join(wanted.kinds), self.concurrency)
-        try:
-            error = shift.work()
-        finally:
-            self.abandoned = shift.close()
-        logger.info("worker %s ends: %s", self.name, shift.tally)
+            run = WorkerRun(self._store, settings, keeper, self._signals)
+            logger.info("worker %s begins: %s, %d at a time", self.name, ", ".join(claims.kinds), self.concurrency)
+            try:
+                error = run.work()
+            finally:
+                self.abandoned = run.close()
+            logger.info("worker %s ends: %s", self.name, run.tally)
         if error is not None:
             raise error
-        return shift.tally
+        return run.tally
 
     def close(self) -> None:
         """Close the store that the worker opened beside an ``AsyncJobStore``."""
@@ -308,184 +291,7 @@ class Worker:
             self._store.close()
 
 
-class _Shift:
-    """One run of a worker, from its first claim to its last outcome."""
-
-    def __init__(
-        self,
-        worker: Worker,
-        store: JobStore,
-        wanted: Wanted,
-        *,
-        keeper: Keeper,
-        events: queue.SimpleQueue[tuple[str, Any]],
-        loop: asyncio.AbstractEventLoop | None,
-    ) -> None:
-        self._worker = worker
-        self._store = store
-        self._wanted = wanted
-        self._events = events
-        self._keeper = keeper
-        self._patience = answer_seconds(worker.lease)
-        self._outbox = Outbox(store, keeper, self._patience)
-        self._intake = Intake(
-            store, wanted, keeper=keeper, outbox=self._outbox, on_quiet=lambda: events.put((_QUIET, None))
-        )
-        self._outbox.on_recorded = self._intake.recorded
-        desk = Desk(
-            store,
-            worker.handlers,
-            self._intake,
-            self._outbox,
-            keeper,
-            worker.lease,
-            worker.max_attempts,
-            lambda error: events.put((_ERROR, error)),
-        )
-        handlers = [worker.handlers[kind] for kind in worker.handlers if str(kind) in wanted.kinds]
-        self._here = Here(desk)
-        self._loop = Loop(desk, loop) if any(handler.is_async for handler in handlers) else None
-        self._elsewhere = Elsewhere(desk, worker.executor) if worker.executor is not None else None
-        in_threads = self._elsewhere is None and any(not handler.is_async for handler in handlers)
-        # Of handlers that run in none of our threads, one thread can begin them all.
-        self._lanes = Lanes(desk, worker.concurrency if in_threads else 1, self._start())
-
-    @property
-    def tally(self) -> Tally:
-        return self._outbox.tally
-
-    def _start(self) -> Callable[[Run, Handler], None]:
-        here, loop, elsewhere = self._here, self._loop, self._elsewhere
-        if loop is None:
-            return here.start if elsewhere is None else elsewhere.start
-        plain = here.start if elsewhere is None else elsewhere.start
-        return lambda run, handler: (loop.start if handler.is_async else plain)(run, handler)
-
-    def work(self) -> BaseException | None:
-        """Run until told to stop; return what went wrong, if anything did."""
-        self._lanes.open()
-        error = self._until_told()
-        self._drain(self._wind_up())
-        return error
-
-    def _drain(self, patience: float | None) -> None:
-        """Wait until the last outcomes are recorded: None for as long as it takes, or until told once more."""
-        while not self._outbox.drain(_TICK if patience is None else patience) and patience is None:
-            while not self._events.empty():
-                if self._events.get()[0] == _STOP:
-                    patience = 0.0
-
-    def _until_told(self) -> BaseException | None:
-        """Rescue now and then, until somebody says stop, or nothing is left to do."""
-        next_rescue = time.monotonic() + random.uniform(0, 1)  # noqa: S311 - spread, no secret
-        while True:
-            try:
-                event, detail = self._events.get(timeout=_TICK)
-            except queue.Empty:
-                self._intake.put_back_stale()
-                if time.monotonic() >= next_rescue:
-                    self._rescue()
-                    next_rescue = time.monotonic() + self._wanted.lease * random.uniform(0.25, 0.75)  # noqa: S311
-                continue
-            if event == _ERROR:
-                logger.error("worker %s stops: %s", self._worker.name, first_line(detail))
-                error: BaseException = detail
-                return error
-            if event == _STOP:
-                self._intake.stop()  # before it is said
-                logger.info(
-                    "worker %s stops claiming; jobs under way: %d", self._worker.name, len(self._intake.under_way())
-                )
-            return None
-
-    def _rescue(self) -> None:
-        self._keeper.catch_up()  # a process that stood still must not rescue its own jobs from itself
-        try:
-            with answers_within(self._patience), self._store.connect() as bind:
-                limit_idle_transaction(connection_of(bind), self._patience)
-                rescue = jobs.rescue(
-                    bind,
-                    max_attempts=self._worker.max_attempts,
-                    kinds=self._wanted.kinds,
-                    model=self._store.model,
-                )
-        except Exception as error:
-            if not database_is_away(error):
-                logger.exception("the rescue failed; it will be tried again")
-            else:
-                logger.warning("cannot look for lost jobs yet: %s", first_line(error))
-            return
-        if rescue:
-            logger.warning(
-                "rescued jobs whose worker fell silent: %d queued again, %d failed, %d leases ended: %s",
-                len(rescue.requeued),
-                len(rescue.failed),
-                len(rescue.released),
-                _named([*rescue.requeued, *rescue.failed, *rescue.released]),
-                extra={
-                    "requeued": [str(job_id) for job_id in rescue.requeued],
-                    "failed": [str(job_id) for job_id in rescue.failed],
-                    "released": [str(job_id) for job_id in rescue.released],
-                },
-            )
-        for job_id, refused in rescue.errors.items():
-            logger.error("job %s could not be rescued: %s", job_id, first_line(refused))
-
-    def _wind_up(self) -> float | None:
-        """Let handlers end within the grace, put back what is left; return how long the last outcomes may take."""
-        self._intake.stop()
-        for run in self._intake.under_way():
-            run.mark_stopping()
-        end = time.monotonic() + self._worker.grace
-        told_again = False
-        while self._intake.busy and not told_again:
-            left = end - time.monotonic()
-            if left <= 0:
-                break
-            try:
-                event, _ = self._events.get(timeout=min(left, _TICK))
-            except queue.Empty:
-                continue
-            told_again = event == _STOP
-        left_over = self._intake.under_way()
-        if left_over:
-            self._put_back(left_over)
-        return _LAST_SECONDS if told_again or left_over else None
-
-    def _put_back(self, runs: list[Run]) -> None:
-        """Requeue what is still running, and tell it that it may stop: what it reports later is dropped."""
-        logger.warning("worker %s puts back what has not ended in time; jobs: %d", self._worker.name, len(runs))
-        self._intake.abandon(runs)
-        try:
-            self._outbox.requeue(runs)
-        except Exception as error:  # noqa: BLE001 - their leases run out, and another worker rescues them
-            logger.warning("cannot put them back, their leases will run out: %s", first_line(error))
-        for run in runs:
-            run.mark_lost()
-
-    def close(self) -> int:
-        """End every thread that can be ended; return how many handlers still run."""
-        self._intake.stop()
-        if self._loop is not None:
-            self._loop.close()
-        if self._elsewhere is not None:
-            self._elsewhere.close()
-        self._lanes.join(timeout=_LAST_SECONDS if not self._intake.abandoned else 0.1)
-        self._outbox.close()
-        self._intake.close()
-        return self._intake.abandoned
-
-
-_TICK = 1.0
-_NAMED_MAX = 5
-
-
-def _named(ids: Sequence[UUID]) -> str:
-    """Return the first of them, for a line of log."""
-    return ", ".join(str(job_id) for job_id in ids[:_NAMED_MAX]) + (" ..." if len(ids) > _NAMED_MAX else "")
-
-
-def _blocking(store: Any) -> JobStore:
+def _blocking_store(store: Any) -> JobStore:
     if isinstance(store, JobStore):
         return store
     if not isinstance(store, Store):
@@ -507,11 +313,3 @@ def _name(name: str) -> str:
     if not isinstance(name, str) or not name.strip():
         raise InvalidValueError("name", name, "expected a name for operators to read")
     return storable_text("name", name)
-
-
-def _seconds(field: str, value: float, *, above: float | None = None) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0 or value == above:
-        raise InvalidValueError(
-            field, value, "expected seconds" + (" above 0" if above is not None else " of at least 0")
-        )
-    return value

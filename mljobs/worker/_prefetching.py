@@ -1,8 +1,8 @@
-"""Which run to start next. Whoever needs one and finds none claims for all, and takes along what has ended meanwhile.
+"""Which run to start next. The first idle thread claims for all, and records what has ended meanwhile.
 
-Handlers' threads ask :meth:`Intake.next`. The first that finds the shelf low becomes the leader: it writes the waiting
-outcomes and claims the next jobs in one statement (``finish_and_claim``), while the others go on with what is there. So
-a worker with one slot makes one round trip a job, and a worker with short jobs one for hundreds.
+Handlers' threads ask :meth:`Prefetcher.next`. The first that finds few runs in the buffer claims for all: it writes the
+waiting outcomes and claims the next jobs in one statement (``finish_and_claim``), while the others go on with what is
+there. So a worker with one slot makes one round trip a job, and a worker with short jobs one for hundreds.
 
 Claimed ahead is only what can start soon: as many as were finished lately in ``AHEAD_SECONDS``, so that a job neither
 waits here while another worker has nothing to do, nor outlives its lease unseen. What has to wait longer all the same,
@@ -22,14 +22,14 @@ from typing import Literal
 from mljobs.db._failures import database_is_away, first_line
 from mljobs.db._timeouts import answer_seconds, answers_within
 from mljobs.db._wake import ChangeListener
-from mljobs.errors import InvalidValueError
 from mljobs.jobs import Claim, Outcome, table_of
 from mljobs.jobs._claiming import MAX_BATCH
 from mljobs.store._keeper import Keeper
 from mljobs.store._recording import FIRST_PAUSE, LONGEST_PAUSE
 from mljobs.store._run import Run
 from mljobs.store._store import JobStore
-from mljobs.worker._outbox import Entry, Outbox
+from mljobs.worker._finished import FinishedRun
+from mljobs.worker._recording import OutcomeWriter
 
 logger = logging.getLogger("mljobs.worker")
 
@@ -42,7 +42,7 @@ _BUSY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ClaimSettings:
     """What a worker claims.
 
     Attributes:
@@ -64,46 +64,46 @@ class Wanted:
     until_idle: bool
 
 
-class Intake:
-    """Claimed runs on a shelf, and whose turn it is to claim more.
+class Prefetcher:
+    """A buffer of claimed runs, and the one thread that claims more.
 
     Args:
         store: Where the jobs are.
-        wanted: What to claim.
+        settings: What to claim.
         keeper: Keeps the leases from the moment of the claim.
-        outbox: Whose waiting outcomes a claim takes along.
-        on_quiet: Called when, after ``stop`` or in an idle worker, nothing is under way any more.
+        writer: Whose waiting outcomes a claim takes along.
+        on_idle: Called when, after ``stop`` or in an idle worker, nothing is under way any more.
         clock: A monotonic clock, in seconds.
     """
 
     def __init__(
         self,
         store: JobStore,
-        wanted: Wanted,
+        settings: ClaimSettings,
         *,
         keeper: Keeper,
-        outbox: Outbox,
-        on_quiet: Callable[[], None],
+        writer: OutcomeWriter,
+        on_idle: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
-        self._wanted = wanted
-        self._patience = answer_seconds(wanted.lease)
+        self._settings = settings
+        self._patience = answer_seconds(settings.lease)
         self._keeper = keeper
-        self._outbox = outbox
-        self._on_quiet = on_quiet
+        self._writer = writer
+        self._on_idle = on_idle
         self._clock = clock
         self._lock = threading.Lock()  # its own `with` costs half of the condition's
         self._changed = threading.Condition(self._lock)
-        self._shelf: deque[Run] = deque()
-        self._shelved = 0.0  # when
+        self._buffer: deque[Run] = deque()
+        self._buffered_at = 0.0
         self._under_way: dict[int, Run] = {}
-        self._leading = False
-        self._dry = False  # the last claim found less than was asked for: more will hardly be there
+        self._claiming = False
+        self._drained = False  # the last claim found less than was asked for: there is hardly more
         self._stopped = False
         self._stopping = threading.Event()
         self._waiting = 0
-        self._leader_waits = False  # for the end of what is under way, to see that nothing is left
+        self._claimer_waits = False  # for the end of what is under way, to see that nothing is left
         self._rate = 0.0
         self._ended = 0
         self._recorded = 0  # how many times: an outcome may free a target that a claim has just found taken
@@ -113,13 +113,13 @@ class Intake:
         self._woken_at = 0.0
         self.abandoned = 0
 
-    # --------------------------------------------------------------------------------------------- what places call
+    # ------------------------------------------------------------------------------------------- what places call
 
     def next(self) -> Run | None:
         """Return the next run, None when the worker stops. Waits as long as there is none."""
         while True:
             with self._lock:
-                run = self._take_or_lead()
+                run = self._take_or_claim()
             if run is None:
                 return None
             if run is not True:
@@ -127,41 +127,41 @@ class Intake:
                     return run
                 continue
             try:
-                self._lead()
+                self._claim_for_all()
             finally:
                 with self._lock:
-                    self._leading = False
-                    self._outbox.nudge()
-                    quiet = self._stopped and not self._under_way
+                    self._claiming = False
+                    self._writer.nudge()
+                    idle = self._stopped and not self._under_way
                     self._changed.notify_all()
-                if quiet:
-                    self._on_quiet()
+                if idle:
+                    self._on_idle()
 
-    def _take_or_lead(self) -> Run | Literal[True] | None:
-        """Return a run; True where the caller has to lead; None where the worker stops."""
+    def _take_or_claim(self) -> Run | Literal[True] | None:
+        """Return a run; True where the caller has to claim for all; None where the worker stops."""
         self._waiting += 1
         try:
             while True:
                 if self._stopped:
-                    self._outbox.nudge()  # no claim will take along what this lane has just put there
+                    self._writer.nudge()  # no claim will record what this thread has just handed over
                     return None
-                if len(self._under_way) < self._wanted.slots:
-                    if not self._leading and len(self._shelf) <= (0 if self._dry else self._low()):
-                        self._leading = True
+                if len(self._under_way) < self._settings.slots:
+                    if not self._claiming and len(self._buffer) <= (0 if self._drained else self._low_mark()):
+                        self._claiming = True
                         return True
-                    if self._shelf:
-                        run = self._shelf.popleft()
+                    if self._buffer:
+                        run = self._buffer.popleft()
                         self._under_way[run.claim.token] = run
-                        self._outbox.nudge()
+                        self._writer.nudge()
                         return run
-                self._outbox.nudge()
+                self._writer.nudge()
                 self._changed.wait()
         finally:
             self._waiting -= 1
 
-    def _low(self) -> int:
-        """Return how few runs on the shelf are few: with others at work, claim before it is empty."""
-        return 0 if self._wanted.slots == 1 else self._ahead() // 4
+    def _low_mark(self) -> int:
+        """Return how few runs in the buffer are few: with other threads at work, claim before it is empty."""
+        return 0 if self._settings.slots == 1 else self._ahead() // 4
 
     def _still_ours(self, run: Run) -> bool:
         """Look again before a start that comes late: the process may have stood still for longer than the lease."""
@@ -170,29 +170,29 @@ class Intake:
         if not run.lost and not run.cancelled and self._keeper.overdue(run):
             run.mark_lost()
         if run.lost or run.cancelled:
-            self._outbox.put(Entry(run, None, None, 0.0))
-            self._outbox.nudge()
+            self._writer.put(FinishedRun(run, None, None, 0.0))
+            self._writer.nudge()
             self.ended(run)
             return False
         return True
 
     def ended(self, run: Run) -> None:
-        """Say that this run's handler has ended, and its outcome is in the outbox."""
+        """Take note that this run's handler has ended, and its outcome is with the writer."""
         with self._lock:
             self._under_way.pop(run.claim.token, None)
             self._ended += 1
             if self._stopped:
-                if not self._under_way and not self._leading:
-                    self._on_quiet()
-            elif self._leader_waits:
+                if not self._under_way and not self._claiming:
+                    self._on_idle()
+            elif self._claimer_waits:
                 self._changed.notify_all()
             elif self._waiting:
                 self._changed.notify()
 
-    # -------------------------------------------------------------------------------------------------- the leader
+    # ---------------------------------------------------------------------------------------- the thread that claims
 
     def _ahead(self) -> int:
-        return min(self._wanted.ahead, int(self._rate * min(AHEAD_SECONDS, self._wanted.lease / 4)))
+        return min(self._settings.ahead, int(self._rate * min(AHEAD_SECONDS, self._settings.lease / 4)))
 
     def _measure(self) -> None:
         """Take the rate of the time since the last claim that found something."""
@@ -205,18 +205,18 @@ class Intake:
     def _number(self) -> int:
         """Return how many to claim; of many a round number, so that few statements are prepared."""
         with self._lock:
-            free = self._wanted.slots - len(self._under_way)
-            number = free + self._ahead() - len(self._shelf)
+            free = self._settings.slots - len(self._under_way)
+            number = free + self._ahead() - len(self._buffer)
         if number > _ROUND:
             number = 1 << (number.bit_length() - 1)
         return max(1, min(number, MAX_BATCH))
 
-    def _lead(self) -> None:
+    def _claim_for_all(self) -> None:
         """Write what has ended and claim what comes next; with nothing to do, sleep."""
         pause = FIRST_PAUSE
         while not self._stopped:
             recorded = self._recorded
-            taken = self._outbox.take(plain=True)
+            taken = self._writer.take(batchable_only=True)
             try:
                 claims = self._exchange(taken)
             except Exception as error:
@@ -228,8 +228,8 @@ class Intake:
                 continue
             finally:
                 if taken:
-                    self._outbox.done_writing()
-            if claims or self._shelf:
+                    self._writer.done_writing()
+            if claims or self._buffer:
                 return
             self._slept = True  # from here on ``recorded`` wakes
             if taken or self._recorded != recorded:
@@ -239,85 +239,85 @@ class Intake:
             self._sleep()
             return
 
-    def _exchange(self, taken: Sequence[Entry]) -> bool:
-        """Write ``taken``, claim, and shelve the claims; return whether there are any."""
-        wanted = self._wanted
+    def _exchange(self, taken: Sequence[FinishedRun]) -> bool:
+        """Write ``taken``, claim, and buffer the claims; return whether there are any."""
+        settings = self._settings
         outcomes = [entry.outcome for entry in taken if entry.outcome is not None]
         number = self._number()
         asked = self._clock()
         try:
             with answers_within(self._patience):
                 errors, claims = self._store.finish_and_claim(
-                    outcomes, worker=wanted.worker, kinds=wanted.kinds, limit=number, lease=wanted.lease
+                    outcomes, worker=settings.worker, kinds=settings.kinds, limit=number, lease=settings.lease
                 )
         except Exception as error:
             if taken and not database_is_away(error):  # one of the outcomes is at fault
-                self._outbox.write(taken)
+                self._writer.write(taken)
                 return True
-            self._outbox.put_back(taken)
+            self._writer.put_back(taken)
             raise
-        self._dry = len(claims) < number
-        self._shelve(claims, asked)
+        self._drained = len(claims) < number
+        self._add_claims(claims, asked)
         if taken:
             try:
-                self._outbox.settle(taken, errors)
+                self._writer.settle(taken, errors)
             except Exception:  # away again, just when a doubtful outcome was to be looked up
-                self._outbox.put_back(taken)
+                self._writer.put_back(taken)
                 raise
         return bool(claims)
 
-    def _shelve(self, claims: Sequence[Claim], asked: float) -> None:
+    def _add_claims(self, claims: Sequence[Claim], asked: float) -> None:
         if not claims:
             return
         runs = [Run(claim) for claim in claims]
         self._keeper.add_many(runs, since=asked)
         with self._lock:
             self._measure()
-            self._shelf.extend(runs)
-            self._shelved = self._clock()
+            self._buffer.extend(runs)
+            self._buffered_at = self._clock()
             stopped = self._stopped
             if self._waiting:
                 self._changed.notify_all()
         if stopped:
-            self._give_back()
+            self._put_back_buffered()
         if self._slept and self._clock() - self._woken_at > _BUSY_SECONDS:
             self._listener.disconnect()  # while somebody listens, every submit pays for a notification
             self._slept = False
 
     def _nothing_left(self, recorded: int) -> bool:
-        """Whether a worker that was to stop then has nothing to do; otherwise wait for what is under way.
+        """Return True if this thread need not sleep: it has waited, or nothing is left and the worker stops.
 
         Args:
             recorded: What ``_recorded`` was before the claim that found nothing.
         """
-        if not self._wanted.until_idle:
+        if not self._settings.until_idle:
             return False
         with self._lock:
-            if self._under_way or self._shelf or not self._outbox.empty:
-                self._leader_waits = True
-                self._changed.wait(self._wanted.poll)
-                self._leader_waits = False
+            if self._under_way or self._buffer or not self._writer.empty:
+                self._claimer_waits = True
+                self._changed.wait(self._settings.poll)
+                self._claimer_waits = False
                 return True
             if self._recorded != recorded:
                 return True
             self._stopped = True
             self._changed.notify_all()
-        self._on_quiet()
+        self._on_idle()
         return True
 
     def _sleep(self) -> None:
         self._measure()
         self._rate = 0.0
-        self._listener.wait(self._wanted.poll)
+        self._listener.wait(self._settings.poll)
         self._woken_at = self._clock()
         with self._lock:
             self._since = self._woken_at
 
-    def recorded(self, entries: Sequence[Entry]) -> None:
-        """Look again soon if something has ended that others may have waited for."""
+    def recorded(self, entries: Sequence[FinishedRun]) -> None:
+        """Claim again soon if a job has ended whose target other jobs may have waited for."""
         with self._lock:
             self._recorded += 1
-            if self._leader_waits:
+            if self._claimer_waits:
                 self._changed.notify_all()
                 return
         if self._slept and any(entry.run.job.exclusive for entry in entries):
@@ -328,30 +328,30 @@ class Intake:
     def put_back_stale(self) -> None:
         """Put back what was claimed ahead and has waited long: other workers may be free."""
         with self._lock:
-            if not self._shelf or self._clock() - self._shelved < STALE_SECONDS:
+            if not self._buffer or self._clock() - self._buffered_at < STALE_SECONDS:
                 return
             self._rate = 0.0
-        self._give_back()
+        self._put_back_buffered()
 
-    def _give_back(self) -> None:
+    def _put_back_buffered(self) -> None:
         with self._lock:
-            runs = list(self._shelf)
-            self._shelf.clear()
+            runs = list(self._buffer)
+            self._buffer.clear()
         for run in runs:
-            self._outbox.put(Entry(run, Outcome.requeued(run.claim), None, 0.0))
-        self._outbox.nudge()
+            self._writer.put(FinishedRun(run, Outcome.requeued(run.claim), None, 0.0))
+        self._writer.nudge()
 
     def stop(self) -> None:
-        """Claim nothing more, put back what has not started, and let everybody who waits go."""
+        """Claim nothing more, put back what has not started, and wake every thread that waits."""
         with self._lock:
             self._stopped = True
-            quiet = not self._under_way and not self._leading
+            idle = not self._under_way and not self._claiming
             self._changed.notify_all()
         self._stopping.set()
         self._listener.wake()
-        self._give_back()
-        if quiet:
-            self._on_quiet()
+        self._put_back_buffered()
+        if idle:
+            self._on_idle()
 
     def under_way(self) -> list[Run]:
         """Return the runs whose handlers have not ended."""
@@ -362,7 +362,7 @@ class Intake:
     def busy(self) -> bool:
         """Whether a handler has not ended, or a claim may still bring something."""
         with self._lock:
-            return bool(self._under_way) or self._leading
+            return bool(self._under_way) or self._claiming
 
     def abandon(self, runs: Sequence[Run]) -> None:
         """Wait no more for these."""
@@ -374,14 +374,3 @@ class Intake:
     def close(self) -> None:
         """Stop listening."""
         self._listener.close()
-
-
-def check_number(field: str, value: int, lowest: int, highest: int) -> int:
-    """Return ``value`` if it is an int in this range.
-
-    Raises:
-        InvalidValueError: It is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
-        raise InvalidValueError(field, value, f"expected an int, {lowest} to {highest}")
-    return value

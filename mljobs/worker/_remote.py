@@ -1,0 +1,123 @@
+"""One call of a handler in another process: what is sent there, what comes back, and how it reaches the database.
+
+Progress and cancels pass through the database, which every process and machine of a job system can reach anyway, and not
+through a second channel. The lease is kept by the worker alone, so that it ends with the worker.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import URL
+
+from mljobs.jobs import Claim, Model, Outcome, Renewal
+from mljobs.record._models import MlJob
+from mljobs.states import MlJobStatus
+from mljobs.store._keeper import Keeper
+from mljobs.store._run import Run
+from mljobs.store._store import JobStore
+from mljobs.worker._calling import call_handler
+from mljobs.worker._handlers import Function
+
+_LOOK_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteResult:
+    """An ``Outcome`` without its claim, which the worker has already; picklable whatever the handler raised.
+
+    Attributes:
+        status: Completed, failed or queued; None where nothing may be recorded.
+        error_message: Why it failed.
+        metrics_json: What came out.
+    """
+
+    status: MlJobStatus | None
+    error_message: str | None = None
+    metrics_json: str | None = None
+
+    def outcome(self, claim: Claim) -> Outcome | None:
+        """Return what to record."""
+        return None if self.status is None else Outcome(claim, self.status, self.error_message, self.metrics_json)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteCall:
+    """What the other process needs for one call, picklable.
+
+    Attributes:
+        function: The handler.
+        claim: The lease.
+        url: Where the jobs are, password included.
+        model: The mapped job class.
+        lease: Seconds of the lease.
+    """
+
+    function: Function
+    claim: Claim
+    url: URL
+    model: Model
+    lease: float
+
+
+def run_remote_call(call: RemoteCall) -> RemoteResult:
+    """Call the handler; a function of a module, which every executor can send."""
+    run = Run(call.claim)
+    keeper = _keeper_of_this_process(call.url, call.model, call.lease)
+    keeper.add(run)
+    try:
+        outcome = call_handler(call.function, run)
+        keeper.write_progress(run)
+    finally:
+        keeper.remove(run)
+    if outcome is None:
+        return RemoteResult(None)
+    return RemoteResult(outcome.status, outcome.error_message, outcome.metrics_json)
+
+
+class _LooksOnly:
+    """A store for the keeper of another process: leases are looked at, not renewed."""
+
+    def __init__(self, store: JobStore) -> None:
+        self._store = store
+
+    def renew(self, claims: Iterable[Claim], *, lease: float = 0) -> Renewal:  # noqa: ARG002 - the keeper's own name
+        """Return which leases are held, lost and cancelled."""
+        return self._store.look(claims)
+
+    def set_progress_many(self, progress: Iterable[tuple[Claim, int]]) -> list[Any]:
+        """Write progress."""
+        return self._store.set_progress_many(progress)
+
+    def finish_many(self, outcomes: Iterable[Outcome]) -> list[Exception | None]:
+        """Write outcomes."""
+        return self._store.finish_many(outcomes)
+
+    def release(self, claims: Iterable[Claim]) -> int:
+        """Give leases back."""
+        return self._store.release(claims)
+
+    def get(self, job: UUID) -> MlJob:
+        """Read a job."""
+        return self._store.get(job)
+
+
+_keepers: dict[tuple[int, URL, Model], Keeper] = {}
+_making = threading.Lock()
+os.register_at_fork(after_in_child=lambda: globals().update(_making=threading.Lock()))
+
+
+def _keeper_of_this_process(url: URL, model: Model, lease: float) -> Keeper:
+    """Return this process's keeper for a database; made once, for the process serves many calls."""
+    key = (os.getpid(), url, model)
+    with _making:
+        if key not in _keepers:
+            options = {} if url.get_backend_name() == "sqlite" else {"pool_size": 1}
+            store = JobStore(url, model=model, **options)
+            _keepers[key] = Keeper(_LooksOnly(store), lease, every=_LOOK_SECONDS)
+        return _keepers[key]

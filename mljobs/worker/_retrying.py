@@ -1,0 +1,51 @@
+"""What follows a failure: a new record in the same transaction, after its wait."""
+
+from __future__ import annotations
+
+import logging
+import math
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any
+
+from mljobs import jobs
+from mljobs.db._failures import database_is_away
+from mljobs.errors import InvalidValueError
+from mljobs.jobs import Bind
+from mljobs.worker._finished import FinishedRun
+from mljobs.worker._handlers import Handler
+
+logger = logging.getLogger("mljobs.worker")
+
+
+def submit_retry(bind: Bind, entry: FinishedRun) -> tuple[Any, float] | None:
+    """Submit the next record beside the failure; if that is not possible the failure stands all the same."""
+    job, handler = entry.run.claim.job, entry.handler
+    if handler is None:
+        return None
+    done = len(jobs.lineage(bind, job.id, model=type(job))) - 1
+    if done >= handler.retries:
+        return None
+    savepoint: AbstractContextManager[Any] = bind.begin_nested()
+    try:
+        wait = _wait_before(handler, done + 1)
+        with savepoint:
+            retry = jobs.retry(bind, job.id, run_after=timedelta(seconds=wait) if wait else None, model=type(job))
+    except Exception as error:
+        if database_is_away(error):
+            raise
+        logger.exception("job %s failed, and its retry could not be submitted", job.id)
+        return None
+    return retry.id, wait
+
+
+def _wait_before(handler: Handler, retry: int) -> float:
+    try:
+        wait = float(handler.backoff(retry))
+    except Exception:
+        raise
+    except BaseException as error:  # sys.exit() in a host's function must not end this thread
+        raise InvalidValueError("backoff", handler.backoff, f"it ended with {error!r}") from error
+    if math.isnan(wait):
+        raise InvalidValueError("backoff", wait, "expected seconds")
+    return max(0.0, wait)
