@@ -19,7 +19,7 @@ from sqlalchemy.pool import NullPool
 
 from benchmarks.bench import clear, compare, database, rate, report
 from mljobs import JobStore, MlJob
-from mljobs.db._copy import read_wire
+from mljobs.db._wire import read_wire
 from mljobs.transfer._arrow import to_arrow
 from tests.history import fill
 

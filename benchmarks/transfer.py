@@ -31,7 +31,7 @@ from sqlalchemy import make_url
 from benchmarks.bench import clear, compare, database, rate, report
 from benchmarks.codec import Bare, sample
 from mljobs import JobStore, MlJob, MlJobKind
-from mljobs.db._copy import _WIRES
+from mljobs.db._wire import _WIRES
 from mljobs.record._kv import decode, encode
 from mljobs.transfer._files import reading
 from mljobs.transfer._lines import batches

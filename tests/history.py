@@ -12,7 +12,7 @@ from uuid import UUID
 from sqlalchemy import Connection, Engine, insert
 
 from mljobs import MlJob, MlJobLease
-from mljobs.db._copy import insert_rows
+from mljobs.db._rows import insert_rows
 from mljobs.types import utc_now
 
 DAYS = 90

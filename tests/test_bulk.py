@@ -15,8 +15,10 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool
 
-from mljobs import InvalidValueError, MlJob, MlJobKind, MlJobMixin, MlJobStatus, bulk, jobs
-from mljobs.db._copy import insert_rows, insert_wire, read_wire, wire_of
+from mljobs import InvalidValueError, MlJob, MlJobKind, MlJobMixin, MlJobStatus, jobs
+from mljobs.db import _copy
+from mljobs.db._rows import insert_rows
+from mljobs.db._wire import insert_wire, read_wire, wire_of
 from mljobs.jobs import table_of
 from tests.worlds import World
 
@@ -151,7 +153,7 @@ def test_a_connection_that_breaks_is_an_operational_error_and_is_not_used_again(
 def psycopg(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """psycopg as this version is made inside, and one that is made otherwise."""
     if request.param == "public":
-        monkeypatch.setattr(bulk, "_known_inside", lambda _: False)
+        monkeypatch.setattr(_copy, "_has_known_internals", lambda _: False)
 
 
 @pytest.mark.usefixtures("psycopg")

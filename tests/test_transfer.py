@@ -43,7 +43,8 @@ from mljobs import (
     import_jobs,
     metadata,
 )
-from mljobs.db._copy import _WIRES, insert_rows
+from mljobs.db._rows import insert_rows
+from mljobs.db._wire import _WIRES
 from mljobs.errors import JobDecodeError
 from mljobs.jobs import table_of
 from mljobs.record import _kv as codec_module

@@ -16,8 +16,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from mljobs.db._copy import insert_rows
 from mljobs.db._prepared import Prepared
+from mljobs.db._rows import insert_rows
 from mljobs.errors import InvalidTransitionError, InvalidValueError, JobExistsError
 from mljobs.guards._companions import qualified_name
 from mljobs.guards._hooks import second_record

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import msgspec
 
-from mljobs.db._copy import Wire, read_wire, wire_of
+from mljobs.db._wire import Wire, read_wire, wire_of
 from mljobs.errors import InvalidValueError
 from mljobs.guards._companions import GUARDED_COLUMNS
 from mljobs.jobs import Bind, Model, named_conditions, table_of

@@ -12,7 +12,7 @@ from typing import Any, Final
 from sqlalchemy import Column, ColumnElement, Connection
 from sqlalchemy.util import await_only
 
-from mljobs.db._copy import read_wire, wire_of
+from mljobs.db._wire import read_wire, wire_of
 from mljobs.jobs import Bind, Model, named_conditions
 from mljobs.jobs._base import connection_of, is_postgres
 from mljobs.record._models import MlJob

@@ -11,7 +11,7 @@ from uuid import UUID
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from mljobs.db._copy import read_wire, wire_of
+from mljobs.db._wire import read_wire, wire_of
 from mljobs.errors import (
     InvalidTransitionError,
     InvalidValueError,

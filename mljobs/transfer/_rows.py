@@ -1,6 +1,6 @@
 """A line of NDJSON to a row for the database's bulk route, and back: no ORM object, no ``UUID``, no ``datetime``.
 
-A row holds the columns of ``NAMES`` in wire form (see :class:`mljobs.db._copy.Wire`). The first eleven stand in the order of
+A row holds the columns of ``NAMES`` in wire form (see :class:`mljobs.db._wire.Wire`). The first eleven stand in the order of
 the KV keys, the other five are our own, under keys that RedDB ignores.
 
 The typed pass takes the lines that ``export_jobs`` and RedDB write. Whatever it refuses goes to ``codec.decode``, which
@@ -17,7 +17,7 @@ from uuid import UUID
 
 import msgspec
 
-from mljobs.db._copy import Wire
+from mljobs.db._wire import Wire
 from mljobs.errors import InvalidValueError, JobDecodeError, shown
 from mljobs.jobs import Model, table_of
 from mljobs.record import _kv as codec

@@ -18,7 +18,8 @@ from sqlalchemy import ARRAY, Connection, Update, Uuid, any_, bindparam, cast, f
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from mljobs.db._copy import Wire, insert_rows, insert_wire, read_wire, row_security, wire_of
+from mljobs.db._rows import insert_rows, row_security
+from mljobs.db._wire import Wire, insert_wire, read_wire, wire_of
 from mljobs.errors import InvalidValueError, JobExistsError, JobHeldError, MlJobsError
 from mljobs.jobs import Bind, Model, table_of
 from mljobs.jobs._base import connection_of, is_postgres, lock_sqlite, plain, refresh

@@ -1,0 +1,164 @@
+"""The columns of a record in the form that a driver takes and gives at the least cost, by the database's bulk route.
+
+A ``UUID`` and three ``datetime`` objects cost more than all else in a row; see :class:`Wire`. PostgreSQL: COPY. SQLite:
+``executemany`` and a plain cursor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from sqlalchemy import Boolean, SmallInteger, Text, cast, select, type_coerce
+from sqlalchemy.types import NullType
+
+from mljobs.db._copy import CHUNK, Row, copy_in, copy_out, translating
+from mljobs.guards._companions import qualified_name, quoted
+from mljobs.types import EPOCH, JobId, JsonText, UtcMillis, from_millis, to_millis
+
+if TYPE_CHECKING:
+    from sqlalchemy import Column, ColumnElement, Connection, Table
+
+_POSTGRES_EPOCH_MS = 946_684_800_000  # 2000-01-01, where PostgreSQL counts microseconds from
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """How a driver takes and gives a record's values at the least cost.
+
+    Texts, numbers and flags are the same everywhere. Ids and times differ:
+
+    - psycopg: 16 bytes, and microseconds since 2000; COPY carries no types, so neither end need build an object for them;
+    - asyncpg: ``UUID`` and ``datetime``;
+    - SQLite: 32 hex digits, and epoch milliseconds.
+
+    Attributes:
+        name: ``psycopg``, ``asyncpg`` or ``sqlite``.
+        id_in: From 32 hex digits to the driver's value.
+        id_out: And back.
+        origin: The driver's value of the epoch.
+        unit: The driver's value of a millisecond; a time is ``origin + millis * unit``.
+        time_in: From epoch milliseconds to the driver's value.
+        time_out: And back.
+    """
+
+    name: str
+    id_in: Callable[[str], Any]
+    id_out: Callable[[Any], str]
+    origin: Any
+    unit: Any
+    time_in: Callable[[int], Any]
+    time_out: Callable[[Any], int]
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+_WIRES = {
+    "psycopg": Wire(
+        "psycopg",
+        bytes.fromhex,
+        bytes.hex,
+        -_POSTGRES_EPOCH_MS * 1000,
+        1000,
+        lambda millis: (millis - _POSTGRES_EPOCH_MS) * 1000,
+        lambda micros: micros // 1000 + _POSTGRES_EPOCH_MS,
+    ),
+    "asyncpg": Wire(
+        "asyncpg", UUID, lambda job_id: job_id.hex, EPOCH, timedelta(milliseconds=1), from_millis, to_millis
+    ),
+    "sqlite": Wire("sqlite", _same, _same, 0, 1, _same, _same),
+}
+
+
+def wire_of(connection: Connection) -> Wire:
+    """Return the wire form of this connection's driver."""
+    dialect = connection.dialect
+    return _WIRES[dialect.driver if dialect.name == "postgresql" else "sqlite"]
+
+
+def insert_wire(connection: Connection, table: Table, columns: Sequence[Column[Any]], rows: Iterable[Row]) -> int:
+    """Insert rows of the record's columns in wire form, unchecked but by the database.
+
+    Args:
+        connection: The caller's; nothing is committed.
+        table: Where to.
+        columns: Columns of the record, in the order of the values.
+        rows: Any length; read once. Where ``row_security`` is true, use ``insert_rows``.
+
+    Returns:
+        How many.
+
+    Raises:
+        DBAPIError: What the database refused, as SQLAlchemy raises it.
+    """
+    names = [column.name for column in columns]
+    if connection.dialect.name == "postgresql":
+        return copy_in(connection, table, names, iter(rows), [_wire_type(column) for column in columns])
+    marks = ", ".join("?" * len(names))
+    into = f"{qualified_name(connection, table)} ({', '.join(quoted(connection, name) for name in names)})"
+    statement = f"INSERT INTO {into} VALUES ({marks})"  # noqa: S608 - quoted identifiers
+    total, left = 0, iter(rows)
+    while chunk := list(islice(left, CHUNK)):
+        connection.exec_driver_sql(statement, [tuple(row) for row in chunk])
+        total += len(chunk)
+    return total
+
+
+def read_wire(
+    connection: Connection, columns: Sequence[Column[Any]], where: Sequence[ColumnElement[bool]], chunk: int = CHUNK
+) -> Generator[list[tuple[Any, ...]], None, None]:
+    """Yield rows of the record's columns in wire form, in lists of at most ``chunk``, in the order the database has them.
+
+    The connection is busy until the last row, or until the iterator is closed (use ``contextlib.closing``).
+
+    Args:
+        connection: The caller's.
+        columns: Columns of the record, of one table.
+        where: Conditions, to be combined with AND.
+        chunk: At most so many rows at once.
+    """
+    dialect = connection.dialect
+    # Without their types: what the driver gives is what is wanted. But asyncpg would parse json.
+    untyped: list[ColumnElement[Any]] = [type_coerce(column, NullType()) for column in columns]
+    if dialect.driver == "asyncpg":
+        untyped = [
+            cast(values, Text) if isinstance(column.type, JsonText) else values
+            for column, values in zip(columns, untyped, strict=True)
+        ]
+    statement = select(*untyped).where(*where)
+    if dialect.name == "postgresql" and dialect.driver == "psycopg":
+        compiled: Any = statement.compile(
+            dialect=dialect,
+            compile_kwargs={"render_postcompile": True},
+            schema_translate_map=connection.get_execution_options().get("schema_translate_map") or {},
+            render_schema_translate=True,
+        )
+        values = {name: str(value) if isinstance(value, StrEnum) else value for name, value in compiled.params.items()}
+        query = compiled.string if values else compiled.string % ()
+        text = f"COPY ({query}) TO STDOUT (FORMAT binary)"
+        yield from copy_out(connection, text, values, [_wire_type(column) for column in columns], chunk)
+        return
+    result = connection.execute(statement.execution_options(stream_results=True))
+    try:
+        with translating(connection):  # asyncpg's cursors raise its own classes
+            for part in result.partitions(chunk):
+                yield [tuple(row) for row in part]
+    finally:
+        result.close()
+
+
+def _wire_type(column: Column[Any]) -> str:
+    if isinstance(column.type, JobId):
+        return "bytea"
+    if isinstance(column.type, UtcMillis):
+        return "int8"
+    if isinstance(column.type, SmallInteger):
+        return "int2"
+    return "bool" if isinstance(column.type, Boolean) else "text"
