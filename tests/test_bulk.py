@@ -47,6 +47,8 @@ def row(**values: Any) -> tuple[Any, ...]:
         "run_after": NOW,
         "exclusive": True,
         "retry_of": uuid4(),
+        "worker": "gpu-1",
+        "lease": None,
         **values,
     }
     return tuple(given[name] for name in NAMES)

@@ -103,7 +103,7 @@ def test_one_history(host: Any) -> None:
     assert app.run("app.py").splitlines() == ["emails.csv completed {'rows': 3}"]
     assert "No new upgrade operations detected." in app.alembic("check")
     assert app.generated().count("pass") == 2
-    assert {line.partition(" ")[0] for line in app.alembic("current").splitlines()} == {"0002_overview", "0001_uploads"}
+    assert {line.partition(" ")[0] for line in app.alembic("current").splitlines()} == {"0001_ml_jobs", "0001_uploads"}
     schema.verify(app.engine)
     app.alembic("downgrade", "app@base")
     schema.verify(app.engine)

@@ -165,13 +165,3 @@ def test_the_view_goes_with_its_tables(host: Engine) -> None:
     HostBase.metadata.drop_all(host)
     assert inspect(host).get_view_names() == []
     HostBase.metadata.create_all(host)
-
-
-def test_the_revision_before_the_view_can_be_gone_back_to(empty_url: str) -> None:
-    schema.upgrade(empty_url)
-    schema.downgrade(empty_url, "0001_ml_jobs")
-    engine = create_engine(empty_url, poolclass=NullPool)
-    assert inspect(engine).get_view_names() == []
-    assert inspect(engine).has_table("ml_jobs")
-    schema.upgrade(empty_url)
-    schema.verify(empty_url)

@@ -60,6 +60,7 @@ def _full() -> MlJob:
         run_after=MOMENT,
         exclusive=True,
         retry_of=7,
+        worker="gpu-1",
     )
 
 
@@ -88,8 +89,9 @@ def test_every_field_is_shown_times_as_iso_utc_and_milliseconds_json_parsed() ->
         "run_after": "2026-11-24T13:12:56.041Z",
         "exclusive": True,
         "retry_of": "00000000-0000-0000-0000-000000000007",
+        "worker": "gpu-1",
     }
-    assert set(shown) >= {column.key for column in MlJob.__table__.c} - {"spec_json", "metrics_json"}
+    assert set(shown) >= {column.key for column in MlJob.__table__.c} - {"spec_json", "metrics_json", "lease"}
 
 
 def test_what_is_shown_can_be_read_back(engine: Engine) -> None:

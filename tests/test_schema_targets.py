@@ -92,7 +92,7 @@ def test_an_engine_of_any_kind_goes_up_and_down_and_keeps_its_settings(of_any_ki
 BROKEN = """
 from alembic import op
 revision = "9999_breaks"
-down_revision = "0002_overview"
+down_revision = "0001_ml_jobs"
 branch_labels = None
 depends_on = None
 

@@ -218,7 +218,7 @@ def test_a_schema_behind_this_release_is_told_to_upgrade(engine: Engine, monkeyp
     schema.stamp(engine)
     monkeypatch.setattr(schema, "head", lambda: "9999_later")
     assert problems(engine) == [
-        "the schema is at version 0002_overview, this release expects 9999_later: run an upgrade"
+        "the schema is at version 0001_ml_jobs, this release expects 9999_later: run an upgrade"
     ]
 
 

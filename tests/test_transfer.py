@@ -182,7 +182,14 @@ def test_an_extended_export_and_its_import_lose_nothing(world: World, store: Any
     first = job(target_name="\N{SNOWMAN}", spec_json='"\\ud83d\\ude00 \U0001f600"')
     jobs = [
         first,
-        queued(priority=-32768, run_after=NOW + timedelta(days=1), exclusive=True, retry_of=first.id, attempts=3),
+        queued(
+            priority=-32768,
+            run_after=NOW + timedelta(days=1),
+            exclusive=True,
+            retry_of=first.id,
+            attempts=3,
+            worker="gpu-1",
+        ),
         job(started_at=EPOCH, finished_at=EPOCH, created_at=EPOCH, attempts=32767, priority=32767),
         job(status="cancelled", started_at=None, finished_at=EPOCH, run_after=EPOCH),
         job(retry_of=uuid4(), spec_json="[1.0, 1e2]", metrics_json="null", error_message=" "),
@@ -491,6 +498,7 @@ def test_every_difference_of_a_finished_record_is_seen(world: World, store: Any)
         "priority": 0,
         "retry_of": uuid4().hex,
         "run_after": 0,
+        "worker": "gpu-1",
     }
     assert {*changes, "id"} == line.keys()
     data = [json.dumps({**line, key: value}) for key, value in changes.items()]
@@ -1066,6 +1074,7 @@ _texts = st.text(st.characters(codec="utf-8"), max_size=20)
             "priority": st.integers(-40_000, 40_000) | _texts,
             "retry_of": st.none() | st.uuids().map(lambda each: each.hex) | _texts,
             "run_after": st.none() | st.integers(-1, 10**15),
+            "worker": st.none() | _texts | st.integers(),
             "at_epoch": st.none() | st.lists(st.sampled_from(["started_at", "finished_at"])),
             "other": st.integers(),
         },
@@ -1105,6 +1114,7 @@ def test_extended_lines_and_rows_are_the_same(data: st.DataObject, wire: Any) ->
         "priority": small,
         "retry_of": st.none() | st.uuids(),
         "run_after": st.none() | millis,
+        "worker": st.none() | _texts.map(lambda text: text.replace("\x00", "")),
     }
     row = []
     for at, name in enumerate(NAMES):

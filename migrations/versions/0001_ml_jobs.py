@@ -1,7 +1,10 @@
-"""The record and its leases, with the guard and what stands beside it.
+"""The record and its leases, with the guard, the view and what else stands beside them.
 
 Frozen SQL: a migration says what was true when it was written, so it imports nothing of mljobs. A test holds the result
 against what the models build today.
+
+PostgreSQL refuses to change the type of a column that a view reads, and on SQLite a table that a view reads cannot be
+renamed into place: a later revision that does either drops the view first and makes it again at its end.
 
 Revision ID: 0001_ml_jobs
 Revises:
@@ -36,10 +39,13 @@ CREATE TABLE ml_jobs (
   run_after TIMESTAMP(3) WITH TIME ZONE,
   exclusive BOOLEAN DEFAULT false NOT NULL,
   retry_of UUID,
+  worker TEXT,
+  lease BIGINT,
   PRIMARY KEY (id),
   CONSTRAINT ck_ml_jobs_kind CHECK (kind IN ('train', 'backfill', 'feature_refresh', 'drift_compute')),
   CONSTRAINT ck_ml_jobs_status CHECK (status IN ('queued', 'running', 'completed', 'failed', 'cancelled')),
-  CONSTRAINT ck_ml_jobs_progress CHECK (progress BETWEEN 0 AND 100)
+  CONSTRAINT ck_ml_jobs_progress CHECK (progress BETWEEN 0 AND 100),
+  CONSTRAINT ck_ml_jobs_lease CHECK (lease IS NULL OR status = 'running')
 )""",
     "CREATE INDEX ix_ml_jobs_active ON ml_jobs (target_name, kind) WHERE status IN ('queued', 'running')",
     "CREATE INDEX ix_ml_jobs_created ON ml_jobs (created_at, id)",
@@ -76,7 +82,7 @@ BEGIN
 END
 $mljobs$""",
     """\
-CREATE TRIGGER ml_jobs_guard_update BEFORE UPDATE OF id, kind, target_name, status, progress, created_at, started_at, finished_at, error_message, spec_json, metrics_json, attempts, priority, run_after, exclusive, retry_of ON ml_jobs FOR EACH ROW
+CREATE TRIGGER ml_jobs_guard_update BEFORE UPDATE OF id, kind, target_name, status, progress, created_at, started_at, finished_at, error_message, spec_json, metrics_json, attempts, priority, run_after, exclusive, retry_of, worker, lease ON ml_jobs FOR EACH ROW
 WHEN (OLD.status IN ('completed', 'failed', 'cancelled') OR (OLD.status = 'queued' AND NEW.status IN ('completed')))
 EXECUTE FUNCTION ml_jobs_guard()""",
     """\
@@ -120,6 +126,41 @@ CREATE TABLE ml_job_leases (
 )""",
     "CREATE UNIQUE INDEX uq_ml_job_leases_job ON ml_job_leases (job_id)",
     "CREATE UNIQUE INDEX uq_ml_job_leases_target ON ml_job_leases (target_lock) WHERE target_lock IS NOT NULL",
+    """\
+CREATE VIEW ml_jobs_overview AS
+SELECT j.id, j.kind, j.target_name, j.status, j.progress,
+  date_trunc('second', greatest(statement_timestamp() - j.created_at, interval '0')) AS age,
+  date_trunc('second', greatest(
+    coalesce(j.started_at, j.finished_at, statement_timestamp()) - greatest(j.created_at, j.run_after), interval '0'
+  )) AS queue_wait,
+  date_trunc('second', CASE
+    WHEN j.finished_at >= j.started_at THEN j.finished_at - j.started_at
+    WHEN j.status = 'running' AND j.started_at <= statement_timestamp() THEN statement_timestamp() - j.started_at
+  END) AS duration,
+  j.worker, l.expires_at AS lease_ends_at,
+  j.status = 'running' AND coalesce(l.expires_at < statement_timestamp(), false) AS stuck,
+  CASE
+    WHEN j.status = 'running' AND l.token IS NULL THEN 'started by hand, no lease'
+    WHEN j.status = 'running' AND l.expires_at < statement_timestamp() THEN 'its worker is silent'
+    WHEN j.status IN ('completed', 'failed', 'cancelled') AND l.token IS NOT NULL THEN 'its worker has not stopped yet'
+    WHEN j.status = 'queued' AND j.run_after > statement_timestamp() THEN 'not before run_after'
+    WHEN j.status = 'queued' AND j.exclusive
+      AND EXISTS (SELECT 1 FROM ml_job_leases h WHERE h.target_lock = j.target_name) THEN 'its target is taken'
+  END AS note,
+  j.attempts, j.priority, j.created_at, j.started_at, j.finished_at, j.run_after,
+  CASE WHEN j.finished_at >= j.started_at
+    THEN (extract(epoch FROM j.finished_at - j.started_at) * 1000)::bigint END AS duration_ms,
+  j.retry_of,
+  left(split_part(j.error_message, chr(10), 1), 200) AS error
+FROM ml_jobs j LEFT JOIN ml_job_leases l ON l.job_id = j.id""",
+    """\
+DO $mljobs$
+BEGIN
+  IF current_setting('server_version_num')::integer >= 150000 THEN
+    ALTER VIEW ml_jobs_overview SET (security_invoker = true);
+  END IF;
+END
+$mljobs$""",
 )
 
 _SQLITE = (
@@ -141,10 +182,13 @@ CREATE TABLE ml_jobs (
   run_after BIGINT,
   "exclusive" BOOLEAN DEFAULT false NOT NULL,
   retry_of CHAR(32),
+  worker TEXT,
+  lease BIGINT,
   PRIMARY KEY (id),
   CONSTRAINT ck_ml_jobs_kind CHECK (kind IN ('train', 'backfill', 'feature_refresh', 'drift_compute')),
   CONSTRAINT ck_ml_jobs_status CHECK (status IN ('queued', 'running', 'completed', 'failed', 'cancelled')),
   CONSTRAINT ck_ml_jobs_progress CHECK (progress BETWEEN 0 AND 100),
+  CONSTRAINT ck_ml_jobs_lease CHECK (lease IS NULL OR status = 'running'),
   CONSTRAINT ck_ml_jobs_id CHECK (length(id) = 32 AND id NOT GLOB '*[^0-9a-f]*'),
   CONSTRAINT ck_ml_jobs_spec_json CHECK (json_valid(spec_json)),
   CONSTRAINT ck_ml_jobs_metrics_json CHECK (metrics_json IS NULL OR json_valid(metrics_json))
@@ -160,7 +204,7 @@ CREATE TABLE ml_jobs (
     "CREATE TABLE IF NOT EXISTS ml_jobs_guard (name TEXT NOT NULL PRIMARY KEY, open INTEGER NOT NULL)",
     "INSERT OR IGNORE INTO ml_jobs_guard (name, open) VALUES ('replace', 0), ('retention', 0)",
     """\
-CREATE TRIGGER ml_jobs_guard_update BEFORE UPDATE OF id, kind, target_name, status, progress, created_at, started_at, finished_at, error_message, spec_json, metrics_json, attempts, priority, run_after, "exclusive", retry_of ON ml_jobs
+CREATE TRIGGER ml_jobs_guard_update BEFORE UPDATE OF id, kind, target_name, status, progress, created_at, started_at, finished_at, error_message, spec_json, metrics_json, attempts, priority, run_after, "exclusive", retry_of, worker, lease ON ml_jobs
 WHEN OLD.status IN ('completed', 'failed', 'cancelled') OR (OLD.status = 'queued' AND NEW.status IN ('completed'))
 BEGIN
   SELECT RAISE(ABORT, 'mljobs: record is in a terminal state') WHERE OLD.status IN ('completed', 'failed', 'cancelled');
@@ -190,7 +234,9 @@ CREATE TABLE IF NOT EXISTS ml_jobs_counts (
   kind TEXT NOT NULL, status TEXT NOT NULL, jobs INTEGER NOT NULL, PRIMARY KEY (kind, status)
 )""",
     """\
-INSERT OR IGNORE INTO ml_jobs_counts (kind, status, jobs) VALUES ('train', 'completed', 0), ('train', 'failed', 0), ('train', 'cancelled', 0), ('backfill', 'completed', 0), ('backfill', 'failed', 0), ('backfill', 'cancelled', 0), ('feature_refresh', 'completed', 0), ('feature_refresh', 'failed', 0), ('feature_refresh', 'cancelled', 0), ('drift_compute', 'completed', 0), ('drift_compute', 'failed', 0), ('drift_compute', 'cancelled', 0)""",
+INSERT OR REPLACE INTO ml_jobs_counts (kind, status, jobs)
+SELECT pair.column1, pair.column2,
+  (SELECT count(*) FROM ml_jobs WHERE kind = pair.column1 AND status = pair.column2) FROM (VALUES ('train', 'completed'), ('train', 'failed'), ('train', 'cancelled'), ('backfill', 'completed'), ('backfill', 'failed'), ('backfill', 'cancelled'), ('feature_refresh', 'completed'), ('feature_refresh', 'failed'), ('feature_refresh', 'cancelled'), ('drift_compute', 'completed'), ('drift_compute', 'failed'), ('drift_compute', 'cancelled')) AS pair""",
     """\
 CREATE TRIGGER ml_jobs_count_insert AFTER INSERT ON ml_jobs WHEN NEW.status IN ('completed', 'failed', 'cancelled')
 BEGIN
@@ -219,9 +265,52 @@ CREATE TABLE ml_job_leases (
 )""",
     "CREATE UNIQUE INDEX uq_ml_job_leases_job ON ml_job_leases (job_id)",
     "CREATE UNIQUE INDEX uq_ml_job_leases_target ON ml_job_leases (target_lock) WHERE target_lock IS NOT NULL",
+    """\
+CREATE VIEW ml_jobs_overview AS
+SELECT id, kind, target_name, status, progress,
+  CASE WHEN age >= 172800 THEN (age / 86400) || ' days ' WHEN age >= 86400 THEN '1 day ' ELSE '' END
+    || time(age, 'unixepoch') AS age,
+  CASE WHEN queue_wait >= 172800 THEN (queue_wait / 86400) || ' days ' WHEN queue_wait >= 86400 THEN '1 day ' ELSE '' END
+    || time(queue_wait, 'unixepoch') AS queue_wait,
+  CASE WHEN duration >= 172800 THEN (duration / 86400) || ' days ' WHEN duration >= 86400 THEN '1 day ' ELSE '' END
+    || time(duration, 'unixepoch') AS duration,
+  worker, strftime('%Y-%m-%d %H:%M:%S', expires_at / 1000, 'unixepoch') || printf('.%03d', expires_at % 1000) AS lease_ends_at,
+  status = 'running' AND coalesce(expires_at < now, 0) AS stuck,
+  CASE
+    WHEN status = 'running' AND token IS NULL THEN 'started by hand, no lease'
+    WHEN status = 'running' AND expires_at < now THEN 'its worker is silent'
+    WHEN status IN ('completed', 'failed', 'cancelled') AND token IS NOT NULL THEN 'its worker has not stopped yet'
+    WHEN status = 'queued' AND run_after > now THEN 'not before run_after'
+    WHEN status = 'queued' AND "exclusive"
+      AND EXISTS (SELECT 1 FROM ml_job_leases h WHERE h.target_lock = target_name) THEN 'its target is taken'
+  END AS note,
+  attempts, priority,
+  strftime('%Y-%m-%d %H:%M:%S', created_at / 1000, 'unixepoch') || printf('.%03d', created_at % 1000) AS created_at,
+  strftime('%Y-%m-%d %H:%M:%S', started_at / 1000, 'unixepoch') || printf('.%03d', started_at % 1000) AS started_at,
+  strftime('%Y-%m-%d %H:%M:%S', finished_at / 1000, 'unixepoch') || printf('.%03d', finished_at % 1000) AS finished_at,
+  strftime('%Y-%m-%d %H:%M:%S', run_after / 1000, 'unixepoch') || printf('.%03d', run_after % 1000) AS run_after,
+  duration_ms, retry_of,
+  substr(error_message, 1,
+    min(coalesce(nullif(instr(error_message, char(10)), 0) - 1, 200), 200)) AS error
+FROM (
+  SELECT *,
+    max(now - created_at, 0) / 1000 AS age,
+    max(coalesce(started_at, finished_at, now) - max(created_at, coalesce(run_after, 0)), 0) / 1000 AS queue_wait,
+    CASE WHEN finished_at >= started_at THEN finished_at - started_at
+      WHEN status = 'running' AND started_at <= now THEN now - started_at END / 1000 AS duration,
+    CASE WHEN finished_at >= started_at THEN finished_at - started_at END AS duration_ms
+  FROM (
+    SELECT j.id, j.kind, j.target_name, j.status, j.progress, j.attempts, j.priority, j."exclusive",
+      j.created_at, j.started_at, j.finished_at, j.run_after, j.retry_of, j.error_message, j.worker,
+      l.token, l.expires_at,
+      CAST(strftime('%s', 'now') AS INTEGER) * 1000 + CAST(substr(strftime('%f', 'now'), 4) AS INTEGER) AS now
+    FROM ml_jobs j LEFT JOIN ml_job_leases l ON l.job_id = j.id
+  )
+)""",
 )
 
 _DROP_POSTGRESQL = (
+    "DROP VIEW ml_jobs_overview",
     "DROP TABLE ml_job_leases",
     "DROP TABLE ml_jobs",
     "DROP FUNCTION ml_jobs_wake()",
@@ -229,6 +318,7 @@ _DROP_POSTGRESQL = (
 )
 
 _DROP_SQLITE = (
+    "DROP VIEW ml_jobs_overview",
     "DROP TABLE ml_job_leases",
     "DROP TABLE ml_jobs",
     "DROP TABLE ml_jobs_guard",

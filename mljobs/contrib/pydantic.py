@@ -84,3 +84,4 @@ class MlJobRead(BaseModel):
     run_after: Time | None = Field(default=None, description="Not started before this time.")
     exclusive: bool = Field(description="Never two exclusive jobs at once on one target.")
     retry_of: UUID | None = Field(default=None, description="The finished job that this one does again.")
+    worker: str | None = Field(default=None, description="Who ran it last.")

@@ -62,6 +62,8 @@ GUARDED_COLUMNS: tuple[str, ...] = (
     "run_after",
     "exclusive",
     "retry_of",
+    "worker",
+    "lease",
 )
 """The record. Columns that a host adds are its own, and stay writable after the job has finished."""
 

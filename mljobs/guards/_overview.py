@@ -47,7 +47,7 @@ SELECT j.id, j.kind, j.target_name, j.status, j.progress,
     WHEN j.finished_at >= j.started_at THEN j.finished_at - j.started_at
     WHEN j.status = '{_RUNNING}' AND j.started_at <= statement_timestamp() THEN statement_timestamp() - j.started_at
   END) AS duration,
-  l.worker, l.expires_at AS lease_ends_at,
+  j.worker, l.expires_at AS lease_ends_at,
   j.status = '{_RUNNING}' AND coalesce(l.expires_at < statement_timestamp(), false) AS stuck,
   {_NOTE.format(j="j.", l="l.", now="statement_timestamp()", exclusive="exclusive")},
   j.attempts, j.priority, j.created_at, j.started_at, j.finished_at, j.run_after,
@@ -106,8 +106,8 @@ FROM (
     CASE WHEN finished_at >= started_at THEN finished_at - started_at END AS duration_ms
   FROM (
     SELECT j.id, j.kind, j.target_name, j.status, j.progress, j.attempts, j.priority, j."exclusive",
-      j.created_at, j.started_at, j.finished_at, j.run_after, j.retry_of, j.error_message,
-      l.token, l.worker, l.expires_at,
+      j.created_at, j.started_at, j.finished_at, j.run_after, j.retry_of, j.error_message, j.worker,
+      l.token, l.expires_at,
       CAST(strftime('%s', 'now') AS INTEGER) * 1000 + CAST(substr(strftime('%f', 'now'), 4) AS INTEGER) AS now
     FROM {{jobs}} j LEFT JOIN {{leases}} l ON l.job_id = j.id
   )

@@ -69,9 +69,9 @@ from mljobs.jobs._base import (
     unnested,
     whole_table_of,
 )
-from mljobs.record._models import MlJob
+from mljobs.record._models import MlJob, worker_name
 from mljobs.states import MlJobStatus
-from mljobs.types import JobId, storable_text, to_member
+from mljobs.types import JobId, to_member
 
 DEFAULT_LEASE = 60.0
 """Seconds that a claim lasts without renewal."""
@@ -236,7 +236,7 @@ def wish(
     if isinstance(kinds, str):
         kinds = [kinds]
     tokens = None if kinds is None else sorted({to_member(model.__kinds__, "kinds", kind).value for kind in kinds})
-    parameters = {"worker": _worker(worker), "kinds": tokens, **moments(check_lease(lease))}
+    parameters = {"worker": worker_name(worker), "kinds": tokens, **moments(check_lease(lease))}
     check_count("limit", limit, MAX_BATCH)
     if tokens is None or len(tokens) == len(model.__kinds__):
         return "any", parameters
@@ -270,7 +270,7 @@ def claim_one(
     """
     model, job_id = named(job, model)
     whole_table_of(model)
-    parameters = {"worker": _worker(worker), "ids": [job_id], **moments(check_lease(lease))}
+    parameters = {"worker": worker_name(worker), "ids": [job_id], **moments(check_lease(lease))}
     claims = _claim(session, model, "ids", parameters, 1)
     if claims:
         return claims[0]
@@ -418,12 +418,6 @@ def model_of(claims: Iterable[Claim]) -> Model:
     if len(models) != 1:
         raise InvalidValueError("claims", models, "one call takes claims of one model")
     return models.pop()
-
-
-def _worker(name: str) -> str:
-    if not isinstance(name, str) or not name:
-        raise InvalidValueError("worker", name, "expected a name for operators to read")
-    return storable_text("worker", name)
 
 
 def _percent(value: int) -> int:
@@ -649,6 +643,7 @@ def _started(model: Model, dialect: str) -> dict[str, Any]:
         "status": constant(MlJobStatus.RUNNING),
         "progress": constant(0),
         "started_at": now_of(dialect),
+        "worker": bindparam("worker", type_=Text()),
         "attempts": case((attempts < constant(_ATTEMPTS_MAX), attempts + constant(1)), else_=attempts),
     }
 

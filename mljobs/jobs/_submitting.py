@@ -55,6 +55,8 @@ _LIFE = frozenset(
         "attempts",
         "run_after",
         "retry_of",
+        "worker",
+        "lease",
     }
 )
 """What a retry does not take over from the job that it does again."""
@@ -362,4 +364,5 @@ def _row_of_plain(kind: str, target_name: str, spec: Any) -> tuple[Any, ...]:
 
 _QUEUED = MlJobStatus.QUEUED
 _UNSET = (None, None, None)  # started_at, finished_at, error_message
-_REST = (None, 0, 0, None, False, None)  # metrics_json, attempts, priority, run_after, exclusive, retry_of
+_REST = (None, 0, 0, None, False, None, None, None)
+# metrics_json, attempts, priority, run_after, exclusive, retry_of, worker, lease

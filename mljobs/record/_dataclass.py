@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any, ClassVar
 from uuid import UUID
 
-from sqlalchemy import Boolean, SmallInteger, text
+from sqlalchemy import BigInteger, Boolean, SmallInteger, text
 from sqlalchemy.orm import Mapped, MappedAsDataclass, mapped_column
 from uuid_utils.compat import uuid7
 
@@ -62,3 +62,5 @@ class MlJobDataclassMixin(MlJobMixin, MappedAsDataclass, kw_only=True):
         Boolean, nullable=False, default=False, server_default=text("false"), sort_order=-2
     )
     retry_of: Mapped[UUID | None] = mapped_column(JobId(), default=None, sort_order=-1)
+    worker: Mapped[str | None] = mapped_column(PlainText("worker"), default=None, sort_order=-1)
+    lease: Mapped[int | None] = mapped_column(BigInteger, default=None, sort_order=-1)

@@ -69,6 +69,7 @@ from mljobs.types import (
     from_json_text,
     from_millis,
     json_number,
+    storable_text,
     to_job_id,
     to_json_text,
     to_member,
@@ -161,6 +162,10 @@ class MlJobMixin:
     """Never two exclusive jobs at once on one ``target_name``."""
     retry_of: Mapped[UUID | None] = mapped_column(JobId(), sort_order=-1)
     """The finished job that this one does again."""
+    worker: Mapped[str | None] = mapped_column(PlainText("worker"), sort_order=-1)
+    """Who ran it last: set by a claim, kept by a requeue and for ever after."""
+    lease: Mapped[int | None] = mapped_column(BigInteger, sort_order=-1)
+    """Token of the lease that the running job is held by; None in every other state."""
 
     if TYPE_CHECKING:
 
@@ -185,6 +190,8 @@ class MlJobMixin:
             run_after: datetime | None = ...,
             exclusive: bool = ...,
             retry_of: UUID | int | str | None = ...,
+            worker: str | None = ...,
+            lease: int | None = ...,
             **own_columns: Any,
         ) -> None: ...
 
@@ -311,7 +318,9 @@ class MlJobMixin:
 
     # ------------------------------------------------------------------------------------------------ what it refuses
 
-    @validates("id", "kind", "target_name", "status", "error_message", "spec_json", "metrics_json", "retry_of")
+    @validates(
+        "id", "kind", "target_name", "status", "error_message", "spec_json", "metrics_json", "retry_of", "worker"
+    )
     def _check_text(self, field: str, value: Any) -> Any:
         return value if is_expression(value) else _TEXT_CHECKS[field](self, field, value)
 
@@ -348,15 +357,22 @@ class MlJobMixin:
 
     # ------------------------------------------------------------------------------------------------ its legal outcomes
 
-    def start(self) -> None:
+    def start(self, worker: str | None = None) -> None:
         """Start the queued job: running, progress 0, one more attempt.
 
+        Args:
+            worker: Who runs it, for operators to read; None keeps what ``worker`` holds.
+
         Raises:
+            InvalidValueError: ``worker`` is not a string, or an empty one; nothing was changed.
             InvalidTransitionError: The job is already running.
             TerminalStateError: The job has finished.
         """
+        name = None if worker is None else worker_name(worker)
         self._become(MlJobStatus.RUNNING)
         self.progress = 0
+        if name is not None:
+            self.worker = name
         self.started_at = utc_now()
         self.attempts = (self.attempts or 0) + 1
         remember_start(self)
@@ -500,6 +516,17 @@ class MlJobMixin:
         return f"<{type(self).__name__} {shown}{progress}>"
 
 
+def worker_name(name: object) -> str:
+    """Return the name of a worker.
+
+    Raises:
+        InvalidValueError: Not a string, an empty one, or one that no database can hold.
+    """
+    if not isinstance(name, str) or not name:
+        raise InvalidValueError("worker", name, "expected a name for operators to read")
+    return storable_text("worker", name)
+
+
 def error_text(error: object) -> str:
     """Return the ``error_message`` for a reason or an exception.
 
@@ -534,6 +561,7 @@ _TEXT_CHECKS: dict[str, Callable[[MlJobMixin, str, Any], object]] = {
     "error_message": _optional_text,
     "spec_json": _required_text,
     "metrics_json": _optional_text,
+    "worker": _optional_text,
 }
 _KV_FIELDS = frozenset(
     {
@@ -646,6 +674,7 @@ def _checks(table: Table, kinds: type[StrEnum]) -> list[CheckConstraint]:
         check("kind", f"kind IN ({_quoted(kinds)})"),
         check("status", f"status IN ({_quoted(tuple(MlJobStatus))})"),
         check("progress", f"progress BETWEEN 0 AND {_PROGRESS_MAX}"),
+        check("lease", f"lease IS NULL OR status = '{MlJobStatus.RUNNING}'"),
         # PostgreSQL's uuid and json types check these themselves.
         check("id", hex_digits, SqliteCheck),
         check("spec_json", "json_valid(spec_json)", SqliteCheck),

@@ -39,6 +39,7 @@ BATCH = 65_536
 _BATCH_MAX = 1_000_000
 _KEYS_MAX = 1_000
 _SPREADABLE = ("spec", "metrics")
+_COLUMNS = tuple(name for name in GUARDED_COLUMNS if name != "lease")  # that one is the present, not the record
 _IDS = frozenset({"id", "retry_of"})
 _TIMES = frozenset({"created_at", "started_at", "finished_at", "run_after"})
 _SMALL = frozenset({"progress", "attempts", "priority"})
@@ -190,7 +191,7 @@ class _Reading:
         self._where = named_conditions(model, filters)
         self._connection: Connection = connection_of(session)
         self._kinds = [str(kind) for kind in model.__kinds__]
-        names = list(GUARDED_COLUMNS) if columns is None else _known("columns", columns, GUARDED_COLUMNS)
+        names = list(_COLUMNS) if columns is None else _known("columns", columns, _COLUMNS)
         self.spread = _known("spread", spread, _SPREADABLE)
         if ids not in get_args(Ids):
             raise InvalidValueError("ids", ids, "expected 'string' or 'uuid'")

@@ -1,7 +1,7 @@
 """A line of NDJSON to a row for the database's bulk route, and back: no ORM object, no ``UUID``, no ``datetime``.
 
 A row holds the columns of ``NAMES`` in wire form (see :class:`mljobs.db._wire.Wire`). The first eleven stand in the order of
-the KV keys, the other five are our own, under keys that RedDB ignores.
+the KV keys, the other six are our own, under keys that RedDB ignores.
 
 The typed pass takes the lines that ``export_jobs`` and RedDB write. Whatever it refuses goes to ``codec.decode``, which
 settles the rest of the format and finds the words for an error.
@@ -33,7 +33,7 @@ KEYS: Final = (
     "created_at", "error", "finished_at", "id", "kind", "metrics", "progress", "spec", "started_at", "status", "target",
 )  # fmt: skip
 """The KV keys, as RedDB writes them."""
-OWN: Final = ("attempts", "exclusive", "priority", "retry_of", "run_after")
+OWN: Final = ("attempts", "exclusive", "priority", "retry_of", "run_after", "worker")
 """Our own columns, and the keys that hold them in an extended line."""
 NAMES: Final = (
     "created_at", "error_message", "finished_at", "id", "kind", "metrics_json", "progress", "spec_json", "started_at",
@@ -62,6 +62,7 @@ _OWN_TYPES: Final[dict[str, tuple[Any, Any]]] = {
     "priority": (Annotated[int, msgspec.Meta(ge=-_SMALLINT_MAX - 1, le=_SMALLINT_MAX)], 0),
     "retry_of": (_IdText | None, None),
     "run_after": (_Millis | None, None),
+    "worker": (str | None, None),
     _EPOCH_KEY: (list[Literal["started_at", "finished_at"]] | None, None),
 }
 
@@ -171,6 +172,7 @@ def row_maker(wire: Wire, kinds: type[StrEnum]) -> Callable[[bytes], Row]:
                 0,
                 None,
                 None,
+                None,
             )
         except _REFUSALS:
             return make_own(line)
@@ -181,17 +183,18 @@ def row_maker(wire: Wire, kinds: type[StrEnum]) -> Callable[[bytes], Row]:
             if found.at_epoch is not None:
                 return _make_exactly(line, wire, kinds)
             target, error, spec, metrics = found.target, found.error, found.spec, found.metrics
-            started, finished, retry_of, run_after = (
+            started, finished, retry_of, run_after, worker = (
                 found.started_at,
                 found.finished_at,
                 found.retry_of,
                 found.run_after,
+                found.worker,
             )
             line.decode()
             check_json(spec)
             check_json(metrics or "0")
             ids = [fromhex(text) for text in (found.id, retry_of) if text is not None]
-            bad_text = "\x00" in target or "\x00" in (error or "")
+            bad_text = "\x00" in target or "\x00" in (error or "") or "\x00" in (worker or "")
             if bad_text or metrics == "" or any(len(each) != _ID_BYTES for each in ids):
                 return _make_exactly(line, wire, kinds)
             job_ids = ids if id_in is None else [id_in(each) for each in ids]
@@ -212,6 +215,7 @@ def row_maker(wire: Wire, kinds: type[StrEnum]) -> Callable[[bytes], Row]:
                 found.priority,
                 None if retry_of is None else job_ids[1],
                 None if run_after is None else origin + run_after * unit,
+                worker,
             )
         except _REFUSALS:
             return _make_exactly(line, wire, kinds)
@@ -246,6 +250,7 @@ def _make_exactly(line: bytes, wire: Wire, kinds: type[StrEnum]) -> Row:
             own["priority"],
             None if own["retry_of"] is None else wire.id_in(to_job_id(own["retry_of"], "retry_of").hex),
             None if own["run_after"] is None else wire.time_in(own["run_after"]),
+            None if own["worker"] is None else storable_text("worker", own["worker"]),
         )
     except (JobDecodeError, InvalidValueError) as error:
         raise RejectedLineError(error.field, error.reason) from error
@@ -305,6 +310,7 @@ class _OwnLine(msgspec.Struct, gc=False, omit_defaults=True):
     started_at: int
     status: str
     target: str
+    worker: str | None
     at_epoch: list[str] | None = None
 
 
@@ -348,7 +354,7 @@ def line_maker(wire: Wire, *, extended: bool) -> Callable[[Iterable[Sequence[Any
 
 def _own_line(row: Sequence[Any], id_out: Callable[[Any], str], time_out: Callable[[Any], int]) -> _OwnLine:
     created, error, finished, job_id, kind, metrics, progress, spec, started, status, target, *rest = row
-    attempts, exclusive, priority, retry_of, run_after = rest
+    attempts, exclusive, priority, retry_of, run_after, worker = rest
     line = _OwnLine(
         attempts,
         time_out(created),
@@ -366,6 +372,7 @@ def _own_line(row: Sequence[Any], id_out: Callable[[Any], str], time_out: Callab
         0 if started is None else time_out(started),
         status,
         target,
+        worker,
     )
     if (started is not None and not line.started_at) or (finished is not None and not line.finished_at):
         set_ones = (("started_at", started, line.started_at), ("finished_at", finished, line.finished_at))

@@ -44,6 +44,8 @@ def upgrade() -> None:
     sa.Column('run_after', mljobs.types.UtcMillis('run_after'), nullable=True),
     sa.Column('exclusive', sa.Boolean(), server_default=sa.text('(false)'), nullable=False),
     sa.Column('retry_of', mljobs.types.JobId(), nullable=True),
+    sa.Column('worker', mljobs.types.PlainText('worker'), nullable=True),
+    sa.Column('lease', sa.BigInteger(), nullable=True),
     sa.Column('owner_id', sa.Integer(), nullable=False),
     mljobs.types.SqliteCheck("length(id) = 32 AND id NOT GLOB '*[^0-9a-f]*'", name=op.f('ck_training_runs_id')),
     mljobs.types.SqliteCheck('json_valid(spec_json)', name=op.f('ck_training_runs_spec_json')),
