@@ -5,8 +5,9 @@ The public names load on first use, so importing a leaf (Alembic's plugin, say) 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mljobs._lazy import lazy_names
 
 if TYPE_CHECKING:
     from mljobs.errors import (
@@ -81,28 +82,35 @@ __all__ = [
     "on_finished",
 ]
 
-_MODULES = {
-    "events": ("on_finished",),
-    "jobs": ("Claim", "Outcome"),
-    "store._run": ("Run",),
-    "record._models": ("Base", "MlJob", "MlJobLease", "MlJobMixin", "kind_column", "metadata"),
-    "record._dataclass": ("MlJobDataclassMixin",),
-    "states": ("MlJobKind", "MlJobStatus"),
-    "store._async_store": ("AsyncJobStore",),
-    "store._store": ("JobStore",),
-    "transfer": ("Imported", "JobMapping", "dump_kv", "export_jobs", "import_jobs", "load_kv"),
-    "worker": ("Tally", "Worker", "exponential"),
-}
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME.get(name, 'errors')}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "errors": (
+            "InvalidTransitionError",
+            "InvalidValueError",
+            "JobCancelled",
+            "JobDecodeError",
+            "JobExistsError",
+            "JobHeldError",
+            "JobNotFound",
+            "LeaseLostError",
+            "MlJobsError",
+            "ModelError",
+            "SchemaError",
+            "TargetLockedError",
+            "TerminalStateError",
+            "TransferError",
+            "WaitTimeout",
+        ),
+        "events": ("on_finished",),
+        "jobs": ("Claim", "Outcome"),
+        "store._run": ("Run",),
+        "record._models": ("Base", "MlJob", "MlJobLease", "MlJobMixin", "kind_column", "metadata"),
+        "record._dataclass": ("MlJobDataclassMixin",),
+        "states": ("MlJobKind", "MlJobStatus"),
+        "store._async_store": ("AsyncJobStore",),
+        "store._store": ("JobStore",),
+        "transfer": ("Imported", "JobMapping", "dump_kv", "export_jobs", "import_jobs", "load_kv"),
+        "worker": ("Tally", "Worker", "exponential"),
+    },
+)

@@ -11,7 +11,9 @@ import pytest
 from sqlalchemy.exc import IntegrityError
 
 from mljobs import MlJob, MlJobStatus
-from mljobs.jobs import _base, claiming, sweeping
+from mljobs.jobs import _base
+from mljobs.jobs import _claiming as claiming
+from mljobs.jobs import _sweeping as sweeping
 from mljobs.jobs._base import moments
 from tests.test_operations import expire_leases
 from tests.worlds import World

@@ -48,8 +48,11 @@ from mljobs.db._wire import _WIRES
 from mljobs.errors import JobDecodeError
 from mljobs.jobs import table_of
 from mljobs.record import _kv as codec_module
-from mljobs.transfer import Imported, importing, lines, writing
+from mljobs.transfer import Imported
 from mljobs.transfer import _files as files_module
+from mljobs.transfer import _importing as importing
+from mljobs.transfer import _lines as lines
+from mljobs.transfer import _writing as writing
 from mljobs.transfer._rows import IDS, NAMES, SHARED, RejectedLineError, _make_exactly, line_maker, row_maker
 from mljobs.types import from_millis, storable_json, storable_text
 from tests.host import HostBase, TrainingRun

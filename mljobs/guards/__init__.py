@@ -11,8 +11,9 @@ The names load on first use: Alembic's plugin reads the triggers' text without t
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mljobs._lazy import lazy_names
 
 if TYPE_CHECKING:
     from mljobs.guards._hooks import enforce_sqlite, retention, translate_error
@@ -20,9 +21,4 @@ if TYPE_CHECKING:
 __all__ = ["enforce_sqlite", "retention", "translate_error"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module("mljobs.guards._hooks"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazy_names(__name__, {"_hooks": ("enforce_sqlite", "retention", "translate_error")})

@@ -4,19 +4,26 @@ Every upgrade is one transaction, on SQLite too, and waits for an upgrade that a
 is kept in ``mljobs_alembic_version``, a table of our own, so it never meets a host's.
 """
 
-from mljobs.schema._catalog import OWN_TABLES, VERSION_TABLE
-from mljobs.schema._versions import (
-    Target,
-    current,
-    downgrade,
-    head,
-    is_ours,
-    migrating,
-    migrations_path,
-    stamp,
-    upgrade,
-    verify,
-)
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mljobs._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from mljobs.schema._catalog import OWN_TABLES, VERSION_TABLE
+    from mljobs.schema._versions import (
+        Target,
+        current,
+        downgrade,
+        head,
+        is_ours,
+        migrating,
+        migrations_path,
+        stamp,
+        upgrade,
+        verify,
+    )
 
 __all__ = [
     "OWN_TABLES",
@@ -32,3 +39,22 @@ __all__ = [
     "upgrade",
     "verify",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "_catalog": ("OWN_TABLES", "VERSION_TABLE"),
+        "_versions": (
+            "Target",
+            "current",
+            "downgrade",
+            "head",
+            "is_ours",
+            "migrating",
+            "migrations_path",
+            "stamp",
+            "upgrade",
+            "verify",
+        ),
+    },
+)
