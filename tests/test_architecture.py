@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mljobs"
 
 ROOMS = [
-    ("states", "errors"),
+    ("_lazy", "states", "errors"),
     ("types",),
     ("guards",),
     ("record",),

@@ -11,8 +11,8 @@ from rich.table import Table
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from mljobs.cli import _training as training
 from mljobs import schema
+from mljobs.cli import _training as training
 from mljobs.cli._options import DEFAULT, UrlOption, shown
 from mljobs.errors import TerminalStateError
 from mljobs.record._models import MlJob
