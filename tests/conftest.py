@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import URL, Engine, create_engine, make_url
 from sqlalchemy.pool import NullPool
 
 from mljobs import metadata
 from tests import postgres
+from tests.databases import Databases
 from tests.worlds import DRIVERS, World, outside_engine
-
-_numbers = count()
 
 
 @pytest.fixture(scope="session")
@@ -27,23 +25,32 @@ def postgres_server() -> Iterator[postgres.Server]:
 
 @pytest.fixture(scope="session")
 def postgres_admin(postgres_server: postgres.Server) -> Iterator[Engine]:
-    """Creates and drops databases."""
+    """For what belongs to the server: databases, roles."""
     admin = create_engine(postgres_server.url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
     yield admin
     admin.dispose()
 
 
 @pytest.fixture(scope="session")
-def postgres_template(postgres_admin: Engine) -> str:
-    """The name of a database with the schema, which nobody is connected to."""
-    name = "mljobs_template"
-    with postgres_admin.connect() as connection:
-        connection.execute(text(f"DROP DATABASE IF EXISTS {name}"))
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    engine = create_engine(postgres_admin.url.set(database=name), poolclass=NullPool)
-    metadata.create_all(engine)
-    engine.dispose()
-    return name
+def postgres_databases(postgres_server: postgres.Server) -> Iterator[Databases]:
+    """PostgreSQL databases with the schema."""
+
+    def fill(url: URL) -> None:
+        engine = create_engine(url, poolclass=NullPool)
+        metadata.create_all(engine)
+        engine.dispose()
+
+    databases = Databases(postgres_server.url, "schema", fill)
+    yield databases
+    databases.close()
+
+
+@pytest.fixture(scope="session")
+def empty_postgres_databases(postgres_server: postgres.Server) -> Iterator[Databases]:
+    """Empty PostgreSQL databases."""
+    databases = Databases(postgres_server.url, "empty")
+    yield databases
+    databases.close()
 
 
 @pytest.fixture(scope="session")
@@ -55,19 +62,11 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _postgres_database(admin: Engine, template: str | None) -> Iterator[str]:
-    name = f"mljobs_test_{next(_numbers)}"
-    with admin.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}" + (f" TEMPLATE {template}" if template else "")))
-    yield admin.url.set(database=name).render_as_string(hide_password=False)
-    with admin.connect() as connection:
-        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-
-
 @pytest.fixture
-def postgres_url(postgres_admin: Engine, postgres_template: str) -> Iterator[str]:
+def postgres_url(postgres_databases: Databases) -> Iterator[str]:
     """The URL of a fresh PostgreSQL database with the schema."""
-    yield from _postgres_database(postgres_admin, postgres_template)
+    with postgres_databases.fresh() as fresh:
+        yield fresh
 
 
 @pytest.fixture
@@ -84,7 +83,9 @@ def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path / 'empty.db'}"
     else:
-        yield from _postgres_database(request.getfixturevalue("postgres_admin"), None)
+        databases: Databases = request.getfixturevalue("empty_postgres_databases")
+        with databases.fresh() as fresh:
+            yield fresh
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -1,0 +1,139 @@
+"""PostgreSQL databases for the tests: each test is given a fresh one, and most of them are used again.
+
+Creating and dropping a database costs a tenth of a second of processor time or more, emptying one a hundredth. A database is
+used again, under another name, if the test left its catalogs as they were; any other is dropped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import psycopg
+from psycopg.sql import SQL, Identifier
+from sqlalchemy import URL, make_url
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+_MAX_BYTES = 1_000_000
+"""A database with larger tables is not used again: what a test left there would slow down the later ones."""
+
+_END_OTHER_SESSIONS = """
+SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid()
+"""
+_CATALOGS = """
+SELECT string_agg(format('SELECT count(*), max(xmin::text::bigint) FROM pg_catalog.%I', relname), ' UNION ALL '
+                  ORDER BY relname)
+FROM pg_class WHERE relnamespace = 'pg_catalog'::regnamespace AND relkind = 'r' AND NOT relisshared
+"""
+_SETTINGS = """
+SELECT datdba, datacl::text, datconnlimit,
+       (SELECT count(*) FROM pg_db_role_setting WHERE setdatabase = pg_database.oid),
+       (SELECT count(*) FROM pg_prepared_xacts WHERE database = datname)
+FROM pg_database WHERE datname = current_database()
+"""
+_LAST_OID = """
+SELECT max(greatest(16383, last)) FROM (
+    SELECT max(oid) FROM pg_class UNION ALL SELECT max(oid) FROM pg_proc UNION ALL SELECT max(oid) FROM pg_type
+) AS of_each (last)
+"""
+_DROP_WHAT_IS_NEWER = """
+SELECT format('DROP SCHEMA IF EXISTS %I CASCADE', nspname) FROM pg_namespace WHERE oid > {oid} AND nspname !~ '^pg_'
+UNION ALL
+SELECT format('DROP %s IF EXISTS %s CASCADE', CASE relkind WHEN 'v' THEN 'VIEW' ELSE 'TABLE' END, oid::regclass)
+FROM pg_class WHERE oid > {oid} AND relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'v')
+UNION ALL
+SELECT format('DROP ROUTINE IF EXISTS %s CASCADE', oid::regprocedure)
+FROM pg_proc WHERE oid > {oid} AND pronamespace = 'public'::regnamespace
+UNION ALL
+SELECT format('DROP TYPE IF EXISTS %s CASCADE', oid::regtype)
+FROM pg_type WHERE oid > {oid} AND typnamespace = 'public'::regnamespace AND typtype IN ('e', 'd')
+"""
+_TABLES = "SELECT oid::regclass::text FROM pg_class WHERE oid >= 16384 AND relkind = 'r'"
+_SEQUENCES = "SELECT setval(oid::regclass, 1, false) FROM pg_class WHERE oid >= 16384 AND relkind = 'S'"
+_BYTES = "SELECT coalesce(sum(pg_relation_size(oid)), 0) FROM pg_class WHERE oid >= 16384"
+
+
+class Databases:
+    """Databases of one kind on one server: copies of a template.
+
+    Args:
+        url: A superuser's URL of the server.
+        kind: A part of their names.
+        fill: What is made in the template.
+    """
+
+    def __init__(self, url: str, kind: str, fill: Callable[[URL], object] | None = None) -> None:
+        self._url = make_url(url)
+        self._admin = self._connect(self._url.database)
+        self._prefix = f"mljobs_{os.environ.get('PYTEST_XDIST_WORKER', 'main')}_{kind}"
+        self._numbers = count()
+        self._idle: deque[str] = deque()
+        self._create(self._prefix)
+        if fill is not None:
+            fill(self._url.set(database=self._prefix))
+        with self._connect(self._prefix) as connection:
+            ((self._last_oid,),) = connection.execute(_LAST_OID).fetchall()
+            ((self._catalogs,),) = connection.execute(_CATALOGS).fetchall()
+            self._untouched = self._state(connection)
+
+    @contextmanager
+    def fresh(self) -> Iterator[str]:
+        """Lend a database; yield its SQLAlchemy URL."""
+        name = f"{self._prefix}_{next(self._numbers)}"
+        if len(self._idle) > 1:  # not the last one: its server process may still be ending
+            self._admin.execute(
+                SQL("ALTER DATABASE {} RENAME TO {}").format(*map(Identifier, (self._idle.popleft(), name)))
+            )
+        else:
+            self._create(name, template=self._prefix)
+        yield self._url.set(database=name).render_as_string(hide_password=False)
+        if self._emptied(name):
+            self._idle.append(name)
+        else:
+            self._drop(name)
+
+    def close(self) -> None:
+        """Drop all that are left."""
+        for name in (*self._idle, self._prefix):
+            self._drop(name)
+        self._admin.close()
+
+    def _emptied(self, name: str) -> bool:
+        """Empty a database; return whether it is now as the template is."""
+        with self._connect(name) as connection:
+            connection.execute(_END_OTHER_SESSIONS)
+            connection.execute("SET session_replication_role = replica; SET client_min_messages = warning")
+            for (statement,) in connection.execute(_DROP_WHAT_IS_NEWER.format(oid=self._last_oid)).fetchall():
+                connection.execute(statement)
+            ((size,),) = connection.execute(_BYTES).fetchall()
+            if size > _MAX_BYTES or self._state(connection) != self._untouched:
+                return False
+            for (table,) in connection.execute(_TABLES).fetchall():
+                connection.execute(f"DELETE FROM {table}")
+            connection.execute(_SEQUENCES)
+        return True
+
+    def _state(self, connection: Connection) -> list[tuple[Any, ...]]:
+        """Return what changes with every DDL: how many rows each catalog has and who wrote the newest."""
+        return connection.execute(self._catalogs).fetchall() + connection.execute(_SETTINGS).fetchall()
+
+    def _create(self, name: str, *, template: str = "template1") -> None:
+        self._drop(name)
+        # Copying files costs half of what writing every block to the log does, the default from version 15 on.
+        strategy = SQL(" STRATEGY file_copy") if self._admin.info.server_version >= 150_000 else SQL("")
+        self._admin.execute(
+            SQL("CREATE DATABASE {} TEMPLATE {}").format(Identifier(name), Identifier(template)) + strategy
+        )
+
+    def _drop(self, name: str) -> None:
+        self._admin.execute(SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(Identifier(name)))
+
+    def _connect(self, database: str) -> Connection:
+        url = self._url.set(drivername="postgresql", database=database)
+        return psycopg.connect(url.render_as_string(hide_password=False), autocommit=True)
