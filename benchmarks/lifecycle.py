@@ -24,7 +24,7 @@ from mljobs.db._prepared import Prepared, _Compiled
 from mljobs.jobs._claiming import _claim_statement, _progress_statement, _renewal
 from mljobs.jobs._finishing import _finish_statement
 from mljobs.jobs._submitting import _insertion
-from mljobs.record._models import MlJobMixin
+from mljobs.record._mixin import MlJobMixin
 
 SCALE = float(os.environ.get("BENCH_SCALE", "1"))
 SPEC = {"model": "gradient boosting", "depth": 6, "lr": 0.05, "features": ["age", "country", "clicks_7d"]}

@@ -29,8 +29,11 @@ if TYPE_CHECKING:
     )
     from mljobs.events import on_finished
     from mljobs.jobs import Claim, Outcome
+    from mljobs.record._columns import kind_column
     from mljobs.record._dataclass import MlJobDataclassMixin
-    from mljobs.record._models import Base, MlJob, MlJobLease, MlJobMixin, kind_column, metadata
+    from mljobs.record._mixin import MlJobMixin
+    from mljobs.record._models import Base, MlJob, MlJobLease, metadata
+    from mljobs.record._sql import time_bucket
     from mljobs.states import MlJobKind, MlJobStatus
     from mljobs.store._async_store import AsyncJobStore
     from mljobs.store._run import Run
@@ -80,6 +83,7 @@ __all__ = [
     "load_kv",
     "metadata",
     "on_finished",
+    "time_bucket",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -105,8 +109,11 @@ __getattr__, __dir__ = lazy_names(
         "events": ("on_finished",),
         "jobs": ("Claim", "Outcome"),
         "store._run": ("Run",),
-        "record._models": ("Base", "MlJob", "MlJobLease", "MlJobMixin", "kind_column", "metadata"),
+        "record._columns": ("kind_column",),
         "record._dataclass": ("MlJobDataclassMixin",),
+        "record._mixin": ("MlJobMixin",),
+        "record._models": ("Base", "MlJob", "MlJobLease", "metadata"),
+        "record._sql": ("time_bucket",),
         "states": ("MlJobKind", "MlJobStatus"),
         "store._async_store": ("AsyncJobStore",),
         "store._store": ("JobStore",),

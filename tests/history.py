@@ -12,8 +12,8 @@ from uuid import UUID
 from sqlalchemy import Connection, Engine, insert
 
 from mljobs import MlJob, MlJobLease
+from mljobs._values import utc_now
 from mljobs.db._rows import insert_rows
-from mljobs.types import utc_now
 
 DAYS = 90
 ACTIVE = 400

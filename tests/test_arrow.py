@@ -16,9 +16,9 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from mljobs import InvalidValueError, JobStore, MlJob, MlJobStatus
+from mljobs._values import from_millis
 from mljobs.guards._companions import GUARDED_COLUMNS
 from mljobs.transfer._arrow import arrow_batches, reader_of, to_arrow
-from mljobs.types import from_millis
 from tests.host import HostBase, Team, TrainingRun
 from tests.worlds import World
 

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from mljobs import InvalidValueError, JobStore, MlJob, jobs
-from mljobs.types import utc_now
+from mljobs._values import utc_now
 from tests.worlds import World
 
 DAY = timedelta(days=1)
@@ -148,7 +148,9 @@ def test_durations_are_spread_by_kind_and_never_negative(store: Any) -> None:
     for took in range(1, 102):
         ended(store, "completed", took=took)
     ended(store, "failed", took=5000)
-    ended(store, "completed", started_at=utc_now(), finished_at=utc_now() - timedelta(seconds=5))  # a clock that was set
+    ended(
+        store, "completed", started_at=utc_now(), finished_at=utc_now() - timedelta(seconds=5)
+    )  # a clock that was set
     found = store.durations(since=utc_now() - DAY)
     (train,) = found.kinds
     assert found.complete
@@ -162,7 +164,9 @@ def test_what_is_usual_is_the_median_of_those_that_completed(store: Any) -> None
         ended(store, "completed", took=took)
     ended(store, "failed", took=9000)
     ended(store, "completed", target="rare", took=9000)
-    assert store.usual_durations([("train", "spam"), ("train", "rare"), ("backfill", "spam")]) == {("train", "spam"): 20}
+    assert store.usual_durations([("train", "spam"), ("train", "rare"), ("backfill", "spam")]) == {
+        ("train", "spam"): 20
+    }
 
 
 def test_failures_are_grouped_by_their_first_line_but_for_its_digits(store: Any) -> None:

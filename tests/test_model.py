@@ -19,8 +19,8 @@ from mljobs import (
     MlJobStatus,
     TerminalStateError,
 )
+from mljobs._values import utc_now
 from mljobs.guards._hooks import retention
-from mljobs.types import utc_now
 
 
 @pytest.fixture

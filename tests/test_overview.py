@@ -11,9 +11,9 @@ from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.pool import NullPool
 
 from mljobs import JobStore, MlJob, MlJobLease, MlJobMixin, SchemaError, schema
+from mljobs._values import utc_now
 from mljobs.errors import InvalidValueError
 from mljobs.guards._overview import overview_ddl
-from mljobs.types import utc_now
 
 
 def _row(engine: Engine, job_id: Any) -> Any:

@@ -22,7 +22,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from mljobs import InvalidValueError, MlJob, metadata
-from mljobs.types import EPOCH, time_bucket, to_millis
+from mljobs._values import EPOCH, to_millis
+from mljobs.record._sql import time_bucket
 from tests.history import TARGETS, Job, Lease, fill, fixed
 
 PAGE = Path(__file__).parent.parent / "docs" / "queries.md"

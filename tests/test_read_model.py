@@ -17,8 +17,8 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session
 
 from mljobs import MlJob, MlJobMixin, kind_column
+from mljobs._values import from_millis
 from mljobs.contrib.pydantic import MlJobRead
-from mljobs.types import from_millis
 
 
 class Kind(StrEnum):

@@ -60,9 +60,10 @@ from mljobs import (
     kind_column,
     schema,
 )
+from mljobs._values import utc_now
 from mljobs.db._wake import ChangeListener
 from mljobs.guards._hooks import retention
-from mljobs.types import PlainText, utc_now
+from mljobs.types import PlainText
 from tests.worlds import Face, World
 
 CONVENTION = {

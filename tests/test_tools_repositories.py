@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from mljobs import MlJob, MlJobStatus, TerminalStateError
-from mljobs.types import utc_now
+from mljobs._values import utc_now
 from tests.worlds import Face, World
 
 with warnings.catch_warnings():

@@ -43,6 +43,7 @@ from mljobs import (
     import_jobs,
     metadata,
 )
+from mljobs._values import from_millis, storable_json, storable_text
 from mljobs.db._rows import insert_rows
 from mljobs.db._wire import _WIRES
 from mljobs.errors import JobDecodeError
@@ -54,7 +55,6 @@ from mljobs.transfer import _importing as importing
 from mljobs.transfer import _lines as lines
 from mljobs.transfer import _writing as writing
 from mljobs.transfer._rows import IDS, NAMES, SHARED, RejectedLineError, _make_exactly, line_maker, row_maker
-from mljobs.types import from_millis, storable_json, storable_text
 from tests.host import HostBase, TrainingRun
 from tests.test_operations import expire_leases
 from tests.worlds import World

@@ -27,8 +27,8 @@ from mljobs import (
     TerminalStateError,
     WaitTimeout,
 )
+from mljobs._values import from_json_text, from_millis, to_job_id, to_millis, to_utc
 from mljobs.errors import shown
-from mljobs.types import from_json_text, from_millis, to_job_id, to_millis, to_utc
 
 ID = UUID("0199f3c2-0000-7000-8000-000000000001")
 

@@ -19,8 +19,8 @@ try:
 except ImportError as error:
     raise ImportError("MlJobRead needs the extra: pip install 'mljobs[web]'") from error
 
+from mljobs._values import to_utc
 from mljobs.states import MlJobStatus
-from mljobs.types import to_utc
 
 _MAX_MS = 253_402_300_799_999
 

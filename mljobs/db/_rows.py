@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Boolean, Integer, SmallInteger, String, Text, Uuid, cast, func, insert, select
 from sqlalchemy.types import BigInteger, Date, DateTime, Double, Float, LargeBinary, TypeEngine
 
+from mljobs._values import storable_json, storable_text
 from mljobs.db._copy import CHUNK, Row, copy_in
 from mljobs.guards._companions import qualified_name
-from mljobs.types import JobId, JsonText, PlainText, TokenType, UtcMillis, storable_json, storable_text
+from mljobs.types import JobId, JsonText, PlainText, TokenType, UtcMillis
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Table

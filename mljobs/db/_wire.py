@@ -17,9 +17,10 @@ from uuid import UUID
 from sqlalchemy import Boolean, SmallInteger, Text, cast, select, type_coerce
 from sqlalchemy.types import NullType
 
+from mljobs._values import EPOCH, from_millis, to_millis
 from mljobs.db._copy import CHUNK, Row, copy_in, copy_out, translating
 from mljobs.guards._companions import qualified_name, quoted
-from mljobs.types import EPOCH, JobId, JsonText, UtcMillis, from_millis, to_millis
+from mljobs.types import JobId, JsonText, UtcMillis
 
 if TYPE_CHECKING:
     from sqlalchemy import Column, ColumnElement, Connection, Table

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, inspect, select
 from sqlalchemy.orm import Session, with_polymorphic
 
 from mljobs.events._delivering import Origin, Store
-from mljobs.record._models import MlJobMixin
+from mljobs.record._mixin import MlJobMixin
 from mljobs.states import TERMINAL
 
 _CHUNK = 1000

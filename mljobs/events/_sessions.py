@@ -14,7 +14,7 @@ from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction,
 from mljobs.events._connections import ConnectionPending, pending_of_connection
 from mljobs.events._delivering import Origin, deliver, has_listener, subscribed
 from mljobs.events._pending import Pending, finished_among
-from mljobs.record._models import MlJobMixin
+from mljobs.record._mixin import MlJobMixin
 from mljobs.states import ACTIVE, MlJobStatus
 
 Bind = Session | Connection

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from mljobs.errors import InvalidValueError
 from mljobs.events._delivering import Callback, Matches, Subscription
 from mljobs.events._sessions import install
-from mljobs.record._models import MlJobMixin
+from mljobs.record._mixin import MlJobMixin
 
 _MAKER = "mljobs.maker"
 

@@ -34,6 +34,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql.compiler import DDLCompiler
 
+from mljobs._fields import NAMES
 from mljobs.states import TERMINAL, TRANSITIONS
 
 GUARD_VERSION = 1
@@ -45,26 +46,7 @@ TRANSITION_MESSAGE = "mljobs: this state may not follow the present one"
 TERMINAL_CONSTRAINT = "mljobs_terminal_state"
 TRANSITION_CONSTRAINT = "mljobs_illegal_transition"
 
-GUARDED_COLUMNS: tuple[str, ...] = (
-    "id",
-    "kind",
-    "target_name",
-    "status",
-    "progress",
-    "created_at",
-    "started_at",
-    "finished_at",
-    "error_message",
-    "spec_json",
-    "metrics_json",
-    "attempts",
-    "priority",
-    "run_after",
-    "exclusive",
-    "retry_of",
-    "worker",
-    "lease",
-)
+GUARDED_COLUMNS = NAMES
 """The record. Columns that a host adds are its own, and stay writable after the job has finished."""
 
 

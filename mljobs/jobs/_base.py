@@ -30,11 +30,13 @@ from sqlalchemy import column as sqlalchemy_column
 from sqlalchemy.orm import Mapper, Session, selectin_polymorphic
 from sqlalchemy.types import NullType, TypeDecorator
 
+from mljobs._values import to_job_id, utc_now
 from mljobs.db._prepared import Prepared
 from mljobs.errors import InvalidTransitionError, InvalidValueError, JobNotFound, TerminalStateError
-from mljobs.record._models import MlJob, MlJobMixin
+from mljobs.record._mixin import MlJobMixin
+from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus
-from mljobs.types import UtcMillis, to_job_id, utc_now
+from mljobs.types import UtcMillis
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement

@@ -39,6 +39,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
+from mljobs._values import to_member
 from mljobs.db._prepared import Prepared
 from mljobs.errors import InvalidValueError, LeaseLostError, TargetLockedError, TerminalStateError
 from mljobs.jobs._base import (
@@ -69,9 +70,10 @@ from mljobs.jobs._base import (
     unnested,
     whole_table_of,
 )
-from mljobs.record._models import MlJob, worker_name
+from mljobs.record._models import MlJob
+from mljobs.record._values import worker_name
 from mljobs.states import MlJobStatus
-from mljobs.types import JobId, to_member
+from mljobs.types import JobId
 
 DEFAULT_LEASE = 60.0
 """Seconds that a claim lasts without renewal."""

@@ -28,6 +28,7 @@ from sqlalchemy import (
 )
 
 from mljobs import events
+from mljobs._values import storable_text, to_json_text
 from mljobs.db._prepared import Prepared
 from mljobs.jobs._base import (
     Bind,
@@ -47,9 +48,10 @@ from mljobs.jobs._base import (
     unnested,
 )
 from mljobs.jobs._claiming import Claim, explain, model_of, ordered_leases
-from mljobs.record._models import MlJob, error_text
+from mljobs.record._models import MlJob
+from mljobs.record._values import error_text
 from mljobs.states import ACTIVE, MlJobStatus
-from mljobs.types import JobId, storable_text, to_json_text
+from mljobs.types import JobId
 
 _COMPLETED = MlJobStatus.COMPLETED
 _FAILED = MlJobStatus.FAILED

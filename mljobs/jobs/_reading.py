@@ -14,6 +14,7 @@ from uuid import UUID
 
 from sqlalchemy import ColumnElement, Connection, func, literal, select, text, tuple_
 
+from mljobs._values import from_millis, storable_text, to_job_id, to_member, to_millis, to_utc
 from mljobs.errors import InvalidValueError, JobNotFound
 from mljobs.guards._companions import companion_names, qualified_name, schema_of
 from mljobs.jobs._base import (
@@ -34,7 +35,6 @@ from mljobs.jobs._base import (
 )
 from mljobs.record._models import MlJob
 from mljobs.states import ACTIVE, TERMINAL, MlJobStatus
-from mljobs.types import from_millis, storable_text, to_job_id, to_member, to_millis, to_utc
 
 MAX_PAGE = 10_000
 """The most jobs on one page."""

@@ -15,11 +15,13 @@ from typing import Final
 
 from sqlalchemy import func, literal, select, type_coerce
 
+from mljobs._values import to_utc
 from mljobs.jobs._base import Bind, Model, check_count, connection_of, constant, table_of
 from mljobs.jobs._summaries import JobSummary, summaries_of
 from mljobs.record._models import MlJob
+from mljobs.record._sql import epoch_millis, first_line_of, time_bucket
 from mljobs.states import TERMINAL, MlJobStatus
-from mljobs.types import UtcMillis, epoch_millis, first_line, time_bucket, to_utc
+from mljobs.types import UtcMillis
 
 SAMPLE: Final = 5_000
 """How many finished jobs percentiles are taken from at most: the last ones."""
@@ -243,7 +245,7 @@ def failure_reasons(session: Bind, *, since: datetime, model: Model = MlJob) -> 
         model: The mapped job class.
     """
     table = table_of(model)
-    line = func.substr(first_line(table.c.error_message), 1, _LINE)
+    line = func.substr(first_line_of(table.c.error_message), 1, _LINE)
     statement = (
         select(line, table.c.target_name, table.c.finished_at)
         .where(table.c.status == constant(MlJobStatus.FAILED), table.c.created_at >= to_utc("since", since))

@@ -16,6 +16,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
+from mljobs._values import to_json_text, to_member, utc_now
 from mljobs.db._prepared import Prepared
 from mljobs.db._rows import insert_rows
 from mljobs.errors import InvalidTransitionError, InvalidValueError, JobExistsError
@@ -37,9 +38,9 @@ from mljobs.jobs._base import (
     table_of,
 )
 from mljobs.jobs._reading import get
-from mljobs.record._models import MlJob, MlJobMixin
+from mljobs.record._mixin import MlJobMixin
+from mljobs.record._models import MlJob
 from mljobs.states import ACTIVE, MlJobKind, MlJobStatus
-from mljobs.types import to_json_text, to_member, utc_now
 
 _CHUNK = 1000
 _LIFE = frozenset(

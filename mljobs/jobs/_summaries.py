@@ -14,8 +14,8 @@ from mljobs.errors import InvalidValueError
 from mljobs.jobs._base import Bind, JobRef, Model, check_count, connection_of, id_of, is_postgres, named, table_of
 from mljobs.jobs._reading import MAX_PAGE, Order, cursor_of, read_cursor
 from mljobs.record._models import MlJob
+from mljobs.record._sql import first_line_of
 from mljobs.states import MlJobStatus
-from mljobs.types import first_line
 
 _ERROR_SHOWN = 300
 TEXT_SHOWN: Final = 4_000
@@ -255,7 +255,7 @@ def _statement(model: Model, text: int, *, postgres: bool) -> Select[Any]:
         table.c.priority,
         table.c.exclusive,
         table.c.retry_of,
-        func.substr(first_line(table.c.error_message), 1, _ERROR_SHOWN),
+        func.substr(first_line_of(table.c.error_message), 1, _ERROR_SHOWN),
         *_cut(table.c.spec_json, text, postgres=postgres),
         *_cut(table.c.metrics_json, text, postgres=postgres),
         worker,

@@ -33,6 +33,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from mljobs import events
+from mljobs._values import to_member, to_utc, utc_now
 from mljobs.db._prepared import Prepared
 from mljobs.errors import InvalidValueError, MlJobsError
 from mljobs.guards._hooks import set_retention_door
@@ -55,7 +56,7 @@ from mljobs.jobs._base import (
 )
 from mljobs.record._models import MlJob
 from mljobs.states import TERMINAL, MlJobStatus
-from mljobs.types import JobId, to_member, to_utc, utc_now
+from mljobs.types import JobId
 
 _ATTEMPTS_MAX = 32_767
 _BATCH_MAX = 10_000

@@ -8,11 +8,11 @@ from typing import Any
 from sqlalchemy import Boolean, ColumnElement, Connection, String, func, select, type_coerce
 from sqlalchemy.exc import DBAPIError
 
+from mljobs._values import storable_text
 from mljobs.jobs._base import Bind, Model, check_count, connection_of, is_postgres, lock_sqlite, table_of
 from mljobs.jobs._reading import MAX_PAGE
 from mljobs.jobs._summaries import JobSummary, summaries_of
 from mljobs.record._models import MlJob
-from mljobs.types import storable_text
 
 
 def count_up_to(session: Bind, limit: int, *, where: Sequence[ColumnElement[bool]] = (), model: Model = MlJob) -> int:

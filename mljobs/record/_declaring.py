@@ -12,9 +12,10 @@ from typing import Any
 from sqlalchemy import Column, Table
 from sqlalchemy.orm import MappedAsDataclass, MappedColumn, Mapper
 
+from mljobs._values import storable_text
 from mljobs.errors import InvalidValueError, ModelError
 from mljobs.guards._companions import GUARDED_COLUMNS
-from mljobs.types import TokenType, storable_text
+from mljobs.types import TokenType
 
 KIND_LENGTH = 32
 """The most characters of a kind's token."""

@@ -13,16 +13,14 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 from functools import cache
-from typing import Annotated, Final, NoReturn, TypeVar
+from typing import Annotated, Any, Final, NoReturn, TypeVar
 from uuid import UUID
 
 import msgspec
 
+from mljobs._values import MAX_MS, from_millis
 from mljobs.errors import InvalidValueError, JobDecodeError, shown
 from mljobs.states import MlJobKind, MlJobStatus
-
-MAX_MS: Final = 253_402_300_799_999
-"""9999-12-31T23:59:59.999Z, the last time that a record can hold, in epoch milliseconds."""
 
 _E = TypeVar("_E", bound=StrEnum)
 
@@ -170,6 +168,23 @@ def duration_ms(started_at: int, finished_at: int) -> int | None:
     Source: RedDB MlJob.
     """
     return finished_at - started_at if started_at and finished_at >= started_at else None
+
+
+def values_of(record: KvRecord) -> dict[str, Any]:
+    """Return the values of the attributes that a KV record holds."""
+    return {
+        "id": record.id,
+        "kind": record.kind,
+        "target_name": record.target,
+        "status": record.status,
+        "progress": record.progress,
+        "created_at": from_millis(record.created_at),
+        "started_at": from_millis(record.started_at) if record.started_at else None,
+        "finished_at": from_millis(record.finished_at) if record.finished_at else None,
+        "error_message": record.error,
+        "spec_json": record.spec,
+        "metrics_json": record.metrics,
+    }
 
 
 # -------------------------------------------------------------------------------------------------- the exact path

@@ -89,7 +89,7 @@ def record_differences(connection: Connection, table: Table) -> list[Part]:
         InvalidValueError: The connection is in AUTOCOMMIT.
         SchemaError: The role may not make temporary tables.
     """
-    from mljobs.record._models import record_table  # noqa: PLC0415 - upgrading works without the model
+    from mljobs.record._table import record_table  # noqa: PLC0415 - upgrading works without the model
 
     bare = record_table(table)
     postgresql = connection.dialect.name == "postgresql"

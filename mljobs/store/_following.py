@@ -15,13 +15,13 @@ from uuid import UUID
 
 from sqlalchemy import or_
 
+from mljobs._values import utc_now
 from mljobs.errors import InvalidValueError, WaitTimeout
 from mljobs.jobs import Bind, JobRef, Model, conditions, get
 from mljobs.jobs._base import named, table_of
 from mljobs.jobs._reading import fetch
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus
-from mljobs.types import utc_now
 
 _POLL = 1.0
 _POLL_SQLITE = 0.1

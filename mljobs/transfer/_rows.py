@@ -17,12 +17,12 @@ from uuid import UUID
 
 import msgspec
 
+from mljobs._values import MAX_MS, storable_json, storable_text, to_job_id
 from mljobs.db._wire import Wire
 from mljobs.errors import InvalidValueError, JobDecodeError, shown
 from mljobs.jobs import Model, table_of
 from mljobs.record import _kv as codec
 from mljobs.states import MlJobStatus
-from mljobs.types import MAX_MS, storable_json, storable_text, to_job_id
 
 if TYPE_CHECKING:
     from sqlalchemy import Column

@@ -18,6 +18,7 @@ from sqlalchemy import ARRAY, Connection, Update, Uuid, any_, bindparam, cast, f
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from mljobs._values import from_millis
 from mljobs.db._rows import insert_rows, row_security
 from mljobs.db._wire import Wire, insert_wire, read_wire, wire_of
 from mljobs.errors import InvalidValueError, JobExistsError, JobHeldError, MlJobsError
@@ -41,7 +42,6 @@ from mljobs.transfer._rows import (
     own_keys,
     row_maker,
 )
-from mljobs.types import from_millis
 
 _BLANK: Final = b" \t\r"
 _REFUSING: Final = ("22", "23", "54")

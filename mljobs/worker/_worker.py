@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import inspect
 
+from mljobs._values import storable_text, to_member
 from mljobs.db._engines import refuse_memory
 from mljobs.errors import InvalidValueError, SchemaError
 from mljobs.guards._companions import schema_of
@@ -28,7 +29,6 @@ from mljobs.store._base import Store
 from mljobs.store._keeper import Keeper
 from mljobs.store._run import worker_name
 from mljobs.store._store import JobStore
-from mljobs.types import storable_text, to_member
 from mljobs.worker._finished import Tally
 from mljobs.worker._handlers import Backoff, Handler, exponential, make_handler
 from mljobs.worker._prefetching import ClaimSettings
