@@ -11,6 +11,7 @@ from mljobs._lazy import lazy_names
 
 if TYPE_CHECKING:
     from mljobs.errors import (
+        FilterError,
         InvalidTransitionError,
         InvalidValueError,
         JobCancelled,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
         WaitTimeout,
     )
     from mljobs.events import on_finished
-    from mljobs.jobs import Claim, Outcome
+    from mljobs.jobs import Claim, Filter, Outcome
     from mljobs.record._columns import kind_column
     from mljobs.record._dataclass import MlJobDataclassMixin
     from mljobs.record._mixin import MlJobMixin
@@ -47,6 +48,8 @@ __all__ = [
     "AsyncJobStore",
     "Base",
     "Claim",
+    "Filter",
+    "FilterError",
     "Imported",
     "InvalidTransitionError",
     "InvalidValueError",
@@ -90,6 +93,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "errors": (
+            "FilterError",
             "InvalidTransitionError",
             "InvalidValueError",
             "JobCancelled",
@@ -107,7 +111,7 @@ __getattr__, __dir__ = lazy_names(
             "WaitTimeout",
         ),
         "events": ("on_finished",),
-        "jobs": ("Claim", "Outcome"),
+        "jobs": ("Claim", "Filter", "Outcome"),
         "store._run": ("Run",),
         "record._columns": ("kind_column",),
         "record._dataclass": ("MlJobDataclassMixin",),

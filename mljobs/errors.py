@@ -4,6 +4,7 @@
 
     MlJobsError
      |- InvalidValueError      (also ValueError)   a field was given a value it cannot hold
+     |   +- FilterError                            a word of a filter is not understood
      |- JobDecodeError         (also ValueError)   KV JSON that is not a job record
      |- JobNotFound            (also LookupError)  no record has this id
      |- TerminalStateError                         the record has finished; it never changes again
@@ -69,6 +70,51 @@ class InvalidValueError(MlJobsError, ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.field, self.value, self.reason)
+
+
+class FilterError(InvalidValueError):
+    """A word of a filter that is not understood; nothing was asked of the database.
+
+    Attributes:
+        text: The whole filter.
+        position: Where the word begins in it, from 0.
+        word: The word.
+        known: What could stand there: names of fields, or tokens.
+        suggestion: A word that may have been meant; None where nothing is near.
+    """
+
+    def __init__(  # noqa: PLR0917 - unpickled by position
+        self,
+        text: str,
+        position: int,
+        word: str,
+        reason: str,
+        known: Sequence[str] = (),
+        suggestion: str | None = None,
+    ) -> None:
+        super().__init__("filter", text, reason)
+        self.text = text
+        self.position = position
+        self.word = word
+        self.known = tuple(known)
+        self.suggestion = suggestion
+        repair = f"; did you mean {_one_line(suggestion)}?" if suggestion else ""
+        there_is = f" (there are {', '.join(self.known)})" if self.known else ""
+        self.args = (f"filter word {shown(word)}, character {position + 1}: {_one_line(reason)}{repair}{there_is}",)
+
+    @property
+    def repaired(self) -> str | None:
+        """The whole filter with the suggestion in the word's place."""
+        if self.suggestion is None:
+            return None
+        return self.text[: self.position] + self.suggestion + self.text[self.position + len(self.word) :]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.text, self.position, self.word, self.reason, self.known, self.suggestion)
+
+
+def _one_line(text: str) -> str:
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 class JobDecodeError(MlJobsError, ValueError):

@@ -141,7 +141,7 @@ def read_wire(
             schema_translate_map=connection.get_execution_options().get("schema_translate_map") or {},
             render_schema_translate=True,
         )
-        values = {name: str(value) if isinstance(value, StrEnum) else value for name, value in compiled.params.items()}
+        values = {name: _bound_value(compiled, name, value) for name, value in compiled.params.items()}
         query = compiled.string if values else compiled.string % ()
         text = f"COPY ({query}) TO STDOUT (FORMAT binary)"
         yield from copy_out(connection, text, values, [_wire_type(column) for column in columns], chunk)
@@ -163,3 +163,11 @@ def _wire_type(column: Column[Any]) -> str:
     if isinstance(column.type, SmallInteger):
         return "int2"
     return "bool" if isinstance(column.type, Boolean) else "text"
+
+
+def _bound_value(compiled: Any, name: str, value: Any) -> Any:
+    """Return a parameter as its type gives it to the driver."""
+    bind = compiled.binds.get(name)
+    process = None if bind is None else bind.type.dialect_impl(compiled.dialect).bind_processor(compiled.dialect)
+    processed = value if process is None else process(value)
+    return str(processed) if isinstance(processed, StrEnum) else processed

@@ -7,6 +7,7 @@ engine and a transaction of their own.
 By the question they answer:
 
 - :mod:`~mljobs.jobs._submitting`: what is to be done (``submit``, ``submit_many``, ``retry``)
+- :mod:`~mljobs.jobs._filters`: which jobs are meant (``Filter``)
 - :mod:`~mljobs.jobs._reading`: what is there (``get``, ``find``, ``history``, ``counts``)
 - :mod:`~mljobs.jobs._summaries`: what a list shows (``summaries``, ``running_jobs``, ``chains``)
 - :mod:`~mljobs.jobs._statistics`: figures over many (``finished_per``, ``durations``, ``failure_reasons``)
@@ -36,6 +37,7 @@ from mljobs.jobs._claiming import (
     set_progress_many,
 )
 from mljobs.jobs._exchanging import finish_and_claim
+from mljobs.jobs._filters import FILTERS, Filter, Filters, Where, conditions
 from mljobs.jobs._finishing import (
     Outcome,
     cancel,
@@ -48,18 +50,7 @@ from mljobs.jobs._finishing import (
     requeue_many,
 )
 from mljobs.jobs._queue import Queue, QueueDepth, held_in_queue, next_claims, queue_depths
-from mljobs.jobs._reading import (
-    FILTERS,
-    Counts,
-    Page,
-    conditions,
-    counts,
-    find,
-    get,
-    history,
-    lineage,
-    named_conditions,
-)
+from mljobs.jobs._reading import Counts, Page, counts, find, get, history, lineage
 from mljobs.jobs._statistics import (
     Durations,
     Finished,
@@ -87,6 +78,8 @@ from mljobs.jobs._summaries import (
 )
 from mljobs.jobs._sweeping import Cursor, Pruned, Rescue, prune, prune_batch, rescue
 from mljobs.jobs._targets import count_up_to, limit_time, target_jobs, target_names, why_read_only
+from mljobs.jobs._words import Pattern as FilterPattern
+from mljobs.jobs._words import Term as FilterTerm
 
 __all__ = [
     "DEFAULT_LEASE",
@@ -96,6 +89,10 @@ __all__ = [
     "Counts",
     "Cursor",
     "Durations",
+    "Filter",
+    "FilterPattern",
+    "FilterTerm",
+    "Filters",
     "Finished",
     "JobRef",
     "JobSummary",
@@ -112,6 +109,7 @@ __all__ = [
     "Rescue",
     "Spread",
     "SummaryPage",
+    "Where",
     "cancel",
     "chain",
     "chains",
@@ -138,7 +136,6 @@ __all__ = [
     "limit_time",
     "lineage",
     "look",
-    "named_conditions",
     "next_claims",
     "pattern_of",
     "prune",

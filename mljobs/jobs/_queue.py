@@ -12,7 +12,7 @@ from sqlalchemy import Boolean, ColumnElement, and_, func, literal, or_, select,
 from mljobs._values import utc_now
 from mljobs.jobs._base import Bind, Model, check_count, connection_of, constant, moments, table_of
 from mljobs.jobs._claiming import _picked as next_in_queue
-from mljobs.jobs._reading import MAX_PAGE
+from mljobs.jobs._paging import MAX_PAGE
 from mljobs.jobs._summaries import JobSummary, summaries_of
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus

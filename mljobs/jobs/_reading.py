@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from enum import StrEnum
-from inspect import signature
-from typing import Any, Final, Literal, overload
-from uuid import UUID
+from dataclasses import dataclass, replace
+from typing import Any, Unpack, overload
 
-from sqlalchemy import ColumnElement, Connection, func, literal, select, text, tuple_
+from sqlalchemy import ColumnElement, Connection, func, select, text
 
-from mljobs._values import from_millis, storable_text, to_job_id, to_member, to_millis, to_utc
-from mljobs.errors import InvalidValueError, JobNotFound
+from mljobs.errors import JobNotFound
 from mljobs.guards._companions import companion_names, qualified_name, schema_of
 from mljobs.jobs._base import (
     Bind,
     JobRef,
     Model,
-    check_count,
     connection_of,
     is_postgres,
     named,
@@ -33,14 +25,12 @@ from mljobs.jobs._base import (
     whole,
     whole_table_of,
 )
+from mljobs.jobs._filters import Filter, Filters, Selection, Where, selection
+from mljobs.jobs._paging import Order, Paging
 from mljobs.record._models import MlJob
 from mljobs.states import ACTIVE, TERMINAL, MlJobStatus
 
-MAX_PAGE = 10_000
-"""The most jobs on one page."""
 _SMALL = 50_000  # rows that PostgreSQL counts in a few milliseconds
-
-Order = Literal["newest", "oldest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +40,14 @@ class Page(Sequence[MlJob]):
     Attributes:
         jobs: The jobs.
         cursor: Pass it as ``after`` for the next page; None on the last one.
+        scanned: At how many jobs was looked; None where it was at all that could be meant.
+        complete: Whether the page is as full as it can be; otherwise there may be more jobs from ``cursor`` on.
     """
 
     jobs: tuple[MlJob, ...]
     cursor: str | None = None
+    scanned: int | None = None
+    complete: bool = True
 
     @overload
     def __getitem__(self, index: int) -> MlJob: ...
@@ -76,10 +70,25 @@ class Counts(Mapping[tuple[str, str], int]):
     Attributes:
         jobs: The figures; pairs that nobody has are 0.
         exact: Whether the figures of finished jobs are exact. Those of queued and running jobs always are.
+        scanned: At how many jobs was looked; None where it was at all that could be meant.
+        complete: Whether all were counted; otherwise only the latest ``scanned``.
     """
 
     jobs: Mapping[tuple[str, str], int]
     exact: bool
+    scanned: int | None = None
+    complete: bool = True
+
+    def __str__(self) -> str:
+        about = "" if self.exact else "about "
+        by_kind = {kind: None for kind, _ in self.jobs}
+        lines = [
+            f"{kind}: "
+            + ", ".join(f"{status} {about if status in TERMINAL else ''}{self.jobs[kind, status]:,}" for status in have)
+            for kind in by_kind
+            if (have := [status for status in MlJobStatus if self.jobs.get((kind, status))])
+        ]
+        return "\n".join(lines) or "no jobs"
 
     def __getitem__(self, pair: tuple[str, str]) -> int:
         return self.jobs[pair]
@@ -116,140 +125,41 @@ def get(session: Bind, job: JobRef, *, model: Model = MlJob) -> MlJob:
     raise JobNotFound(job_id)
 
 
-def conditions(
-    model: Model = MlJob,
-    *,
-    kind: str | Iterable[str] | None = None,
-    status: str | Iterable[str] | None = None,
-    target: str | None = None,
-    target_prefix: str | None = None,
-    created_after: datetime | None = None,
-    created_before: datetime | None = None,
-    finished_after: datetime | None = None,
-    finished_before: datetime | None = None,
-    error_contains: str | None = None,
-) -> list[ColumnElement[bool]]:
-    """Return the conditions that these filters stand for, to be combined with AND.
-
-    Args:
-        model: The mapped job class.
-        kind: One kind or several.
-        status: One state or several.
-        target: The whole ``target_name``.
-        target_prefix: Its beginning.
-        created_after: At this time or later.
-        created_before: Earlier than this time.
-        finished_after: At this time or later.
-        finished_before: Earlier than this time.
-        error_contains: A part of ``error_message``, ASCII case ignored.
-
-    Raises:
-        InvalidValueError: A value is not one that its field can hold.
-    """
-    of = {name: _column(model, name) for name in ("kind", "status", "target_name", "error_message")}
-    found: list[ColumnElement[bool]] = []
-    if kind is not None:
-        found.append(of["kind"].in_(_members(model.__kinds__, "kind", kind)))
-    if status is not None:
-        found.append(of["status"].in_(_members(MlJobStatus, "status", status)))
-    if target is not None:
-        found.append(of["target_name"] == storable_text("target", target))
-    if target_prefix is not None:
-        found.append(of["target_name"].startswith(storable_text("target_prefix", target_prefix), autoescape=True))
-        # LIKE ignores ASCII case on SQLite.
-        found.append(func.substr(of["target_name"], 1, len(target_prefix)) == literal(target_prefix))
-    for field, name, moment in (
-        ("created_at", "created_after", created_after),
-        ("created_at", "created_before", created_before),
-        ("finished_at", "finished_after", finished_after),
-        ("finished_at", "finished_before", finished_before),
-    ):
-        if moment is not None:
-            column, limit = _column(model, field), to_utc(name, moment)
-            found.append(column >= limit if name.endswith("after") else column < limit)
-    if error_contains is not None:
-        found.append(of["error_message"].icontains(storable_text("error_contains", error_contains), autoescape=True))
-    return found
-
-
-FILTERS: Final = tuple(name for name in signature(conditions).parameters if name != "model")
-"""The names of the filters."""
-
-
-def named_conditions(model: Model, filters: Mapping[str, Any]) -> list[ColumnElement[bool]]:
-    """Return the conditions that filters stand for whose names come from a caller.
-
-    Raises:
-        InvalidValueError: No such filter, or a value that it cannot take.
-    """
-    for name, value in filters.items():
-        if name not in FILTERS:
-            raise InvalidValueError(name, value, f"no such filter; there are {', '.join(FILTERS)}")
-    return conditions(model, **filters)
-
-
 def find(
     session: Bind,
+    filter: Filter | str | None = None,  # noqa: A002 - as users say it
     *,
-    kind: str | Iterable[str] | None = None,
-    status: str | Iterable[str] | None = None,
-    target: str | None = None,
-    target_prefix: str | None = None,
-    created_after: datetime | None = None,
-    created_before: datetime | None = None,
-    finished_after: datetime | None = None,
-    finished_before: datetime | None = None,
-    error_contains: str | None = None,
+    where: Where | None = None,
     order: Order = "newest",
     limit: int = 50,
     after: str | None = None,
+    scan: bool = False,
     model: Model = MlJob,
+    **fields: Unpack[Filters],
 ) -> Page:
     """Return a page of jobs, by time of creation.
 
+    What no index serves (an error's text, say) is looked for among the next 100,000 jobs, and the page says if it
+    reached no further: ``page.complete`` is False, and ``page.cursor`` goes on there.
+
     Args:
         session: The caller's session or connection; in a session the jobs are members of it.
-        kind: One kind or several.
-        status: One state or several.
-        target: The whole ``target_name``.
-        target_prefix: Its beginning.
-        created_after: Created at this time or later.
-        created_before: Created earlier than this time.
-        finished_after: Finished at this time or later.
-        finished_before: Finished earlier than this time.
-        error_contains: A part of ``error_message``, ASCII case ignored.
+        filter: A :class:`~mljobs.Filter`, or its text: ``"status:failed created:<2h"``.
+        where: SQLAlchemy expressions of one's own beside it.
         order: ``"newest"`` or ``"oldest"`` first.
         limit: At most so many jobs, 1 to 10,000.
         after: The ``cursor`` of the page before; pages stay in step while jobs come and go.
+        scan: Look at all jobs, however long it takes.
         model: The mapped job class.
+        **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
 
     Raises:
         InvalidValueError: A value is not one that its field can hold, or ``after`` is no cursor of this order.
     """
-    check_count("limit", limit, MAX_PAGE)
-    if order not in ("newest", "oldest"):
-        raise InvalidValueError("order", order, "expected 'newest' or 'oldest'")
-    where = conditions(
-        model,
-        kind=kind,
-        status=status,
-        target=target,
-        target_prefix=target_prefix,
-        created_after=created_after,
-        created_before=created_before,
-        finished_after=finished_after,
-        finished_before=finished_before,
-        error_contains=error_contains,
-    )
-    created, key = _column(model, "created_at"), _column(model, "id")
-    if after is not None:
-        moment, job_id = read_cursor(after, order)
-        here = tuple_(literal(moment, created.type), literal(job_id, key.type))
-        where.append(tuple_(created, key) < here if order == "newest" else tuple_(created, key) > here)
-    by = [created.desc(), key.desc()] if order == "newest" else [created.asc(), key.asc()]
-    jobs = fetch(session, model, where, by, limit + 1)
-    more = len(jobs) > limit
-    return Page(tuple(jobs[:limit]), cursor_of(jobs[limit - 1], order) if more else None)
+    chosen = selection(model, filter, where, fields)
+    paging = Paging(session, chosen, order, limit)
+    found = paging.find(lambda *what: fetch(session, model, *what), after=after, scan=scan)
+    return Page(found.jobs, found.cursor, found.scanned, found.complete)
 
 
 def history(
@@ -298,20 +208,71 @@ def lineage(session: Bind, job: JobRef, *, model: Model = MlJob) -> list[MlJob]:
     return line[::-1]
 
 
-def counts(session: Bind, *, exact: bool = False, model: Model = MlJob) -> Counts:
+def counts(
+    session: Bind,
+    filter: Filter | str | None = None,  # noqa: A002 - as users say it
+    *,
+    where: Where | None = None,
+    exact: bool = False,
+    model: Model = MlJob,
+    **fields: Unpack[Filters],
+) -> Counts:
     """Return how many jobs of each kind are in each state, within milliseconds at ten million finished jobs.
 
     Queued and running jobs are counted. Finished ones are exact on SQLite, which keeps counters by trigger, and on
     PostgreSQL below about 50,000 rows; above that PostgreSQL's statistics give them, as fresh as its last ANALYZE.
+    With filters other than kinds and states the latest 100,000 jobs are counted: ``complete`` says whether that was all.
 
     Args:
         session: The caller's session or connection.
+        filter: A :class:`~mljobs.Filter`, or its text.
+        where: SQLAlchemy expressions of one's own beside it.
         exact: Count everything, however long it takes.
         model: The mapped job class.
+        **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
     """
+    chosen = selection(model, filter, where, fields)
+    if chosen.where or any(term.name not in ("kind", "status") for term in chosen.filter.terms):
+        return _counted(session, chosen, exact=exact)
+    found = _all_counts(session, exact=exact, model=model)
+    if not chosen:
+        return found
+    wanted = {
+        term.name: set(term.values) for term in chosen.filter.terms
+    }  # a second term of one name narrows the first
+    for term in chosen.filter.terms:
+        wanted[term.name] &= set(term.values)
+    kinds, states = wanted.get("kind"), wanted.get("status")
+    chosen.conditions()  # refuses a kind that the class does not have
+    kept = {
+        (kind, status): number if (kinds is None or kind in kinds) and (states is None or status in states) else 0
+        for (kind, status), number in found.items()
+    }
+    return replace(found, jobs=kept)
+
+
+def _counted(session: Bind, chosen: Selection, *, exact: bool) -> Counts:
+    """Count the jobs that pass, among all or the latest 100,000 that an index leads to."""
+    table = whole_table_of(chosen.model)
+    paging = Paging(session, chosen)
+    served, looked_at = paging.divided(sort_all=exact)
+    latest = [] if exact else paging.latest(served)
+    statement = select(table.c.kind, table.c.status, func.count()).where(*latest, *served, *looked_at)
+    jobs: dict[tuple[str, str], int] = dict.fromkeys(_pairs(chosen.model), 0)
+    for kind, status, number in connection_of(session).execute(statement.group_by(table.c.kind, table.c.status)):
+        jobs[kind, status] = number
+    scanned = paging.reach if latest else None
+    return Counts(jobs, exact=not latest, scanned=scanned, complete=not latest)
+
+
+def _pairs(model: Model) -> list[tuple[str, str]]:
+    return [(kind, status) for kind in model.__kinds__ for status in MlJobStatus]
+
+
+def _all_counts(session: Bind, *, exact: bool, model: Model) -> Counts:
     table = whole_table_of(model)
     connection = connection_of(session)
-    jobs: dict[tuple[str, str], int] = {(kind, status): 0 for kind in model.__kinds__ for status in MlJobStatus}
+    jobs: dict[tuple[str, str], int] = dict.fromkeys(_pairs(model), 0)
     estimate = None
     if not is_postgres(connection):
         finished = _sqlite_counters(connection, model)
@@ -336,13 +297,6 @@ def _column(model: Model, name: str) -> Any:
     return getattr(model, name)
 
 
-def _members(enum: type[StrEnum], field: str, value: str | Iterable[str]) -> list[StrEnum]:
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, Iterable):
-        raise InvalidValueError(field, value, "expected one or several of " + ", ".join(enum))
-    return [to_member(enum, field, one) for one in values]
-
-
 def fetch(
     bind: Bind, model: Model, where: Sequence[ColumnElement[bool]], order: Sequence[Any] = (), limit: int | None = None
 ) -> list[MlJob]:
@@ -357,28 +311,6 @@ def fetch(
         return jobs
     statement = whole(model).where(*where).order_by(*order).limit(limit)
     return list(bind.scalars(statement.execution_options(populate_existing=True)))
-
-
-def cursor_of(job: Any, order: Order) -> str:
-    """Return where the page after this job starts; of a record or a summary."""
-    parts = json.dumps([order[0], to_millis(job.created_at), job.id.hex], separators=(",", ":"))
-    return base64.urlsafe_b64encode(parts.encode()).decode().rstrip("=")
-
-
-def read_cursor(cursor: str, order: Order) -> tuple[datetime, UUID]:
-    """Return the creation time and id that a cursor holds.
-
-    Raises:
-        InvalidValueError: It is none, or of another order.
-    """
-    try:
-        padded = cursor + "=" * (-len(cursor) % 4)
-        direction, millis, digits = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
-        if direction != order[0] or isinstance(millis, bool) or not isinstance(millis, int):
-            raise ValueError("of another order")  # noqa: TRY301 - told below like any other
-        return from_millis(millis), to_job_id(digits)
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise InvalidValueError("after", cursor, f"not a cursor of a page in {order} order") from error
 
 
 def _sqlite_counters(connection: Connection, model: Model) -> dict[tuple[str, str], int]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, Unpack
 from uuid import UUID
 
-from sqlalchemy import Column, ColumnElement, Connection, Select, Text, case, cast, func, literal, null, select, tuple_
+from sqlalchemy import Column, ColumnElement, Connection, Select, Text, case, cast, func, literal, null, select
 
 from mljobs.errors import InvalidValueError
 from mljobs.jobs._base import Bind, JobRef, Model, check_count, connection_of, id_of, is_postgres, named, table_of
-from mljobs.jobs._reading import MAX_PAGE, Order, cursor_of, read_cursor
+from mljobs.jobs._filters import Filter, Filters, Where, selection
+from mljobs.jobs._paging import MAX_PAGE, Order, Paging
 from mljobs.record._models import MlJob
 from mljobs.record._sql import first_line_of
 from mljobs.states import MlJobStatus
@@ -71,48 +72,52 @@ class SummaryPage:
     Attributes:
         jobs: The summaries.
         cursor: Pass it as ``after`` for the next page; None on the last one.
+        scanned: At how many jobs was looked; None where it was at all that could be meant.
+        complete: Whether the page is as full as it can be; otherwise there may be more jobs from ``cursor`` on.
     """
 
     jobs: tuple[JobSummary, ...]
     cursor: str | None
+    scanned: int | None = None
+    complete: bool = True
 
 
 def summaries(
     session: Bind,
+    filter: Filter | str | None = None,  # noqa: A002 - as users say it
     *,
-    where: Sequence[ColumnElement[bool]] = (),
+    where: Where | None = None,
     order: Order = "newest",
     limit: int = 50,
     after: str | None = None,
+    scan: bool = False,
     text: int = TEXT_SHOWN,
     model: Model = MlJob,
+    **fields: Unpack[Filters],
 ) -> SummaryPage:
-    """Return a page of jobs as lists show them, by time of creation.
+    """Return a page of jobs as lists show them, by time of creation; it looks as far as ``find`` does.
 
     Args:
         session: The caller's session or connection.
-        where: Conditions, as ``conditions`` returns them.
+        filter: A :class:`~mljobs.Filter`, or its text.
+        where: SQLAlchemy expressions of one's own beside it.
         order: ``"newest"`` or ``"oldest"`` first.
         limit: At most so many jobs, 1 to 10,000.
         after: The ``cursor`` of the page before.
+        scan: Look at all jobs, however long it takes.
         text: How many characters of ``spec`` and ``metrics`` to read at most; 0 for none.
         model: The mapped job class.
+        **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
 
     Raises:
         InvalidValueError: ``after`` is no cursor of this order.
     """
-    check_count("limit", limit, MAX_PAGE)
-    table = table_of(model)
-    conditions = list(where)
-    if after is not None:
-        moment, job_id = read_cursor(after, order)
-        here = tuple_(literal(moment, table.c.created_at.type), literal(job_id, table.c.id.type))
-        key = tuple_(table.c.created_at, table.c.id)
-        conditions.append(key < here if order == "newest" else key > here)
-    by = [column.desc() if order == "newest" else column.asc() for column in (table.c.created_at, table.c.id)]
-    found = _read(connection_of(session), model, conditions, by, limit + 1, text=text)
-    more = len(found) > limit
-    return SummaryPage(tuple(found[:limit]), cursor_of(found[limit - 1], order) if more else None)
+    paging = Paging(session, selection(model, filter, where, fields), order, limit)
+    connection = connection_of(session)
+    found = paging.find(
+        lambda conditions, by, most: _read(connection, model, conditions, by, most, text=text), after=after, scan=scan
+    )
+    return SummaryPage(found.jobs, found.cursor, found.scanned, found.complete)
 
 
 def summaries_of(

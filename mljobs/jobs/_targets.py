@@ -10,7 +10,7 @@ from sqlalchemy.exc import DBAPIError
 
 from mljobs._values import storable_text
 from mljobs.jobs._base import Bind, Model, check_count, connection_of, is_postgres, lock_sqlite, table_of
-from mljobs.jobs._reading import MAX_PAGE
+from mljobs.jobs._paging import MAX_PAGE
 from mljobs.jobs._summaries import JobSummary, summaries_of
 from mljobs.record._models import MlJob
 

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 from sqlalchemy import URL
 from sqlalchemy.orm import Session
@@ -23,8 +23,9 @@ from mljobs.db._connections import engines_of
 from mljobs.db._engines import async_url, engine_options, refuse_memory, set_up_connections, sync_url, url_from_env
 from mljobs.db._wake import AsyncChangeListener
 from mljobs.errors import InvalidValueError
-from mljobs.jobs import DEFAULT_LEASE, Bind, JobRef, Model, table_of
+from mljobs.jobs import DEFAULT_LEASE, Bind, Filter, Filters, JobRef, Model, Where, table_of
 from mljobs.jobs._base import plain
+from mljobs.jobs._filters import selection
 from mljobs.record._models import MlJob
 from mljobs.store._base import LEASE_GIVEN_BACK, Store, async_store_method
 from mljobs.store._following import FollowSteps, Read, poll_seconds, wait_steps, watch_steps
@@ -203,9 +204,18 @@ class AsyncJobStore(AsyncTransfers, Store):
             pass
         return finished[0]
 
-    def watch(self, *, timeout: float | None = None, poll: float | None = None, **filters: Any) -> AsyncIterator[MlJob]:
+    def watch(
+        self,
+        filter: Filter | str | None = None,  # noqa: A002 - as users say it
+        *,
+        where: Where | None = None,
+        timeout: float | None = None,
+        poll: float | None = None,
+        **fields: Unpack[Filters],
+    ) -> AsyncIterator[MlJob]:
         """Yield each job that is added or changes, from now on; see ``JobStore.watch``."""
-        return self._follow(watch_steps(filters, timeout, poll_seconds(self.engine.dialect.name, poll), self.model), [])
+        chosen = selection(self.model, filter, where, fields)
+        return self._follow(watch_steps(chosen, timeout, poll_seconds(self.engine.dialect.name, poll)), [])
 
     async def _follow(self, steps: FollowSteps, finished: list[MlJob]) -> AsyncIterator[MlJob]:
         answer: Any = None

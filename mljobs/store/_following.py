@@ -17,8 +17,9 @@ from sqlalchemy import or_
 
 from mljobs._values import utc_now
 from mljobs.errors import InvalidValueError, WaitTimeout
-from mljobs.jobs import Bind, JobRef, Model, conditions, get
+from mljobs.jobs import Bind, JobRef, Model, get
 from mljobs.jobs._base import named, table_of
+from mljobs.jobs._filters import Selection
 from mljobs.jobs._reading import fetch
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus
@@ -65,16 +66,17 @@ def wait_steps(job: JobRef, timeout: float | None, poll: float, model: Model) ->
         yield min(poll, left)
 
 
-def watch_steps(filters: dict[str, Any], timeout: float | None, poll: float, model: Model) -> FollowSteps:
+def watch_steps(chosen: Selection, timeout: float | None, poll: float) -> FollowSteps:
     """Yield each job that was added, or whose state, progress or attempts changed, since the watch began."""
     check_seconds("timeout", timeout)
     check_seconds("poll", poll)
-    where = conditions(model, **filters)
+    model = chosen.model
+    chosen.conditions()  # an error comes before the first look
     end = None if timeout is None else time.monotonic() + timeout
     seen: dict[UUID, tuple[Any, ...]] = {}
     first = True
     while True:
-        jobs: list[MlJob] = yield Read(lambda bind: _recent(bind, model, where))
+        jobs: list[MlJob] = yield Read(lambda bind: _recent(bind, model, chosen.conditions()))
         present = {job.id for job in jobs}
         gone = [job_id for job_id, state in seen.items() if job_id not in present and not state[0].is_terminal]
         if gone:

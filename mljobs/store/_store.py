@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session, sessionmaker
@@ -23,8 +23,9 @@ from mljobs.db._connections import ConnectionCache, cache_size, engines_of
 from mljobs.db._engines import new_engine, refuse_memory, url_from_env
 from mljobs.db._wake import ChangeListener
 from mljobs.errors import InvalidValueError
-from mljobs.jobs import DEFAULT_LEASE, Bind, JobRef, Model, table_of
+from mljobs.jobs import DEFAULT_LEASE, Bind, Filter, Filters, JobRef, Model, Where, table_of
 from mljobs.jobs._base import plain
+from mljobs.jobs._filters import selection
 from mljobs.record._models import MlJob
 from mljobs.store._base import LEASE_GIVEN_BACK, Store, store_method
 from mljobs.store._following import FollowSteps, Read, poll_seconds, wait_steps, watch_steps
@@ -173,18 +174,29 @@ class JobStore(Transfers, Store):
         result: MlJob = _last(self._follow(steps))
         return result
 
-    def watch(self, *, timeout: float | None = None, poll: float | None = None, **filters: Any) -> Iterator[MlJob]:
+    def watch(
+        self,
+        filter: Filter | str | None = None,  # noqa: A002 - as users say it
+        *,
+        where: Where | None = None,
+        timeout: float | None = None,
+        poll: float | None = None,
+        **fields: Unpack[Filters],
+    ) -> Iterator[MlJob]:
         """Yield each job that is added or changes (state, progress, attempts), from now on.
 
         A job that changes twice between two looks is yielded once, as it is then.
 
         Args:
+            filter: A :class:`~mljobs.Filter`, or its text; None for all jobs.
+            where: SQLAlchemy expressions of one's own beside it.
             timeout: Stop after so many seconds; None for never.
             poll: Look at least every so many seconds; None for 1 on PostgreSQL, where a notification wakes earlier,
                 and 0.1 on SQLite.
-            **filters: As of ``jobs.conditions``.
+            **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
         """
-        return self._follow(watch_steps(filters, timeout, poll_seconds(self.engine.dialect.name, poll), self.model))
+        chosen = selection(self.model, filter, where, fields)
+        return self._follow(watch_steps(chosen, timeout, poll_seconds(self.engine.dialect.name, poll)))
 
     def _follow(self, steps: FollowSteps) -> Generator[MlJob, None, Any]:
         answer: Any = None

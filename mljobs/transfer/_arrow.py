@@ -10,14 +10,14 @@ import json
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 import msgspec
 
 from mljobs.db._wire import Wire, read_wire, wire_of
 from mljobs.errors import InvalidValueError
 from mljobs.guards._companions import GUARDED_COLUMNS
-from mljobs.jobs import Bind, Model, named_conditions, table_of
+from mljobs.jobs import Bind, Filter, Filters, Model, Where, conditions, table_of
 from mljobs.jobs._base import check_count, connection_of
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus
@@ -29,7 +29,7 @@ except ImportError as error:
     raise ImportError("mljobs.transfer._arrow needs pyarrow: pip install 'mljobs[arrow]'") from error
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection
+    from sqlalchemy import ColumnElement, Connection
 
 Ids = Literal["string", "uuid"]
 """How ids are given: 36 characters, or Arrow's extension type ``arrow.uuid``."""
@@ -63,29 +63,35 @@ _TYPES: dict[_Kind, Any] = {
 def to_arrow(
     session: Bind,
     /,
+    filter: Filter | str | None = None,  # noqa: A002 - as users say it
     *,
+    where: Where | None = None,
     columns: Sequence[str] | None = None,
     spread: Sequence[str] = (),
     ids: Ids = "string",
     model: Model = MlJob,
-    **filters: Any,
+    **fields: Unpack[Filters],
 ) -> pa.Table:
     """Return jobs as an Arrow table, in no particular order.
 
     Args:
         session: The caller's session or connection.
+        filter: A :class:`~mljobs.Filter`, or its text; None for all jobs.
+        where: SQLAlchemy expressions of one's own beside it.
         columns: Which columns of the record; None for all. A host's own columns are not read.
         spread: ``"spec"``, ``"metrics"`` or both: a column for each key of these objects, named ``metrics.f1`` and so on.
             Where all values under a key are numbers it is float64, where all are strings or flags it is that; anything
             else becomes JSON text. null and a missing key are null.
         ids: ``"string"`` or ``"uuid"``.
         model: The mapped job class.
-        **filters: As of ``jobs.conditions``.
+        **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
 
     Raises:
         InvalidValueError: A name or a value is not one of those; or more than 1,000 keys are to be spread.
     """
-    reading = _Reading(session, model, filters, columns=columns, spread=spread, ids=ids)
+    reading = _Reading(
+        session, model, conditions(model, filter, where=where, **fields), columns=columns, spread=spread, ids=ids
+    )
     batches = list(reading.batches(BATCH))
     table = pa.Table.from_batches(batches, reading.schema)
     for name in reading.spread:
@@ -99,13 +105,15 @@ def to_arrow(
 def arrow_batches(
     session: Bind,
     /,
+    filter: Filter | str | None = None,  # noqa: A002 - as users say it
     *,
+    where: Where | None = None,
     columns: Sequence[str] | None = None,
     spread: Sequence[str] = (),
     ids: Ids = "string",
     batch: int = BATCH,
     model: Model = MlJob,
-    **filters: Any,
+    **fields: Unpack[Filters],
 ) -> pa.RecordBatchReader:
     """Return a reader of jobs as Arrow batches, in constant memory; the connection is busy until its last batch is read.
 
@@ -114,17 +122,21 @@ def arrow_batches(
 
     Args:
         session: The caller's session or connection.
+        filter: A :class:`~mljobs.Filter`, or its text; None for all jobs.
+        where: SQLAlchemy expressions of one's own beside it.
         columns: Which columns of the record; None for all.
         spread: See ``to_arrow``.
         ids: ``"string"`` or ``"uuid"``.
         batch: Rows in a batch, 1 to 1,000,000.
         model: The mapped job class.
-        **filters: As of ``jobs.conditions``.
+        **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
 
     Raises:
         InvalidValueError: See ``to_arrow``; while reading: a value does not fit its column.
     """
-    schema, batches = _open(session, columns=columns, spread=spread, ids=ids, batch=batch, model=model, **filters)
+    schema, batches = _open(
+        session, filter, where=where, columns=columns, spread=spread, ids=ids, batch=batch, model=model, **fields
+    )
     return pa.RecordBatchReader.from_batches(schema, batches)
 
 
@@ -138,16 +150,20 @@ def reader_of(session: Bind, **options: Any) -> Iterator[pa.RecordBatchReader]:
 
 def _open(
     session: Bind,
+    filter: Filter | str | None = None,  # noqa: A002 - as users say it
     *,
+    where: Where | None = None,
     columns: Sequence[str] | None = None,
     spread: Sequence[str] = (),
     ids: Ids = "string",
     batch: int = BATCH,
     model: Model = MlJob,
-    **filters: Any,
+    **fields: Unpack[Filters],
 ) -> tuple[pa.Schema, Generator[pa.RecordBatch]]:
     check_count("batch", batch, _BATCH_MAX)
-    reading = _Reading(session, model, filters, columns=columns, spread=spread, ids=ids)
+    reading = _Reading(
+        session, model, conditions(model, filter, where=where, **fields), columns=columns, spread=spread, ids=ids
+    )
     shapes = reading.shapes(batch)
     kept = [field for field in reading.schema if field.name not in reading.surplus]
     extra = [pa.field(f"{name}.{key}", _TYPES[kind]) for name in reading.spread for key, kind in shapes[name].items()]
@@ -181,14 +197,14 @@ class _Reading:
         self,
         session: Bind,
         model: Model,
-        filters: dict[str, Any],
+        where: Sequence[ColumnElement[bool]],
         *,
         columns: Sequence[str] | None,
         spread: Sequence[str],
         ids: Ids,
     ) -> None:
         self._table = table_of(model)
-        self._where = named_conditions(model, filters)
+        self._where = where
         self._connection: Connection = connection_of(session)
         self._kinds = [str(kind) for kind in model.__kinds__]
         names = list(_COLUMNS) if columns is None else _known("columns", columns, _COLUMNS)

@@ -7,13 +7,13 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 from sqlalchemy import Column, ColumnElement, Connection
 from sqlalchemy.util import await_only
 
 from mljobs.db._wire import read_wire, wire_of
-from mljobs.jobs import Bind, Model, named_conditions
+from mljobs.jobs import Bind, Filter, Filters, Model, Where, conditions
 from mljobs.jobs._base import connection_of, is_postgres
 from mljobs.record._models import MlJob
 from mljobs.transfer._files import File, writing
@@ -28,11 +28,13 @@ def export_jobs(
     session: Bind,
     /,
     file: File,
+    filter: Filter | str | None = None,  # noqa: A002 - as users say it
     *,
+    where: Where | None = None,
     extended: bool = False,
     progress: OnProgress | None = None,
     model: Model = MlJob,
-    **filters: Any,
+    **fields: Unpack[Filters],
 ) -> int:
     """Write records as NDJSON, one a line, byte for byte as RedDB writes them, in constant memory.
 
@@ -42,11 +44,12 @@ def export_jobs(
         session: The caller's session or connection.
         file: A path, ``"-"`` for standard output, or an open file, binary or text. A path that ends in ``.gz`` or
             ``.zst`` is compressed. Under a path the file appears when it is whole.
+        filter: A :class:`~mljobs.Filter`, or its text; None for all jobs.
+        where: SQLAlchemy expressions of one's own beside it.
         extended: Write our own columns too, under keys that RedDB ignores; the import of such a file is lossless.
         progress: Is called after every few hundred records.
         model: The mapped job class; columns of a host's own are not written.
-        **filters: As of ``jobs.find``: ``kind``, ``status``, ``target``, ``target_prefix``, ``created_after``,
-            ``created_before``, ``finished_after``, ``finished_before``, ``error_contains``.
+        **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
 
     Returns:
         How many.
@@ -56,7 +59,8 @@ def export_jobs(
         TransferError: The file cannot be written to its end.
         OSError: The path cannot be opened.
     """
-    rows_of = rows_reader(session, extended=extended, model=model, filters=filters)
+    chosen = conditions(model, filter, where=where, **fields)
+    rows_of = rows_reader(session, chosen, extended=extended, model=model)
     with closing(rows_of.parts()) as parts, writing(file) as sink:
         for rows in parts:
             sink.write(rows_of.lines(rows))
@@ -81,13 +85,8 @@ class RowsReader:
     id_of: Callable[[Row], str]
 
 
-def rows_reader(session: Bind, *, extended: bool, model: Model, filters: dict[str, Any]) -> RowsReader:
-    """Return what reads the records that pass the filters.
-
-    Raises:
-        InvalidValueError: No such filter, or a value that it cannot take.
-    """
-    where = named_conditions(model, filters)
+def rows_reader(session: Bind, where: Sequence[ColumnElement[bool]], *, extended: bool, model: Model) -> RowsReader:
+    """Return what reads the records for which all of ``where`` holds."""
     connection = connection_of(session)
     is_postgres(connection)
     wire = wire_of(connection)

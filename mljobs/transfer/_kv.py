@@ -10,10 +10,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 from mljobs.errors import InvalidValueError
-from mljobs.jobs import Bind, Model
+from mljobs.jobs import Bind, Filter, Filters, Model, Where, conditions
 from mljobs.record._models import MlJob
 from mljobs.transfer import _redis as redis
 from mljobs.transfer._exporting import rows_reader
@@ -36,11 +36,13 @@ def dump_kv(
     /,
     mapping: KvStore,
     prefix: str = "",
+    filter: Filter | str | None = None,  # noqa: A002 - as users say it
     *,
+    where: Where | None = None,
     extended: bool = False,
     progress: OnProgress | None = None,
     model: Model = MlJob,
-    **filters: Any,
+    **fields: Unpack[Filters],
 ) -> int:
     """Write records to a key-value store, each under its prefix and id, byte for byte as RedDB writes them.
 
@@ -50,10 +52,12 @@ def dump_kv(
         session: The caller's session or connection.
         mapping: A mapping, or a client of Redis or Valkey; an asynchronous client with an async store.
         prefix: Before the 32 hex digits; RedDB's own is ``"red.ml.jobs."``.
+        filter: A :class:`~mljobs.Filter`, or its text; None for all jobs.
+        where: SQLAlchemy expressions of one's own beside it.
         extended: Write our own columns too, under keys that RedDB ignores.
         progress: Is called after every few hundred records.
         model: The mapped job class.
-        **filters: As of ``export_jobs``.
+        **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
 
     Returns:
         How many.
@@ -64,7 +68,8 @@ def dump_kv(
     _check_prefix(prefix)
     put = _putter(mapping)
     total = 0
-    reader = rows_reader(session, extended=extended, model=model, filters=filters)
+    chosen = conditions(model, filter, where=where, **fields)
+    reader = rows_reader(session, chosen, extended=extended, model=model)
     with closing(reader.parts()) as parts:
         for rows in parts:
             keys = [prefix + reader.id_of(row) for row in rows]

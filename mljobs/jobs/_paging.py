@@ -1,0 +1,179 @@
+"""Pages of jobs in the order of creation, and how far one looks for them: never through all of a large table unasked."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, func, literal, select, tuple_
+
+from mljobs._values import from_millis, to_job_id, to_millis
+from mljobs.errors import InvalidValueError
+from mljobs.jobs._base import Bind, check_count, connection_of, table_of
+from mljobs.jobs._filters import Selection
+
+MAX_PAGE = 10_000
+"""The most jobs on one page."""
+WINDOWS = (1000, 9000, 90_000)
+"""Jobs that are looked at in one statement, one after the other."""
+_FEW = 10_000  # jobs that are sorted in a few milliseconds
+
+Order = Literal["newest", "oldest"]
+Place = tuple[datetime, UUID]
+"""Where a job stands in the order: its creation and its id."""
+Reader = Callable[[Sequence[ColumnElement[bool]], Sequence[Any], int], list[Any]]
+"""Reads what passes conditions, in an order, at most so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The jobs of a page, where the next one starts, at how many jobs was looked, and whether that was enough."""
+
+    jobs: tuple[Any, ...]
+    cursor: str | None
+    scanned: int | None = None
+    complete: bool = True
+
+
+class Paging:
+    """Reads one page of the jobs that are selected.
+
+    Args:
+        session: The caller's session or connection.
+        chosen: Which jobs.
+        order: ``"newest"`` or ``"oldest"`` first.
+        limit: At most so many jobs, 1 to 10,000.
+    """
+
+    def __init__(self, session: Bind, chosen: Selection, order: Order = "newest", limit: int = 1) -> None:
+        check_count("limit", limit, MAX_PAGE)
+        if order not in ("newest", "oldest"):
+            raise InvalidValueError("order", order, "expected 'newest' or 'oldest'")
+        table = table_of(chosen.model)
+        self._session = session
+        self._chosen = chosen
+        self._order = order
+        self._limit = limit
+        self._key = (table.c.created_at, table.c.id)
+        self._by = [column.desc() if order == "newest" else column.asc() for column in self._key]
+
+    def find(self, read: Reader, *, after: str | None, scan: bool) -> Found:
+        """Return the page.
+
+        Args:
+            read: Reads the jobs.
+            after: The cursor of the page before.
+            scan: Look at all jobs, however long it takes.
+
+        Raises:
+            InvalidValueError: ``after`` is no cursor of this order.
+        """
+        start = None if after is None else read_cursor(after, self._order)
+        served, looked_at = self.divided(sort_all=scan)
+        if not scan and looked_at:
+            return self._look(read, served, looked_at, start)
+        where = [*self._between(start, None), *served, *looked_at]
+        return self._full(read(where, self._by, self._limit + 1), None)
+
+    def divided(self, *, sort_all: bool) -> tuple[list[ColumnElement[bool]], list[ColumnElement[bool]]]:
+        """Return the conditions that an index serves, and those for which each job has to be looked at.
+
+        Args:
+            sort_all: Take what is only served where few jobs pass as served.
+        """
+        served, narrow, looked_at = self._chosen.divided()
+        if narrow and (sort_all or self._few([*served, *narrow])):
+            return [*served, *narrow], looked_at
+        return served, [*narrow, *looked_at]
+
+    @property
+    def reach(self) -> int:
+        """At how many jobs is looked unasked."""
+        return sum(WINDOWS)
+
+    def latest(self, served: Sequence[ColumnElement[bool]]) -> list[ColumnElement[bool]]:
+        """Return the condition for the next 100,000 jobs in the order; none where there are no more."""
+        return self._between(None, self._place(served, None, self.reach))
+
+    def _full(self, jobs: Sequence[Any], scanned: int | None) -> Found:
+        kept = tuple(jobs[: self._limit])
+        cursor = cursor_of(kept[-1], self._order) if len(jobs) > self._limit else None
+        return Found(kept, cursor, scanned)
+
+    def _few(self, where: Sequence[ColumnElement[bool]]) -> bool:
+        some = select(self._key[1]).where(*where).limit(_FEW + 1).subquery()
+        number: int = connection_of(self._session).execute(select(func.count()).select_from(some)).scalar_one()
+        return number <= _FEW
+
+    def _look(
+        self,
+        read: Reader,
+        served: Sequence[ColumnElement[bool]],
+        looked_at: Sequence[ColumnElement[bool]],
+        start: Place | None,
+    ) -> Found:
+        """Look at one job after the other, in growing windows."""
+        found: list[Any] = []
+        scanned = 0
+        for window in WINDOWS:
+            end = self._place(served, start, window)
+            found += read([*self._between(start, end), *served, *looked_at], self._by, self._limit + 1)
+            scanned += window
+            if end is None or len(found) > self._limit:
+                return self._full(found, None if end is None else scanned)
+            start = end
+        cursor = None if start is None else _cursor(*start, self._order)
+        return Found(tuple(found), cursor, scanned, len(found) == self._limit)
+
+    def _place(self, where: Sequence[ColumnElement[bool]], start: Place | None, window: int) -> Place | None:
+        """Return where the job stands that is ``window`` jobs further on; None where there are fewer."""
+        between = self._between(start, None)
+        statement = select(*self._key).where(*between, *where).order_by(*self._by).limit(1).offset(window - 1)
+        row = connection_of(self._session).execute(statement).first()
+        return None if row is None else (row[0], row[1])
+
+    def _between(self, start: Place | None, end: Place | None) -> list[ColumnElement[bool]]:
+        """Return the conditions for what comes after ``start`` and up to ``end``."""
+        here = tuple_(*self._key)
+        newest = self._order == "newest"
+        bounds: list[ColumnElement[bool]] = []
+        if start is not None:
+            bounds.append(here < self._there(start) if newest else here > self._there(start))
+        if end is not None:
+            bounds.append(here >= self._there(end) if newest else here <= self._there(end))
+        return bounds
+
+    def _there(self, place: Place) -> Any:
+        created_at, job_id = self._key
+        return tuple_(literal(place[0], created_at.type), literal(place[1], job_id.type))
+
+
+def cursor_of(job: Any, order: Order) -> str:
+    """Return where the page after this job starts; of a record or a summary."""
+    return _cursor(job.created_at, job.id, order)
+
+
+def _cursor(created_at: datetime, job_id: UUID, order: Order) -> str:
+    parts = json.dumps([order[0], to_millis(created_at), job_id.hex], separators=(",", ":"))
+    return base64.urlsafe_b64encode(parts.encode()).decode().rstrip("=")
+
+
+def read_cursor(cursor: str, order: Order) -> Place:
+    """Return the creation time and id that a cursor holds.
+
+    Raises:
+        InvalidValueError: It is none, or of another order.
+    """
+    try:
+        padded = cursor + "=" * (-len(cursor) % 4)
+        direction, millis, digits = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
+        if direction != order[0] or isinstance(millis, bool) or not isinstance(millis, int):
+            raise ValueError("of another order")  # noqa: TRY301 - told below like any other
+        return from_millis(millis), to_job_id(digits)
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise InvalidValueError("after", cursor, f"not a cursor of a page in {order} order") from error
