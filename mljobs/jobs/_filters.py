@@ -232,13 +232,14 @@ def selection(
     for expression in expressions:
         if not isinstance(expression, ColumnElement):
             raise InvalidValueError("where", expression, "expected SQLAlchemy expressions such as MlJob.priority > 0")
-    chosen &= Filter(**cast("Filters", dict(fields)))
     known = fields_of(model)
-    for term in chosen.terms:
-        if term.name not in known:
-            raise InvalidValueError(
-                term.name, term.values, f"no such filter; there are {', '.join((*FILTERS, *known))}"
-            )
+    unknown: dict[str, Any] = {term.name: term.values for term in chosen.terms if term.name not in known}
+    unknown |= {name: value for name, value in fields.items() if name not in known and name not in FILTERS}
+    for name, value in unknown.items():
+        raise InvalidValueError(
+            name, value, f"no such filter; there are {', '.join(dict.fromkeys((*FILTERS, *known)))}"
+        )
+    chosen &= Filter(**cast("Filters", dict(fields)))
     return Selection(chosen, expressions, model)
 
 
