@@ -71,6 +71,14 @@ def test_progress_and_cancels_reach_a_dask_process(store: JobStore, client: Clie
     assert store.get(job.id).status is CANCELLED
 
 
+def test_a_dask_process_reports_metrics_while_it_runs(store: JobStore, url: str, client: Client) -> None:
+    worker = Worker(store, executor=client.get_executor(), poll=0.1)
+    worker.handles("train")(worker_app.reports_until_seen)
+    job = store.submit("train", "spam", {"fail": False, "url": url})
+    assert worker.run(until_idle=True).jobs == {"completed": 1}
+    assert store.get(job.id).metrics == {"loss": 0.25, "seen": {"loss": 0.5}}
+
+
 def test_a_failure_on_dask_is_the_jobs_own_with_its_reason(file_store: JobStore, client: Client) -> None:
     worker = Worker(file_store, executor=client.get_executor(), poll=0.1)
     worker.handles("train")(worker_app.raises)

@@ -143,7 +143,7 @@ def test_async_items_are_tracked_too(sqlite_url: str) -> None:
     with JobStore(sqlite_url) as store:
         run = Run(_claimed(store))
     assert asyncio.run(work(run)) == [0, 1, 2, 3]
-    assert run.due_progress(100.0) == 100
+    assert run.take_report(100.0).progress == 100
 
 
 # ---------------------------------------------------------------------------------- the keeper, on a clock of the test's
@@ -198,18 +198,18 @@ def test_progress_is_written_once_a_second_and_the_last_value_never_lost(flaky: 
         flaky.calls.clear()
         for value in range(50):
             run.progress(value)
-            keeper.write_progress()
-        assert flaky.calls == ["set_progress_many"]
+            keeper.write_reports()
+        assert flaky.calls == ["report_many"]
         assert flaky._store.get(claim.job_id).progress == 0
         clock.now += 1
-        keeper.write_progress()
+        keeper.write_reports()
         assert flaky._store.get(claim.job_id).progress == 49
         run.progress(60)
         flaky.away = True
         clock.now += 1
-        keeper.write_progress()
+        keeper.write_reports()
         flaky.away = False
-        keeper.write_progress(run)
+        keeper.write_reports(run)
         assert flaky._store.get(claim.job_id).progress == 60
 
 

@@ -134,3 +134,15 @@ def pool(workers: int = 1) -> ProcessPoolExecutor:
     import multiprocessing
 
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def reports_until_seen(run: Run) -> dict[str, Any]:
+    """Report, wait until the record shows it, report again, and fail if the spec says so."""
+    with JobStore(run.spec["url"]) as store:
+        run.report(loss=0.5)
+        while (shown := store.get(run.job.id).metrics) is None:
+            run.sleep(0.05)
+    run.report(loss=0.25, seen=shown)
+    if run.spec["fail"]:
+        raise RuntimeError("as the spec says")
+    return {}

@@ -39,7 +39,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
-from mljobs._values import to_member
+from mljobs._values import to_json_text, to_member
 from mljobs.db._prepared import Prepared
 from mljobs.errors import InvalidValueError, LeaseLostError, TargetLockedError, TerminalStateError
 from mljobs.jobs._base import (
@@ -175,6 +175,31 @@ class Unread:
         """Return the record."""
         job: MlJob = record(self.reader.model, self.reader.values(self.row)[self.reader.columns])
         return job
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a running job has come to.
+
+    Attributes:
+        claim: What ``claim`` returned.
+        progress: Percent, 0 to 100; None keeps what the record holds.
+        metrics_json: JSON text; None keeps what the record holds.
+    """
+
+    claim: Claim
+    progress: int | None = None
+    metrics_json: str | None = None
+
+    @classmethod
+    def of(cls, claim: Claim, *, progress: int | None = None, metrics: Any = None) -> Report:
+        """Return a report with its values checked.
+
+        Raises:
+            InvalidValueError: A value is not one that its field can hold.
+        """
+        text = None if metrics is None else to_json_text("metrics", metrics)
+        return cls(claim, None if progress is None else _percent(progress), text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,9 +392,7 @@ def set_progress(session: Bind, claim: Claim, progress: int) -> None:
         LeaseLostError: The lease is gone; nothing was written.
         TerminalStateError: The job was cancelled; nothing was written.
     """
-    for error in set_progress_many(session, [(claim, progress)]):
-        if error is not None:
-            raise error
+    report(session, claim, progress=progress)
 
 
 def set_progress_many(session: Bind, progress: Iterable[tuple[Claim, int]]) -> list[LeaseLostError | Any | None]:
@@ -382,22 +405,54 @@ def set_progress_many(session: Bind, progress: Iterable[tuple[Claim, int]]) -> l
     Returns:
         For each pair, in order, None or the error that ``set_progress`` would raise.
     """
-    pairs = [(claim, _percent(value)) for claim, value in progress]
-    if not pairs:
+    return report_many(session, [Report.of(claim, progress=value) for claim, value in progress])
+
+
+def report(session: Bind, claim: Claim, *, progress: int | None = None, metrics: Any = None) -> None:
+    """Record progress and metrics of the running job, if this lease still holds it.
+
+    Args:
+        session: The caller's session or connection.
+        claim: What ``claim`` returned.
+        progress: Percent; may go back; above 100 counts as 100. None keeps what the record holds.
+        metrics: What came out so far, any JSON-able value, in place of what was reported before. None keeps that.
+
+    Raises:
+        InvalidValueError: A value is not one that its field can hold; nothing was written.
+        LeaseLostError: The lease is gone; nothing was written.
+        TerminalStateError: The job was cancelled; nothing was written.
+    """
+    for error in report_many(session, [Report.of(claim, progress=progress, metrics=metrics)]):
+        if error is not None:
+            raise error
+
+
+def report_many(session: Bind, reports: Iterable[Report]) -> list[LeaseLostError | Any | None]:
+    """Record progress and metrics of many running jobs in one statement, each if its lease still holds it.
+
+    Args:
+        session: The caller's session or connection.
+        reports: Of one model; of several for one claim the last is written.
+
+    Returns:
+        For each report, in order, None or the error that ``report`` would raise.
+    """
+    given = list(reports)
+    if not given:
         return []
-    model = model_of(claim for claim, _ in pairs)
+    model = model_of(report.claim for report in given)
     connection = connection_of(session)
-    latest = {claim.token: (claim, value) for claim, value in pairs}
-    rows = _progress_rows(connection, model, list(latest.values()))
+    latest = {report.claim.token: report for report in given}
+    rows = _report_rows(connection, model, list(latest.values()))
     done = {token for token, updated in rows if updated is not None}
     held = {token for token, _ in rows}
     errors: list[Any] = []
-    for claim, _ in pairs:
+    for claim in [report.claim for report in given]:
         if claim.token in done:
             errors.append(None)
         else:
             errors.append(explain(connection, model, claim, held=claim.token in held, wanted=MlJobStatus.RUNNING))
-    refresh(session, model, [claim.job_id for claim, _ in pairs])
+    refresh(session, model, [report.claim.job_id for report in given])
     return errors
 
 
@@ -700,35 +755,51 @@ def _release(model: Model) -> Prepared:
     )
 
 
-def _progress_rows(
-    connection: Connection, model: Model, pairs: Sequence[tuple[Claim, int]]
-) -> list[tuple[int, UUID | None]]:
+def _report_rows(connection: Connection, model: Model, reports: Sequence[Report]) -> list[tuple[int, UUID | None]]:
     """Return ``(token, id of the job that was written)`` for each lease that is still held."""
     if is_postgres(connection):
+        metrics = [report.metrics_json for report in reports]
         columns = {
-            "tokens": [claim.token for claim, _ in pairs],
-            "ids": [claim.job_id for claim, _ in pairs],
-            "progress": [value for _, value in pairs],
+            "tokens": [report.claim.token for report in reports],
+            "ids": [report.claim.job_id for report in reports],
+            "progress": [report.progress for report in reports],
+            # unnest fills the shorter list up with NULLs
+            "metrics": metrics if metrics.count(None) < len(metrics) else [],
         }
-        return [(row[0], row[1]) for row in _progress_statement(model).rows(connection, columns)]
+        return [(row[0], row[1]) for row in _report_statement(model).rows(connection, columns)]
     lock_sqlite(connection, model)
     rows: list[tuple[int, UUID | None]] = []
-    for claim, value in pairs:
-        own = {"token": claim.token, "id": claim.job_id, "progress": value}
+    for report in reports:
+        own = {
+            "token": report.claim.token,
+            "id": report.claim.job_id,
+            "progress": report.progress,
+            "metrics": report.metrics_json,
+        }
         for (token,) in _held_statement(model).rows(connection, own):
-            written = _one_progress_statement(model).rows(connection, own)
-            rows.append((token, claim.job_id if written else None))
+            written = _one_report_statement(model).rows(connection, own)
+            rows.append((token, report.claim.job_id if written else None))
     return rows
 
 
+def _reported(model: Model, dialect: str, progress: Any, metrics: Any) -> dict[str, Any]:
+    """Return what a report sets. A column that it says nothing of keeps its value, a big text without being written anew."""
+    jobs = table_of(model)
+    text_of_metrics = cast(metrics, jobs.c.metrics_json.type) if dialect == "postgresql" else metrics
+    return {
+        "progress": func.coalesce(progress, jobs.c.progress),
+        "metrics_json": func.coalesce(text_of_metrics, jobs.c.metrics_json),
+    }
+
+
 @per_model
-def _progress_statement(model: Model) -> Prepared:
-    def build(_: str) -> Select[Any]:
+def _report_statement(model: Model) -> Prepared:
+    def build(dialect: str) -> Select[Any]:
         jobs, leases = table_of(model), model.__leases__
-        wanted = unnested("wanted", tokens=BigInteger(), ids=JobId(), progress=SmallInteger())
+        wanted = unnested("wanted", tokens=BigInteger(), ids=JobId(), progress=SmallInteger(), metrics=Text())
         # KEY SHARE: the heartbeat may move expires_at meanwhile, nobody may take the lease away.
         held = (
-            select(leases.c.token, wanted.c.ids, wanted.c.progress)
+            select(leases.c.token, wanted.c.ids, wanted.c.progress, wanted.c.metrics)
             .join(wanted, and_(leases.c.token == wanted.c.tokens, leases.c.job_id == wanted.c.ids))
             .with_for_update(read=True, key_share=True, of=leases)
             .cte("held")
@@ -736,7 +807,7 @@ def _progress_statement(model: Model) -> Prepared:
         written = (
             update(jobs)
             .where(jobs.c.id == held.c.ids, jobs.c.status == constant(MlJobStatus.RUNNING))
-            .values(progress=held.c.progress)
+            .values(_reported(model, dialect, held.c.progress, held.c.metrics))
             .returning(jobs.c.id)
             .cte("written")
         )
@@ -753,10 +824,10 @@ def _held_statement(model: Model) -> Prepared:
 
 
 @per_model
-def _one_progress_statement(model: Model) -> Prepared:
+def _one_report_statement(model: Model) -> Prepared:
     jobs = table_of(model)
     statement = update(jobs).where(
         jobs.c.id == bindparam("id", type_=JobId()), jobs.c.status == constant(MlJobStatus.RUNNING)
     )
-    progress = bindparam("progress", type_=SmallInteger())
-    return Prepared(lambda _: statement.values(progress=progress).returning(jobs.c.id))
+    progress, metrics = bindparam("progress", type_=SmallInteger()), bindparam("metrics", type_=Text())
+    return Prepared(lambda dialect: statement.values(_reported(model, dialect, progress, metrics)).returning(jobs.c.id))

@@ -163,6 +163,8 @@ class AsyncJobStore(AsyncTransfers, Store):
     renew = async_store_method(jobs.renew)
     look = async_store_method(jobs.look)
     release = async_store_method(jobs.release)
+    report = async_store_method(jobs.report)
+    report_many = async_store_method(jobs.report_many)
     set_progress = async_store_method(jobs.set_progress)
     set_progress_many = async_store_method(jobs.set_progress_many)
     complete = async_store_method(jobs.complete, committed_errors=LEASE_GIVEN_BACK)

@@ -1,7 +1,7 @@
 """``Keeper``: a thread that renews the leases of runs.
 
-It renews all leases in one statement, writes their progress, and brings back cancels; so a long import, a busy GIL or a
-blocked event loop does not cost a lease.
+It renews all leases in one statement, writes their progress and metrics in another, and brings back cancels; so a long
+import, a busy GIL or a blocked event loop does not cost a lease.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from uuid import UUID
 from mljobs.db._failures import CONNECTION_ERRORS, first_line
 from mljobs.db._timeouts import answer_seconds, answers_within
 from mljobs.errors import TerminalStateError
-from mljobs.jobs import Claim, Outcome, Renewal
+from mljobs.jobs import Claim, Outcome, Renewal, Report
 from mljobs.record._models import MlJob
 from mljobs.store._run import Run
 
@@ -34,8 +34,8 @@ class LeaseStore(Protocol):
     def renew(self, claims: Iterable[Claim], *, lease: float = ...) -> Renewal:
         """Extend leases."""
 
-    def set_progress_many(self, progress: Iterable[tuple[Claim, int]]) -> list[Any]:
-        """Write progress."""
+    def report_many(self, reports: Iterable[Report]) -> list[Any]:
+        """Write progress and metrics."""
 
     def finish_many(self, outcomes: Iterable[Outcome]) -> list[Exception | None]:
         """Write outcomes."""
@@ -146,24 +146,24 @@ class Keeper:
             runs[claim.token].mark_lost()
         return True
 
-    def write_progress(self, only: Run | None = None) -> None:
-        """Write the progress that is due; of ``only`` whatever is there."""
+    def write_reports(self, only: Run | None = None) -> None:
+        """Write the progress and metrics that are due, of all runs in one statement; of ``only`` whatever is there."""
         now = self._clock()
         with self._changed:
             runs = [only] if only is not None else list(self._runs.values())
-        due = [(run, run.due_progress(now, everything=only is not None)) for run in runs]
-        pairs = [(run, value) for run, value in due if value is not None]
-        if not pairs:
+        due = [(run, run.take_report(now, everything=only is not None)) for run in runs]
+        reports = [(run, report) for run, report in due if report is not None]
+        if not reports:
             return
         try:
             with answers_within(self._patience):
-                errors = self._store.set_progress_many([(run.claim, value) for run, value in pairs])
+                errors = self._store.report_many([report for _, report in reports])
         except CONNECTION_ERRORS as error:
             logger.warning("cannot write progress: %s", first_line(error))
-            for run, value in pairs:
-                run.keep_progress(value)
+            for run, report in reports:
+                run.put_back_report(report)
             return
-        for (run, _), refused in zip(pairs, errors, strict=True):
+        for (run, _), refused in zip(reports, errors, strict=True):
             if isinstance(refused, TerminalStateError):
                 run.mark_cancelled()
             elif refused is not None:
@@ -193,7 +193,7 @@ class Keeper:
                 if self._closed:
                     return
             try:
-                self.write_progress()
+                self.write_reports()
                 if self._clock() >= due:
                     pause = self._every if self.renew() else min(self._every, _RETRY_SECONDS)
                     due = self._clock() + pause

@@ -50,10 +50,10 @@ def outcome_of(run: Run, error: BaseException | None) -> Outcome | None:
     if run.cancelled or run.lost:
         return None
     if error is None:
-        return Outcome.completed(run.claim, run.metrics)
+        return Outcome.completed(run.claim, run.measured)
     if isinstance(error, Exception):
-        return Outcome.failed(run.claim, failure_text(error))
-    return Outcome.requeued(run.claim)
+        return run.failed(failure_text(error))
+    return run.requeued()
 
 
 def record_outcome(
@@ -110,11 +110,11 @@ def record_end(store: LeaseStore, keeper: Keeper, run: Run, error: BaseException
     try:
         outcome = outcome_of(run, error)
     except InvalidValueError as unfit:  # metrics that JSON cannot hold
-        record_outcome(store, run, Outcome.failed(run.claim, unfit))
+        record_outcome(store, run, run.unfit(unfit))
         raise
     try:
         if error is not None:
-            keeper.write_progress(run)
+            keeper.write_reports(run)
         if outcome is not None:
             record_outcome(store, run, outcome)
         if run.cancelled:

@@ -7,15 +7,18 @@ import os
 import socket
 import threading
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sized
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, TypeVar, overload
 
 from mljobs.errors import InvalidValueError, JobCancelled, LeaseLostError
-from mljobs.jobs import Claim
+from mljobs.jobs import Claim, Outcome, Report
 from mljobs.record._models import MlJob
+from mljobs.states import MlJobStatus
+from mljobs.store._metrics import storable_metrics, unfit_paths
 
 _T = TypeVar("_T")
-_PROGRESS_SECONDS = 1.0
+_Measure = Callable[[_T], Mapping[str, Any] | None]
+_REPORT_SECONDS = 1.0
 _CHECK_SECONDS = 0.25
 _SHARED = threading.Lock()  # for all runs: it is held for a few instructions, and a lock for each would cost more
 os.register_at_fork(after_in_child=lambda: globals().update(_SHARED=threading.Lock()))
@@ -33,16 +36,21 @@ class Run:
 
     Attributes:
         claim: The lease under which the work is done.
-        metrics: What came out, any JSON-able value; recorded when the job completes.
         until: When the lease ends as far as its keeper knows, on the keeper's clock.
     """
 
-    __slots__ = ("_cancelled", "_lost", "_progress", "_stopping", "_woken", "_written", "claim", "metrics", "until")
+    __slots__ = (
+        "_cancelled", "_lost", "_metrics", "_metrics_set", "_progress", "_reported", "_stopping", "_unreported",
+        "_woken", "_written", "claim", "until",
+    )  # fmt: skip
 
     def __init__(self, claim: Claim) -> None:
         self.claim = claim
-        self.metrics: Any = None
         self.until = 0.0
+        self._metrics: Any = None
+        self._metrics_set = False
+        self._reported = False
+        self._unreported = False
         self._progress: int | None = None
         self._written = 0.0
         self._cancelled = False
@@ -67,6 +75,23 @@ class Run:
     def attempt(self) -> int:
         """Which attempt this is, from 1."""
         return self.claim.job.attempts
+
+    @property
+    def metrics(self) -> Any:
+        """What came out, any JSON-able value; a dict to begin with. Recorded when the job completes or fails."""
+        if self._metrics is None and not self._metrics_set:
+            self._metrics = {}
+        return self._metrics
+
+    @metrics.setter
+    def metrics(self, value: Any) -> None:
+        self._metrics = value
+        self._metrics_set = True
+
+    @property
+    def measured(self) -> Any:
+        """The metrics to record; None where the work has set none."""
+        return self._metrics if self._metrics or self._metrics_set else None
 
     @property
     def cancelled(self) -> bool:
@@ -117,6 +142,33 @@ class Run:
         with _SHARED:
             self._progress = max(0, min(100, whole))
 
+    def report(self, **metrics: Any) -> None:
+        """Report metrics: ``run.report(loss=0.31, epoch=4)``. They are merged with ``run.metrics``.
+
+        Written with the progress, at most once a second, and the last values are never lost. Whoever reads the record of
+        the running job sees them; a job that fails keeps them.
+
+        Args:
+            **metrics: JSON-able values, by name.
+
+        Raises:
+            InvalidValueError: JSON cannot hold a value, or ``run.metrics`` is no dict; nothing was reported.
+            JobCancelled: The job was cancelled.
+            LeaseLostError: The lease is gone.
+        """
+        self.check()
+        _, unfit = storable_metrics(metrics)
+        if unfit:
+            raise InvalidValueError(unfit[0], metrics, "JSON cannot hold it; nothing was reported")
+        with _SHARED:
+            current = self._metrics
+            if current is None:
+                current = self._metrics = {}
+            if not isinstance(current, dict):
+                raise InvalidValueError("metrics", current, "run.report() merges into a dict")
+            current.update(metrics)
+            self._reported = self._unreported = True
+
     def sleep(self, seconds: float) -> None:
         """Sleep, unless the work is no longer wanted; for a handler that waits for something outside.
 
@@ -157,57 +209,100 @@ class Run:
             self.check()
 
     @overload
-    def track(self, items: AsyncIterable[_T], total: int | None = None) -> AsyncIterator[_T]: ...
-    @overload
-    def track(self, items: Iterable[_T], total: int | None = None) -> Iterator[_T]: ...
     def track(
-        self, items: Iterable[_T] | AsyncIterable[_T], total: int | None = None
+        self, items: AsyncIterable[_T], total: int | None = None, *, report: _Measure[_T] | None = None
+    ) -> AsyncIterator[_T]: ...
+    @overload
+    def track(
+        self, items: Iterable[_T], total: int | None = None, *, report: _Measure[_T] | None = None
+    ) -> Iterator[_T]: ...
+    def track(
+        self,
+        items: Iterable[_T] | AsyncIterable[_T],
+        total: int | None = None,
+        *,
+        report: _Measure[_T] | None = None,
     ) -> Iterator[_T] | AsyncIterator[_T]:
         """Go through ``items``, reporting progress after each, and stop where the job was cancelled.
 
         Args:
             items: What to go through, sync or async.
             total: How many there are; None asks ``len``, and without one no progress is reported.
+            report: Called with each item when it is done; the metrics that it returns are reported, None for none.
         """
         known = len(items) if total is None and isinstance(items, Sized) else total
         if isinstance(items, AsyncIterable):
-            return self._track_async(items, known)
-        return self._track(items, known)
+            return self._track_async(items, known, report)
+        return self._track(items, known, report)
 
-    def _track(self, items: Iterable[_T], total: int | None) -> Iterator[_T]:
+    def _track(self, items: Iterable[_T], total: int | None, measure: _Measure[_T] | None) -> Iterator[_T]:
         self.check()
         for done, item in enumerate(items, 1):
             yield item
-            self._reached(done, total)
+            self._reached(item, done, total, measure)
 
-    async def _track_async(self, items: AsyncIterable[_T], total: int | None) -> AsyncIterator[_T]:
+    async def _track_async(
+        self, items: AsyncIterable[_T], total: int | None, measure: _Measure[_T] | None
+    ) -> AsyncIterator[_T]:
         self.check()
         done = 0
         async for item in items:
             yield item
             done += 1
-            self._reached(done, total)
+            self._reached(item, done, total, measure)
 
-    def _reached(self, done: int, total: int | None) -> None:
+    def _reached(self, item: _T, done: int, total: int | None, measure: _Measure[_T] | None) -> None:
         self.check()
+        metrics = measure(item) if measure is not None else None
+        if metrics is not None:
+            self.report(**metrics)
         if total:
             self.progress(done * 100 // total)
 
-    # What the keeper does with it.
+    # What the worker and the keeper do with it.
 
-    def due_progress(self, now: float, *, everything: bool = False) -> int | None:
-        """Take the value to be written now, if there is one."""
+    def keep_result(self, returned: Any) -> None:
+        """Take what a handler returned as the metrics; a dict is merged with what was reported before."""
+        if self._reported and isinstance(returned, dict) and isinstance(self._metrics, dict):
+            returned = {**self._metrics, **returned}
+        self.metrics = returned
+
+    def failed(self, error: str | BaseException) -> Outcome:
+        """Return the outcome of a failure, with what was measured until then."""
+        reason = Outcome.failed(self.claim, error).error_message
+        return Outcome(self.claim, MlJobStatus.FAILED, reason, self._storable_metrics())
+
+    def requeued(self) -> Outcome:
+        """Return the outcome of work that is put back, with what was measured until then."""
+        return Outcome(self.claim, MlJobStatus.QUEUED, None, self._storable_metrics())
+
+    def unfit(self, error: InvalidValueError) -> Outcome:
+        """Return the outcome of a job whose metrics JSON cannot hold: failed, with those that it can."""
+        text, paths = storable_metrics(self.measured)
+        reason = Outcome.failed(self.claim, f"{error}\nnot JSON: {unfit_paths(paths)}").error_message
+        return Outcome(self.claim, MlJobStatus.FAILED, reason, text)
+
+    def _storable_metrics(self) -> str | None:
+        measured = self.measured
+        return None if measured is None else storable_metrics(measured)[0]
+
+    def take_report(self, now: float, *, everything: bool = False) -> Report | None:
+        """Take what is to be written now, if there is anything."""
         with _SHARED:
-            if self._progress is None or not (everything or now - self._written >= _PROGRESS_SECONDS):
+            nothing = self._progress is None and not self._unreported
+            if nothing or not (everything or now - self._written >= _REPORT_SECONDS):
                 return None
-            value, self._progress, self._written = self._progress, None, now
-            return value
+            progress, unreported = self._progress, self._unreported
+            self._progress, self._unreported, self._written = None, False, now
+            metrics = dict(self._metrics) if unreported and isinstance(self._metrics, dict) else None
+        return Report(self.claim, progress, None if metrics is None else storable_metrics(metrics)[0])
 
-    def keep_progress(self, value: int) -> None:
-        """Put back a value that could not be written, unless a later one has come."""
+    def put_back_report(self, report: Report) -> None:
+        """Put back what could not be written, unless later values have come."""
         with _SHARED:
             if self._progress is None:
-                self._progress = value
+                self._progress = report.progress
+            self._unreported = self._unreported or report.metrics_json is not None
 
     def mark_cancelled(self) -> None:
         """Tell the work that the job was cancelled."""

@@ -130,6 +130,8 @@ class JobStore(Transfers, Store):
     renew = store_method(jobs.renew)
     look = store_method(jobs.look)
     release = store_method(jobs.release)
+    report = store_method(jobs.report)
+    report_many = store_method(jobs.report_many)
     set_progress = store_method(jobs.set_progress)
     set_progress_many = store_method(jobs.set_progress_many)
     complete = store_method(jobs.complete, committed_errors=LEASE_GIVEN_BACK)

@@ -40,7 +40,7 @@ async def await_handler(function: Callable[[Run], Awaitable[Any]], run: Run, max
 def requeue_or_fail(run: Run, error: BaseException, max_attempts: int) -> Outcome:
     """Return what to record of work that was stopped from outside: back to the queue, unless that happened too often."""
     if run.attempt < max_attempts:
-        return Outcome.requeued(run.claim)
+        return run.requeued()
     return Outcome.failed(run.claim, f"gave up after {run.attempt} attempts: {failure_text(error)}")
 
 
@@ -52,15 +52,15 @@ def outcome_of_call(run: Run, error: BaseException | None, returned: Any = None)
     if run.cancelled or run.lost:
         return None
     if error is not None:
-        return Outcome.failed(run.claim, failure_text(error))
+        return run.failed(failure_text(error))
     if returned is not None:
-        run.metrics = returned
+        run.keep_result(returned)
     try:
-        return Outcome.completed(run.claim, run.metrics)
+        return Outcome.completed(run.claim, run.measured)
     except InvalidValueError as unfit:  # metrics that JSON cannot hold
         if inspect.iscoroutine(returned):
             returned.close()
             return Outcome.failed(run.claim, f"{unfit}; the handler has to be an async function itself to be awaited")
-        return Outcome.failed(run.claim, unfit)
+        return run.unfit(unfit)
     except Exception as broken:  # noqa: BLE001 - code of the host's, such as a tolist() that raises
-        return Outcome.failed(run.claim, f"the metrics cannot be read: {failure_text(broken)}")
+        return run.failed(f"the metrics cannot be read: {failure_text(broken)}")

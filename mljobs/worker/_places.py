@@ -53,7 +53,7 @@ class WorkerContext:
     def finish(self, run: Run, handler: Handler, outcome: Outcome | None, seconds: float) -> None:
         """Hand the outcome on, and free the slot."""
         if outcome is not None and outcome.status is MlJobStatus.FAILED:
-            self.keeper.write_progress(run)  # how far it came
+            self.keeper.write_reports(run)  # how far it came
         self.writer.put(FinishedRun(run, outcome, handler, seconds))
         self.prefetcher.ended(run)
 

@@ -91,7 +91,7 @@ class OutcomeWriter:
         Raises:
             DBAPIError: The database is away; nothing was written.
         """
-        outcomes = [Outcome.requeued(run.claim) for run in runs]
+        outcomes = [run.requeued() for run in runs]
         with answers_within(self._patience):
             errors = self._store.finish_many(outcomes)
         # An error means that it ended, or was lost, at the last moment, and has been counted as that.

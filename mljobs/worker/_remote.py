@@ -15,7 +15,7 @@ from uuid import UUID
 
 from sqlalchemy import URL
 
-from mljobs.jobs import Claim, Model, Outcome, Renewal
+from mljobs.jobs import Claim, Model, Outcome, Renewal, Report
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus
 from mljobs.store._keeper import Keeper
@@ -72,7 +72,7 @@ def run_remote_call(call: RemoteCall) -> RemoteResult:
     keeper.add(run)
     try:
         outcome = call_handler(call.function, run)
-        keeper.write_progress(run)
+        keeper.write_reports(run)
     finally:
         keeper.remove(run)
     if outcome is None:
@@ -90,9 +90,9 @@ class _LooksOnly:
         """Return which leases are held, lost and cancelled."""
         return self._store.look(claims)
 
-    def set_progress_many(self, progress: Iterable[tuple[Claim, int]]) -> list[Any]:
-        """Write progress."""
-        return self._store.set_progress_many(progress)
+    def report_many(self, reports: Iterable[Report]) -> list[Any]:
+        """Write progress and metrics."""
+        return self._store.report_many(reports)
 
     def finish_many(self, outcomes: Iterable[Outcome]) -> list[Exception | None]:
         """Write outcomes."""
