@@ -104,7 +104,7 @@ def kept(store: Any, clock: Clock, number: int = 1) -> tuple[Keeper, list[Run]]:
     """Return a keeper without its thread: the test says when."""
     keeper = Keeper(store, 3600, clock)
     runs = [Run(claim) for claim in claimed(store, number)]
-    keeper._runs.update({number: run for number, run in enumerate(runs)})
+    keeper._runs.update(enumerate(runs))
     return keeper, runs
 
 
@@ -184,7 +184,9 @@ def test_a_value_that_json_cannot_hold_is_named_by_its_path_and_the_rest_stays_a
         run.report(loss=0.1)
 
 
-def test_the_metrics_of_a_run_are_a_dict_to_begin_with_and_none_are_recorded_where_none_are_set(store: JobStore) -> None:
+def test_the_metrics_of_a_run_are_a_dict_to_begin_with_and_none_are_recorded_where_none_are_set(
+    store: JobStore,
+) -> None:
     (first, second, third) = claimed(store, 3)
     assert Run(first).measured is None
     run = Run(second)
@@ -248,9 +250,8 @@ def test_a_coroutine_reports_as_a_function_does(store: JobStore) -> None:
     @worker.handles("train")
     async def train(run: Run) -> None:
         async for number in run.track(batches(), total=3, report=lambda number: {"batch": number} if number else None):
-            until_shown = number == 2
-            while until_shown and (await asyncio.to_thread(store.get, run.job.id)).metrics is None:
-                await asyncio.sleep(0)
+            if number == 2:
+                await asyncio.to_thread(until, lambda: store.get(run.job.id).metrics is not None)
 
     job = store.submit("train", "spam")
     assert worker.run(until_idle=True).jobs == {"completed": 1}
