@@ -141,7 +141,7 @@ def test_prepared_statements_hide_no_constant_in_a_parameter() -> None:
         "postgresql": [
             *(claiming._claim_statement(MlJob, which, 10) for which in ("any", "kinds", "ids")),
             claiming._renewal(MlJob),
-            claiming._progress_statement(MlJob),
+            claiming._report_statement(MlJob),
             *(finishing._finish_statement(MlJob, single) for single in (True, False)),
             *(exchanging._statement(MlJob, "any", 10, single) for single in (True, False)),
             finishing._cancellation(MlJob),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mljobs.errors import InvalidValueError
 from mljobs._values import to_json_text
+from mljobs.errors import InvalidValueError
 
 _DEPTH_MAX = 50
 _NAMED_MAX = 5
