@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from enum import StrEnum
+from inspect import signature
 from typing import Any
 from uuid import UUID
 
@@ -50,7 +51,15 @@ def shown(value: object) -> str:
 
 
 class MlJobsError(DontWrapMixin, Exception):
-    """Root of all errors of mljobs. ``DontWrapMixin``: SQLAlchemy passes it on as it is, never as ``StatementError``."""
+    """Root of all errors of mljobs. ``DontWrapMixin``: SQLAlchemy passes it on as it is, never as ``StatementError``.
+
+    A subclass keeps each argument as an attribute of the same name; so its errors can be pickled and copied.
+    """
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        taken = signature(type(self).__init__).parameters.values()
+        names = [each.name for each in taken if each.kind is each.POSITIONAL_OR_KEYWORD][1:]
+        return (type(self), tuple(getattr(self, name) for name in names)) if names else super().__reduce__()
 
 
 class InvalidValueError(MlJobsError, ValueError):
@@ -67,9 +76,6 @@ class InvalidValueError(MlJobsError, ValueError):
         self.value = value
         self.reason = reason
         super().__init__(f"field {field!r} cannot be {shown(value)}: {reason}")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.field, self.value, self.reason)
 
 
 class FilterError(InvalidValueError):
@@ -130,9 +136,6 @@ class JobDecodeError(MlJobsError, ValueError):
         self.reason = reason
         super().__init__(f"field {field!r}: {reason}" if field is not None else reason)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.field, self.reason)
-
 
 class JobNotFound(MlJobsError, LookupError):
     """No record has this id.
@@ -144,9 +147,6 @@ class JobNotFound(MlJobsError, LookupError):
     def __init__(self, job_id: UUID) -> None:
         self.job_id = job_id
         super().__init__(f"job {job_id} does not exist")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.job_id,)
 
 
 class TerminalStateError(MlJobsError):
@@ -178,9 +178,6 @@ class TerminalStateError(MlJobsError):
         detail = "; ".join(f"{field} {shown(old)} -> {shown(new)}" for field, (old, new) in self.changes.items())
         super().__init__(f"{subject} {state}{since} and cannot {action}" + (f": {detail}" if detail else ""))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.job_id, self.status, self.finished_at, self.changes, self.action)
-
 
 class InvalidTransitionError(MlJobsError):
     """A state that may not follow the present one.
@@ -206,9 +203,6 @@ class InvalidTransitionError(MlJobsError):
         else:
             super().__init__(f"{subject} is {status.token} and cannot become {wanted.token}")
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.job_id, self.status, self.wanted)
-
 
 class TargetLockedError(MlJobsError):
     """The job is queued, but another one holds the target that it must have to itself.
@@ -220,9 +214,6 @@ class TargetLockedError(MlJobsError):
     def __init__(self, job_id: UUID) -> None:
         self.job_id = job_id
         super().__init__(f"job {job_id} has to wait: its target is held by another exclusive job")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.job_id,)
 
 
 class JobExistsError(MlJobsError):
@@ -240,9 +231,6 @@ class JobExistsError(MlJobsError):
         super().__init__(
             f"{subject}{'' if place is None else f' of {place}'} exists already: its id would be a duplicate"
         )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.job_id, self.place)
 
 
 class JobHeldError(MlJobsError):
@@ -263,9 +251,6 @@ class JobHeldError(MlJobsError):
             "let it end, or cancel or rescue the job"
         )
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.job_id, self.worker, self.expires_at)
-
 
 class LeaseLostError(MlJobsError):
     """The lease behind a write is gone: expired and rescued, or released. Nothing was written.
@@ -280,9 +265,6 @@ class LeaseLostError(MlJobsError):
         self.token = token
         super().__init__(f"job {job_id} is no longer held by lease {token}; nothing was written, stop working on it")
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.job_id, self.token)
-
 
 class JobCancelled(MlJobsError):
     """The job that this code runs was cancelled; raised at the next check so that the work stops.
@@ -294,9 +276,6 @@ class JobCancelled(MlJobsError):
     def __init__(self, job_id: UUID) -> None:
         self.job_id = job_id
         super().__init__(f"job {job_id} was cancelled")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.job_id,)
 
 
 class WaitTimeout(MlJobsError, TimeoutError):
@@ -314,9 +293,6 @@ class WaitTimeout(MlJobsError, TimeoutError):
         self.status = status
         super().__init__(f"job {job_id} is still {status.token} after {timeout:g} s")
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.job_id, self.timeout, self.status)
-
 
 class ModelError(MlJobsError, TypeError):
     """A class with ``MlJobMixin`` cannot hold a record as it is defined.
@@ -330,9 +306,6 @@ class ModelError(MlJobsError, TypeError):
         self.model = model
         self.reason = reason
         super().__init__(f"class {model.__name__} cannot hold a job record: {reason}")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.model, self.reason)
 
 
 class TransferError(MlJobsError, OSError):
@@ -350,9 +323,6 @@ class TransferError(MlJobsError, OSError):
         self.records = records
         super().__init__(f"{file}: {reason} (after {records:,} records)")
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.file, self.reason, self.records)
-
 
 class SchemaError(MlJobsError):
     """The database is not what this version of mljobs expects.
@@ -365,6 +335,3 @@ class SchemaError(MlJobsError):
         self.message = message
         self.problems = tuple(problems)
         super().__init__("\n  - ".join((message, *self.problems)))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.message, self.problems)

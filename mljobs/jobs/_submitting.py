@@ -16,6 +16,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
+from mljobs._fields import FIELDS, NAMES
 from mljobs._values import to_json_text, to_member, utc_now
 from mljobs.db._prepared import Prepared
 from mljobs.db._rows import insert_rows
@@ -43,23 +44,7 @@ from mljobs.record._models import MlJob
 from mljobs.states import ACTIVE, MlJobKind, MlJobStatus
 
 _CHUNK = 1000
-_LIFE = frozenset(
-    {
-        "id",
-        "status",
-        "progress",
-        "created_at",
-        "started_at",
-        "finished_at",
-        "error_message",
-        "metrics_json",
-        "attempts",
-        "run_after",
-        "retry_of",
-        "worker",
-        "lease",
-    }
-)
+_LIFE = frozenset(field.name for field in FIELDS if not field.taken_over)
 """What a retry does not take over from the job that it does again."""
 
 
@@ -364,6 +349,6 @@ def _row_of_plain(kind: str, target_name: str, spec: Any) -> tuple[Any, ...]:
 
 
 _QUEUED = MlJobStatus.QUEUED
-_UNSET = (None, None, None)  # started_at, finished_at, error_message
-_REST = (None, 0, 0, None, False, None, None, None)
-# metrics_json, attempts, priority, run_after, exclusive, retry_of, worker, lease
+_DEFAULTS = tuple(field.default for field in FIELDS)
+_UNSET = _DEFAULTS[NAMES.index("created_at") + 1 : NAMES.index("spec_json")]
+_REST = _DEFAULTS[NAMES.index("spec_json") + 1 :]

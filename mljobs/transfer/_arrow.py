@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 import msgspec
 
+from mljobs._fields import BY_NAME, FIELDS
 from mljobs.db._wire import Wire, read_wire, wire_of
 from mljobs.errors import InvalidValueError
-from mljobs.guards._companions import GUARDED_COLUMNS
 from mljobs.jobs import Bind, Filter, Filters, Model, Where, conditions, table_of
 from mljobs.jobs._base import check_count, connection_of
 from mljobs.record._models import MlJob
@@ -39,12 +39,8 @@ BATCH = 65_536
 _BATCH_MAX = 1_000_000
 _KEYS_MAX = 1_000
 _SPREADABLE = ("spec", "metrics")
-_COLUMNS = tuple(name for name in GUARDED_COLUMNS if name != "lease")  # that one is the present, not the record
-_IDS = frozenset({"id", "retry_of"})
-_TIMES = frozenset({"created_at", "started_at", "finished_at", "run_after"})
-_SMALL = frozenset({"progress", "attempts", "priority"})
-_TOKENS = frozenset({"kind", "status"})
-_LONG = frozenset({"error_message", "spec_json", "metrics_json"})
+_COLUMNS = tuple(field.name for field in FIELDS if field.kv_key or field.extended)
+"""What an export holds: the record, without the lease of the present."""
 _POSTGRES_EPOCH_US = 946_684_800_000_000  # from 1970 to 2000, where COPY counts from
 
 _Kind = Literal["null", "number", "flag", "string", "json"]
@@ -57,6 +53,14 @@ _TYPES: dict[_Kind, Any] = {
     "flag": pa.bool_(),
     "string": pa.large_string(),
     "json": pa.large_string(),
+}
+_ARROW_TYPES: dict[str, Any] = {
+    "token": pa.dictionary(pa.int8(), pa.string()),
+    "text": pa.string(),
+    "json": pa.large_string(),  # and errors: a batch of string holds 2 GiB: 65,536 specs of 32 KiB
+    "small": pa.int16(),
+    "time": pa.timestamp("ms", "UTC"),
+    "flag": pa.bool_(),
 }
 
 
@@ -219,19 +223,9 @@ class _Reading:
         self.schema = pa.schema([self._field(name) for name in self._names])
 
     def _field(self, name: str) -> pa.Field:
-        nullable = bool(self._table.c[name].nullable)
-        if name in _IDS:
-            return pa.field(name, self._id_type, nullable)
-        if name in _TIMES:
-            return pa.field(name, pa.timestamp("ms", "UTC"), nullable)
-        if name in _TOKENS:
-            return pa.field(name, pa.dictionary(pa.int8(), pa.string()), nullable)
-        if name in _SMALL:
-            return pa.field(name, pa.int16(), nullable)
-        if name == "exclusive":
-            return pa.field(name, pa.bool_(), nullable)
-        # A batch of string holds 2 GiB: 65,536 specs of 32 KiB.
-        return pa.field(name, pa.large_string() if name in _LONG else pa.string(), nullable)
+        form = BY_NAME[name].form
+        arrow_type = self._id_type if form == "id" else _ARROW_TYPES["json" if name == "error_message" else form]
+        return pa.field(name, arrow_type, bool(self._table.c[name].nullable))
 
     def batches(self, batch: int) -> Generator[pa.RecordBatch]:
         wire = wire_of(self._connection)
@@ -255,15 +249,16 @@ class _Reading:
 
     def _maker(self, name: str, wire: Wire) -> Callable[[Sequence[Any]], pa.Array]:
         """Return what makes an array of a column's values in wire form."""
-        if name in _IDS:
+        form = BY_NAME[name].form
+        if form == "id":
             return _ids_as_text(wire) if self._id_type == pa.string() else _ids_as_uuid(wire)
-        if name in _TIMES:
+        if form == "time":
             return _times(wire)
-        if name in _TOKENS:
+        if form == "token":
             tokens = self._kinds if name == "kind" else [str(status) for status in MlJobStatus]
             return _tokens(tokens)
         wanted = self.schema.field(name).type
-        if name == "exclusive":  # SQLite's are 0 and 1
+        if form == "flag":  # SQLite's are 0 and 1
             return lambda values: pa.array([bool(value) for value in values], wanted)
         return lambda values: pa.array(values, wanted)
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
 from functools import cache
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 from uuid import UUID
 
 import msgspec
 
+from mljobs._fields import BY_NAME, EXTENDED_FIELDS, KV_FIELDS, Field
 from mljobs._values import MAX_MS, storable_json, storable_text, to_job_id
 from mljobs.db._wire import Wire
 from mljobs.errors import InvalidValueError, JobDecodeError, shown
@@ -29,42 +31,43 @@ if TYPE_CHECKING:
 
 Row = tuple[Any, ...]
 
-KEYS: Final = (
-    "created_at", "error", "finished_at", "id", "kind", "metrics", "progress", "spec", "started_at", "status", "target",
-)  # fmt: skip
+KEYS: Final = tuple(str(field.kv_key) for field in KV_FIELDS)
 """The KV keys, as RedDB writes them."""
-OWN: Final = ("attempts", "exclusive", "priority", "retry_of", "run_after", "worker")
+OWN: Final = tuple(field.name for field in EXTENDED_FIELDS)
 """Our own columns, and the keys that hold them in an extended line."""
-NAMES: Final = (
-    "created_at", "error_message", "finished_at", "id", "kind", "metrics_json", "progress", "spec_json", "started_at",
-    "status", "target_name", *OWN,
-)  # fmt: skip
+NAMES: Final = (*(field.name for field in KV_FIELDS), *OWN)
 """The columns of a row."""
 ID: Final = KEYS.index("id")
 PROGRESS: Final = KEYS.index("progress")
 STARTED: Final = KEYS.index("started_at")
 STATUS: Final = KEYS.index("status")
 SHARED: Final = len(KEYS)
-TIMES: Final = tuple(at for at, name in enumerate(NAMES) if name.endswith("_at") or name == "run_after")
-IDS: Final = (ID, NAMES.index("retry_of"))
+TIMES: Final = tuple(at for at, name in enumerate(NAMES) if BY_NAME[name].form == "time")
+IDS: Final = tuple(at for at, name in enumerate(NAMES) if BY_NAME[name].form == "id")
 
 _EPOCH_KEY: Final = "at_epoch"
 """An extended line's list of times that are 1970-01-01 itself, where the KV format writes 0 for "not yet" as well."""
 _ID_DIGITS: Final = 32
 _ID_BYTES: Final = 16
-_SMALLINT_MAX: Final = 32_767
 
 _Millis = Annotated[int, msgspec.Meta(ge=0, le=MAX_MS)]
 _IdText = Annotated[str, msgspec.Meta(min_length=_ID_DIGITS, max_length=_ID_DIGITS)]
+_TYPES: Final[dict[str, Any]] = {"id": _IdText, "text": str, "time": _Millis, "flag": bool}
+
+
+def _type_of(field: Field) -> Any:
+    """Return what a typed pass takes under the key of one of our own fields."""
+    if field.limits is not None:
+        return Annotated[int, msgspec.Meta(ge=field.limits[0], le=field.limits[1])]
+    return _TYPES[field.form] | None if field.nullable else _TYPES[field.form]
+
+
 _OWN_TYPES: Final[dict[str, tuple[Any, Any]]] = {
-    "attempts": (Annotated[int, msgspec.Meta(ge=0, le=_SMALLINT_MAX)], 0),
-    "exclusive": (bool, False),
-    "priority": (Annotated[int, msgspec.Meta(ge=-_SMALLINT_MAX - 1, le=_SMALLINT_MAX)], 0),
-    "retry_of": (_IdText | None, None),
-    "run_after": (_Millis | None, None),
-    "worker": (str | None, None),
+    **{field.name: (_type_of(field), field.default) for field in EXTENDED_FIELDS},
     _EPOCH_KEY: (list[Literal["started_at", "finished_at"]] | None, None),
 }
+_OWN_DEFAULTS: Final = tuple(field.default for field in EXTENDED_FIELDS)
+_own_of = attrgetter(*OWN)
 
 _REFUSALS = (ValueError, KeyError, RecursionError, msgspec.MsgspecError)
 _check_json = msgspec.json.Decoder(msgspec.Raw).decode
@@ -128,18 +131,25 @@ _IDS_IN: Final[dict[str, Callable[[bytes], Any] | None]] = {"psycopg": None, "as
 
 
 def row_maker(wire: Wire, kinds: type[StrEnum]) -> Callable[[bytes], Row]:
-    """Return the function from one line to its row.
+    """Return the function from one line to its row; it raises ``RejectedLineError`` for a line that is no record.
 
-    It is as it is for speed: a call costs as much as three attributes, and there are half a million lines a second.
+    A line with keys of our own is refused at the first of them by the pass for RedDB's keys, and goes on to the second.
 
     Args:
         wire: The form that the driver takes.
         kinds: The enum of kinds whose tokens are accepted.
-
-    Returns:
-        It raises ``RejectedLineError`` for a line that is no record.
     """
     decode, decode_own = _line_decoders(kinds)
+    return _kv_row_maker(wire, kinds, decode, _own_row_maker(wire, kinds, decode_own))
+
+
+def _kv_row_maker(
+    wire: Wire, kinds: type[StrEnum], decode: Callable[[bytes], Any], make_own: Callable[[bytes], Row]
+) -> Callable[[bytes], Row]:
+    """Return the maker for lines with RedDB's keys alone.
+
+    It is as it is for speed: a call costs as much as three attributes, and there are half a million lines a second.
+    """
     origin, unit, id_in, fromhex, check_json = wire.origin, wire.unit, _IDS_IN[wire.name], bytes.fromhex, _check_json
 
     def make(line: bytes) -> Row:
@@ -167,60 +177,67 @@ def row_maker(wire: Wire, kinds: type[StrEnum]) -> Callable[[bytes], Row]:
                 origin + started * unit if started else None,
                 found.status,
                 target,
-                0,
-                False,
-                0,
-                None,
-                None,
-                None,
+                *_OWN_DEFAULTS,
             )
         except _REFUSALS:
             return make_own(line)
+
+    return make
+
+
+def _own_row_maker(wire: Wire, kinds: type[StrEnum], decode_own: Callable[[bytes], Any]) -> Callable[[bytes], Row]:
+    """Return the maker for lines that may have keys of our own."""
+    origin, unit, id_in, fromhex, check_json = wire.origin, wire.unit, _IDS_IN[wire.name], bytes.fromhex, _check_json
+
+    def make_id(text: str) -> Any:
+        job_id = fromhex(text)
+        if len(job_id) != _ID_BYTES:
+            raise ValueError(text)  # it holds spaces
+        return job_id if id_in is None else id_in(job_id)
+
+    def make_text(text: str) -> str:
+        if "\x00" in text:
+            raise ValueError(text)
+        return text
+
+    converters: dict[str, Callable[[Any], Any]] = {
+        "id": make_id,
+        "text": make_text,
+        "time": lambda millis: origin + millis * unit,
+    }
+    own_converters = [converters.get(field.form) for field in EXTENDED_FIELDS]
 
     def make_own(line: bytes) -> Row:
         try:
             found = decode_own(line)
             if found.at_epoch is not None:
                 return _make_exactly(line, wire, kinds)
-            target, error, spec, metrics = found.target, found.error, found.spec, found.metrics
-            started, finished, retry_of, run_after, worker = (
-                found.started_at,
-                found.finished_at,
-                found.retry_of,
-                found.run_after,
-                found.worker,
-            )
+            error, metrics, started, finished = found.error, found.metrics, found.started_at, found.finished_at
             line.decode()
-            check_json(spec)
-            check_json(metrics or "0")
-            ids = [fromhex(text) for text in (found.id, retry_of) if text is not None]
-            bad_text = "\x00" in target or "\x00" in (error or "") or "\x00" in (worker or "")
-            if bad_text or metrics == "" or any(len(each) != _ID_BYTES for each in ids):
-                return _make_exactly(line, wire, kinds)
-            job_ids = ids if id_in is None else [id_in(each) for each in ids]
+            check_json(found.spec)
+            if metrics is not None:
+                check_json(metrics)
             return (
                 origin + found.created_at * unit,
-                error,
+                None if error is None else make_text(error),
                 origin + finished * unit if finished else None,
-                job_ids[0],
+                make_id(found.id),
                 found.kind,
                 metrics,
                 found.progress,
-                spec,
+                found.spec,
                 origin + started * unit if started else None,
                 found.status,
-                target,
-                found.attempts,
-                found.exclusive,
-                found.priority,
-                None if retry_of is None else job_ids[1],
-                None if run_after is None else origin + run_after * unit,
-                worker,
+                make_text(found.target),
+                *[
+                    value if convert is None or value is None else convert(value)
+                    for convert, value in zip(own_converters, _own_of(found), strict=True)
+                ],
             )
         except _REFUSALS:
             return _make_exactly(line, wire, kinds)
 
-    return make  # a line of our own is refused at its first key, and goes on to make_own
+    return make_own
 
 
 def _make_exactly(line: bytes, wire: Wire, kinds: type[StrEnum]) -> Row:
@@ -245,15 +262,26 @@ def _make_exactly(line: bytes, wire: Wire, kinds: type[StrEnum]) -> Row:
             times["started_at"],
             record.status.value,
             storable_text("target", record.target),
-            own["attempts"],
-            own["exclusive"],
-            own["priority"],
-            None if own["retry_of"] is None else wire.id_in(to_job_id(own["retry_of"], "retry_of").hex),
-            None if own["run_after"] is None else wire.time_in(own["run_after"]),
-            None if own["worker"] is None else storable_text("worker", own["worker"]),
+            *[
+                None
+                if own[field.name] is None
+                else _EXACT.get(field.form, _unchanged)(field.name, own[field.name], wire)
+                for field in EXTENDED_FIELDS
+            ],
         )
     except (JobDecodeError, InvalidValueError) as error:
         raise RejectedLineError(error.field, error.reason) from error
+
+
+def _unchanged(_name: str, value: Any, _wire: Wire) -> Any:
+    return value
+
+
+_EXACT: Final[dict[str, Callable[[str, Any, Wire], Any]]] = {
+    "id": lambda name, value, wire: wire.id_in(to_job_id(value, name).hex),
+    "text": lambda name, value, _wire: storable_text(name, value),
+    "time": lambda _name, value, wire: wire.time_in(value),
+}
 
 
 def _own_values(line: bytes) -> dict[str, Any]:
@@ -275,44 +303,15 @@ def own_keys(line: bytes) -> frozenset[str]:
 # ------------------------------------------------------------------------------------------------------- row to line
 
 
-class _KvLine(msgspec.Struct, gc=False):
-    """The keys and their order as RedDB writes them."""
+_KvLine = msgspec.defstruct("_KvLine", KEYS, gc=False)
+"""The keys and their order as RedDB writes them."""
 
-    created_at: int
-    error: str | None
-    finished_at: int
-    id: str
-    kind: str
-    metrics: str | None
-    progress: int
-    spec: str
-    started_at: int
-    status: str
-    target: str
-
-
-class _OwnLine(msgspec.Struct, gc=False, omit_defaults=True):
-    """The same with our own keys among them, in alphabetical order; no default but of the last may be one they have."""
-
-    attempts: int
-    created_at: int
-    error: str | None
-    exclusive: bool
-    finished_at: int
-    id: str
-    kind: str
-    metrics: str | None
-    priority: int
-    progress: int
-    retry_of: str | None
-    run_after: int | None
-    spec: str
-    started_at: int
-    status: str
-    target: str
-    worker: str | None
-    at_epoch: list[str] | None = None
-
+_OWN_KEYS: Final = sorted((*KEYS, *OWN))
+_OwnLine: Any = msgspec.defstruct(
+    "_OwnLine", [*_OWN_KEYS, (_EPOCH_KEY, list[str] | None, None)], gc=False, omit_defaults=True
+)
+"""The same with our own keys among them; no default but of the last may be one they have."""
+_in_order_of_keys = itemgetter(*((*KEYS, *OWN).index(key) for key in _OWN_KEYS))
 
 _encode_lines = msgspec.json.Encoder().encode_lines
 
@@ -346,38 +345,41 @@ def line_maker(wire: Wire, *, extended: bool) -> Callable[[Iterable[Sequence[Any
             ]
         )
 
+    # SQLite's flags are 0 and 1.
+    converters: dict[str, Callable[[Any], Any]] = {"id": id_out, "time": time_out, "flag": bool}
+    converted = [(at, converters[field.form]) for at, field in enumerate(EXTENDED_FIELDS) if field.form in converters]
+
+    def own_line(row: Sequence[Any]) -> Any:
+        created, error, finished, job_id, kind, metrics, progress, spec, started, status, target, *own = row
+        finished_ms = 0 if finished is None else time_out(finished)
+        started_ms = 0 if started is None else time_out(started)
+        for at, convert in converted:
+            if own[at] is not None:
+                own[at] = convert(own[at])
+        values = (
+            time_out(created),
+            error,
+            finished_ms,
+            id_out(job_id),
+            kind,
+            metrics,
+            progress,
+            spec,
+            started_ms,
+            status,
+            target,
+            *own,
+        )
+        line = _OwnLine(*_in_order_of_keys(values))
+        if (started is not None and not started_ms) or (finished is not None and not finished_ms):
+            times = (("started_at", started, started_ms), ("finished_at", finished, finished_ms))
+            line.at_epoch = [key for key, moment, millis in times if moment is not None and not millis]
+        return line
+
     def own(rows: Iterable[Sequence[Any]]) -> bytes:
-        return _encode_lines([_own_line(row, id_out, time_out) for row in rows])
+        return _encode_lines([own_line(row) for row in rows])
 
     return own if extended else kv
-
-
-def _own_line(row: Sequence[Any], id_out: Callable[[Any], str], time_out: Callable[[Any], int]) -> _OwnLine:
-    created, error, finished, job_id, kind, metrics, progress, spec, started, status, target, *rest = row
-    attempts, exclusive, priority, retry_of, run_after, worker = rest
-    line = _OwnLine(
-        attempts,
-        time_out(created),
-        error,
-        bool(exclusive),  # SQLite's are 0 and 1
-        0 if finished is None else time_out(finished),
-        id_out(job_id),
-        kind,
-        metrics,
-        priority,
-        progress,
-        None if retry_of is None else id_out(retry_of),
-        None if run_after is None else time_out(run_after),
-        spec,
-        0 if started is None else time_out(started),
-        status,
-        target,
-        worker,
-    )
-    if (started is not None and not line.started_at) or (finished is not None and not line.finished_at):
-        set_ones = (("started_at", started, line.started_at), ("finished_at", finished, line.finished_at))
-        line.at_epoch = [key for key, value, millis in set_ones if value is not None and not millis]
-    return line
 
 
 def records(lines: bytes) -> Iterator[str]:
