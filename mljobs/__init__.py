@@ -11,6 +11,7 @@ from mljobs._lazy import lazy_names
 
 if TYPE_CHECKING:
     from mljobs.errors import (
+        AmbiguousIdError,
         FilterError,
         InvalidTransitionError,
         InvalidValueError,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AmbiguousIdError",
     "AsyncJobStore",
     "Base",
     "Claim",
@@ -93,6 +95,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "errors": (
+            "AmbiguousIdError",
             "FilterError",
             "InvalidTransitionError",
             "InvalidValueError",

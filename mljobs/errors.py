@@ -4,7 +4,8 @@
 
     MlJobsError
      |- InvalidValueError      (also ValueError)   a field was given a value it cannot hold
-     |   +- FilterError                            a word of a filter is not understood
+     |   |- FilterError                            a word of a filter is not understood
+     |   +- AmbiguousIdError                       several jobs have an id that begins or ends so
      |- JobDecodeError         (also ValueError)   KV JSON that is not a job record
      |- JobNotFound            (also LookupError)  no record has this id
      |- TerminalStateError                         the record has finished; it never changes again
@@ -117,6 +118,27 @@ class FilterError(InvalidValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.text, self.position, self.word, self.reason, self.known, self.suggestion)
+
+
+class AmbiguousIdError(InvalidValueError):
+    """Several jobs have an id that begins or ends so.
+
+    Attributes:
+        text: What was given.
+        candidates: Their ids, the latest first; at most ten or so.
+    """
+
+    def __init__(self, text: str, candidates: Sequence[UUID]) -> None:
+        shown_ids = ", ".join(str(one) for one in candidates[:3])
+        more = "" if len(candidates) <= 3 else ", ..."
+        super().__init__(
+            "id", text, f"several jobs have it: {shown_ids}{more}; give more digits, the end tells them apart"
+        )
+        self.text = text
+        self.candidates = tuple(candidates)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.text, self.candidates)
 
 
 def _one_line(text: str) -> str:

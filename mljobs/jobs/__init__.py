@@ -9,6 +9,10 @@ By the question they answer:
 - :mod:`~mljobs.jobs._submitting`: what is to be done (``submit``, ``submit_many``, ``retry``)
 - :mod:`~mljobs.jobs._filters`: which jobs are meant (``Filter``)
 - :mod:`~mljobs.jobs._reading`: what is there (``get``, ``find``, ``history``, ``counts``)
+- :mod:`~mljobs.jobs._naming`: which job a short id names (``find_id``)
+- :mod:`~mljobs.jobs._best`: which run was best (``best``)
+- :mod:`~mljobs.jobs._bulk`: many at once (``affected``, ``cancel_batch``, ``retry_batch``)
+- :mod:`~mljobs.jobs._load`: what is going on, by kind and by worker (``stats``, ``holders``)
 - :mod:`~mljobs.jobs._summaries`: what a list shows (``summaries``, ``running_jobs``, ``chains``)
 - :mod:`~mljobs.jobs._statistics`: figures over many (``finished_per``, ``durations``, ``failure_reasons``)
 - :mod:`~mljobs.jobs._queue`: what waits (``queue_depths``, ``next_claims``, ``held_in_queue``)
@@ -24,6 +28,8 @@ time, each takes the write lock before it reads.
 """
 
 from mljobs.jobs._base import Bind, JobRef, Model, table_of
+from mljobs.jobs._best import best
+from mljobs.jobs._bulk import Action, Batch, affected, cancel_batch, retry_batch
 from mljobs.jobs._claiming import (
     DEFAULT_LEASE,
     Claim,
@@ -52,6 +58,8 @@ from mljobs.jobs._finishing import (
     requeue,
     requeue_many,
 )
+from mljobs.jobs._load import Holder, KindStats, Stats, holders, stats
+from mljobs.jobs._naming import find_id
 from mljobs.jobs._queue import Queue, QueueDepth, held_in_queue, next_claims, queue_depths
 from mljobs.jobs._reading import Counts, Page, counts, find, get, history, lineage
 from mljobs.jobs._statistics import (
@@ -87,6 +95,8 @@ from mljobs.jobs._words import Term as FilterTerm
 __all__ = [
     "DEFAULT_LEASE",
     "FILTERS",
+    "Action",
+    "Batch",
     "Bind",
     "Claim",
     "Counts",
@@ -97,9 +107,11 @@ __all__ = [
     "FilterTerm",
     "Filters",
     "Finished",
+    "Holder",
     "JobRef",
     "JobSummary",
     "KindDurations",
+    "KindStats",
     "Model",
     "Outcome",
     "Page",
@@ -112,9 +124,13 @@ __all__ = [
     "Report",
     "Rescue",
     "Spread",
+    "Stats",
     "SummaryPage",
     "Where",
+    "affected",
+    "best",
     "cancel",
+    "cancel_batch",
     "chain",
     "chains",
     "claim",
@@ -129,6 +145,7 @@ __all__ = [
     "fail_many",
     "failure_reasons",
     "find",
+    "find_id",
     "finish_and_claim",
     "finish_many",
     "finished_per",
@@ -136,6 +153,7 @@ __all__ = [
     "held_after_end",
     "held_in_queue",
     "history",
+    "holders",
     "last_failures",
     "limit_time",
     "lineage",
@@ -153,9 +171,11 @@ __all__ = [
     "requeue_many",
     "rescue",
     "retry",
+    "retry_batch",
     "running_jobs",
     "set_progress",
     "set_progress_many",
+    "stats",
     "submit",
     "submit_many",
     "summaries",

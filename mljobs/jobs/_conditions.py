@@ -28,7 +28,6 @@ from sqlalchemy import (
     inspect,
     literal,
     or_,
-    select,
 )
 from sqlalchemy.orm import Mapper
 from sqlalchemy.types import TypeEngine
@@ -215,11 +214,6 @@ def _token_is(term: Term, field: Field, model: Model, value: Value, _now: dateti
 
 
 def _text_is(_term: Term, field: Field, model: Model, value: Value, _now: datetime) -> Any:
-    if field.name == "worker" and "worker" not in table_of(model).c:
-        leases = model.__leases__
-        table = table_of(model)
-        held = select(leases.c.job_id).where(leases.c.job_id == table.c.id, _matches(leases.c.worker, value))
-        return held.exists()
     return _matches(_column(model, field), value)
 
 

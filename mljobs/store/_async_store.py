@@ -28,6 +28,7 @@ from mljobs.jobs._base import plain
 from mljobs.jobs._filters import selection
 from mljobs.record._models import MlJob
 from mljobs.store._base import LEASE_GIVEN_BACK, Store, async_store_method
+from mljobs.store._bulk import AsyncBulkActions
 from mljobs.store._following import FollowSteps, Read, poll_seconds, wait_steps, watch_steps
 from mljobs.store._keeper import Keeper
 from mljobs.store._recording import record_end
@@ -46,7 +47,7 @@ def new_async_engine(url: str | URL, *, autocommit: bool = False, **options: Any
     return engine
 
 
-class AsyncJobStore(AsyncTransfers, Store):
+class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
     """Jobs in a database, each operation a transaction of its own, awaited. The same names as ``JobStore``.
 
     Args:
@@ -140,6 +141,13 @@ class AsyncJobStore(AsyncTransfers, Store):
     history = async_store_method(jobs.history)
     lineage = async_store_method(jobs.lineage)
     counts = async_store_method(jobs.counts)
+    find_id = async_store_method(jobs.find_id)
+    best = async_store_method(jobs.best)
+    stats = async_store_method(jobs.stats)
+    holders = async_store_method(jobs.holders)
+    affected = async_store_method(jobs.affected)
+    cancel_batch = async_store_method(jobs.cancel_batch, atomic=True)
+    retry_batch = async_store_method(jobs.retry_batch, atomic=True)
     count_up_to = async_store_method(jobs.count_up_to)
     durations = async_store_method(jobs.durations)
     failure_reasons = async_store_method(jobs.failure_reasons)

@@ -28,6 +28,7 @@ from mljobs.jobs._base import plain
 from mljobs.jobs._filters import selection
 from mljobs.record._models import MlJob
 from mljobs.store._base import LEASE_GIVEN_BACK, Store, store_method
+from mljobs.store._bulk import BulkActions
 from mljobs.store._following import FollowSteps, Read, poll_seconds, wait_steps, watch_steps
 from mljobs.store._keeper import Keeper
 from mljobs.store._recording import record_end
@@ -38,7 +39,7 @@ _CACHE_OWNED = 16
 _CACHE_SHARED = 2  # of a host's pool
 
 
-class JobStore(Transfers, Store):
+class JobStore(Transfers, BulkActions, Store):
     """Jobs in a database, each operation a transaction of its own. May be shared by threads.
 
     Args:
@@ -107,6 +108,13 @@ class JobStore(Transfers, Store):
     history = store_method(jobs.history)
     lineage = store_method(jobs.lineage)
     counts = store_method(jobs.counts)
+    find_id = store_method(jobs.find_id)
+    best = store_method(jobs.best)
+    stats = store_method(jobs.stats)
+    holders = store_method(jobs.holders)
+    affected = store_method(jobs.affected)
+    cancel_batch = store_method(jobs.cancel_batch, atomic=True)
+    retry_batch = store_method(jobs.retry_batch, atomic=True)
     count_up_to = store_method(jobs.count_up_to)
     durations = store_method(jobs.durations)
     failure_reasons = store_method(jobs.failure_reasons)

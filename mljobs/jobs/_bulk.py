@@ -1,0 +1,176 @@
+"""Cancel or retry many jobs: batch by batch, so that each can be committed, stopped, and run again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Unpack
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, exists, select
+
+from mljobs.errors import InvalidValueError, MlJobsError
+from mljobs.jobs._base import Bind, Model, connection_of, is_postgres, lock_sqlite, table_of, whole_table_of
+from mljobs.jobs._filters import Filter, Filters, Selection, Where, selection
+from mljobs.jobs._finishing import cancel
+from mljobs.jobs._paging import Paging
+from mljobs.jobs._reading import Counts, counts
+from mljobs.jobs._submitting import retry
+from mljobs.record._models import MlJob
+from mljobs.states import ACTIVE, MlJobStatus
+
+Action = Literal["cancel", "retry"]
+"""What can be done to many jobs by a filter."""
+
+BATCH = 500
+"""Jobs in a batch, where the caller says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one batch did.
+
+    Attributes:
+        jobs: The jobs that were cancelled, or those that were retried.
+        errors: Jobs with which it was not possible, with the reason; the others were done all the same.
+        cursor: Pass it as ``after`` for the next batch; None after the last one.
+    """
+
+    jobs: tuple[UUID, ...]
+    errors: Mapping[UUID, Exception] = field(default_factory=dict)
+    cursor: str | None = None
+
+
+def affected(
+    session: Bind,
+    action: Action,
+    filter: Filter | str | None = None,  # noqa: A002 - as users say it
+    *,
+    where: Where | None = None,
+    model: Model = MlJob,
+    **fields: Unpack[Filters],
+) -> Counts:
+    """Return how many jobs an action would change, by kind and state: what to show before it is done.
+
+    Args:
+        session: The caller's session or connection.
+        action: ``"cancel"`` or ``"retry"``.
+        filter: A :class:`~mljobs.Filter`, or its text.
+        where: SQLAlchemy expressions of one's own beside it.
+        model: The mapped job class.
+        **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
+    """
+    chosen = _can(action, selection(model, filter, where, fields))
+    return counts(session, chosen.filter, where=chosen.where, exact=True, model=model)
+
+
+def cancel_batch(
+    session: Bind,
+    filter: Filter | str | None = None,  # noqa: A002 - as users say it
+    *,
+    where: Where | None = None,
+    everything: bool = False,
+    batch: int = BATCH,
+    after: str | None = None,
+    model: Model = MlJob,
+    **fields: Unpack[Filters],
+) -> Batch:
+    """Cancel the queued and running jobs of one batch, the oldest first; jobs that finish meanwhile are left as they are.
+
+    Args:
+        session: The caller's session or connection.
+        filter: A :class:`~mljobs.Filter`, or its text.
+        where: SQLAlchemy expressions of one's own beside it.
+        everything: Say so where there is no filter at all.
+        batch: How many at most, 1 to 10,000.
+        after: The ``cursor`` of the batch before.
+        model: The mapped job class.
+        **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
+
+    Raises:
+        InvalidValueError: No filter, and ``everything`` was not said.
+    """
+    chosen = _meant("cancel", selection(model, filter, where, fields), everything=everything)
+    return _each(session, chosen, batch, after, lambda job_id: cancel(session, job_id, model=model))
+
+
+def retry_batch(
+    session: Bind,
+    filter: Filter | str | None = None,  # noqa: A002 - as users say it
+    *,
+    where: Where | None = None,
+    everything: bool = False,
+    batch: int = BATCH,
+    after: str | None = None,
+    model: Model = MlJob,
+    **fields: Unpack[Filters],
+) -> Batch:
+    """Retry the failed and cancelled jobs of one batch, the oldest first; those that were retried before are left out.
+
+    Completed jobs are retried only where the filter says ``status:completed``.
+
+    Args:
+        session: The caller's session or connection.
+        filter: A :class:`~mljobs.Filter`, or its text.
+        where: SQLAlchemy expressions of one's own beside it.
+        everything: Say so where there is no filter at all.
+        batch: How many at most, 1 to 10,000.
+        after: The ``cursor`` of the batch before.
+        model: The mapped job class.
+        **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
+
+    Raises:
+        InvalidValueError: No filter, and ``everything`` was not said.
+    """
+    chosen = _meant("retry", selection(model, filter, where, fields), everything=everything)
+    return _each(session, chosen, batch, after, lambda job_id: retry(session, job_id, model=model))
+
+
+# ------------------------------------------------------------------------------------------------------- the details
+
+
+def _meant(action: Action, chosen: Selection, *, everything: bool) -> Selection:
+    whole_table_of(chosen.model)
+    if not chosen and not everything:
+        raise InvalidValueError("filter", None, f"without one this would {action} all jobs: say everything=True")
+    return _can(action, chosen)
+
+
+def _can(action: Action, chosen: Selection) -> Selection:
+    """Return the selection with what the action needs: a state that allows it, no retry yet."""
+    if action == "cancel":
+        return Selection(chosen.filter & Filter(status=ACTIVE), chosen.where, chosen.model)
+    named = {value for term in chosen.filter.terms if term.name == "status" for value in term.values}
+    states = [MlJobStatus.FAILED, MlJobStatus.CANCELLED]
+    if MlJobStatus.COMPLETED in named:
+        states.append(MlJobStatus.COMPLETED)
+    return Selection(chosen.filter & Filter(status=states), (*chosen.where, _not_retried(chosen.model)), chosen.model)
+
+
+def _not_retried(model: Model) -> ColumnElement[bool]:
+    jobs = table_of(model)
+    later = jobs.alias("later")
+    return ~exists(select(later.c.id).where(later.c.retry_of == jobs.c.id).correlate(jobs))
+
+
+def _each(session: Bind, chosen: Selection, batch: int, after: str | None, act: Callable[[UUID], object]) -> Batch:
+    """Act on each job of a batch, the oldest first; one with which it is not possible does not stop the others."""
+    table = table_of(chosen.model)
+    connection = connection_of(session)
+    if not is_postgres(connection):
+        lock_sqlite(connection, chosen.model)
+
+    def read(where: Sequence[ColumnElement[bool]], order: Sequence[Any], most: int) -> list[Any]:
+        statement = select(table.c.id, table.c.created_at).where(*where).order_by(*order).limit(most)
+        return list(connection.execute(statement))
+
+    found = Paging(session, chosen, "oldest", batch).find(read, after=after, scan=False)
+    done: list[UUID] = []
+    errors: dict[UUID, Exception] = {}
+    for row in found.jobs:
+        try:
+            if act(row.id):
+                done.append(row.id)
+        except MlJobsError as error:
+            errors[row.id] = error
+    return Batch(tuple(done), errors, found.cursor)

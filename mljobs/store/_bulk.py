@@ -1,0 +1,95 @@
+"""Many jobs by one filter, a transaction for each batch: what was done stays done if the rest is interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import Any, Protocol, Unpack
+
+from mljobs.jobs import Filter, Filters, Where
+from mljobs.jobs._bulk import Batch
+
+
+class _Batches(Protocol):
+    def cancel_batch(self, *args: Any, **kw: Any) -> Batch: ...
+    def retry_batch(self, *args: Any, **kw: Any) -> Batch: ...
+
+
+class _AsyncBatches(Protocol):
+    def cancel_batch(self, *args: Any, **kw: Any) -> Coroutine[Any, Any, Batch]: ...
+    def retry_batch(self, *args: Any, **kw: Any) -> Coroutine[Any, Any, Batch]: ...
+
+
+class BulkActions:
+    """Bulk actions of ``JobStore``."""
+
+    def cancel_many(
+        self: _Batches,
+        filter: Filter | str | None = None,  # noqa: A002 - as users say it
+        *,
+        where: Where | None = None,
+        everything: bool = False,
+        **fields: Unpack[Filters],
+    ) -> int:
+        """Cancel the queued and running jobs that a filter means, and return how many; see ``jobs.cancel_batch``."""
+        total, after = 0, None
+        while True:
+            done = self.cancel_batch(filter, where=where, everything=everything, after=after, **fields)
+            total += len(done.jobs)
+            after = done.cursor
+            if after is None:
+                return total
+
+    def retry_many(
+        self: _Batches,
+        filter: Filter | str | None = None,  # noqa: A002 - as users say it
+        *,
+        where: Where | None = None,
+        everything: bool = False,
+        **fields: Unpack[Filters],
+    ) -> int:
+        """Retry the failed and cancelled jobs that a filter means, and return how many; see ``jobs.retry_batch``."""
+        total, after = 0, None
+        while True:
+            done = self.retry_batch(filter, where=where, everything=everything, after=after, **fields)
+            total += len(done.jobs)
+            after = done.cursor
+            if after is None:
+                return total
+
+
+class AsyncBulkActions:
+    """Bulk actions of ``AsyncJobStore``."""
+
+    async def cancel_many(
+        self: _AsyncBatches,
+        filter: Filter | str | None = None,  # noqa: A002 - as users say it
+        *,
+        where: Where | None = None,
+        everything: bool = False,
+        **fields: Unpack[Filters],
+    ) -> int:
+        """Cancel the queued and running jobs that a filter means, and return how many; see ``jobs.cancel_batch``."""
+        total, after = 0, None
+        while True:
+            done = await self.cancel_batch(filter, where=where, everything=everything, after=after, **fields)
+            total += len(done.jobs)
+            after = done.cursor
+            if after is None:
+                return total
+
+    async def retry_many(
+        self: _AsyncBatches,
+        filter: Filter | str | None = None,  # noqa: A002 - as users say it
+        *,
+        where: Where | None = None,
+        everything: bool = False,
+        **fields: Unpack[Filters],
+    ) -> int:
+        """Retry the failed and cancelled jobs that a filter means, and return how many; see ``jobs.retry_batch``."""
+        total, after = 0, None
+        while True:
+            done = await self.retry_batch(filter, where=where, everything=everything, after=after, **fields)
+            total += len(done.jobs)
+            after = done.cursor
+            if after is None:
+                return total
