@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from sqlalchemy.pool import NullPool
 from mljobs import metadata
 from tests import postgres
 from tests.databases import Databases
+from tests.fork_server import ForkServer
 from tests.worlds import DRIVERS, World, outside_engine
 
 
@@ -51,6 +53,13 @@ def empty_postgres_databases(postgres_server: postgres.Server) -> Iterator[Datab
     databases = Databases(postgres_server.url, "empty")
     yield databases
     databases.close()
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[ForkServer]:
+    """Runs short Python commands fast, in a process each."""
+    with ForkServer(sys.executable) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +23,15 @@ class Installed:
 
     python: Path
 
-    def run(self, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    @property
+    def environment(self) -> dict[str, str]:
+        """What its processes are started with."""
+        return _outside()
+
+    def run(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         """Run ``python ...`` in a directory."""
         return subprocess.run(
-            [self.python, *arguments],
-            cwd=cwd,
-            env={**_outside(), **(env or {})},
-            capture_output=True,
-            text=True,
-            check=False,
+            [self.python, *arguments], cwd=cwd, env=self.environment, capture_output=True, text=True, check=False
         )
 
 

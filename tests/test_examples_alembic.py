@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.pool import NullPool
 
 from mljobs import schema
+from tests.fork_server import ForkServer
 from tests.installed import ROOT, Installed, install
 
 _FINDS_PLUGINS = find_spec("alembic.runtime.plugins") is not None
@@ -24,10 +26,17 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     return install(base.parent if base.name.startswith("popen-") else base)
 
 
+@pytest.fixture(scope="session")
+def installed_python(installed: Installed) -> Iterator[ForkServer]:
+    """Runs the commands of the environment."""
+    with ForkServer(installed.python, installed.environment) as server:
+        yield server
+
+
 class Host:
     """A copy of an example, with a database."""
 
-    def __init__(self, name: str, url: str, home: Path, installed: Installed) -> None:
+    def __init__(self, name: str, url: str, home: Path, python: ForkServer) -> None:
         self.path = home / name
         shutil.copytree(ROOT / "examples" / name, self.path, ignore=shutil.ignore_patterns("__pycache__"))
         if not _FINDS_PLUGINS:  # then an env.py has a line more; see docs/migrations.md
@@ -37,17 +46,17 @@ class Host:
             )
         self.url = url
         self.engine = create_engine(url, poolclass=NullPool)
-        self._installed = installed
+        self._python = python
 
     def run(self, *arguments: str) -> str:
         """Run ``python ...`` in the application's directory."""
-        done = self._installed.run(*arguments, cwd=self.path, env={"DATABASE_URL": self.url})
+        done = self._python.run(*arguments, cwd=self.path, env={"DATABASE_URL": self.url})
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     def fails(self, *arguments: str) -> str:
         """Run what must fail; return what it says."""
-        done = self._installed.run(*arguments, cwd=self.path, env={"DATABASE_URL": self.url})
+        done = self._python.run(*arguments, cwd=self.path, env={"DATABASE_URL": self.url})
         assert done.returncode != 0, done.stdout
         return done.stdout + done.stderr
 
@@ -67,8 +76,8 @@ class Host:
 
 
 @pytest.fixture
-def host(empty_url: str, tmp_path: Path, installed: Installed) -> Any:
-    return lambda name: Host(name, empty_url, tmp_path, installed)
+def host(empty_url: str, tmp_path: Path, installed_python: ForkServer) -> Any:
+    return lambda name: Host(name, empty_url, tmp_path, installed_python)
 
 
 def test_the_wheel_is_what_the_examples_run_with(installed: Installed, tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import NullPool
 
 from mljobs import InvalidValueError, JobStore, LeaseLostError, MlJobStatus, TerminalStateError, jobs, schema
+from tests.fork_server import ForkServer
 from tests.host import GridRun, HostBase, Team, TrainingRun
 from tests.worlds import World
 
@@ -153,7 +152,9 @@ def downgrade():
 """
 
 
-def test_our_revisions_run_beside_a_hosts_own_in_its_history(empty_url: str, tmp_path: Path) -> None:
+def test_our_revisions_run_beside_a_hosts_own_in_its_history(
+    empty_url: str, tmp_path: Path, python: ForkServer
+) -> None:
     (tmp_path / "versions").mkdir()
     (tmp_path / "env.py").write_text(HOST_ENV)
     (tmp_path / "versions" / "host1.py").write_text(HOST_REVISION)
@@ -162,14 +163,7 @@ def test_our_revisions_run_beside_a_hosts_own_in_its_history(empty_url: str, tmp
     (tmp_path / "alembic.ini").write_text(ini)
 
     def alembic(*arguments: str) -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "alembic", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "HOST_URL": empty_url},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = python.run("-m", "alembic", *arguments, cwd=tmp_path, env={"HOST_URL": empty_url})
         assert done.returncode == 0, done.stderr
 
     alembic("upgrade", "heads")

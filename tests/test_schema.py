@@ -18,9 +18,11 @@ from sqlalchemy import Engine, create_engine, inspect, make_url, text
 from sqlalchemy.pool import NullPool
 
 from mljobs import MlJob, MlJobKind, MlJobStatus, SchemaError, TerminalStateError, metadata, schema
+from tests.fork_server import ForkServer
 from tests.postgres import Server
 
 ROOT = Path(__file__).parent.parent
+Alembic = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
@@ -115,58 +117,65 @@ def test_a_connection_is_used_and_its_transaction_left_to_the_caller(empty: Engi
     assert _tables(empty) == set()
 
 
-def _alembic(url: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "MLJOBS_DATABASE_URL": url}
-    return subprocess.run(
-        [sys.executable, "-m", "alembic", *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture
+def alembic(python: ForkServer) -> Alembic:
+    """Runs an ``alembic`` command, by default in the checkout's root."""
+
+    def run(url: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+        return python.run("-m", "alembic", *arguments, cwd=cwd, env={"MLJOBS_DATABASE_URL": url})
+
+    return run
 
 
-def test_the_alembic_command_upgrades_checks_and_downgrades(empty_url: str, empty: Engine) -> None:
+def test_the_alembic_command_upgrades_checks_and_downgrades(empty_url: str, alembic: Alembic, empty: Engine) -> None:
     for arguments in (["upgrade", "head"], ["check"], ["downgrade", "base"], ["upgrade", "mljobs@head"]):
-        done = _alembic(empty_url, *arguments)
+        done = alembic(empty_url, *arguments)
         assert done.returncode == 0, done.stderr
     schema.verify(empty)
 
 
-def test_the_alembic_command_works_from_any_directory_and_takes_a_url(empty_url: str, tmp_path: Path) -> None:
+def test_the_alembic_command_works_from_any_directory_and_takes_a_url(
+    empty_url: str, alembic: Alembic, tmp_path: Path
+) -> None:
     ini = str(ROOT / "alembic.ini")
     async_url = empty_url.replace("sqlite:", "sqlite+aiosqlite:").replace("+psycopg:", "+asyncpg:")
-    done = _alembic("", "-c", ini, "-x", f"url={async_url}", "upgrade", "head", cwd=tmp_path)
+    done = alembic("", "-c", ini, "-x", f"url={async_url}", "upgrade", "head", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     schema.verify(empty_url)
     assert not (tmp_path / "mljobs.db").exists()
-    done = _alembic("", "-c", ini, "upgrade", "head", cwd=tmp_path)
+    done = alembic("", "-c", ini, "upgrade", "head", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     schema.verify(f"sqlite:///{tmp_path / 'mljobs.db'}")
 
 
 def test_the_alembic_command_says_an_unknown_revision_in_one_line(empty_url: str) -> None:
-    done = _alembic(empty_url, "upgrade", "nowhere")
+    done = subprocess.run(
+        [sys.executable, "-m", "alembic", "upgrade", "nowhere"],
+        cwd=ROOT,
+        env={**os.environ, "MLJOBS_DATABASE_URL": empty_url},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode != 0
     assert "FAILED: Can't locate revision identified by 'nowhere'" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_change_of_the_model_is_seen_by_alembic_check(empty_url: str, empty: Engine) -> None:
+def test_a_change_of_the_model_is_seen_by_alembic_check(empty_url: str, alembic: Alembic, empty: Engine) -> None:
     schema.upgrade(empty)
     with empty.begin() as connection:
         connection.execute(text("DROP INDEX ix_ml_jobs_target"))
-    assert _alembic(empty_url, "check").returncode != 0
+    assert alembic(empty_url, "check").returncode != 0
 
 
-def test_a_host_table_is_none_of_our_business(empty_url: str, empty: Engine) -> None:
+def test_a_host_table_is_none_of_our_business(empty_url: str, alembic: Alembic, empty: Engine) -> None:
     with empty.begin() as connection:
         connection.execute(text("CREATE TABLE uploads (id INTEGER PRIMARY KEY)"))
         connection.execute(text("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)"))
         connection.execute(text("INSERT INTO alembic_version VALUES ('host1')"))
     schema.upgrade(empty)
-    assert _alembic(empty_url, "check").returncode == 0
+    assert alembic(empty_url, "check").returncode == 0
     schema.downgrade(empty)
     assert _tables(empty) == {"uploads", "alembic_version", schema.VERSION_TABLE}
     with empty.connect() as connection:
@@ -189,14 +198,14 @@ def _apply(script: str, url: str, request: pytest.FixtureRequest) -> None:
 
 
 def test_offline_sql_is_applied_by_the_databases_own_shell(
-    empty_url: str, empty: Engine, request: pytest.FixtureRequest
+    empty_url: str, alembic: Alembic, empty: Engine, request: pytest.FixtureRequest
 ) -> None:
-    up = _alembic(empty_url, "upgrade", "head", "--sql")
+    up = alembic(empty_url, "upgrade", "head", "--sql")
     assert up.returncode == 0, up.stderr
     _apply(up.stdout, empty_url, request)
     schema.verify(empty)
     assert schema.current(empty) == schema.head()
-    down = _alembic(empty_url, "downgrade", "head:base", "--sql")
+    down = alembic(empty_url, "downgrade", "head:base", "--sql")
     assert down.returncode == 0, down.stderr
     _apply(down.stdout, empty_url, request)
     assert _tables(empty) <= {schema.VERSION_TABLE}
@@ -204,9 +213,9 @@ def test_offline_sql_is_applied_by_the_databases_own_shell(
 
 
 def test_an_offline_script_that_fails_half_way_leaves_nothing(
-    empty_url: str, empty: Engine, request: pytest.FixtureRequest
+    empty_url: str, alembic: Alembic, empty: Engine, request: pytest.FixtureRequest
 ) -> None:
-    script = _alembic(empty_url, "upgrade", "head", "--sql").stdout.replace("COMMIT;", "this is not SQL;\nCOMMIT;")
+    script = alembic(empty_url, "upgrade", "head", "--sql").stdout.replace("COMMIT;", "this is not SQL;\nCOMMIT;")
     with pytest.raises((sqlite3.OperationalError, AssertionError), match="syntax error"):
         _apply(script, empty_url, request)
     assert _tables(empty) == set()

@@ -1,0 +1,134 @@
+"""Runs Python commands without the cost of starting Python: each in a fork of a process that has imported everything.
+
+Importing SQLAlchemy and Alembic takes most of the time of a short command. This file is both: the tests' side, and the
+program that the interpreter of those commands runs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import os
+import runpy
+import subprocess
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
+from typing import NoReturn, Self
+
+_IMPORTS = """
+import alembic.config  # first, as in the command: Alembic then imports its plugins
+import psycopg, sqlite3, typer.rich_utils
+import sqlalchemy.dialects.postgresql.psycopg, sqlalchemy.dialects.sqlite
+from mljobs import JobStore, Worker, jobs, schema
+from mljobs.cli import main
+schema.upgrade
+"""
+
+
+class ForkServer:
+    """A process that forks a child for each command.
+
+    Args:
+        python: The interpreter.
+        env: Its environment, and that of each command; the test process's own if None.
+    """
+
+    def __init__(self, python: Path | str, env: Mapping[str, str] | None = None) -> None:
+        self._env = dict(os.environ if env is None else env)
+        self._process = subprocess.Popen(
+            [python, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._env
+        )
+
+    def run(
+        self, *arguments: str, cwd: Path, env: Mapping[str, str] = MappingProxyType({})
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``python ...``, where the first argument is ``-m``, ``-c`` or a file.
+
+        Args:
+            *arguments: Of the command.
+            cwd: The directory that it runs in.
+            env: Added to its environment. What Python itself reads at its start has no effect.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with TemporaryDirectory() as directory:
+            outputs = [Path(directory) / name for name in ("stdout", "stderr")]
+            request = {
+                "arguments": arguments,
+                "cwd": str(cwd),
+                "env": {**self._env, **env},
+                "outputs": [str(it) for it in outputs],
+            }
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            code = int(self._process.stdout.readline())
+            return subprocess.CompletedProcess(arguments, code, *(output.read_text() for output in outputs))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+
+def _serve() -> None:
+    sys.path.pop(0)  # this file's directory
+    exec(_IMPORTS, {})
+    gc.freeze()  # a child that collected garbage would copy all that was imported
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            _become(**json.loads(line))
+        _, status = os.waitpid(child, 0)
+        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
+        sys.stdout.flush()
+
+
+def _become(arguments: list[str], cwd: str, env: dict[str, str], outputs: list[str]) -> NoReturn:
+    for number, path in enumerate([os.devnull, *outputs]):
+        opened = os.open(path, os.O_RDWR | os.O_CREAT)
+        os.dup2(opened, number)
+        os.close(opened)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    try:
+        _run(arguments, cwd)
+        code = 0
+    except SystemExit as exited:
+        if isinstance(exited.code, str):
+            sys.stderr.write(f"{exited.code}\n")
+        code = exited.code if isinstance(exited.code, int) else int(exited.code is not None)
+    except BaseException:  # noqa: BLE001 - Python's own end would say it in the same way
+        traceback.print_exc()
+        code = 1
+    # Python's own end would take down, object by object, what the server has imported: half a second.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(arguments: list[str], cwd: str) -> None:
+    first, *rest = arguments
+    if first == "-m":
+        sys.argv = rest
+        sys.path.insert(0, cwd)
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        sys.path.insert(0, "")
+        exec(rest[0], {"__name__": "__main__"})
+    else:
+        sys.argv = arguments
+        sys.path.insert(0, str((Path(cwd) / first).parent))
+        runpy.run_path(first, run_name="__main__")
+
+
+if __name__ == "__main__":
+    _serve()
