@@ -53,6 +53,7 @@ def upgrade() -> None:
     sa.CheckConstraint("kind IN ('fit', 'tune')", name=op.f('ck_training_runs_kind')),
     sa.CheckConstraint("status IN ('queued', 'running', 'completed', 'failed', 'cancelled')", name=op.f('ck_training_runs_status')),
     sa.CheckConstraint('progress BETWEEN 0 AND 100', name=op.f('ck_training_runs_progress')),
+    sa.CheckConstraint("lease IS NULL OR status = 'running'", name=op.f('ck_training_runs_lease')),
     sa.ForeignKeyConstraint(['owner_id'], ['users.id'], name=op.f('fk_training_runs_owner_id')),
     sa.PrimaryKeyConstraint('id', name=op.f('pk_training_runs'))
     )
