@@ -26,6 +26,7 @@ ROOMS = [
     ("transfer",),
     ("alembic_plugin",),
     ("contrib",),
+    ("board",),
     ("cli", "__main__"),
 ]
 """A room imports only from those before it, lazily too; what stands in one line, in the order of the line."""

@@ -193,7 +193,7 @@ def test_a_count_stops_at_its_limit(store: Any) -> None:
     for _ in range(5):
         store.submit("train", "spam")
     assert (store.count_up_to(3), store.count_up_to(9)) == (3, 5)
-    assert store.count_up_to(9, where=jobs.conditions(status="failed")) == 0
+    assert store.count_up_to(9, "status:failed") == 0
 
 
 def test_a_store_that_may_write_is_not_read_only(store: Any) -> None:

@@ -9,7 +9,7 @@ import typer
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 import mljobs
-from mljobs.cli import _demo, _schema, _transfer, _work
+from mljobs.cli import _board, _demo, _schema, _transfer, _work
 from mljobs.errors import MlJobsError
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ def main(
     """Machine-learning jobs in your database."""
 
 
-for module in (_demo, _schema, _work, _transfer):
+for module in (_demo, _board, _schema, _work, _transfer):
     module.add_to(app)
 
 
@@ -68,6 +68,9 @@ _EXTRAS = {
     "psycopg_binary": "pip install 'mljobs[binary]'",
     "psycopg2": "use postgresql+psycopg://",
     "backports": "pip install 'mljobs[zstd]'",
+    "starlette": "pip install 'mljobs[board]'",
+    "jinja2": "pip install 'mljobs[board]'",
+    "uvicorn": "pip install 'mljobs[board]'",
     "sklearn": "pip install 'mljobs[demo]'",
 }
 

@@ -60,6 +60,7 @@ from mljobs.jobs._finishing import (
 )
 from mljobs.jobs._load import Holder, KindStats, Stats, holders, stats
 from mljobs.jobs._naming import find_id
+from mljobs.jobs._paging import cursor_of
 from mljobs.jobs._queue import Queue, QueueDepth, held_in_queue, next_claims, queue_depths
 from mljobs.jobs._reading import Counts, Page, counts, find, get, history, lineage
 from mljobs.jobs._statistics import (
@@ -140,6 +141,7 @@ __all__ = [
     "conditions",
     "count_up_to",
     "counts",
+    "cursor_of",
     "durations",
     "fail",
     "fail_many",

@@ -30,7 +30,7 @@ class JobSummary:
     """A job as a list shows it: the record with its texts cut, and its lease.
 
     Attributes:
-        error: First line of ``error_message``, at most 300 characters.
+        error: First line of ``error_message``, at most 300 characters; or as much of the whole as was asked for.
         spec: The JSON text; None where it is longer than was asked for.
         spec_bytes: Its size as stored, on PostgreSQL after compression.
         metrics: As ``spec``; None where there are none, too.
@@ -121,7 +121,7 @@ def summaries(
 
 
 def summaries_of(
-    session: Bind, ids: Iterable[JobRef], *, text: int = TEXT_SHOWN, model: Model = MlJob
+    session: Bind, ids: Iterable[JobRef], *, text: int = TEXT_SHOWN, error: int = 0, model: Model = MlJob
 ) -> list[JobSummary]:
     """Return these jobs as lists show them, in this order; those that are not there are left out.
 
@@ -129,6 +129,7 @@ def summaries_of(
         session: The caller's session or connection.
         ids: At most 10,000.
         text: How many characters of ``spec`` and ``metrics`` to read at most; 0 for none.
+        error: How many characters of the whole error to read at most; 0 for its first line.
         model: The mapped job class.
     """
     wanted = list(dict.fromkeys(id_of(job) for job in ids))
@@ -137,7 +138,8 @@ def summaries_of(
     if not wanted:
         return []
     table = table_of(model)
-    found = {job.id: job for job in _read(connection_of(session), model, [table.c.id.in_(wanted)], [], None, text=text)}
+    where = [table.c.id.in_(wanted)]
+    found = {job.id: job for job in _read(connection_of(session), model, where, [], None, text=text, error=error)}
     return [found[job_id] for job_id in wanted if job_id in found]
 
 
@@ -235,13 +237,14 @@ def _read(
     limit: int | None,
     *,
     text: int,
+    error: int = 0,
 ) -> list[JobSummary]:
-    statement = _statement(model, text, postgres=is_postgres(connection))
+    statement = _statement(model, text, error, postgres=is_postgres(connection))
     rows = connection.execute(statement.where(*where).order_by(*order).limit(limit))
     return [_summary(row, text) for row in rows]
 
 
-def _statement(model: Model, text: int, *, postgres: bool) -> Select[Any]:
+def _statement(model: Model, text: int, error: int, *, postgres: bool) -> Select[Any]:
     table, leases = table_of(model), model.__leases__
     joined = table.outerjoin(leases, leases.c.job_id == table.c.id)
     kept = table.c.get("worker")
@@ -260,7 +263,9 @@ def _statement(model: Model, text: int, *, postgres: bool) -> Select[Any]:
         table.c.priority,
         table.c.exclusive,
         table.c.retry_of,
-        func.substr(first_line_of(table.c.error_message), 1, _ERROR_SHOWN),
+        func.substr(table.c.error_message, 1, error)
+        if error
+        else func.substr(first_line_of(table.c.error_message), 1, _ERROR_SHOWN),
         *_cut(table.c.spec_json, text, postgres=postgres),
         *_cut(table.c.metrics_json, text, postgres=postgres),
         worker,

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import Boolean, ColumnElement, Connection, String, func, select, type_coerce
+from sqlalchemy import Boolean, Connection, String, func, select, type_coerce
 from sqlalchemy.exc import DBAPIError
 
 from mljobs._values import storable_text
 from mljobs.jobs._base import Bind, Model, check_count, connection_of, is_postgres, lock_sqlite, table_of
+from mljobs.jobs._filters import Filter, conditions
 from mljobs.jobs._paging import MAX_PAGE
 from mljobs.jobs._summaries import JobSummary, summaries_of
 from mljobs.record._models import MlJob
 
 
-def count_up_to(session: Bind, limit: int, *, where: Sequence[ColumnElement[bool]] = (), model: Model = MlJob) -> int:
+def count_up_to(session: Bind, limit: int, filter: Filter | str | None = None, *, model: Model = MlJob) -> int:  # noqa: A002
     """Return how many jobs match, or ``limit`` where it is as many or more: no more rows are found than that.
 
     Args:
         session: The caller's session or connection.
         limit: At least 1.
-        where: Conditions, as ``conditions`` returns them.
+        filter: A :class:`~mljobs.Filter`, or its text.
         model: The mapped job class.
     """
     table = table_of(model)
-    some = select(table.c.id).where(*where).limit(limit).subquery()
+    some = select(table.c.id).where(*conditions(model, filter)).limit(limit).subquery()
     found: int = connection_of(session).scalar(select(func.count()).select_from(some)) or 0
     return found
 

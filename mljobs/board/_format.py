@@ -1,0 +1,306 @@
+"""Values as people read them: durations, times, ids, sizes, JSON as a tree, a traceback with its library frames apart."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from markupsafe import Markup
+
+_MINUTE, _HOUR, _DAY = 60, 3600, 86_400
+_LONG = 2 * _DAY
+_ITEMS_SHOWN = 200
+_TEXT_SHOWN = 2_000
+_DEPTH_SHOWN = 12
+
+
+def duration(seconds: float | timedelta | None) -> str:
+    """Return a span of time to the second: ``38 m 04 s``; never below zero, for clocks are set."""
+    if seconds is None:
+        return ""
+    seconds = max(0.0, seconds.total_seconds() if isinstance(seconds, timedelta) else seconds)
+    if seconds < 10:
+        return f"{seconds:.1f} s" if seconds >= 1 else f"{round(seconds * 1000)} ms"
+    whole = int(seconds)
+    if whole < _MINUTE:
+        return f"{whole} s"
+    if whole < _HOUR:
+        return f"{whole // 60} m {whole % 60:02d} s"
+    hours = f"{whole // _HOUR} h {whole % _HOUR // 60:02d} m"
+    return hours if whole < _LONG else f"{whole // _DAY} d {whole % _DAY // _HOUR:02d} h"
+
+
+def short(seconds: float | timedelta | None) -> str:
+    """Return a span of time roughly: ``38 m``."""
+    if seconds is None:
+        return ""
+    if isinstance(seconds, timedelta):
+        seconds = seconds.total_seconds()
+    whole = int(max(0.0, seconds))
+    if whole < _MINUTE:
+        return f"{whole} s"
+    if whole < _HOUR:
+        return f"{whole // 60} m"
+    if whole < _LONG:
+        return f"{whole // _HOUR} h {whole % _HOUR // 60:02d} m"
+    return f"{whole // _DAY} d"
+
+
+def iso(moment: datetime) -> str:
+    """Return ISO 8601 in UTC, to the millisecond."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+_SHAPES = {
+    "hm": "%H:%M",
+    "hms": "%H:%M:%S",
+    "hmsf": "%H:%M:%S.%f",
+    "md": "%b %d",
+    "mdhm": "%m-%d %H:%M",
+    "mdhms": "%m-%d %H:%M:%S",
+    "mdhmsf": "%m-%d %H:%M:%S.%f",
+    "day": "%Y-%m-%d",
+    "full": "%Y-%m-%d %H:%M:%S",
+    "fullf": "%Y-%m-%d %H:%M:%S.%f",
+}
+
+
+def clock(moment: datetime, shape: str = "hms") -> str:
+    """Return a time in UTC in one of the shapes that the page's script knows too."""
+    text = moment.astimezone(UTC).strftime(_SHAPES[shape])
+    return text[:-3] if shape.endswith("f") else text
+
+
+def when(moment: datetime | None, shape: str = "hms", *, zone: bool = False, empty: str = "") -> Markup:
+    """Return a ``<time>``: UTC, which the script turns into the viewer's zone; all of it in its title.
+
+    Args:
+        moment: None for ``empty``.
+        shape: See ``clock``.
+        zone: Whether the zone stands behind it.
+        empty: What to show instead of no time.
+    """
+    if moment is None:
+        return Markup('<span class="dim">{}</span>').format(empty) if empty else Markup("")
+    shown = clock(moment, shape) + (" UTC" if zone else "")
+    return Markup('<time datetime="{}" title="{} UTC" data-f="{}"{}>{}</time>').format(
+        iso(moment), clock(moment, "fullf"), shape, Markup(" data-z") if zone else "", shown
+    )
+
+
+def ago(moment: datetime | None, now: datetime) -> Markup:
+    """Return how long ago a time is, as a ``<time>``."""
+    if moment is None:
+        return Markup("")
+    seconds = (now - moment).total_seconds()
+    shown = f"{short(seconds)} ago" if seconds >= 0 else f"in {short(-seconds)}"
+    return Markup('<time datetime="{}" title="{} UTC">{}</time>').format(iso(moment), clock(moment, "fullf"), shown)
+
+
+def short_id(job_id: UUID) -> str:
+    """Return an id as it stands in a table."""
+    text = str(job_id)
+    return f"{text[:8]}…{text[-4:]}"
+
+
+def size(number: int) -> str:
+    """Return a number of bytes: ``48 kB``."""
+    if number < 1000:
+        return f"{number} B"
+    for unit in ("kB", "MB", "GB"):
+        number_in = number / 1000
+        number = int(number_in)
+        if number_in < 1000:
+            return f"{number_in:.1f} {unit}" if number_in < 10 else f"{number} {unit}"
+    return f"{number} GB"
+
+
+def plain(text: str) -> str:
+    r"""Return text with each character that has no shape written out: ``\x1b[31m`` instead of a colour."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def number(value: float) -> str:
+    """Return a figure in at most six digits."""
+    return f"{value:.6g}"
+
+
+# ------------------------------------------------------------------------------------------------------------- JSON
+
+
+class Numeral(str):
+    """A number as it was written: none is rounded, and a big one stays exact."""
+
+    __slots__ = ()
+
+
+def parsed(text: str | None) -> Any:
+    """Return parsed JSON with its numbers as they were written; None where it is none."""
+    if text is None:
+        return None
+    try:
+        return json.loads(text, parse_int=Numeral, parse_float=Numeral, parse_constant=Numeral)
+    except (ValueError, RecursionError):
+        return None
+
+
+def numeric(value: Any) -> float | None:
+    """Return the value of a parsed number; None for anything else, and for what a double cannot hold."""
+    if not isinstance(value, Numeral):
+        return None
+    try:
+        found = float(value)
+    except ValueError:
+        return None
+    return found if found - found == 0 else None
+
+
+def literal(value: Any) -> str:
+    """Return a parsed JSON value as text."""
+    match value:
+        case Numeral():
+            return str(value)
+        case str():
+            return plain(json.dumps(value[:_TEXT_SHOWN], ensure_ascii=False)) + (
+                f" … {len(value):,} characters" if len(value) > _TEXT_SHOWN else ""
+            )
+        case None | bool():
+            return json.dumps(value)
+        case list():
+            return f"[{', '.join(map(literal, value))}]"
+        case _:
+            return f"{len(value)} keys"
+
+
+def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[str, Any]]:
+    """Yield each value of a JSON object with its path, joined by dots; lists are values."""
+    if isinstance(value, Mapping) and len(path) < _DEPTH_SHOWN:
+        for key, inner in value.items():
+            yield from leaves(inner, (*path, key))
+    elif path:
+        yield ".".join(path), value
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A value in a tree of JSON."""
+
+    key: str
+    text: str
+    path: str
+    note: str = ""
+    children: tuple[Node, ...] = ()
+    leaf: bool = True
+
+
+def tree(value: Any, path: str = "", depth: int = 0) -> tuple[Node, ...]:
+    """Return parsed JSON as nodes; at most 200 of each level are there, and what is left out is said."""
+    pairs: list[tuple[str, Any]] = (
+        list(value.items()) if isinstance(value, dict) else [(str(at), item) for at, item in enumerate(value)]
+    )
+    nodes = []
+    for key, item in pairs[:_ITEMS_SHOWN]:
+        own = f"{path}.{key}" if path else key
+        nodes.append(_node(key, item, own, depth))
+    if len(pairs) > _ITEMS_SHOWN:
+        nodes.append(Node("", f"{len(pairs) - _ITEMS_SHOWN:,} more", "", leaf=False))
+    return tuple(nodes)
+
+
+def _node(key: str, item: Any, path: str, depth: int) -> Node:
+    if isinstance(item, dict) and item and depth < _DEPTH_SHOWN:
+        word = "key" if len(item) == 1 else "keys"
+        return Node(plain(key), "", path, f"{len(item)} {word}", tree(item, path, depth + 1), leaf=False)
+    if isinstance(item, list) and depth < _DEPTH_SHOWN:
+        flat = all(not isinstance(one, dict | list) for one in item)
+        text = literal(item) if flat else ""
+        if flat and len(item) <= 8 and len(text) <= 80:
+            return Node(plain(key), text, path, leaf=False)
+        head = ", ".join(literal(one) for one in item[:3]) if flat else ""
+        note = f"{len(item):,} items" + (f": {head[:80]} …" if head else "")
+        return Node(plain(key), "", path, note, tree(item, path, depth + 1), leaf=False)
+    return Node(plain(key), literal(item), path)
+
+
+# -------------------------------------------------------------------------------------------------------- tracebacks
+
+
+@dataclass(slots=True)
+class Frame:
+    """A frame of a traceback."""
+
+    where: str
+    code: str
+    library: str | None
+
+
+@dataclass(slots=True)
+class Frames:
+    """Frames that stand together: of the application, or of libraries, which are folded."""
+
+    library: bool
+    frames: list[Frame] = field(default_factory=list)
+    last: bool = False
+
+    @property
+    def names(self) -> str:
+        """The libraries, each once."""
+        return ", ".join(dict.fromkeys(frame.library or "" for frame in self.frames))
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error as the page shows it."""
+
+    line: str
+    parts: tuple[Frames, ...]
+    rest: str
+
+
+_FRAME = re.compile(r'^\s*File "([^"\n]+)", line (\d+)(?:, in (.+))?$')
+_LIBRARIES = (
+    re.compile(r"(?:site-packages|dist-packages)[\\/](([^\\/.]+).*)"),
+    re.compile(r"[\\/]lib[\\/]python3\.\d+[\\/](([^\\/.]+).*)"),
+)
+
+
+def failure(text: str) -> Failure:
+    """Return an error's first line, its frames, and what is none."""
+    text = plain(text)
+    lines = text.split("\n")
+    parts: list[Frames] = []
+    rest: list[str] = []
+    at = 1
+    while at < len(lines):
+        found = _FRAME.match(lines[at])
+        if found is None:
+            if lines[at].strip() and not lines[at].startswith("Traceback"):
+                rest.append(lines[at])
+            at += 1
+            continue
+        at += 1
+        code = []
+        while at < len(lines) and lines[at].startswith("    ") and not _FRAME.match(lines[at]):
+            if lines[at].strip(" ^~"):
+                code.append(lines[at].strip())
+            at += 1
+        path, line, function = found.groups()
+        _add(parts, path, f"{line}" + (f" in {function}" if function else ""), "\n".join(code))
+    own = [part for part in parts if not part.library]
+    if own:
+        own[-1].last = True
+    return Failure(lines[0], tuple(parts), "\n".join(rest))
+
+
+def _add(parts: list[Frames], path: str, line: str, code: str) -> None:
+    library = next((found for pattern in _LIBRARIES if (found := pattern.search(path))), None)
+    shown, name = library.groups() if library is not None else (path, None)
+    frame = Frame(f"{shown}:{line}", code, name)
+    if not parts or parts[-1].library != bool(name):
+        parts.append(Frames(bool(name)))
+    parts[-1].frames.append(frame)

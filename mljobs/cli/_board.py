@@ -1,0 +1,77 @@
+"""``board``: the page where people look, served."""
+
+from __future__ import annotations
+
+import tempfile
+import webbrowser
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mljobs import schema
+from mljobs.cli._options import DEFAULT, UrlOption, shown
+from mljobs.errors import InvalidValueError
+from mljobs.store._store import JobStore
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(board)
+
+
+def board(
+    url: UrlOption = DEFAULT,
+    *,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0 for any that is free.")] = 8642,
+    title: Annotated[str | None, typer.Option(help="Which installation this is, beside the logo.")] = None,
+    act: Annotated[
+        bool, typer.Option("--act", help="Let everybody who reaches it cancel and retry; at a loopback address only.")
+    ] = False,
+    root_path: Annotated[str, typer.Option(help="The path that a proxy serves it under.")] = "",
+    demo: Annotated[
+        bool, typer.Option("--demo", help="A database of its own with some weeks of history, and workers that go on.")
+    ] = False,
+    open_: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> None:
+    """Serve the board: what runs, waits, failed and why. Read only unless --act says otherwise."""
+    import uvicorn  # noqa: PLC0415 - an extra
+
+    from mljobs.board import Access, create_app  # noqa: PLC0415
+    from mljobs.board._demo import Live, fill  # noqa: PLC0415
+
+    act = act or demo
+    if act and host not in _LOOPBACK:
+        raise InvalidValueError(
+            "host", host, "--act lets everybody in who reaches it: mount create_app(authorize=...) instead"
+        )
+    with ExitStack() as stack:
+        if demo:
+            directory = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="mljobs-board-", ignore_cleanup_errors=True)
+            )
+            url = f"sqlite:///{Path(directory) / 'demo.db'}" if url == DEFAULT else url
+        store = stack.enter_context(JobStore(url))
+        if demo:
+            schema.upgrade(store.engine)
+            if store.count_up_to(1):
+                raise InvalidValueError("url", shown(url), "the demonstration wants an empty database")
+            typer.echo("Writing six weeks of history ...")
+            fill(store)
+            live = Live(store)
+            live.start()
+            stack.callback(live.stop)
+        app = create_app(
+            store, authorize=(lambda _: Access.ACT) if act else None, title=title or ("demo" if demo else None)
+        )
+        server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, root_path=root_path, log_level="warning"))
+        socket = server.config.bind_socket()
+        address = f"http://{f'[{host}]' if ':' in host else host}:{socket.getsockname()[1]}{root_path}/"
+        typer.echo(f"The board of {shown(url)} is at {address}" + ("" if act else ", read only") + ". Ctrl-C ends it.")
+        if open_:
+            webbrowser.open(address)
+        server.run([socket])
