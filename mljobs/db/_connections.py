@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import QueuePool
 
 from mljobs.db._engines import at_level
@@ -18,12 +21,17 @@ _FRESH_SECONDS = 1.0
 
 
 def engines_of(engine: Engine, *, owned: bool) -> tuple[Engine, Engine]:
-    """Return the engine for single statements, and the one for transactions."""
+    """Return the engine for single statements, and the one for transactions.
+
+    Transactions are READ COMMITTED, whatever the default of the engine, the role or the database is: each operation
+    decides by the condition of one statement, or under a lock, and a higher level would only make it fail.
+    """
     if engine.dialect.name != "postgresql":
         return engine, engine
+    transactional = at_level(engine, "READ COMMITTED")
     if owned:  # made with AUTOCOMMIT, so that the frequent case costs nothing at checkout
-        return engine, at_level(engine, "READ COMMITTED")
-    return at_level(engine, "AUTOCOMMIT"), engine
+        return engine, transactional
+    return at_level(engine, "AUTOCOMMIT"), transactional
 
 
 def cache_size(engine: Engine, wanted: int) -> int:
@@ -85,3 +93,49 @@ class ConnectionCache:
         """Give all back to the pool."""
         while self._idle:
             self._idle.pop()[0].close()
+
+
+class JoinedConnection:
+    """A connection of a host, in whose transaction a store works: each use is a savepoint, one thread at a time.
+
+    Args:
+        connection: Open; a transaction is begun if none is.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def use(self) -> Iterator[Connection]:
+        """Yield the connection within a savepoint, which is rolled back by an exception."""
+        with self._lock, savepoint(self.connection):
+            yield self.connection
+
+    @contextmanager
+    def session(self, sessions: sessionmaker[Session]) -> Iterator[Session]:
+        """Yield a session within a savepoint, which is rolled back by an exception."""
+        with self._lock:
+            begin(self.connection)
+            with sessions(bind=self.connection, join_transaction_mode="create_savepoint") as session, session.begin():
+                yield session
+
+
+@contextmanager
+def savepoint(connection: Connection) -> Iterator[None]:
+    """Run the block within a savepoint of the connection's transaction, which is begun if there is none."""
+    begin(connection)
+    with connection.begin_nested():
+        yield
+
+
+def begin(connection: Connection) -> None:
+    """Begin the connection's transaction, if there is none, so that what follows is inside it.
+
+    On SQLite at once: Python's driver waits for the first write, and a savepoint before it would be the transaction.
+    """
+    if not connection.in_transaction():
+        connection.begin()
+    driver: Any = connection.connection.driver_connection
+    if connection.dialect.name == "sqlite" and not driver.in_transaction:
+        connection.exec_driver_sql("BEGIN")

@@ -10,6 +10,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 _NOT_RETRYABLE = ("27", "2F", "38", "39", "54", "55000", "HV")
 """SQLSTATEs that psycopg calls operational and that no wait mends: limits of the program, and what triggers and functions
 of the host raise."""
+_SERIALIZATION = ("40001", "40P01")
+"""SQLSTATEs of a transaction that PostgreSQL ended because of another one: it may be run again."""
 CONNECTION_ERRORS = (DBAPIError, PoolTimeout, OSError)
 """What a call to the database raises when it fails; see ``database_is_away``."""
 
@@ -23,6 +25,11 @@ def database_is_away(error: BaseException) -> bool:
             return False
         return isinstance(error, OperationalError | InterfaceError | InternalError) or error.connection_invalidated
     return isinstance(error, PoolTimeout | OSError)
+
+
+def may_run_again(error: BaseException) -> bool:
+    """Whether the transaction met another one (serialization, deadlock), and may be run again from its beginning."""
+    return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) in _SERIALIZATION
 
 
 def first_line(error: BaseException | str) -> str:

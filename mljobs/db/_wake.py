@@ -81,14 +81,15 @@ class ChangeListener:
         engine: Of the database.
         table: The job table.
         workers: Wait for new jobs; otherwise for changed ones.
+        polls: Take no connection, and only wait for the timeout.
     """
 
-    def __init__(self, engine: Engine, table: Table, *, workers: bool = False) -> None:
+    def __init__(self, engine: Engine, table: Table, *, workers: bool = False, polls: bool = False) -> None:
         self._engine = engine
         self._table = table
         self._lock = WORKER_LOCK if workers else WATCHER_LOCK
         self._slot = _Slot(self._lock)
-        self._listens = engine.dialect.name == "postgresql" and engine.dialect.driver == "psycopg"
+        self._listens = not polls and engine.dialect.name == "postgresql" and engine.dialect.driver == "psycopg"
         self._connection: Connection | None = None
         self._driver: Any = None
         self._woken = threading.Event()
@@ -182,12 +183,12 @@ def _notified(driver: Any) -> bool:
 class AsyncChangeListener:
     """Wait between reads of the table, from a coroutine; see ``ChangeListener``."""
 
-    def __init__(self, engine: AsyncEngine, table: Table, *, workers: bool = False) -> None:
+    def __init__(self, engine: AsyncEngine, table: Table, *, workers: bool = False, polls: bool = False) -> None:
         self._engine = engine
         self._table = table
         self._lock = WORKER_LOCK if workers else WATCHER_LOCK
         self._slot = _Slot(self._lock)
-        self._name = engine.dialect.driver if engine.dialect.name == "postgresql" else ""
+        self._name = engine.dialect.driver if engine.dialect.name == "postgresql" and not polls else ""
         self._connection: AsyncConnection | None = None
         self._driver: Any = None
         self._woken = asyncio.Event()
@@ -204,21 +205,37 @@ class AsyncChangeListener:
         except (DBAPIError, OSError, RuntimeError) as error:
             logger.debug("cannot listen for notifications, polling instead: %s", error)
             await self.close()
-        await asyncio.sleep(seconds)
+        await self._wait_until_woken(seconds)
+
+    def wake(self) -> None:
+        """End the present wait, or the next one."""
+        self._woken.set()
+
+    async def _wait_until_woken(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._woken.wait(), seconds)
+        self._woken.clear()
 
     async def _wait_for_notification(self, seconds: float) -> None:
         if self._name == "asyncpg":
             if self._driver.is_closed():
                 raise RuntimeError("the connection is closed")
-            try:
-                await asyncio.wait_for(self._woken.wait(), seconds)
-            except TimeoutError:
-                return
-            self._woken.clear()
+            await self._wait_until_woken(seconds)
             return
+        if await self._notified():
+            return
+        loop, descriptor = asyncio.get_running_loop(), self._driver.fileno()
+        loop.add_reader(descriptor, self._woken.set)
         try:
-            async for _ in self._driver.notifies(timeout=seconds, stop_after=1):
-                pass
+            await self._wait_until_woken(seconds)
+        finally:
+            loop.remove_reader(descriptor)
+        await self._notified()
+
+    async def _notified(self) -> bool:
+        """Read what the server has sent; whether it was a notification."""
+        try:
+            return any([True async for _ in self._driver.notifies(timeout=0)])
         except Exception as error:
             raise RuntimeError(str(error)) from error
 

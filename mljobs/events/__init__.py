@@ -18,7 +18,7 @@ What goes past all of these (raw SQL, another process) is seen by ``store.watch`
 from mljobs.events._connections import deliver_by
 from mljobs.events._delivering import Subscription, deliver, deliver_async, subscribed
 from mljobs.events._sessions import add_finished
-from mljobs.events._stores import collecting, delivering, origin_of
+from mljobs.events._stores import collecting, delivering, join, origin_of
 from mljobs.events._subscribing import EventSource, on_finished
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "deliver_async",
     "deliver_by",
     "delivering",
+    "join",
     "on_finished",
     "origin_of",
     "subscribed",

@@ -45,13 +45,13 @@ class ConnectionPending(Pending):
         for name in reversed(around):
             self.enter(name)
         super().add(jobs)
-        if self.store is None and connection is not None and _commits_by_itself(connection):
+        if not self.delivered_by_store and connection is not None and _commits_by_itself(connection):
             self.deliver()
 
     def before_commit(self) -> None:
         """Take note that the transaction is about to be committed."""
         connection = self._connection()
-        if connection is None or self.store is not None or not any(pending for _, pending in self._levels):
+        if connection is None or self.delivered_by_store or not any(pending for _, pending in self._levels):
             return
         self._committing_id = id(connection.connection.dbapi_connection)
         _committing[self._committing_id] = self

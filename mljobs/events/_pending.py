@@ -36,6 +36,7 @@ class Pending:
 
     def __init__(self) -> None:
         self.store: Store | None = None
+        self.delivered_by_store = False
         self._levels: list[tuple[object, dict[UUID, Any]]] = [(None, {})]
 
     @property

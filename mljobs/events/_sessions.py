@@ -11,13 +11,13 @@ from weakref import ref
 from sqlalchemy import Connection, Table, event, inspect, select
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session, SessionTransaction, attributes
 
+from mljobs.db._binds import Bind, connection_for, resolve
 from mljobs.events._connections import ConnectionPending, pending_of_connection
 from mljobs.events._delivering import Origin, deliver, has_listener, subscribed
 from mljobs.events._pending import Pending, finished_among
 from mljobs.record._mixin import MlJobMixin
 from mljobs.states import ACTIVE, MlJobStatus
 
-Bind = Session | Connection
 _INFO_KEY = "mljobs.finished"
 
 
@@ -177,7 +177,8 @@ def _updated(state: ORMExecuteState) -> type[MlJobMixin] | None:
 
 def pending_of(bind: Bind) -> SessionPending | ConnectionPending:
     """Return what is pending beside the transaction of a session or connection."""
-    return pending_of_session(bind) if isinstance(bind, Session) else pending_of_connection(bind)
+    resolved = resolve(bind)
+    return pending_of_session(resolved) if isinstance(resolved, Session) else pending_of_connection(resolved)
 
 
 def add_finished(bind: Bind, model: type[MlJobMixin], ids: Iterable[UUID]) -> None:
@@ -193,5 +194,4 @@ def add_finished(bind: Bind, model: type[MlJobMixin], ids: Iterable[UUID]) -> No
         return
     pending = pending_of(bind)
     if has_listener(pending.origin):
-        connection = bind.connection() if isinstance(bind, Session) else bind
-        pending.add(finished_among(connection, model, wanted))
+        pending.add(finished_among(connection_for(bind, model), model, wanted))

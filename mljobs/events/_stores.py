@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from mljobs.events._connections import ConnectionPending
+from sqlalchemy import Connection
+
+from mljobs.db._binds import Bind
+from mljobs.events._connections import ConnectionPending, pending_of_connection
 from mljobs.events._delivering import Origin, Store
-from mljobs.events._sessions import Bind, SessionPending, pending_of
+from mljobs.events._sessions import SessionPending, pending_of
 
 
 @contextmanager
@@ -41,8 +44,19 @@ def _cleared(bind: Bind, store: Store) -> SessionPending | ConnectionPending:
     """Forget what an operation that failed has left; what comes is of this store."""
     pending = pending_of(bind)
     pending.take()
-    pending.store = store
+    pending.store, pending.delivered_by_store = store, True
     return pending
+
+
+def join(connection: Connection, store: Store) -> None:
+    """Let what a store finishes on a host's connection be delivered when the host has committed.
+
+    Args:
+        connection: In whose transaction the store works.
+        store: Whose callbacks are called.
+    """
+    pending = pending_of_connection(connection)
+    pending.store, pending.delivered_by_store = store, False
 
 
 def origin_of(store: Store) -> Origin:

@@ -233,7 +233,7 @@ def retention(session: Session, model: type[Any]) -> Iterator[None]:
     table: Table = inspect(model).local_table
     session.flush()  # what was pending before the block is still guarded
     session.info[_RETENTION] = True
-    set_retention_door(session.connection(), table, opened=True)
+    set_retention_door(_connection_of(session, model), table, opened=True)
     try:
         yield
         session.flush()
@@ -242,7 +242,12 @@ def retention(session: Session, model: type[Any]) -> Iterator[None]:
         # The transaction may be aborted; its rollback closes the door.
         raise
     session.info.pop(_RETENTION, None)
-    set_retention_door(session.connection(), table, opened=False)
+    set_retention_door(_connection_of(session, model), table, opened=False)
+
+
+def _connection_of(session: Session, model: type[Any]) -> Connection:
+    """Return the session's connection to the database of ``model``: a session may have several engines."""
+    return session.connection(bind_arguments={"mapper": inspect(model)})
 
 
 def enforce_sqlite(engine: Engine | AsyncEngine) -> None:

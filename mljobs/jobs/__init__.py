@@ -27,7 +27,8 @@ On PostgreSQL each is one statement, and times come from the database's clock. O
 time, each takes the write lock before it reads.
 """
 
-from mljobs.jobs._base import Bind, JobRef, Model, table_of
+from mljobs.db._binds import Bind
+from mljobs.jobs._base import JobRef, Model, accept_any_session, table_of
 from mljobs.jobs._best import best
 from mljobs.jobs._bulk import Action, Batch, affected, cancel_batch, retry_batch
 from mljobs.jobs._claiming import (
@@ -188,3 +189,5 @@ __all__ = [
     "usual_durations",
     "why_read_only",
 ]
+
+accept_any_session(globals(), __all__)

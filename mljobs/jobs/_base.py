@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
+from functools import wraps
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from uuid import UUID
 
@@ -31,6 +33,8 @@ from sqlalchemy.orm import Mapper, Session, selectin_polymorphic
 from sqlalchemy.types import NullType, TypeDecorator
 
 from mljobs._values import to_job_id, utc_now
+from mljobs.db import _binds
+from mljobs.db._binds import connection_for, resolve
 from mljobs.db._prepared import Prepared
 from mljobs.errors import InvalidTransitionError, InvalidValueError, JobNotFound, TerminalStateError
 from mljobs.record._mixin import MlJobMixin
@@ -43,9 +47,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect
     from sqlalchemy.types import TypeEngine
 
-Bind = Session | Connection
-"""Where an operation runs: the caller's ``Session``, or a Core ``Connection``; in its transaction either way."""
-
+Bind = _binds.Bind
 Model = type[MlJobMixin]
 JobRef = UUID | int | str | MlJobMixin
 """What names a job: its id in any accepted form, or the record."""
@@ -73,18 +75,41 @@ def per_model(build: Callable[Concatenate[Model, _P], _R]) -> Callable[Concatena
 # --------------------------------------------------------------------------------------------------- connections
 
 
-def connection_of(bind: Bind) -> Connection:
-    """Return the connection of the caller's transaction, with what its session holds written to it.
+def accept_any_session(names: dict[str, Any], public: Iterable[str]) -> None:
+    """Let the public operations of a room take whatever a host calls a session; inside, ``resolve`` has been called.
+
+    Args:
+        names: The room's names, ``globals()``.
+        public: Which of them are public. An operation is a function whose first parameter is ``session``.
+    """
+    for name in public:
+        value = names[name]
+        if isinstance(value, FunctionType) and value.__code__.co_varnames[:1] == ("session",):
+            names[name] = _resolving(value)
+
+
+def _resolving(operation: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(operation)
+    def run(*args: Any, **kw: Any) -> Any:
+        if args:
+            return operation(resolve(args[0]), *args[1:], **kw)
+        if "session" in kw:
+            kw["session"] = resolve(kw["session"])
+        return operation(**kw)
+
+    return run
+
+
+def connection_of(bind: Bind, model: Model) -> Connection:
+    """Return the connection of the caller's transaction on the model's database, with what its session holds written to it.
 
     Raises:
         InvalidValueError: Neither a session nor a connection.
     """
-    if not isinstance(bind, Connection | Session):
-        raise InvalidValueError("session", bind, "expected a Session or a Connection; of async ones use run_sync")
-    if isinstance(bind, Connection):
-        return bind
-    bind.flush()
-    return bind.connection()
+    resolved = resolve(bind)
+    if isinstance(resolved, Session):
+        resolved.flush()
+    return connection_for(resolved, owner_of(model))
 
 
 def is_postgres(connection: Connection) -> bool:

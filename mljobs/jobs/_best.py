@@ -59,6 +59,6 @@ def best(
     latest = [] if scan else paging.latest(served)
     conditions = [*latest, *served, *looked_at, table.c.status == MlJobStatus.COMPLETED, number.is_not(None)]
     order = [number.asc() if lowest else number.desc(), table.c.created_at.desc(), table.c.id.desc()]
-    connection_of(session)
+    connection_of(session, model)
     jobs = fetch(session, model, conditions, order, limit)
     return Page(tuple(jobs), scanned=paging.reach if latest else None, complete=not latest)

@@ -156,7 +156,7 @@ def _not_retried(model: Model) -> ColumnElement[bool]:
 def _each(session: Bind, chosen: Selection, batch: int, after: str | None, act: Callable[[UUID], object]) -> Batch:
     """Act on each job of a batch, the oldest first; one with which it is not possible does not stop the others."""
     table = table_of(chosen.model)
-    connection = connection_of(session)
+    connection = connection_of(session, chosen.model)
     if not is_postgres(connection):
         lock_sqlite(connection, chosen.model)
 

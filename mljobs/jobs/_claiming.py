@@ -301,7 +301,7 @@ def claim_one(
     claims = _claim(session, model, "ids", parameters, 1)
     if claims:
         return claims[0]
-    connection = connection_of(session)
+    connection = connection_of(session, model)
     if state_of(connection, model, job_id) is MlJobStatus.QUEUED:
         raise TargetLockedError(job_id)
     raise refusal(connection, model, job_id, MlJobStatus.RUNNING)
@@ -323,7 +323,7 @@ def renew(session: Bind, claims: Iterable[Claim], *, lease: float = DEFAULT_LEAS
     if not held:
         return Renewal([], [], [])
     model = model_of(held.values())
-    connection = connection_of(session)
+    connection = connection_of(session, model)
     rows = _renewal(model).rows(connection, {**parameters, "tokens": list(held)})
     renewal, requeued = _sorted(held, rows)
     if requeued:
@@ -342,7 +342,7 @@ def look(session: Bind, claims: Iterable[Claim]) -> Renewal:
     if not held:
         return Renewal([], [], [])
     model = model_of(held.values())
-    rows = _look(model).rows(connection_of(session), {"tokens": list(held)})
+    rows = _look(model).rows(connection_of(session, model), {"tokens": list(held)})
     renewal, _ = _sorted(held, rows)
     return renewal
 
@@ -375,8 +375,8 @@ def release(session: Bind, claims: Iterable[Claim]) -> int:
     tokens = {claim.token: claim for claim in claims}
     if not tokens:
         return 0
-    connection = connection_of(session)
-    return len(_release(model_of(tokens.values())).rows(connection, {"tokens": list(tokens)}))
+    model = model_of(tokens.values())
+    return len(_release(model).rows(connection_of(session, model), {"tokens": list(tokens)}))
 
 
 def set_progress(session: Bind, claim: Claim, progress: int) -> None:
@@ -441,7 +441,7 @@ def report_many(session: Bind, reports: Iterable[Report]) -> list[LeaseLostError
     if not given:
         return []
     model = model_of(report.claim for report in given)
-    connection = connection_of(session)
+    connection = connection_of(session, model)
     latest = {report.claim.token: report for report in given}
     rows = _report_rows(connection, model, list(latest.values()))
     done = {token for token, updated in rows if updated is not None}
@@ -490,7 +490,7 @@ def _percent(value: int) -> int:
 
 
 def _claim(session: Bind, model: Model, which: str, parameters: dict[str, Any], limit: int) -> list[Claim]:
-    connection = connection_of(session)
+    connection = connection_of(session, model)
     postgres = is_postgres(connection)
     if not postgres:
         lock_sqlite(connection, model)

@@ -55,7 +55,7 @@ def finish_and_claim(
     """
     given = list(outcomes)
     which, parameters = wish(model, worker, kinds, limit, lease)
-    connection = connection_of(session)
+    connection = connection_of(session, model)
     if not given or parameters["kinds"] == [] or not is_postgres(connection):
         errors = finish_many(session, given)
         return errors, claim(session, worker=worker, kinds=kinds, limit=limit, lease=lease, model=model)

@@ -186,7 +186,7 @@ def finish_many(session: Bind, outcomes: Iterable[Outcome]) -> list[Exception | 
     if not given:
         return []
     model = model_of(outcome.claim for outcome in given)
-    connection = connection_of(session)
+    connection = connection_of(session, model)
     rows = _finish(connection, model, first_of_each(given))
     return answers(session, connection, model, given, rows)
 
@@ -236,7 +236,7 @@ def cancel(session: Bind, job: JobRef, *, model: Model = MlJob) -> bool:
         JobNotFound: No record has this id.
     """
     model, job_id = named(job, model)
-    connection = connection_of(session)
+    connection = connection_of(session, model)
     cancelled = bool(_cancellation(model).rows(connection, {"id": job_id, **moments()}))
     if not cancelled:
         state_of(connection, model, job_id)

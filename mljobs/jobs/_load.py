@@ -80,7 +80,7 @@ def stats(session: Bind, *, over: timedelta = timedelta(days=1), model: Model = 
     """
     if not isinstance(over, timedelta) or over <= timedelta(0):
         raise InvalidValueError("over", over, "expected a timedelta above 0")
-    table, connection, now = table_of(model), connection_of(session), utc_now()
+    table, connection, now = table_of(model), connection_of(session, model), utc_now()
     since = now - over
     queue = queue_depths(session, model=model)
     times = durations(session, since=since, model=model)
@@ -143,7 +143,7 @@ def holders(session: Bind, *, limit: int = 1000, model: Model = MlJob) -> list[H
     check_count("limit", limit, MAX_PAGE)
     leases, now = model.__leases__, utc_now()
     statement = select(leases.c.job_id).order_by(leases.c.acquired_at, leases.c.token).limit(limit)
-    ids = list(connection_of(session).scalars(statement))
+    ids = list(connection_of(session, model).scalars(statement))
     by_worker: dict[str, list[JobSummary]] = {}
     for job in summaries_of(session, ids, text=0, model=model):
         by_worker.setdefault(job.worker or "", []).append(job)

@@ -60,7 +60,7 @@ def find_id(session: Bind, job: JobRef, *, model: Model = MlJob) -> UUID:
 def _beginning(session: Bind, parts: Pattern, model: Model) -> list[UUID]:
     where = Filter(id="*".join(parts.parts)).conditions(model)
     key = table_of(model).c.id
-    return list(connection_of(session).scalars(select(key).where(*where).order_by(key.desc()).limit(_SHOWN + 1)))
+    return list(connection_of(session, model).scalars(select(key).where(*where).order_by(key.desc()).limit(_SHOWN + 1)))
 
 
 def _ending(session: Bind, end: str, model: Model) -> list[UUID]:
@@ -68,4 +68,4 @@ def _ending(session: Bind, end: str, model: Model) -> list[UUID]:
     table = table_of(model)
     latest = select(table.c.id).order_by(table.c.id.desc()).limit(LOOKED_AT).subquery()
     ends = func.replace(cast(latest.c.id, String), "-", "").like(literal(f"%{end}", Text()))
-    return list(connection_of(session).scalars(select(latest.c.id).where(ends).limit(_SHOWN + 1)))
+    return list(connection_of(session, model).scalars(select(latest.c.id).where(ends).limit(_SHOWN + 1)))

@@ -107,7 +107,11 @@ class Paging:
 
     def _few(self, where: Sequence[ColumnElement[bool]]) -> bool:
         some = select(self._key[1]).where(*where).limit(_FEW + 1).subquery()
-        number: int = connection_of(self._session).execute(select(func.count()).select_from(some)).scalar_one()
+        number: int = (
+            connection_of(self._session, self._chosen.model)
+            .execute(select(func.count()).select_from(some))
+            .scalar_one()
+        )
         return number <= _FEW
 
     def _look(
@@ -134,7 +138,7 @@ class Paging:
         """Return where the job stands that is ``window`` jobs further on; None where there are fewer."""
         between = self._between(start, None)
         statement = select(*self._key).where(*between, *where).order_by(*self._by).limit(1).offset(window - 1)
-        row = connection_of(self._session).execute(statement).first()
+        row = connection_of(self._session, self._chosen.model).execute(statement).first()
         return None if row is None else (row[0], row[1])
 
     def _between(self, start: Place | None, end: Place | None) -> list[ColumnElement[bool]]:

@@ -63,7 +63,7 @@ def queue_depths(session: Bind, *, model: Model = MlJob) -> Queue:
         model: The mapped job class.
     """
     table, leases, now = table_of(model), model.__leases__, utc_now()
-    connection = connection_of(session)
+    connection = connection_of(session, model)
     queued = (
         select(table.c.kind, table.c.created_at, table.c.run_after, table.c.exclusive, table.c.target_name)
         .where(table.c.status == constant(MlJobStatus.QUEUED))
@@ -101,7 +101,7 @@ def next_claims(session: Bind, *, limit: int = 5, model: Model = MlJob) -> list[
         model: The mapped job class.
     """
     check_count("limit", limit, MAX_PAGE)
-    connection = connection_of(session)
+    connection = connection_of(session, model)
     rows = connection.execute(next_in_queue(model, "any", limit, connection.dialect.name), moments()).all()
     return summaries_of(connection, [row[0] for row in rows], text=0, model=model)
 
@@ -116,7 +116,7 @@ def held_in_queue(session: Bind, *, limit: int = 20, model: Model = MlJob) -> li
     """
     check_count("limit", limit, MAX_PAGE)
     table, leases = table_of(model), model.__leases__
-    connection = connection_of(session)
+    connection = connection_of(session, model)
     statement = (
         select(table.c.id, leases.c.worker)
         .join(leases, leases.c.target_lock == table.c.target_name)

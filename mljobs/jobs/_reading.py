@@ -259,7 +259,9 @@ def _counted(session: Bind, chosen: Selection, *, exact: bool) -> Counts:
     latest = [] if exact else paging.latest(served)
     statement = select(table.c.kind, table.c.status, func.count()).where(*latest, *served, *looked_at)
     jobs: dict[tuple[str, str], int] = dict.fromkeys(_pairs(chosen.model), 0)
-    for kind, status, number in connection_of(session).execute(statement.group_by(table.c.kind, table.c.status)):
+    for kind, status, number in connection_of(session, chosen.model).execute(
+        statement.group_by(table.c.kind, table.c.status)
+    ):
         jobs[kind, status] = number
     scanned = paging.reach if latest else None
     return Counts(jobs, exact=not latest, scanned=scanned, complete=not latest)
@@ -271,7 +273,7 @@ def _pairs(model: Model) -> list[tuple[str, str]]:
 
 def _all_counts(session: Bind, *, exact: bool, model: Model) -> Counts:
     table = whole_table_of(model)
-    connection = connection_of(session)
+    connection = connection_of(session, model)
     jobs: dict[tuple[str, str], int] = dict.fromkeys(_pairs(model), 0)
     estimate = None
     if not is_postgres(connection):

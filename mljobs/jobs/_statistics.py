@@ -65,7 +65,7 @@ def finished_per(
     inner = select(bucket.label("start"), table.c.status).where(*where).subquery()
     start = type_coerce(inner.c.start, UtcMillis("start"))
     statement = select(start, inner.c.status, func.count()).group_by(inner.c.start, inner.c.status).order_by(start)
-    rows = connection_of(session).execute(statement)
+    rows = connection_of(session, model).execute(statement)
     return [Finished(moment, status, jobs) for moment, status, jobs in rows if status in TERMINAL]
 
 
@@ -144,7 +144,7 @@ def durations(session: Bind, *, since: datetime, model: Model = MlJob) -> Durati
         .order_by(table.c.finished_at.desc(), table.c.id.desc())
         .limit(SAMPLE + 1)
     )
-    rows = connection_of(session).execute(statement).all()
+    rows = connection_of(session, model).execute(statement).all()
     ran: dict[str, list[float]] = defaultdict(list)
     waited: dict[str, list[float]] = defaultdict(list)
     ends: dict[str, Counter[MlJobStatus]] = defaultdict(Counter)
@@ -176,7 +176,7 @@ def usual_durations(
         pairs: Of kind and target; those of which fewer than three completed are left out of the answer.
         model: The mapped job class.
     """
-    table, connection = table_of(model), connection_of(session)
+    table, connection = table_of(model), connection_of(session, model)
     found = {}
     for kind, target in dict.fromkeys(pairs):
         lately = (
@@ -252,7 +252,7 @@ def failure_reasons(session: Bind, *, since: datetime, model: Model = MlJob) -> 
         .order_by(table.c.created_at.desc(), table.c.id.desc())
         .limit(_FAILURES_READ + 1)
     )
-    rows = connection_of(session).execute(statement).all()
+    rows = connection_of(session, model).execute(statement).all()
     groups: dict[str, list[tuple[str, str, datetime | None]]] = defaultdict(list)
     for error, target, finished in rows[:_FAILURES_READ]:
         groups[pattern_of(error or "")].append((error or "", target, finished))
@@ -275,7 +275,7 @@ def last_failures(session: Bind, *, limit: int = 5, model: Model = MlJob) -> lis
         model: The mapped job class.
     """
     check_count("limit", limit, _USUAL_LOOKED_AT)
-    table, connection = table_of(model), connection_of(session)
+    table, connection = table_of(model), connection_of(session, model)
     newest = (
         select(table.c.id, table.c.finished_at)
         .where(table.c.status == constant(MlJobStatus.FAILED))

@@ -18,6 +18,7 @@ from uuid_utils.compat import uuid7
 
 from mljobs._fields import FIELDS, NAMES
 from mljobs._values import to_json_text, to_member, utc_now
+from mljobs.db._binds import resolve
 from mljobs.db._prepared import Prepared
 from mljobs.db._rows import insert_rows
 from mljobs.errors import InvalidTransitionError, InvalidValueError, JobExistsError
@@ -126,7 +127,7 @@ def submit_many(
         return _add_chunks(session, model, jobs)
     table = table_of(model)
     with _naming_seconds():
-        return insert_rows(connection_of(session), table, table.columns.keys(), _rows(jobs))
+        return insert_rows(connection_of(session, model), table, table.columns.keys(), _rows(jobs))
 
 
 def retry(
@@ -234,7 +235,8 @@ def _naming_seconds(job_id: UUID | None = None) -> Iterator[None]:
         raise JobExistsError(second.job_id or job_id) from error
 
 
-def _add(bind: Bind, job: MlJob) -> MlJob:
+def _add(given_bind: Bind, job: MlJob) -> MlJob:
+    bind = resolve(given_bind)
     if isinstance(bind, Session):
         alone = not bind.new
         bind.add(job)
@@ -306,7 +308,7 @@ def _insertion(model: Model) -> Prepared:
 
 def _active(bind: Bind, job: MlJob, model: Model) -> MlJob | None:
     """Return the active job of the same kind and target; hold off everybody else who asks until we have committed."""
-    connection = connection_of(bind)
+    connection = connection_of(bind, model)
     table = table_of(model)
     if is_postgres(connection):
         place = "/".join((qualified_name(connection, table), job.kind.value, job.target_name))

@@ -113,7 +113,7 @@ def summaries(
         InvalidValueError: ``after`` is no cursor of this order.
     """
     paging = Paging(session, selection(model, filter, where, fields), order, limit)
-    connection = connection_of(session)
+    connection = connection_of(session, model)
     found = paging.find(
         lambda conditions, by, most: _read(connection, model, conditions, by, most, text=text), after=after, scan=scan
     )
@@ -139,7 +139,9 @@ def summaries_of(
         return []
     table = table_of(model)
     where = [table.c.id.in_(wanted)]
-    found = {job.id: job for job in _read(connection_of(session), model, where, [], None, text=text, error=error)}
+    found = {
+        job.id: job for job in _read(connection_of(session, model), model, where, [], None, text=text, error=error)
+    }
     return [found[job_id] for job_id in wanted if job_id in found]
 
 
@@ -154,7 +156,7 @@ def running_jobs(session: Bind, *, limit: int = 200, model: Model = MlJob) -> li
     check_count("limit", limit, MAX_PAGE)
     table = table_of(model)
     where = [table.c.status == MlJobStatus.RUNNING]
-    return _read(connection_of(session), model, where, [table.c.started_at, table.c.id], limit, text=0)
+    return _read(connection_of(session, model), model, where, [table.c.started_at, table.c.id], limit, text=0)
 
 
 def held_after_end(session: Bind, *, limit: int = 50, model: Model = MlJob) -> list[JobSummary]:
@@ -169,7 +171,7 @@ def held_after_end(session: Bind, *, limit: int = 50, model: Model = MlJob) -> l
     # From the leases, of which there are as many as jobs at work: the jobs themselves are millions.
     held = table.c.id.in_(select(leases.c.job_id))
     where = [held, table.c.status.in_([status for status in MlJobStatus if status.is_terminal])]
-    return _read(connection_of(session), model, where, [table.c.finished_at], limit, text=0)
+    return _read(connection_of(session, model), model, where, [table.c.finished_at], limit, text=0)
 
 
 def chains(session: Bind, ids: Iterable[JobRef], *, model: Model = MlJob) -> dict[UUID, list[JobSummary]]:
@@ -184,7 +186,7 @@ def chains(session: Bind, ids: Iterable[JobRef], *, model: Model = MlJob) -> dic
         By id; a chain of more than 500 records in all is cut.
     """
     wanted = [id_of(job) for job in ids]
-    table, connection = table_of(model), connection_of(session)
+    table, connection = table_of(model), connection_of(session, model)
     known = {job.id: job for job in summaries_of(session, wanted, text=0, model=model)}
     ups = {job.retry_of for job in known.values() if job.retry_of is not None} - set(known)
     downs = set(known)

@@ -110,7 +110,7 @@ def rescue(
     whole_table_of(model)
     check_count("max_attempts", max_attempts, _ATTEMPTS_MAX)
     check_count("limit", limit, _BATCH_MAX)
-    connection = connection_of(session)
+    connection = connection_of(session, model)
     if isinstance(kinds, str):
         kinds = [kinds]
     tokens = [to_member(model.__kinds__, "kinds", kind).value for kind in (model.__kinds__ if kinds is None else kinds)]
@@ -216,7 +216,7 @@ def prune_batch(
         raise InvalidValueError("keep_last", keep_last, "expected an int of at least 0")
     limit = _limit_of(older_than)
     after = after or Cursor(ended=True)
-    connection = connection_of(session)
+    connection = connection_of(session, model)
     if not is_postgres(connection):
         lock_sqlite(connection, model)
     table = whole_table_of(model)

@@ -27,7 +27,7 @@ def count_up_to(session: Bind, limit: int, filter: Filter | str | None = None, *
     """
     table = table_of(model)
     some = select(table.c.id).where(*conditions(model, filter)).limit(limit).subquery()
-    found: int = connection_of(session).scalar(select(func.count()).select_from(some)) or 0
+    found: int = connection_of(session, model).scalar(select(func.count()).select_from(some)) or 0
     return found
 
 
@@ -45,7 +45,7 @@ def target_names(
     """
     check_count("limit", limit, MAX_PAGE)
     names = table_of(model).c.target_name
-    connection = connection_of(session)
+    connection = connection_of(session, model)
     first = select(func.min(names).label("name"))
     if after is not None:
         first = first.where(names > storable_text("after", after))
@@ -74,7 +74,7 @@ def target_jobs(
         model: The mapped job class.
     """
     check_count("limit", limit, MAX_PAGE)
-    table, connection = table_of(model), connection_of(session)
+    table, connection = table_of(model), connection_of(session, model)
     ids: dict[str, list[Any]] = {}
     for target in dict.fromkeys(targets):
         newest = select(table.c.id).where(table.c.target_name == target)
@@ -90,14 +90,15 @@ def _in_parts(connection: Connection, ids: dict[str, list[Any]], model: Model) -
     return [job for part in parts for job in summaries_of(connection, part, text=0, model=model)]
 
 
-def limit_time(session: Bind, seconds: float) -> None:
+def limit_time(session: Bind, seconds: float, *, model: Model = MlJob) -> None:
     """Let each statement of this transaction run for so long at most; on PostgreSQL, SQLite knows no such limit.
 
     Args:
         session: The caller's session or connection.
         seconds: Above 0.
+        model: The mapped job class.
     """
-    connection = connection_of(session)
+    connection = connection_of(session, model)
     if is_postgres(connection):
         setting = func.set_config("statement_timeout", str(max(1, round(seconds * 1000))), True)
         connection.execute(select(setting))
@@ -110,7 +111,7 @@ def why_read_only(session: Bind, *, model: Model = MlJob) -> str | None:
         session: The caller's session or connection.
         model: The mapped job class.
     """
-    connection = connection_of(session)
+    connection = connection_of(session, model)
     if not is_postgres(connection):
         return _why_sqlite_read_only(connection, model)
     recovery = func.pg_is_in_recovery(type_=Boolean)

@@ -8,18 +8,19 @@ from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack, cast
+from weakref import WeakSet
 
-from sqlalchemy import URL
+from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.orm import Session
 
 try:
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, async_sessionmaker, create_async_engine
 except ImportError as error:
     raise ImportError("AsyncJobStore needs the extra: pip install 'mljobs[async]'") from error
 
 from mljobs import events, jobs
-from mljobs.db._connections import engines_of
+from mljobs.db._connections import begin, engines_of, savepoint
 from mljobs.db._engines import async_url, engine_options, refuse_memory, set_up_connections, sync_url, url_from_env
 from mljobs.db._wake import AsyncChangeListener
 from mljobs.errors import InvalidValueError
@@ -27,9 +28,17 @@ from mljobs.jobs import DEFAULT_LEASE, Bind, Filter, Filters, JobRef, Model, Whe
 from mljobs.jobs._base import plain
 from mljobs.jobs._filters import selection
 from mljobs.record._models import MlJob
-from mljobs.store._base import LEASE_GIVEN_BACK, Store, async_store_method
+from mljobs.store._base import LEASE_GIVEN_BACK, Store, async_store_method, bind_of, read_committed, source_error
 from mljobs.store._bulk import AsyncBulkActions
-from mljobs.store._following import FollowSteps, Read, poll_seconds, wait_steps, watch_steps
+from mljobs.store._following import (
+    AsyncFollower,
+    FollowSteps,
+    Read,
+    closed_meanwhile,
+    poll_seconds,
+    wait_steps,
+    watch_steps,
+)
 from mljobs.store._keeper import Keeper
 from mljobs.store._recording import record_end
 from mljobs.store._run import Run, worker_name
@@ -51,7 +60,8 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
     """Jobs in a database, each operation a transaction of its own, awaited. The same names as ``JobStore``.
 
     Args:
-        source: A URL, an ``AsyncEngine``, or an ``async_sessionmaker`` whose sessions are to be used.
+        source: A URL; an ``AsyncEngine``; an ``async_sessionmaker`` whose sessions are to be used, on the engine to which
+            they bind the model; or an ``AsyncConnection``, in whose transaction each operation is then a savepoint.
         model: The mapped job class.
         keeper_url: Where ``running`` keeps leases alive from, by a thread with a connection of its own; None for the
             URL of the engine.
@@ -61,34 +71,38 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
         InvalidValueError: ``source`` is none of these.
     """
 
+    awaits_callbacks = True
+
     def __init__(
         self,
-        source: str | URL | AsyncEngine | async_sessionmaker[AsyncSession],
+        source: str | URL | AsyncEngine | AsyncConnection | async_sessionmaker[Any],
         *,
         model: Model = MlJob,
         keeper_url: str | URL | None = None,
         **options: Any,
     ) -> None:
         self.model = model
-        self._sessions: async_sessionmaker[AsyncSession] | None = None
+        self._sessions: async_sessionmaker[Any] | None = None
+        self._joined: AsyncConnection | None = None
+        self._joined_lock = asyncio.Lock()
         self._owned = isinstance(source, str | URL)
+        self._followers: WeakSet[AsyncFollower] = WeakSet()
+        bind: object = source
         if isinstance(source, str | URL):
-            engine = new_async_engine(source, autocommit=True, **options)
-        elif isinstance(source, AsyncEngine):
-            engine = source
+            bind = new_async_engine(source, autocommit=True, **options)
         elif isinstance(source, async_sessionmaker):
-            bind = source.kw.get("bind")
-            if not isinstance(bind, AsyncEngine):
-                raise InvalidValueError("source", source, "the async_sessionmaker has no engine in bind")
-            engine = bind
-            self._sessions = source
-        else:
-            raise InvalidValueError("source", source, "expected a URL, an AsyncEngine or an async_sessionmaker")
-        single, transactional = engines_of(engine.sync_engine, owned=self._owned)
-        self._single, self._engine = AsyncEngine(single), AsyncEngine(transactional)
-        self._sync_url = sync_url(keeper_url or engine.url)
+            self._sessions, bind = source, _async(bind_of(source().sync_session, model))
+        if isinstance(bind, AsyncConnection):
+            self._joined = bind
+            bind = bind.engine
+        if not isinstance(bind, AsyncEngine):
+            raise source_error(source, "expected a URL, an AsyncEngine, an AsyncConnection or an async_sessionmaker")
+        single, transactional = engines_of(bind.sync_engine, owned=self._owned)
+        self._single, self._transactional = AsyncEngine(single), AsyncEngine(transactional)
+        self._engine = self._transactional if self._owned else bind
+        self._sync_url = sync_url(keeper_url or bind.url)
         if self._sessions is None and not plain(model):
-            self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
+            self._sessions = async_sessionmaker(self._transactional, expire_on_commit=False)
 
     @classmethod
     def from_env(cls, **options: Any) -> Self:
@@ -100,8 +114,6 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
         """The engine, for statements of your own."""
         return self._engine
 
-    awaits_callbacks = True
-
     async def run(self, operation: Callable[[Bind], R], *, atomic: bool = True) -> R:
         """Run a function of ``mljobs.jobs``, or one of your own, on a connection of this store.
 
@@ -110,6 +122,9 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
             atomic: Whether what it does stands or falls together.
         """
         if not events.subscribed():
+            return await self._run(operation, atomic=atomic)
+        if self._joined is not None:  # the host commits
+            events.join(_sync(self._joined), self)
             return await self._run(operation, atomic=atomic)
         taken: list[Callable[[], list[Any]]] = []
 
@@ -122,16 +137,33 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
         return result
 
     async def _run(self, operation: Callable[[Bind], R], *, atomic: bool) -> R:
+        if self._joined is not None:
+            async with self._joined_lock:
+                return cast("R", await self._joined.run_sync(partial(self._in_savepoint, operation)))
         if self._sessions is not None:
             async with self._sessions.begin() as session:
-                return await session.run_sync(partial(_detached, operation))
+                return cast("R", await session.run_sync(partial(self._in_session, operation)))
         if atomic:
-            async with self._engine.begin() as connection:
+            async with self._transactional.begin() as connection:
                 return await connection.run_sync(operation)
         async with self._single.connect() as connection:
             result = await connection.run_sync(operation)
             await connection.commit()
             return result
+
+    def _in_session(self, operation: Callable[[Bind], R], session: Session) -> R:
+        read_committed(session, self.model)
+        return _detached(operation, session)
+
+    def _in_savepoint(self, operation: Callable[[Bind], R], connection: Connection) -> R:
+        if self._sessions is None:
+            with savepoint(connection):
+                return operation(connection)
+        begin(connection)
+        made: Session = self._sessions(bind=connection, join_transaction_mode="create_savepoint").sync_session
+        with made as session, session.begin():
+            result: R = _detached(operation, session)
+        return result
 
     submit = async_store_method(jobs.submit, atomic="unless_active")
     submit_many = async_store_method(jobs.submit_many, atomic=True)
@@ -212,6 +244,8 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
         finished: list[MlJob] = []
         async for _ in self._follow(steps, finished):
             pass
+        if not finished:
+            raise closed_meanwhile(job)
         return finished[0]
 
     def watch(
@@ -229,7 +263,10 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
 
     async def _follow(self, steps: FollowSteps, finished: list[MlJob]) -> AsyncIterator[MlJob]:
         answer: Any = None
-        async with AsyncChangeListener(self.engine, table_of(self.model)) as listener:
+        polls = self._joined is not None
+        async with AsyncChangeListener(self.engine, table_of(self.model), polls=polls) as listener:
+            follower = AsyncFollower(listener)
+            self._followers.add(follower)
             while True:
                 try:
                     step = steps.send(answer)
@@ -237,12 +274,16 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
                     finished.append(stop.value)
                     return
                 answer = None
-                if isinstance(step, Read):
-                    answer = await self.run(step.operation, atomic=False)
-                elif isinstance(step, float | int):
-                    await listener.wait(step)
-                else:
+                if not isinstance(step, Read | float | int):
                     yield step
+                    continue
+                async with follower.busy:
+                    if follower.closed:
+                        return
+                    if isinstance(step, Read):
+                        answer = await self.run(step.operation, atomic=False)
+                    else:
+                        await listener.wait(step)
 
     @asynccontextmanager
     async def running(
@@ -251,8 +292,11 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
         """Run a job by hand; see ``JobStore.running``. The lease lives on while the event loop is blocked.
 
         Raises:
-            InvalidValueError: A SQLite database in memory, which the thread that keeps the lease could not see.
+            InvalidValueError: The thread that keeps the lease could not see the job: the store is on a connection of yours,
+                or the database is SQLite's in memory.
         """
+        if self._joined is not None:
+            raise InvalidValueError("source", "AsyncConnection", "the thread that keeps the lease needs an engine")
         refuse_memory(self.sync_url)
         run = Run(await self.claim_one(job, worker=worker or worker_name(), lease=lease))
         with JobStore(self.sync_url, model=self.model, pool_size=1) as sync_store, Keeper(sync_store, lease) as keeper:
@@ -277,7 +321,9 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
         return self._sync_url
 
     async def close(self) -> None:
-        """Close the connections of a store that was made from a URL."""
+        """End each ``watch``, and close the connections of a store that was made from a URL."""
+        for follower in list(self._followers):
+            await follower.close()
         if self._owned:
             await self._engine.dispose()
 
@@ -288,6 +334,26 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _async(bind: object) -> object:
+    """Return the async face of what a session is bound to."""
+    if isinstance(bind, Engine):
+        return AsyncEngine(bind)
+    return AsyncConnection(AsyncEngine(bind.engine), bind) if isinstance(bind, Connection) else bind
+
+
+def _sync(connection: AsyncConnection) -> Connection:
+    """Return the connection that operations run on.
+
+    Raises:
+        InvalidValueError: It is not open.
+    """
+    if connection.sync_connection is None:
+        raise InvalidValueError(
+            "source", "AsyncConnection", "it has not been opened: `async with engine.connect() as ...`"
+        )
+    return connection.sync_connection
 
 
 def _detached(operation: Callable[[Bind], R], session: Session) -> R:

@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
+import time
 from abc import abstractmethod
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager
 from functools import partial, wraps
-from inspect import signature
+from inspect import signature, unwrap
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
-from mljobs.errors import MlJobsError, TerminalStateError
+from sqlalchemy import inspect
+from sqlalchemy.exc import DBAPIError, UnboundExecutionError
+
+from mljobs.db._failures import may_run_again
+from mljobs.errors import InvalidValueError, MlJobsError, TerminalStateError
 from mljobs.events import EventSource
 from mljobs.jobs import Bind, Model
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
+    from sqlalchemy.orm import Session
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 LEASE_GIVEN_BACK = (TerminalStateError,)
 """How a finish says that the job was cancelled meanwhile; the lease that it gave back stays given back."""
+
+
+_ATTEMPTS = 12
+_FIRST_PAUSE = 0.01  # seconds, at most; twice as long before each further attempt
+_LONGEST_PAUSE = 0.5
+_SESSION = "a store makes sessions of its own: call jobs.submit(session, ...) in yours, or JobStore(session.get_bind())"
+_ADVICE = {
+    "Engine": "use JobStore(engine)",
+    "AsyncEngine": "use AsyncJobStore(engine)",
+    "Connection": "use JobStore(connection)",
+    "AsyncConnection": "use AsyncJobStore(connection)",
+    "sessionmaker": "it binds the model to no engine: use JobStore(sessionmaker(engine))",
+    "async_sessionmaker": "it binds the model to no engine: use AsyncJobStore(async_sessionmaker(engine))",
+    "Session": _SESSION,
+    "scoped_session": _SESSION,
+    "AsyncSession": _SESSION,
+    "async_scoped_session": _SESSION,
+    "SQLAlchemy": "pass its engine, `db.engine`, or `db.engines[...]`",
+}
+"""By the name of a class: what to make a store of instead."""
 
 
 class Store(EventSource):
@@ -63,18 +91,26 @@ def store_method(
         atomic: Whether it is several statements that are committed together; the name of the argument that makes it so.
         committed_errors: After one of these the transaction is committed, then the error is raised.
     """
-    takes_model = _takes_model(operation)
+    takes_model, operation = _takes_model(operation), unwrap(operation)  # the session is the store's own
 
     @wraps(operation)
     def run(self: _Connects, *args: P.args, **kw: P.kwargs) -> R:
         if takes_model:
             kw.setdefault("model", self.model)
-        with self.connect(atomic=_is_atomic(atomic, kw)) as bind:
+        pauses = _pauses(args, kw)
+        while True:
             try:
-                return operation(bind, *args, **kw)
-            except committed_errors as refused:
-                error = refused
-        raise error
+                with self.connect(atomic=_is_atomic(atomic, kw)) as bind:
+                    try:
+                        return operation(bind, *args, **kw)
+                    except committed_errors as refused:
+                        error = refused
+            except DBAPIError as failure:
+                if (pause := next(pauses, None)) is None or not may_run_again(failure):
+                    raise
+                time.sleep(pause)
+            else:
+                raise error
 
     return cast("Callable[Concatenate[_Connects, P], R]", run)
 
@@ -86,19 +122,58 @@ def async_store_method(
     committed_errors: tuple[type[MlJobsError], ...] = (),
 ) -> Callable[Concatenate[_Runs, P], Coroutine[Any, Any, R]]:
     """Return the method of ``AsyncJobStore`` that runs an operation; see ``store_method``."""
-    takes_model = _takes_model(operation)
+    takes_model, operation = _takes_model(operation), unwrap(operation)  # the session is the store's own
 
     @wraps(operation)
     async def run(self: _Runs, *args: P.args, **kw: P.kwargs) -> R:
         if takes_model:
             kw.setdefault("model", self.model)
         call = partial(_result_or_error, lambda bind: operation(bind, *args, **kw), committed_errors)
-        result, error = await self.run(call, atomic=_is_atomic(atomic, kw))
-        if error is not None:
-            raise error
-        return cast("R", result)
+        pauses = _pauses(args, kw)
+        while True:
+            try:
+                result, error = await self.run(call, atomic=_is_atomic(atomic, kw))
+            except DBAPIError as failure:
+                if (pause := next(pauses, None)) is None or not may_run_again(failure):
+                    raise
+                await asyncio.sleep(pause)
+            else:
+                if error is not None:
+                    raise error
+                return cast("R", result)
 
     return cast("Callable[Concatenate[_Runs, P], Coroutine[Any, Any, R]]", run)
+
+
+def _pauses(args: tuple[Any, ...], kw: dict[str, Any]) -> Iterator[float]:
+    """Yield how many seconds to wait before each new attempt of a transaction that met another one.
+
+    None where an argument is an iterator, which the first attempt has used up.
+    """
+    if any(isinstance(value, Iterator) for value in (*args, *kw.values())):
+        return
+    for attempt in range(_ATTEMPTS):
+        yield random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt))  # noqa: S311 - spread, no secret
+
+
+def bind_of(session: Any, model: Model) -> object:
+    """Return the engine or connection to which a new session binds the model; None if it binds it to nothing."""
+    try:
+        return session.get_bind(inspect(model, raiseerr=False))
+    except UnboundExecutionError:
+        return None
+
+
+def read_committed(session: Session, model: Model) -> None:
+    """Begin the transaction of a host's new session at the level that operations are written for."""
+    if session.get_bind(inspect(model)).dialect.name == "postgresql":
+        session.connection({"mapper": inspect(model)}, {"isolation_level": "READ COMMITTED"})
+
+
+def source_error(source: object, expected: str) -> InvalidValueError:
+    """Return the error for what no store can be made of; it shows the class only, for an engine shows its URL."""
+    known = (_ADVICE[base.__name__] for base in type(source).__mro__ if base.__name__ in _ADVICE)
+    return InvalidValueError("source", type(source).__name__, next(known, expected))
 
 
 def _takes_model(operation: Callable[..., Any]) -> bool:

@@ -6,23 +6,28 @@ seconds to sleep, or a job to hand to the caller. So one body serves threads and
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from sqlalchemy import or_
 
 from mljobs._values import utc_now
-from mljobs.errors import InvalidValueError, WaitTimeout
+from mljobs.errors import InvalidValueError, MlJobsError, WaitTimeout
 from mljobs.jobs import Bind, JobRef, Model, get
-from mljobs.jobs._base import named, table_of
+from mljobs.jobs._base import id_of, named, table_of
 from mljobs.jobs._filters import Selection
 from mljobs.jobs._reading import fetch
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus
+
+if TYPE_CHECKING:
+    from mljobs.db._wake import AsyncChangeListener, ChangeListener
 
 _POLL = 1.0
 _POLL_SQLITE = 0.1
@@ -35,6 +40,46 @@ class Read:
     """A read of the database: the operation to run."""
 
     operation: Callable[[Bind], Any]
+
+
+class Follower:
+    """A ``wait`` or ``watch`` under way, which its store can end from another thread.
+
+    Args:
+        listener: What it waits with.
+
+    Attributes:
+        busy: Held while it reads or waits, not while its caller has a job.
+        closed: Whether the store was closed.
+    """
+
+    def __init__(self, listener: ChangeListener) -> None:
+        self._listener = listener
+        self.busy = threading.Lock()
+        self.closed = False
+
+    def close(self) -> None:
+        """End it, and close its connection."""
+        self.closed = True
+        self._listener.wake()
+        with self.busy:
+            self._listener.close()
+
+
+class AsyncFollower:
+    """A ``wait`` or ``watch`` under way, which its store can end from another task; see ``Follower``."""
+
+    def __init__(self, listener: AsyncChangeListener) -> None:
+        self._listener = listener
+        self.busy = asyncio.Lock()
+        self.closed = False
+
+    async def close(self) -> None:
+        """End it, and close its connection."""
+        self.closed = True
+        self._listener.wake()
+        async with self.busy:
+            await self._listener.close()
 
 
 FollowSteps = Generator["Read | float | MlJob", Any, Any]
@@ -112,3 +157,8 @@ def poll_seconds(dialect_name: str, poll: float | None) -> float:
     if poll is not None:
         return poll
     return _POLL if dialect_name == "postgresql" else _POLL_SQLITE
+
+
+def closed_meanwhile(job: JobRef) -> MlJobsError:
+    """Return the error of a ``wait`` whose store was closed."""
+    return MlJobsError(f"the store was closed while job {id_of(job)} was waited for")

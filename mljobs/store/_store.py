@@ -14,22 +14,22 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Self, Unpack
+from weakref import WeakSet
 
-from sqlalchemy import URL, Engine
+from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from mljobs import events, jobs
-from mljobs.db._connections import ConnectionCache, cache_size, engines_of
+from mljobs.db._connections import ConnectionCache, JoinedConnection, cache_size, engines_of
 from mljobs.db._engines import new_engine, refuse_memory, url_from_env
 from mljobs.db._wake import ChangeListener
-from mljobs.errors import InvalidValueError
 from mljobs.jobs import DEFAULT_LEASE, Bind, Filter, Filters, JobRef, Model, Where, table_of
 from mljobs.jobs._base import plain
 from mljobs.jobs._filters import selection
 from mljobs.record._models import MlJob
-from mljobs.store._base import LEASE_GIVEN_BACK, Store, store_method
+from mljobs.store._base import LEASE_GIVEN_BACK, Store, bind_of, read_committed, source_error, store_method
 from mljobs.store._bulk import BulkActions
-from mljobs.store._following import FollowSteps, Read, poll_seconds, wait_steps, watch_steps
+from mljobs.store._following import Follower, FollowSteps, Read, closed_meanwhile, poll_seconds, wait_steps, watch_steps
 from mljobs.store._keeper import Keeper
 from mljobs.store._recording import record_end
 from mljobs.store._run import Run, worker_name
@@ -43,7 +43,8 @@ class JobStore(Transfers, BulkActions, Store):
     """Jobs in a database, each operation a transaction of its own. May be shared by threads.
 
     Args:
-        source: A URL, an ``Engine``, or a ``sessionmaker`` whose sessions are to be used.
+        source: A URL; an ``Engine``; a ``sessionmaker`` whose sessions are to be used, on the engine to which they bind
+            the model; or a ``Connection``, in whose transaction each operation is then a savepoint.
         model: The mapped job class.
         **options: With a URL, passed on to ``create_engine``.
 
@@ -52,27 +53,32 @@ class JobStore(Transfers, BulkActions, Store):
     """
 
     def __init__(
-        self, source: str | URL | Engine | sessionmaker[Session], *, model: Model = MlJob, **options: Any
+        self,
+        source: str | URL | Engine | Connection | sessionmaker[Any],
+        *,
+        model: Model = MlJob,
+        **options: Any,
     ) -> None:
         self.model = model
-        self._sessions: sessionmaker[Session] | None = None
+        self._sessions: sessionmaker[Any] | None = None
+        self._joined: JoinedConnection | None = None
         self._owned = isinstance(source, str | URL)
+        self._followers: WeakSet[Follower] = WeakSet()
+        bind: object = source
         if isinstance(source, str | URL):
-            engine = new_engine(source, autocommit=True, **options)
-        elif isinstance(source, Engine):
-            engine = source
+            bind = new_engine(source, autocommit=True, **options)
         elif isinstance(source, sessionmaker):
-            bind = source.kw.get("bind")
-            if not isinstance(bind, Engine):
-                raise InvalidValueError("source", source, "the sessionmaker has no engine in bind")
-            engine = bind
-            self._sessions = source
-        else:
-            raise InvalidValueError("source", source, "expected a URL, an Engine or a sessionmaker")
-        single, self._engine = engines_of(engine, owned=self._owned)
-        self._single = ConnectionCache(single, cache_size(engine, _CACHE_OWNED if self._owned else _CACHE_SHARED))
+            self._sessions, bind = source, bind_of(source(), model)
+        if isinstance(bind, Connection):
+            self._joined = JoinedConnection(bind)
+            bind = bind.engine
+        if not isinstance(bind, Engine):
+            raise source_error(source, "expected a URL, an Engine, a Connection or a sessionmaker")
+        single, self._transactional = engines_of(bind, owned=self._owned)
+        self._engine = self._transactional if self._owned else bind
+        self._single = ConnectionCache(single, cache_size(bind, _CACHE_OWNED if self._owned else _CACHE_SHARED))
         if self._sessions is None and not plain(model):
-            self._sessions = sessionmaker(self._engine, expire_on_commit=False)
+            self._sessions = sessionmaker(self._transactional, expire_on_commit=False)
 
     @classmethod
     def from_env(cls, **options: Any) -> Self:
@@ -84,6 +90,11 @@ class JobStore(Transfers, BulkActions, Store):
         """The engine, for statements of your own."""
         return self._engine
 
+    @property
+    def joined(self) -> bool:
+        """Whether the store works in the transaction of a host's connection."""
+        return self._joined is not None
+
     def connect(self, *, atomic: bool = True) -> AbstractContextManager[Bind]:
         """Return what an operation runs on: ``with store.connect() as connection: jobs.submit(connection, ...)``.
 
@@ -91,14 +102,32 @@ class JobStore(Transfers, BulkActions, Store):
             atomic: Whether what is done in the block stands or falls together.
         """
         inner = self._connect(atomic=atomic)
-        return events.delivering(inner, self) if events.subscribed() else inner
+        if not events.subscribed():
+            return inner
+        if self._joined is not None:  # the host commits
+            events.join(self._joined.connection, self)
+            return inner
+        return events.delivering(inner, self)
 
     def _connect(self, *, atomic: bool) -> AbstractContextManager[Bind]:
         if self._sessions is not None:
-            return _detaching(self._sessions)
+            if self._joined is not None:
+                return _detaching(self._joined.session(self._sessions))
+            return _detaching(self._sessions.begin(), self.model)
+        if self._joined is not None:
+            return self._joined.use()
         if atomic or self.engine.dialect.name != "postgresql":
-            return self._engine.begin()
+            return self._transactional.begin()
         return self._single.use()
+
+    def new_listener(self, *, workers: bool = False) -> ChangeListener:
+        """Return what waits for changed jobs, or for new ones; on a host's connection it polls.
+
+        Args:
+            workers: Wait for new jobs.
+        """
+        table, polls = table_of(self.model), self._joined is not None
+        return ChangeListener(self.engine, table, workers=workers, polls=polls)
 
     submit = store_method(jobs.submit, atomic="unless_active")
     submit_many = store_method(jobs.submit_many, atomic=True)
@@ -179,9 +208,12 @@ class JobStore(Transfers, BulkActions, Store):
         Raises:
             JobNotFound: No record has this id.
             WaitTimeout: It has not finished in time.
+            MlJobsError: The store was closed meanwhile.
         """
         steps = wait_steps(job, timeout, poll_seconds(self.engine.dialect.name, poll), self.model)
-        result: MlJob = _last(self._follow(steps))
+        result: MlJob | None = _last(self._follow(steps))
+        if result is None:
+            raise closed_meanwhile(job)
         return result
 
     def watch(
@@ -210,20 +242,26 @@ class JobStore(Transfers, BulkActions, Store):
 
     def _follow(self, steps: FollowSteps) -> Generator[MlJob, None, Any]:
         answer: Any = None
-        with ChangeListener(self.engine, table_of(self.model)) as listener:
+        with self.new_listener() as listener:
+            follower = Follower(listener)
+            self._followers.add(follower)
             while True:
                 try:
                     step = steps.send(answer)
                 except StopIteration as stop:
                     return stop.value
                 answer = None
-                if isinstance(step, Read):
-                    with self.connect(atomic=False) as bind:
-                        answer = step.operation(bind)
-                elif isinstance(step, float | int):
-                    listener.wait(step)
-                else:
+                if not isinstance(step, Read | float | int):
                     yield step
+                    continue
+                with follower.busy:
+                    if follower.closed:
+                        return None
+                    if isinstance(step, Read):
+                        with self.connect(atomic=False) as bind:
+                            answer = step.operation(bind)
+                    else:
+                        listener.wait(step)
 
     @contextmanager
     def running(self, job: JobRef, *, worker: str | None = None, lease: float = DEFAULT_LEASE) -> Iterator[Run]:
@@ -243,7 +281,8 @@ class JobStore(Transfers, BulkActions, Store):
             TerminalStateError, InvalidTransitionError, TargetLockedError, JobNotFound: See ``jobs.claim_one``.
             InvalidValueError: A SQLite database in memory, which the thread that keeps the lease could not see.
         """
-        refuse_memory(self.engine.url)
+        if self._joined is None:
+            refuse_memory(self.engine.url)
         run = Run(self.claim_one(job, worker=worker or worker_name(), lease=lease))
         with Keeper(self, lease) as keeper:
             keeper.add(run)
@@ -260,7 +299,9 @@ class JobStore(Transfers, BulkActions, Store):
         return self.engine.url
 
     def close(self) -> None:
-        """Give back all connections; of a store that was made from a URL, close them."""
+        """Give back all connections, and end each ``watch``; of a store that was made from a URL, close them."""
+        for follower in list(self._followers):
+            follower.close()
         self._single.close()
         if self._owned:
             self._engine.dispose()
@@ -275,8 +316,10 @@ class JobStore(Transfers, BulkActions, Store):
 
 
 @contextmanager
-def _detaching(sessions: sessionmaker[Session]) -> Iterator[Bind]:
-    with sessions.begin() as session:
+def _detaching(begun: AbstractContextManager[Session], model: Model | None = None) -> Iterator[Bind]:
+    with begun as session:
+        if model is not None:
+            read_committed(session, model)
         yield session
         session.flush()
         session.expunge_all()  # as it is, whatever expire_on_commit says

@@ -107,6 +107,10 @@ def _reader(
     @contextmanager
     def run(self: Any, /, *args: P.args, **kw: P.kwargs) -> Iterator[Any]:
         kw.setdefault("model", self.model)
+        if self.joined:
+            with self.connect() as bind, _operation("_arrow.reader_of")(bind, *args, **kw) as reader:
+                yield reader
+            return
         with self.engine.connect() as connection:
             if connection.dialect.name == "postgresql":
                 connection.execution_options(isolation_level="REPEATABLE READ")

@@ -14,6 +14,7 @@ what was not imported.
 """
 
 from mljobs.jobs import FILTERS
+from mljobs.jobs._base import accept_any_session
 from mljobs.transfer._exporting import export_jobs
 from mljobs.transfer._files import File
 from mljobs.transfer._importing import Import, file_import, import_jobs
@@ -40,3 +41,5 @@ __all__ = [
     "kv_import",
     "load_kv",
 ]
+
+accept_any_session(globals(), __all__)

@@ -209,7 +209,7 @@ class _Reading:
     ) -> None:
         self._table = table_of(model)
         self._where = where
-        self._connection: Connection = connection_of(session)
+        self._connection: Connection = connection_of(session, model)
         self._kinds = [str(kind) for kind in model.__kinds__]
         names = list(_COLUMNS) if columns is None else _known("columns", columns, _COLUMNS)
         self.spread = _known("spread", spread, _SPREADABLE)

@@ -87,7 +87,7 @@ class RowsReader:
 
 def rows_reader(session: Bind, where: Sequence[ColumnElement[bool]], *, extended: bool, model: Model) -> RowsReader:
     """Return what reads the records for which all of ``where`` holds."""
-    connection = connection_of(session)
+    connection = connection_of(session, model)
     is_postgres(connection)
     wire = wire_of(connection)
     columns = columns_of(model) if extended else columns_of(model)[:SHARED]

@@ -8,9 +8,10 @@ from contextlib import closing
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import Connection, delete, func, select
 from sqlalchemy.orm import Session
 
+from mljobs.db._binds import resolve
 from mljobs.db._wire import read_wire, wire_of
 from mljobs.errors import (
     InvalidTransitionError,
@@ -51,7 +52,7 @@ class JobMapping(MutableMapping[str, str]):
     def __init__(self, session: Bind, prefix: str = "", *, model: Model = MlJob) -> None:
         if not isinstance(prefix, str):
             raise InvalidValueError("prefix", prefix, "expected a string")
-        is_postgres(connection_of(session))
+        is_postgres(connection_of(session, model))
         self._session = session
         self._prefix = prefix
         self._model = model
@@ -90,7 +91,7 @@ class JobMapping(MutableMapping[str, str]):
             raise JobDecodeError(None, f"expected JSON as str or bytes, got {type(text).__name__}")
         raw = text.encode(errors="surrogatepass") if isinstance(text, str) else text
         writer = Writer(on_conflict="update", requeue_running=False, model=self._model, careful=True)
-        done = writer.write(self._session, Batch(1, [raw], [key]))
+        done = writer.write(resolve(self._session), Batch(1, [raw], [key]))
         for problem, _, known in done.problems:
             if not known:
                 if problem.field == "id" and problem.reason.startswith("the record is "):
@@ -109,7 +110,7 @@ class JobMapping(MutableMapping[str, str]):
         job_id = self._id(key)
         if job_id is None:
             raise KeyError(key)
-        connection = connection_of(self._session)
+        connection = self._connection()
         if is_postgres(connection):
             connection.execute(select(self._table.c.id).where(self._table.c.id == job_id).with_for_update()).all()
         else:
@@ -123,9 +124,10 @@ class JobMapping(MutableMapping[str, str]):
             raise KeyError(key) from None
         if job.status.is_terminal:
             raise TerminalStateError(job_id, job.status, job.finished_at, action="be deleted")
-        if isinstance(self._session, Session):
-            self._session.delete(job)
-            self._session.flush()
+        session = resolve(self._session)
+        if isinstance(session, Session):
+            session.delete(job)
+            session.flush()
         else:
             connection.execute(delete(self._table).where(self._table.c.id == job_id, self._table.c.status.in_(ACTIVE)))
 
@@ -134,12 +136,14 @@ class JobMapping(MutableMapping[str, str]):
         if job_id is None:
             return False
         return (
-            connection_of(self._session).execute(select(self._table.c.id).where(self._table.c.id == job_id)).first()
-            is not None
+            self._connection().execute(select(self._table.c.id).where(self._table.c.id == job_id)).first() is not None
         )
 
+    def _connection(self) -> Connection:
+        return connection_of(self._session, self._model)
+
     def __len__(self) -> int:
-        number: int = connection_of(self._session).execute(select(func.count()).select_from(self._table)).scalar_one()
+        number: int = self._connection().execute(select(func.count()).select_from(self._table)).scalar_one()
         return number
 
     def __iter__(self) -> Iterator[str]:
@@ -166,7 +170,7 @@ class JobMapping(MutableMapping[str, str]):
         return UUID(hex=key[len(self._prefix) :]) if _DIGITS.fullmatch(key, len(self._prefix)) else None
 
     def _read(self, where: list[Any]) -> list[tuple[str, str]]:
-        connection = connection_of(self._session)
+        connection = self._connection()
         wire = wire_of(connection)
         make = line_maker(wire, extended=False)
         with closing(read_wire(connection, columns_of(self._model)[:SHARED], where)) as parts:
@@ -180,7 +184,7 @@ class JobMapping(MutableMapping[str, str]):
             statement = select(column).order_by(column).limit(_PAGE)
             if last is not None:
                 statement = statement.where(column > last)
-            ids = list(connection_of(self._session).execute(statement).scalars())
+            ids = list(self._connection().execute(statement).scalars())
             if not ids:
                 return
             if texts:
@@ -198,7 +202,7 @@ class JobMapping(MutableMapping[str, str]):
             pairs = {name: (getattr(job, name), getattr(wanted, name)) for name in NAMES[:SHARED]}
             changes = {name: (old, new) for name, (old, new) in pairs.items() if old != new}
             return TerminalStateError(job_id, job.status, job.finished_at, changes)
-        held = leases_of(connection_of(self._session), self._model, [job_id])
+        held = leases_of(self._connection(), self._model, [job_id])
         return held[job_id] if held else InvalidTransitionError(job_id, job.status, wanted.status)
 
 

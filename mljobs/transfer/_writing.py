@@ -19,6 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from mljobs._values import from_millis
+from mljobs.db._binds import connection_for
 from mljobs.db._rows import insert_rows, row_security
 from mljobs.db._wire import Wire, insert_wire, read_wire, wire_of
 from mljobs.errors import InvalidValueError, JobExistsError, JobHeldError, MlJobsError
@@ -107,7 +108,7 @@ class Writer:
         Raises:
             JobExistsError: A record is there, and ``on_conflict`` is ``error``.
         """
-        connection = connection_of(bind)
+        connection = connection_of(bind, self.model)
         is_postgres(connection)
         reader = _Reader(self, wire_of(connection), batch)
         if not is_postgres(connection):
@@ -208,7 +209,7 @@ class Writer:
         savepoint: Any
         if isinstance(bind, Session) and not plain(self.model):
             savepoint = bind.begin_nested()
-            bind.connection()  # only now is it sent
+            connection_for(bind, self.model)  # only now is it sent
         else:
             savepoint = connection.begin_nested()
         try:

@@ -21,8 +21,7 @@ from typing import Literal
 
 from mljobs.db._failures import database_is_away, first_line
 from mljobs.db._timeouts import answer_seconds, answers_within
-from mljobs.db._wake import ChangeListener
-from mljobs.jobs import Claim, Outcome, table_of
+from mljobs.jobs import Claim, Outcome
 from mljobs.jobs._claiming import MAX_BATCH
 from mljobs.store._keeper import Keeper
 from mljobs.store._recording import FIRST_PAUSE, LONGEST_PAUSE
@@ -108,7 +107,7 @@ class Prefetcher:
         self._ended = 0
         self._recorded = 0  # how many times: an outcome may free a target that a claim has just found taken
         self._since = clock()
-        self._listener = ChangeListener(store.engine, table_of(store.model), workers=True)
+        self._listener = store.new_listener(workers=True)
         self._slept = False
         self._woken_at = 0.0
         self.abandoned = 0

@@ -195,7 +195,7 @@ class OutcomeWriter:
         retry = None
         with self._store.connect() as bind:
             if self._patience is not None:
-                limit_idle_transaction(connection_of(bind), self._patience)
+                limit_idle_transaction(connection_of(bind, self._store.model), self._patience)
             errors = jobs.finish_many(bind, [entry.outcome] if entry.outcome is not None else [])
             if errors == [None]:
                 retry = submit_retry(bind, entry)

@@ -164,7 +164,7 @@ class WorkerRun:
         self._keeper.catch_up()  # a process that stood still must not rescue its own jobs from itself
         try:
             with answers_within(self._patience), self._store.connect() as bind:
-                limit_idle_transaction(connection_of(bind), self._patience)
+                limit_idle_transaction(connection_of(bind, self._store.model), self._patience)
                 rescue = jobs.rescue(
                     bind,
                     max_attempts=self._settings.max_attempts,
