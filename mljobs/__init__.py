@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mljobs.errors import (
         AmbiguousIdError,
         FilterError,
+        GiveUp,
         InvalidTransitionError,
         InvalidValueError,
         JobCancelled,
@@ -52,6 +53,7 @@ __all__ = [
     "Claim",
     "Filter",
     "FilterError",
+    "GiveUp",
     "Imported",
     "InvalidTransitionError",
     "InvalidValueError",
@@ -97,6 +99,7 @@ __getattr__, __dir__ = lazy_names(
         "errors": (
             "AmbiguousIdError",
             "FilterError",
+            "GiveUp",
             "InvalidTransitionError",
             "InvalidValueError",
             "JobCancelled",

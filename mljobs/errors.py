@@ -13,6 +13,7 @@
      |- TargetLockedError                          another job holds the exclusive target
      |- JobExistsError                             a record with this id is there, and none was expected
      |- JobHeldError                               a worker holds the job; only that worker writes it
+     |- GiveUp                                     a handler's failure that no retry would mend
      |- LeaseLostError                             the worker no longer holds the job; nothing was written
      |- JobCancelled                               the job that this code runs was cancelled
      |- WaitTimeout            (also TimeoutError) the job has not finished in time
@@ -208,6 +209,7 @@ class InvalidTransitionError(MlJobsError):
         job_id: The record; ``None`` where the database did not say.
         status: Its state; ``None`` where the database did not say.
         wanted: The state that was asked for; ``None`` where the database did not say.
+        advice: What to do, where there is something.
     """
 
     def __init__(
@@ -215,15 +217,18 @@ class InvalidTransitionError(MlJobsError):
         job_id: UUID | None = None,
         status: MlJobStatus | None = None,
         wanted: MlJobStatus | None = None,
+        advice: str | None = None,
     ) -> None:
         self.job_id = job_id
         self.status = status
         self.wanted = wanted
+        self.advice = advice
         subject = f"job {job_id}" if job_id is not None else "the job"
         if status is None or wanted is None:
             super().__init__(f"{subject} cannot take this state from the one it is in")
         else:
-            super().__init__(f"{subject} is {status.token} and cannot become {wanted.token}")
+            text = f"{subject} is {status.token} and cannot become {wanted.token}"
+            super().__init__(text if advice is None else f"{text}; {advice}")
 
 
 class TargetLockedError(MlJobsError):
@@ -286,6 +291,13 @@ class LeaseLostError(MlJobsError):
         self.job_id = job_id
         self.token = token
         super().__init__(f"job {job_id} is no longer held by lease {token}; nothing was written, stop working on it")
+
+
+class GiveUp(MlJobsError):
+    """Raised by a handler whose failure no retry would mend: ``raise GiveUp("C must be positive")``.
+
+    The job fails with this reason, whatever ``retries`` its handler has.
+    """
 
 
 class JobCancelled(MlJobsError):

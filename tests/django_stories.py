@@ -132,7 +132,7 @@ def every_operation_works_on_djangos_connection() -> None:
         jobs.finish_many(session, [jobs.Outcome.completed(claim, {"f1": 0.5}) for claim in claims])
     with ours.session() as session:
         assert jobs.get(session, claims[0].job_id).metrics == {"f1": 0.5}
-        retry = jobs.retry(session, claims[0].job_id)
+        retry = jobs.retry(session, claims[0].job_id, again=True)
         assert jobs.find(session, status="queued", target=retry.target_name)[0].retry_of == claims[0].job_id
         assert jobs.counts(session)["train", "completed"] >= 20
         jobs.cancel(session, retry)

@@ -58,7 +58,7 @@ def test_an_error_is_its_first_line(store: Any) -> None:
 def test_the_chain_of_a_job_goes_both_ways_and_branches(store: Any) -> None:
     first = ended(store, "failed")
     second = store.retry(first)
-    other = store.retry(first)
+    other = store.retry(first, another=True)
     alone = store.submit("train", "other")
     chains = store.chains([second.id, alone.id])
     assert [job.id for job in chains[second.id]] == [first.id, second.id, other.id]

@@ -63,7 +63,7 @@ def test_a_subclass_comes_back_as_what_it_is(hosted: World) -> None:
     job_id = hosted.run(life)
 
     def again(session: Session) -> None:
-        copy: Any = jobs.retry(session, job_id, model=TrainingRun)
+        copy: Any = jobs.retry(session, job_id, again=True, model=TrainingRun)
         assert (type(copy), copy.points, copy.retry_of) == (GridRun, 9, job_id)
 
     hosted.run(again)

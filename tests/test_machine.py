@@ -202,7 +202,7 @@ def store_machine(url: str) -> type[RuleBasedStateMachine]:
                 with pytest.raises(InvalidTransitionError):
                     self.store.retry(job_id)
                 return job_id
-            again = self.store.retry(job_id)
+            again = self.store.retry(job_id, again=True, another=True)
             self.jobs[again.id] = Job(old.target, exclusive=old.exclusive)
             return again.id
 

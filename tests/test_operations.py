@@ -750,7 +750,7 @@ def test_in_a_session_instances_show_what_an_operation_changed(world: World) -> 
         jobs.complete(session, claim, {"f1": 1})
         assert (job.status, job.metrics) == (COMPLETED, {"f1": 1})
         assert jobs.get(session, job.id) is job
-        again = jobs.retry(session, job)
+        again = jobs.retry(session, job, again=True)
         assert jobs.cancel(session, again) is True
         assert again.status is CANCELLED
         assert jobs.prune(session, older_than=timedelta(seconds=-5)) == 2

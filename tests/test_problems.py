@@ -14,6 +14,7 @@ import pytest
 
 import mljobs
 from mljobs import (
+    GiveUp,
     InvalidTransitionError,
     InvalidValueError,
     JobCancelled,
@@ -70,6 +71,7 @@ EXAMPLES: list[tuple[MlJobsError, int, dict[str, Any]]] = [
         {"job_id": str(JOB), "worker": "w1", "expires_at": "2026-11-23T20:14:05.007Z"},
     ),
     (LeaseLostError(JOB, 7), 409, {"job_id": str(JOB), "token": 7}),
+    (GiveUp("C must be positive"), 422, {}),
     (JobCancelled(JOB), 409, {"job_id": str(JOB)}),
     (WaitTimeout(JOB, 2.5, RUNNING), 504, {"job_id": str(JOB), "timeout_seconds": 2.5, "job_status": "running"}),
     (ModelError(int, "it has no table"), 500, {}),

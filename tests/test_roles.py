@@ -116,7 +116,7 @@ def test_a_reader_looks_and_verifies_and_writes_nothing(database: Database) -> N
     forbidden: list[Callable[[], object]] = [
         lambda: reader.submit("train", "mine"),
         lambda: reader.submit_many([("train", "mine", {})]),
-        lambda: reader.retry(job),
+        lambda: reader.retry(job, again=True),
         lambda: reader.cancel(waiting),
         lambda: reader.claim(worker="w"),
         lambda: reader.claim_one(waiting, worker="w"),
@@ -164,7 +164,7 @@ def test_a_worker_claims_finishes_retries_and_rescues(database: Database) -> Non
     worker = database.store("worker")
     _work(worker)
     job = _finished(worker)
-    assert worker.retry(job).retry_of == job.id
+    assert worker.retry(job, again=True).retry_of == job.id
     (claim,) = worker.claim(worker="silent")
     with database.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE ml_job_leases SET expires_at = now() - interval '1 second'")

@@ -110,7 +110,7 @@ def life(engine: Engine, run: Any, **own: Any) -> None:
         jobs.complete(session, claim, {"m": 1})
         session.commit()
         assert run.from_json(job.to_json(), **own).to_json() == job.to_json()
-        again: Any = jobs.retry(session, job, model=run)
+        again: Any = jobs.retry(session, job, again=True, model=run)
         for name, value in own.items():
             assert getattr(again, name) == value
         session.commit()
@@ -627,7 +627,7 @@ def test_subclasses_share_one_queue_and_come_back_as_what_they_are(empty: Engine
         assert (first.points, first.spec) == (9, {"n": 1})
         assert len(jobs.renew(connection, claims).held) == 2
         assert jobs.complete_many(connection, [(claim, None) for claim in claims]) == [None, None]
-        again: Any = jobs.retry(connection, job.id, model=run)
+        again: Any = jobs.retry(connection, job.id, again=True, model=run)
         assert (type(again), again.points, again.retry_of) == (grid, 9, job.id)
         for operation in (
             lambda: jobs.claim(connection, worker="w", model=grid),
@@ -707,7 +707,7 @@ def test_a_retry_of_a_dataclass_takes_over_what_its_constructor_asks_for(empty: 
         job: Any = jobs.submit(session, "train", "x", model=Run, owner=User(id=1))
         job.cancel()
         session.commit()
-        again: Any = jobs.retry(session, job, model=Run)
+        again: Any = jobs.retry(session, job, again=True, model=Run)
         assert (again.owner_id, again.owner) == (1, job.owner)
         job_id = job.id
         session.commit()
@@ -715,9 +715,9 @@ def test_a_retry_of_a_dataclass_takes_over_what_its_constructor_asks_for(empty: 
             jobs.submit(session, "train", "x", model=Run)
         assert caught.value.field == "owner"
     with empty.connect() as connection:
-        assert jobs.retry(connection, job_id, model=Run).owner_id == 1  # type: ignore[attr-defined]
+        assert jobs.retry(connection, job_id, again=True, another=True, model=Run).owner_id == 1  # type: ignore[attr-defined]
     with JobStore(empty, model=Run) as store:
-        assert store.retry(job_id).owner_id == 1
+        assert store.retry(job_id, again=True, another=True).owner_id == 1
         line = MlJob(kind="train", target_name="x").to_json()
         done = store.import_jobs(io.StringIO(line), rejects=io.StringIO())
         assert "missing 1 required" in done.problems[0].reason
@@ -1007,7 +1007,7 @@ def test_tenants_hold_in_every_world(world: World) -> None:
     assert store.complete_many([(claim, {"m": 1}) for claim in claims]) == [None, None]
     assert store.get(job.id).metrics == {"m": 1}
     assert store.counts()["train", "completed"] == 2
-    assert store.retry(job.id).owner_id == 3
+    assert store.retry(job.id, again=True).owner_id == 3
     errors, more = store.finish_and_claim([], worker="w")
     assert (errors, len(more)) == ([], 1)
     store.requeue(more[0])

@@ -146,3 +146,10 @@ def reports_until_seen(run: Run) -> dict[str, Any]:
     if run.spec["fail"]:
         raise RuntimeError("as the spec says")
     return {}
+
+
+def raises_what_the_spec_says(run: Run) -> None:
+    """Fail with the exception that the spec names."""
+    from mljobs import GiveUp
+
+    raise {"KeyError": KeyError, "GiveUp": GiveUp, "OSError": OSError}[run.spec["error"]]("as the spec says")

@@ -135,7 +135,9 @@ async def retry(request: Request) -> Response:
     site, viewer, form = await _form(request, Access.RETRY)
     job_id, model = _one_id(form), site.backend.model
     unless = form.one("unless_active") == "1"
-    again = await site.backend.write(lambda bind: jobs.retry(bind, job_id, unless_active=unless, model=model))
+    again = await site.backend.write(
+        lambda bind: jobs.retry(bind, job_id, unless_active=unless, again=True, model=model)
+    )
     return _to(viewer, f"jobs/{again.id}")
 
 

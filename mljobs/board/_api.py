@@ -251,7 +251,7 @@ async def retried(request: Request) -> Response:
     """Queue a finished job's work again."""
     site, viewer = await _viewer(request, Access.RETRY)
     job_id, model = _id(request), site.backend.model
-    values = _given(await _json(request), {"priority": int, "unless_active": bool})
+    values = _given(await _json(request), {"priority": int, "unless_active": bool, "again": bool, "another": bool})
     job = await site.backend.write(lambda bind: record(jobs.retry(bind, job_id, model=model, **values)))
     return _answer(job, 201, {"Location": viewer.url(f"api/jobs/{job['id']}")})
 

@@ -20,6 +20,7 @@ from typing import Any
 from uuid import UUID
 
 from mljobs.errors import (
+    GiveUp,
     InvalidTransitionError,
     InvalidValueError,
     JobCancelled,
@@ -132,6 +133,12 @@ MEANINGS: Mapping[type[MlJobsError], Meaning] = MappingProxyType(
             "The job was cancelled",
             "a request that works on the job meets its cancellation: a conflict with its state",
             _JOB,
+        ),
+        GiveUp: Meaning(
+            422,
+            "give-up",
+            "The job cannot succeed as it was asked for",
+            "raised by a handler whose work no retry would mend: what was asked for is at fault",
         ),
         WaitTimeout: Meaning(
             504,

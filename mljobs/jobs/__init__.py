@@ -6,7 +6,8 @@ engine and a transaction of their own.
 
 By the question they answer:
 
-- :mod:`~mljobs.jobs._submitting`: what is to be done (``submit``, ``submit_many``, ``retry``)
+- :mod:`~mljobs.jobs._submitting`: what is to be done (``submit``, ``submit_many``)
+- :mod:`~mljobs.jobs._retrying`: what is to be done once more (``retry``)
 - :mod:`~mljobs.jobs._filters`: which jobs are meant (``Filter``)
 - :mod:`~mljobs.jobs._reading`: what is there (``get``, ``find``, ``history``, ``counts``)
 - :mod:`~mljobs.jobs._naming`: which job a short id names (``find_id``)
@@ -64,6 +65,7 @@ from mljobs.jobs._naming import find_id
 from mljobs.jobs._paging import cursor_of
 from mljobs.jobs._queue import Queue, QueueDepth, held_in_queue, next_claims, queue_depths
 from mljobs.jobs._reading import Counts, Page, counts, find, get, history, lineage
+from mljobs.jobs._retrying import retry
 from mljobs.jobs._statistics import (
     Durations,
     Finished,
@@ -78,7 +80,7 @@ from mljobs.jobs._statistics import (
     pattern_of,
     usual_durations,
 )
-from mljobs.jobs._submitting import retry, submit, submit_many
+from mljobs.jobs._submitting import submit, submit_many
 from mljobs.jobs._summaries import (
     JobSummary,
     SummaryPage,

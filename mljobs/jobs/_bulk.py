@@ -15,7 +15,7 @@ from mljobs.jobs._filters import Filter, Filters, Selection, Where, selection
 from mljobs.jobs._finishing import cancel
 from mljobs.jobs._paging import Paging
 from mljobs.jobs._reading import Counts, counts
-from mljobs.jobs._submitting import retry
+from mljobs.jobs._retrying import retry
 from mljobs.record._models import MlJob
 from mljobs.states import ACTIVE, MlJobStatus
 

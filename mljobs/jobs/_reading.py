@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Unpack, overload
+from uuid import UUID
 
 from sqlalchemy import ColumnElement, Connection, func, select, text
 
@@ -185,7 +186,7 @@ def history(
 
 
 def lineage(session: Bind, job: JobRef, *, model: Model = MlJob) -> list[MlJob]:
-    """Return the job and those that it retries, the first attempt first.
+    """Return the job with those that it retries before it, and those that retry it after it; the first attempt first.
 
     Args:
         session: The caller's session or connection.
@@ -196,6 +197,22 @@ def lineage(session: Bind, job: JobRef, *, model: Model = MlJob) -> list[MlJob]:
         JobNotFound: No record has this id.
     """
     model, job_id = named(job, model)
+    line = up_to(session, job_id, model)
+    table, last, seen = table_of(model), [line[-1].id], {found.id for found in line}
+    while last:
+        later = fetch(session, model, [table.c.retry_of.in_(last), table.c.id.not_in(seen)])
+        line += sorted(later, key=lambda job: (job.created_at, job.id))
+        last = [job.id for job in later]
+        seen.update(last)
+    return line
+
+
+def up_to(session: Bind, job_id: UUID, model: Model) -> list[MlJob]:
+    """Return the job and those that it retries, the first attempt first.
+
+    Raises:
+        JobNotFound: No record has this id.
+    """
     found: Any = get(session, job_id, model=model)
     line, seen = [found], {found.id}
     while found.retry_of is not None and found.retry_of not in seen:

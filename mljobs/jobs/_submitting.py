@@ -21,17 +21,15 @@ from mljobs._values import to_json_text, to_member, utc_now
 from mljobs.db._binds import resolve
 from mljobs.db._prepared import Prepared
 from mljobs.db._rows import insert_rows
-from mljobs.errors import InvalidTransitionError, InvalidValueError, JobExistsError
+from mljobs.errors import InvalidValueError, JobExistsError
 from mljobs.guards._companions import qualified_name
 from mljobs.guards._hooks import second_record
 from mljobs.jobs._base import (
     Bind,
-    JobRef,
     Model,
     connection_of,
     is_postgres,
     lock_sqlite,
-    named,
     owner_of,
     per_model,
     plain,
@@ -45,8 +43,6 @@ from mljobs.record._models import MlJob
 from mljobs.states import ACTIVE, MlJobKind, MlJobStatus
 
 _CHUNK = 1000
-_LIFE = frozenset(field.name for field in FIELDS if not field.taken_over)
-"""What a retry does not take over from the job that it does again."""
 
 
 def submit(
@@ -130,61 +126,10 @@ def submit_many(
         return insert_rows(connection_of(session, model), table, table.columns.keys(), _rows(jobs))
 
 
-def retry(
-    session: Bind,
-    job: JobRef,
-    *,
-    run_after: datetime | timedelta | None = None,
-    priority: int | None = None,
-    unless_active: bool = False,
-    model: Model = MlJob,
-) -> MlJob:
-    """Queue a finished job's work again, as a new record with ``retry_of`` set; the finished one stays what it is.
-
-    Kind, target, spec, priority, exclusiveness and a host's own columns are taken over.
-
-    Args:
-        session: The caller's session or connection.
-        job: The finished job or its id.
-        run_after: Not claimed before this time, or for this long.
-        priority: Instead of the finished job's own.
-        unless_active: Return the queued or running job of this kind and target, if there is one.
-        model: The mapped job class.
-
-    Raises:
-        JobNotFound: No record has this id.
-        InvalidTransitionError: It has not finished.
-    """
-    model, job_id = named(job, model)
-    if isinstance(session, Connection) and not plain(model):
-        with session_on(session) as own:
-            again = retry(own, job_id, run_after=run_after, priority=priority, unless_active=unless_active, model=model)
-            own.refresh(again)
-            own.expunge_all()
-        return again
-    original: Any = get(session, job_id, model=model)
-    if not original.is_terminal:
-        raise InvalidTransitionError(original.id, original.status, MlJobStatus.QUEUED)
-    values = {
-        attribute.key: getattr(original, attribute.key)
-        for attribute in inspect(type(original)).column_attrs
-        if attribute.key not in _LIFE
-    }
-    # A dataclass may ask for the user where the table has the user's id.
-    values |= {name: getattr(original, name) for name in _required(type(original)) if name not in values}
-    if priority is not None:
-        values["priority"] = priority
-    values["retry_of"] = original.id
-    kind, target = values.pop("kind"), values.pop("target_name")
-    return submit(
-        session, kind, target, run_after=run_after, unless_active=unless_active, model=type(original), **values
-    )
-
-
 # ------------------------------------------------------------------------------------------------------- the details
 
 
-def _required(model: Any) -> list[str]:
+def required_fields(model: Any) -> list[str]:
     """Return the fields of a dataclass without which none can be made; none of what is no dataclass."""
     if not is_dataclass(model):
         return []
@@ -208,7 +153,7 @@ def _made(model: Any, values: dict[str, Any]) -> Any:
             if not hasattr(model, name):
                 raise InvalidValueError(name, value, f"{model.__name__} has no such field")
     if of_dataclass:
-        for name in _required(model):
+        for name in required_fields(model):
             if name not in values:
                 raise InvalidValueError(name, None, f"{model.__name__} needs it: its field has no default")
         taken = {field.name for field in fields(model) if field.init}
@@ -310,27 +255,43 @@ def _active(bind: Bind, job: MlJob, model: Model) -> MlJob | None:
     """Return the active job of the same kind and target; hold off everybody else who asks until we have committed."""
     connection = connection_of(bind, model)
     table = table_of(model)
-    if is_postgres(connection):
-        place = "/".join((qualified_name(connection, table), job.kind.value, job.target_name))
-        digest = hashlib.sha256(place.encode()).digest()
-        key = literal(int.from_bytes(digest[:8], "big", signed=True), BigInteger())
-        row = connection.execute(
-            select(func.pg_advisory_xact_lock(key), func.current_setting("transaction_isolation"))
-        ).one()
-        if row[1] == "repeatable read":
-            raise InvalidValueError(
-                "unless_active",
-                True,
-                "a REPEATABLE READ transaction cannot see what others have committed; use READ COMMITTED",
-            )
-    else:
+    if hold_off_others(connection, model, job.kind.value, job.target_name) == "repeatable read":
+        raise InvalidValueError(
+            "unless_active",
+            True,
+            "a REPEATABLE READ transaction cannot see what others have committed; use READ COMMITTED",
+        )
+    return first_active(bind, model, table.c.kind == job.kind, table.c.target_name == job.target_name)
+
+
+def hold_off_others(connection: Connection, model: Model, *subject: str) -> str | None:
+    """Let nobody else ask for the same ``subject`` until this transaction ends; return its isolation on PostgreSQL."""
+    if not is_postgres(connection):
         lock_sqlite(connection, model)
-    found = connection.execute(
-        select(table.c.id)
-        .where(table.c.kind == job.kind, table.c.target_name == job.target_name, table.c.status.in_(ACTIVE))
-        .order_by(table.c.created_at, table.c.id)
-        .limit(1)
-    ).scalar()
+        return None
+    place = "/".join((qualified_name(connection, table_of(model)), *subject))
+    digest = hashlib.sha256(place.encode()).digest()
+    key = literal(int.from_bytes(digest[:8], "big", signed=True), BigInteger())
+    row = connection.execute(
+        select(func.pg_advisory_xact_lock(key), func.current_setting("transaction_isolation"))
+    ).one()
+    isolation: str = row[1]
+    return isolation
+
+
+def first_active(bind: Bind, model: Model, *where: Any) -> MlJob | None:
+    """Return the first queued or running job of these conditions; None where there is none."""
+    table = table_of(model)
+    found = (
+        connection_of(bind)
+        .execute(
+            select(table.c.id)
+            .where(*where, table.c.status.in_(ACTIVE))
+            .order_by(table.c.created_at, table.c.id)
+            .limit(1)
+        )
+        .scalar()
+    )
     return None if found is None else get(bind, found, model=owner_of(model))
 
 

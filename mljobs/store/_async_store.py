@@ -167,7 +167,7 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
 
     submit = async_store_method(jobs.submit, atomic="unless_active")
     submit_many = async_store_method(jobs.submit_many, atomic=True)
-    retry = async_store_method(jobs.retry, atomic="unless_active")
+    retry = async_store_method(jobs.retry, atomic=True)
     get = async_store_method(jobs.get)
     find = async_store_method(jobs.find)
     history = async_store_method(jobs.history)

@@ -36,17 +36,19 @@ class Run:
 
     Attributes:
         claim: The lease under which the work is done.
+        retryable: Whether a failure may be retried, as its handler's policy says.
         until: When the lease ends as far as its keeper knows, on the keeper's clock.
     """
 
     __slots__ = (
         "_cancelled", "_lost", "_metrics", "_metrics_set", "_progress", "_reported", "_stopping", "_unreported",
-        "_woken", "_written", "claim", "until",
+        "_woken", "_written", "claim", "retryable", "until",
     )  # fmt: skip
 
     def __init__(self, claim: Claim) -> None:
         self.claim = claim
         self.until = 0.0
+        self.retryable = True
         self._metrics: Any = None
         self._metrics_set = False
         self._reported = False

@@ -131,7 +131,7 @@ class JobStore(Transfers, BulkActions, Store):
 
     submit = store_method(jobs.submit, atomic="unless_active")
     submit_many = store_method(jobs.submit_many, atomic=True)
-    retry = store_method(jobs.retry, atomic="unless_active")
+    retry = store_method(jobs.retry, atomic=True)
     get = store_method(jobs.get)
     find = store_method(jobs.find)
     history = store_method(jobs.history)

@@ -34,10 +34,12 @@ class ExecutorPlace:
         began = time.monotonic()
         try:
             if self._in_process:
-                future: Future[Any] = self._executor.submit(call_handler, handler.function, run)
+                future: Future[Any] = self._executor.submit(call_handler, handler.function, run, handler.policy)
             else:
                 store = self._context.store
-                call = RemoteCall(handler.function, run.claim, store.engine.url, store.model, self._context.lease)
+                call = RemoteCall(
+                    handler.function, handler.policy, run.claim, store.engine.url, store.model, self._context.lease
+                )
                 future = self._executor.submit(run_remote_call, call)
         except BaseException as error:  # noqa: BLE001 - the executor is broken, or closed
             self._broken(run, handler, error)
@@ -57,9 +59,9 @@ class ExecutorPlace:
             if _process_died(error):
                 self._put_back(run, handler, error)
             else:
-                self._finish(run, handler, outcome_of_call(run, error), seconds)
+                self._finish(run, handler, outcome_of_call(run, handler.policy, error), seconds)
             return
-        outcome = result.outcome(run.claim) if isinstance(result, RemoteResult) else result
+        outcome = result.outcome_of(run) if isinstance(result, RemoteResult) else result
         if outcome is None and not (run.cancelled or run.lost):
             # The other process saw it first, or could not reach the database for so long that it gave the lease up. Putting
             # the job back is right for all three: a cancelled one stays so, a lost one is refused, ours is done again.

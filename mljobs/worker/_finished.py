@@ -47,7 +47,7 @@ class FinishedRun:
     @property
     def may_be_retried(self) -> bool:
         """Whether a new record has to follow a failure in the same transaction."""
-        return self.handler is not None and self.handler.retries > 0 and not self.retry_refused
+        return self.handler is not None and self.handler.retries > 0 and self.run.retryable and not self.retry_refused
 
 
 @dataclass

@@ -6,12 +6,12 @@ import functools
 import inspect
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, get_type_hints
 
-from mljobs.errors import InvalidValueError
+from mljobs.errors import GiveUp, InvalidValueError
 from mljobs.jobs._base import check_count
 from mljobs.store._run import Run
 
@@ -20,6 +20,28 @@ Backoff = Callable[[int], float]
 """Takes which retry it is, from 1; returns the seconds to wait before it."""
 
 _RETRIES_MAX = 1000
+
+
+ErrorTypes = type[BaseException] | tuple[type[BaseException], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FailurePolicy:
+    """Which failures may be retried; picklable, so that it is asked where the exception is.
+
+    Attributes:
+        retry_on: Only these; None for all.
+        give_up_on: Never these, nor ``GiveUp``.
+    """
+
+    retry_on: ErrorTypes | None = None
+    give_up_on: ErrorTypes = ()
+
+    def may_retry(self, error: BaseException) -> bool:
+        """Whether this failure may be retried."""
+        if isinstance(error, (GiveUp, self.give_up_on)):
+            return False
+        return self.retry_on is None or isinstance(error, self.retry_on)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +54,7 @@ class Handler:
         is_async: Whether it is a coroutine function.
         retries: How many new records a failure may lead to, one after the other.
         backoff: How long each waits.
+        policy: Which failures lead to one.
     """
 
     kind: StrEnum
@@ -39,6 +62,7 @@ class Handler:
     is_async: bool
     retries: int
     backoff: Backoff
+    policy: FailurePolicy = FailurePolicy()
 
     @property
     def name(self) -> str:
@@ -77,14 +101,41 @@ def exponential(first: float, longest: float, *, factor: float = 2.0, jitter: fl
     return seconds
 
 
-def make_handler(kind: StrEnum, function: Any, retries: int, backoff: float | Backoff) -> Handler:
+def make_handler(
+    kind: StrEnum,
+    function: Any,
+    retries: int,
+    backoff: float | Backoff,
+    policy: FailurePolicy,
+) -> Handler:
     """Return the handler.
 
     Raises:
         InvalidValueError: What was given cannot work; said now, before the first job fails of it.
     """
     check_count("retries", retries, _RETRIES_MAX, lowest=0)
-    return Handler(kind, function, _checked(function), retries, _as_backoff(backoff))
+    return Handler(kind, function, _checked(function), retries, _as_backoff(backoff), policy)
+
+
+def make_policy(retry_on: Any, give_up_on: Any) -> FailurePolicy:
+    """Return which failures may be retried.
+
+    Args:
+        retry_on: An exception class, or several; None for all.
+        give_up_on: An exception class, or several; empty for none.
+
+    Raises:
+        InvalidValueError: Something is no exception class.
+    """
+    only = None if retry_on is None else _as_error_types("retry_on", retry_on)
+    return FailurePolicy(only, _as_error_types("give_up_on", give_up_on))
+
+
+def _as_error_types(field: str, value: Any) -> tuple[type[BaseException], ...]:
+    types = tuple(value) if isinstance(value, Iterable) else (value,)
+    if not all(isinstance(each, type) and issubclass(each, BaseException) for each in types):
+        raise InvalidValueError(field, value, "expected an exception class, or several")
+    return types
 
 
 def is_number(value: object) -> bool:

@@ -109,7 +109,7 @@ class ThreadPlace:
     def start(self, run: Run, handler: Handler) -> None:
         """Call the handler. Its outcome is written with the claim of this thread's next run."""
         began = time.monotonic()
-        outcome = call_handler(handler.function, run)
+        outcome = call_handler(handler.function, run, handler.policy)
         self._context.finish(run, handler, outcome, time.monotonic() - began)
 
 
@@ -151,7 +151,7 @@ class LoopPlace:
 
     async def _await(self, run: Run, handler: Handler) -> None:
         began = time.monotonic()
-        outcome = await await_handler(handler.function, run, self._context.max_attempts)
+        outcome = await await_handler(handler.function, run, handler.policy, self._context.max_attempts)
         self._context.finish(run, handler, outcome, time.monotonic() - began)
         self._context.writer.nudge()
 

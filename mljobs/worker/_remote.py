@@ -22,7 +22,7 @@ from mljobs.store._keeper import Keeper
 from mljobs.store._run import Run
 from mljobs.store._store import JobStore
 from mljobs.worker._calling import call_handler
-from mljobs.worker._handlers import Function
+from mljobs.worker._handlers import FailurePolicy, Function
 
 _LOOK_SECONDS = 1.0
 
@@ -35,15 +35,18 @@ class RemoteResult:
         status: Completed, failed or queued; None where nothing may be recorded.
         error_message: Why it failed.
         metrics_json: What came out.
+        retryable: Whether a failure may be retried.
     """
 
     status: MlJobStatus | None
     error_message: str | None = None
     metrics_json: str | None = None
+    retryable: bool = True
 
-    def outcome(self, claim: Claim) -> Outcome | None:
-        """Return what to record."""
-        return None if self.status is None else Outcome(claim, self.status, self.error_message, self.metrics_json)
+    def outcome_of(self, run: Run) -> Outcome | None:
+        """Return what to record of the run."""
+        run.retryable = self.retryable
+        return None if self.status is None else Outcome(run.claim, self.status, self.error_message, self.metrics_json)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class RemoteCall:
 
     Attributes:
         function: The handler.
+        policy: Which of its failures may be retried.
         claim: The lease.
         url: Where the jobs are, password included.
         model: The mapped job class.
@@ -59,6 +63,7 @@ class RemoteCall:
     """
 
     function: Function
+    policy: FailurePolicy
     claim: Claim
     url: URL
     model: Model
@@ -71,13 +76,13 @@ def run_remote_call(call: RemoteCall) -> RemoteResult:
     keeper = _keeper_of_this_process(call.url, call.model, call.lease)
     keeper.add(run)
     try:
-        outcome = call_handler(call.function, run)
+        outcome = call_handler(call.function, run, call.policy)
         keeper.write_reports(run)
     finally:
         keeper.remove(run)
     if outcome is None:
         return RemoteResult(None)
-    return RemoteResult(outcome.status, outcome.error_message, outcome.metrics_json)
+    return RemoteResult(outcome.status, outcome.error_message, outcome.metrics_json, run.retryable)
 
 
 class _LooksOnly:

@@ -12,6 +12,7 @@ from mljobs import jobs
 from mljobs.db._failures import database_is_away
 from mljobs.errors import InvalidValueError
 from mljobs.jobs import Bind
+from mljobs.jobs._reading import up_to
 from mljobs.worker._finished import FinishedRun
 from mljobs.worker._handlers import Handler
 
@@ -23,14 +24,16 @@ def submit_retry(bind: Bind, entry: FinishedRun) -> tuple[Any, float] | None:
     job, handler = entry.run.claim.job, entry.handler
     if handler is None:
         return None
-    done = len(jobs.lineage(bind, job.id, model=type(job))) - 1
+    done = len(up_to(bind, job.id, type(job))) - 1
     if done >= handler.retries:
         return None
     savepoint: AbstractContextManager[Any] = bind.begin_nested()
     try:
         wait = _wait_before(handler, done + 1)
         with savepoint:
-            retry = jobs.retry(bind, job.id, run_after=timedelta(seconds=wait) if wait else None, model=type(job))
+            after = timedelta(seconds=wait) if wait else None
+            # Nobody can have retried what fails in this very transaction.
+            retry = jobs.retry(bind, job.id, run_after=after, another=True, model=type(job))
     except Exception as error:
         if database_is_away(error):
             raise

@@ -30,7 +30,7 @@ from mljobs.store._keeper import Keeper
 from mljobs.store._run import worker_name
 from mljobs.store._store import JobStore
 from mljobs.worker._finished import Tally
-from mljobs.worker._handlers import Backoff, Handler, exponential, make_handler
+from mljobs.worker._handlers import Backoff, ErrorTypes, Handler, exponential, make_handler, make_policy
 from mljobs.worker._prefetching import ClaimSettings
 from mljobs.worker._running import RunSettings, Signal, Signals, WorkerRun
 
@@ -134,7 +134,15 @@ class Worker:
         """What handles each kind."""
         return dict(self._handlers)
 
-    def handles(self, kind: str, *, retries: int = 0, backoff: float | Backoff = _DEFAULT_BACKOFF) -> Callable[[F], F]:
+    def handles(
+        self,
+        kind: str,
+        *,
+        retries: int = 0,
+        backoff: float | Backoff = _DEFAULT_BACKOFF,
+        retry_on: ErrorTypes | None = None,
+        give_up_on: ErrorTypes = (),
+    ) -> Callable[[F], F]:
         """Make a function the handler of a kind.
 
         The function takes the ``Run``; what it returns becomes the metrics, None keeps ``run.metrics``. An exception
@@ -144,16 +152,19 @@ class Worker:
             kind: The kind, as a member or a token.
             retries: After a failure, submit the work again as a new record (``retry_of``), so many times at most.
             backoff: Seconds before each retry, or a function of its number, from 1: ``exponential(10, 600)``.
+            retry_on: Retry only after these exceptions: a class, or several; None for all.
+            give_up_on: Never retry after these. Nor after a ``GiveUp``, which a handler may raise itself.
 
         Raises:
             InvalidValueError: The kind is unknown or has a handler, or the function cannot be one.
         """
         member = to_member(self._store.model.__kinds__, "kind", kind)
+        policy = make_policy(retry_on, give_up_on)
         if member in self._handlers:
             raise InvalidValueError("kind", str(member), f"it is handled by {self._handlers[member].name} already")
 
         def register(function: F) -> F:
-            self._handlers[member] = make_handler(member, function, retries, backoff)
+            self._handlers[member] = make_handler(member, function, retries, backoff, policy)
             return function
 
         return register
@@ -303,7 +314,7 @@ def _check_picklable(handler: Handler) -> None:
     """Refuse what no process could be sent, before every job fails of it."""
     try:
         if not handler.is_async:
-            ForkingPickler.dumps(handler.function)
+            ForkingPickler.dumps((handler.function, handler.policy))
     except Exception as error:
         why = f"a process pool takes functions of a module only: {error}"
         raise InvalidValueError("handler", handler.function, why) from error

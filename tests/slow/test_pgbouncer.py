@@ -111,7 +111,7 @@ def _everything(store: Any, target: str) -> None:
     assert store.look([claim]).held
     store.set_progress(claim, 50)
     store.complete(claim, {"f1": 1})
-    again = store.retry(job)
+    again = store.retry(job, again=True)
     store.fail(store.claim_one(again, worker="w"), "no")
     third = store.submit("train", target, exclusive=True)
     store.requeue(store.claim_one(third, worker="w"))

@@ -1,0 +1,119 @@
+"""Do a finished job's work again, as a new record."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, inspect
+
+from mljobs._fields import FIELDS
+from mljobs._values import to_json_text
+from mljobs.errors import InvalidTransitionError, InvalidValueError
+from mljobs.jobs._base import Bind, JobRef, Model, connection_of, named, plain, session_on, table_of
+from mljobs.jobs._reading import get
+from mljobs.jobs._submitting import first_active, hold_off_others, required_fields, submit
+from mljobs.record._models import MlJob
+from mljobs.states import MlJobStatus
+
+_OF_ONE_RUN = frozenset(field.name for field in FIELDS if not field.taken_over)
+"""What a retry does not take over from the job that it does again."""
+
+
+def retry(
+    session: Bind,
+    job: JobRef,
+    *,
+    spec: Any = None,
+    run_after: datetime | timedelta | None = None,
+    priority: int | None = None,
+    unless_active: bool = False,
+    again: bool = False,
+    another: bool = False,
+    model: Model = MlJob,
+) -> MlJob:
+    """Queue a finished job's work again, as a new record with ``retry_of`` set; the finished one stays what it is.
+
+    Kind, target, spec, priority, exclusiveness and a host's own columns are taken over. A job has one queued or running
+    retry at a time: where there is one, that is returned.
+
+    Args:
+        session: The caller's session or connection.
+        job: The finished job or its id.
+        spec: What to do instead, any JSON-able value; None for the finished job's own.
+        run_after: Not claimed before this time, or for this long.
+        priority: Instead of the finished job's own.
+        unless_active: Return the queued or running job of this kind and target, if there is one.
+        again: Whether a completed job's work is to be done once more; a failed or cancelled one needs no such word.
+        another: Whether to queue a retry beside one that is queued or running.
+        model: The mapped job class.
+
+    Raises:
+        JobNotFound: No record has this id.
+        InvalidTransitionError: It has not finished; or it is completed, and ``again`` is False.
+        InvalidValueError: ``spec`` is not one that JSON can hold, or another one than that of the retry that is there.
+    """
+    model, job_id = named(job, model)
+    if isinstance(session, Connection) and not plain(model):
+        with session_on(session) as own:
+            retried = retry(
+                own,
+                job_id,
+                spec=spec,
+                run_after=run_after,
+                priority=priority,
+                unless_active=unless_active,
+                again=again,
+                another=another,
+                model=model,
+            )
+            own.refresh(retried)
+            own.expunge_all()
+        return retried
+    original: Any = get(session, job_id, model=model)
+    if not original.is_terminal:
+        raise InvalidTransitionError(original.id, original.status, MlJobStatus.QUEUED)
+    if original.status is MlJobStatus.COMPLETED and not again:
+        raise InvalidTransitionError(
+            original.id, original.status, MlJobStatus.QUEUED, "again=True does its work once more"
+        )
+    spec_json = original.spec_json if spec is None else to_json_text("spec", spec)
+    if not another:
+        live = _live_retry(session, original, model)
+        if live is not None:
+            return _of_this_spec(live, spec, spec_json)
+    values = _taken_over(original) | {"spec_json": spec_json, "retry_of": original.id}
+    if priority is not None:
+        values["priority"] = priority
+    kind, target = values.pop("kind"), values.pop("target_name")
+    return submit(
+        session, kind, target, run_after=run_after, unless_active=unless_active, model=type(original), **values
+    )
+
+
+def _live_retry(session: Bind, original: MlJob, model: Model) -> MlJob | None:
+    """Return the queued or running retry of a job; hold off everybody else who asks until we have committed.
+
+    A REPEATABLE READ transaction sees those that were committed before it began.
+    """
+    hold_off_others(connection_of(session), model, "retry", original.id.hex)
+    return first_active(session, model, table_of(model).c.retry_of == original.id)
+
+
+def _of_this_spec(live: MlJob, spec: Any, spec_json: str) -> MlJob:
+    if spec is not None and live.spec_json != spec_json:
+        reason = f"job {live.id} is {live.status.token} as its retry, with another spec; another=True queues a second"
+        raise InvalidValueError("spec", spec, reason)
+    return live
+
+
+def _taken_over(original: Any) -> dict[str, Any]:
+    """Return the values that a retry takes over."""
+    model = type(original)
+    values = {
+        attribute.key: getattr(original, attribute.key)
+        for attribute in inspect(model).column_attrs
+        if attribute.key not in _OF_ONE_RUN
+    }
+    # A dataclass may ask for the user where the table has the user's id.
+    return values | {name: getattr(original, name) for name in required_fields(model) if name not in values}
