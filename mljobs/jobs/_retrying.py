@@ -96,7 +96,7 @@ def _live_retry(session: Bind, original: MlJob, model: Model) -> MlJob | None:
 
     A REPEATABLE READ transaction sees those that were committed before it began.
     """
-    hold_off_others(connection_of(session), model, "retry", original.id.hex)
+    hold_off_others(connection_of(session, model), model, "retry", original.id.hex)
     return first_active(session, model, table_of(model).c.retry_of == original.id)
 
 

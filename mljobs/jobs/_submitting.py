@@ -283,7 +283,7 @@ def first_active(bind: Bind, model: Model, *where: Any) -> MlJob | None:
     """Return the first queued or running job of these conditions; None where there is none."""
     table = table_of(model)
     found = (
-        connection_of(bind)
+        connection_of(bind, model)
         .execute(
             select(table.c.id)
             .where(*where, table.c.status.in_(ACTIVE))
