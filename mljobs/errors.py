@@ -26,6 +26,7 @@ Each carries its data as attributes, so that callers never parse a message.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from enum import StrEnum
@@ -38,6 +39,8 @@ from sqlalchemy.exc import DontWrapMixin
 from mljobs.states import MlJobStatus
 
 _SHOWN = 80
+_DATABASE_URL = re.compile(r"((?:postgres|postgresql|sqlite|mysql|mariadb|oracle|mssql)[+\w]*://)[^\s'\"]*[^\s'\"/)>]")
+"""What an engine or a URL shows of itself; there may be a password in it."""
 
 
 def shown(value: object) -> str:
@@ -49,6 +52,7 @@ def shown(value: object) -> str:
             text = repr(value.value) if isinstance(value, StrEnum) else repr(value)
     except Exception:  # noqa: BLE001 - a broken __repr__ must not hide the error that is being reported
         text = f"<{type(value).__name__}>"
+    text = _DATABASE_URL.sub(r"\1...", text)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 

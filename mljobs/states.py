@@ -41,6 +41,25 @@ class Token(StrEnum):
         return tuple(member.value for member in cls)
 
 
+class UnknownKind(str):
+    """The token of a kind that this release does not know: a newer one, or another application, has queued the job.
+
+    What was read can be shown, counted and exported. It can be set nowhere.
+    """
+
+    __slots__ = ()
+
+    @property
+    def token(self) -> str:
+        """The stored text."""
+        return str(self)
+
+    @property
+    def value(self) -> str:
+        """The stored text, as of a member of an enum."""
+        return str(self)
+
+
 class MlJobKind(Token):
     """What a job does."""
 

@@ -30,6 +30,8 @@ from mljobs._values import (
     to_millis,
     to_utc,
 )
+from mljobs.errors import InvalidValueError
+from mljobs.states import UnknownKind
 
 _MILLISECOND = timedelta(milliseconds=1)
 
@@ -84,7 +86,17 @@ class TokenType(TypeDecorator[StrEnum]):
         if value is None:
             return None
         member = self.enum._value2member_map_.get(value)  # a fifth of the cost of calling the enum
-        return self.enum(value) if member is None else cast_type("StrEnum", member)
+        return cast_type("StrEnum", self._unknown(value) if member is None else member)
+
+    def _unknown(self, token: str) -> UnknownKind:
+        """Return a token that a newer release has written, where it is only read.
+
+        Raises:
+            InvalidValueError: A state, from which nobody could tell whether the job has finished.
+        """
+        if self.field == "status":
+            raise InvalidValueError("status", token, "a newer release of mljobs has written it: upgrade this one")
+        return UnknownKind(token)
 
     def process_literal_param(self, value: object, dialect: Dialect) -> str:
         return str(self.process_bind_param(value, dialect))

@@ -230,7 +230,7 @@ def _listeners(bind: Any) -> int:
         "SELECT count(*) FROM pg_locks JOIN pg_database ON oid = database "
         "WHERE locktype = 'advisory' AND datname = current_database()"
     )
-    number: int = connection_of(bind).exec_driver_sql(asked).scalar_one()
+    number: int = connection_of(bind, MlJob).exec_driver_sql(asked).scalar_one()
     return number
 
 

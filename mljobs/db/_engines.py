@@ -92,9 +92,16 @@ def new_engine(url: str | URL, *, autocommit: bool = False, **options: Any) -> E
     return engine
 
 
+def shown_url(url: URL) -> str:
+    """Return what may be printed of a URL: scheme, host and database; user, password and query may be secret."""
+    return URL.create(url.drivername, host=url.host, port=url.port, database=url.database).render_as_string()
+
+
 def is_memory(url: URL) -> bool:
     """Whether this is a SQLite database in memory, which no second connection can see."""
-    return url.get_backend_name() == "sqlite" and (url.database in (None, "", ":memory:") or "mode" in url.query)
+    return url.get_backend_name() == "sqlite" and (
+        ":memory:" in (url.database or ":memory:") or url.query.get("mode") == "memory"
+    )
 
 
 def refuse_memory(url: URL) -> None:
@@ -104,18 +111,20 @@ def refuse_memory(url: URL) -> None:
         InvalidValueError: A SQLite database in memory.
     """
     if is_memory(url):
-        raise InvalidValueError("url", str(url), "the thread that keeps the lease cannot open a database in memory")
+        raise InvalidValueError(
+            "url", shown_url(url), "the thread that keeps the lease cannot open a database in memory"
+        )
 
 
 def _with_driver(url: str | URL, drivers: dict[str, str]) -> URL:
     try:
         parsed = make_url(url)
-    except (ArgumentError, ValueError) as error:
-        raise InvalidValueError("url", "..." if "@" in str(url) else url, "not a database URL") from error
+    except (ArgumentError, ValueError):  # whose text may show a password
+        raise InvalidValueError("url", "...", "not a database URL, such as postgresql://host/database") from None
     driver = drivers.get(parsed.drivername)
     if driver is None:
         known = ", ".join(sorted(drivers))
-        raise InvalidValueError("url", parsed.render_as_string(hide_password=True), f"expected one of {known}")
+        raise InvalidValueError("url", shown_url(parsed), f"expected one of {known}")
     return parsed.set(drivername=driver)
 
 
@@ -197,6 +206,8 @@ def _switch_to_wal(cursor: Any) -> None:
             cursor.execute("PRAGMA journal_mode = WAL")
         except Exception as error:
             # By its text: aiosqlite's cursor raises what sqlite3 raises, and Python 3.11 names no busy class.
+            if "readonly" in str(error):  # `mode=ro`, or no right to write: it is read as it is
+                return
             if "locked" not in str(error) or time.monotonic() >= end:
                 raise
             time.sleep(_WAL_PAUSE)

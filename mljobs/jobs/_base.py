@@ -302,7 +302,10 @@ def id_of(job: JobRef) -> UUID:
     Raises:
         InvalidValueError: It names none.
     """
-    return job.id if isinstance(job, MlJobMixin) else to_job_id(job)
+    if not isinstance(job, MlJobMixin):
+        return to_job_id(job)
+    identity = inspect(job).identity  # is there when a commit has expired the job, and its session is closed
+    return job.id if identity is None else identity[0]
 
 
 def named(job: JobRef, model: Model) -> tuple[Model, UUID]:
@@ -318,7 +321,7 @@ def named(job: JobRef, model: Model) -> tuple[Model, UUID]:
     if isinstance(job, MlJobMixin) and not (isinstance(job, model) or issubclass(model, type(job))):
         if model is not MlJob:
             raise InvalidValueError("job", job, f"it is a {type(job).__name__}, and the model is {model.__name__}")
-        return type(job), job.id
+        return type(job), id_of(job)
     return model, id_of(job)
 
 

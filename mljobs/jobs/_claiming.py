@@ -265,7 +265,7 @@ def wish(
     tokens = None if kinds is None else sorted({to_member(model.__kinds__, "kinds", kind).value for kind in kinds})
     parameters = {"worker": worker_name(worker), "kinds": tokens, **moments(check_lease(lease))}
     check_count("limit", limit, MAX_BATCH)
-    if tokens is None or len(tokens) == len(model.__kinds__):
+    if tokens is None:  # kinds that were named are always asked for: a newer release may queue others
         return "any", parameters
     if len(tokens) == 1:
         return "kind", {**parameters, "kind": tokens[0]}

@@ -29,7 +29,7 @@ from mljobs.jobs._base import (
 from mljobs.jobs._filters import Filter, Filters, Selection, Where, selection
 from mljobs.jobs._paging import Order, Paging
 from mljobs.record._models import MlJob
-from mljobs.states import ACTIVE, TERMINAL, MlJobStatus
+from mljobs.states import ACTIVE, TERMINAL, MlJobStatus, UnknownKind
 
 _SMALL = 50_000  # rows that PostgreSQL counts in a few milliseconds
 
@@ -340,7 +340,7 @@ def _sqlite_counters(connection: Connection, model: Model) -> dict[tuple[str, st
     qualified = f"{preparer.quote(schema)}.{name}" if schema else name
     rows = connection.execute(text(f"SELECT kind, status, jobs FROM {qualified}"))  # noqa: S608 - quoted identifiers
     kinds = model.__kinds__
-    return {(kinds(kind), MlJobStatus(status)): jobs for kind, status, jobs in rows}
+    return {(_kind(kinds, kind), MlJobStatus(status)): jobs for kind, status, jobs in rows}
 
 
 _STATISTICS = text("""\
@@ -367,4 +367,9 @@ def _postgres_statistics(connection: Connection, model: Model) -> dict[tuple[str
         if status in TERMINAL
     }
     kinds = model.__kinds__
-    return {(kinds(kind), MlJobStatus(status)): jobs for (kind, status), jobs in found.items()}
+    return {(_kind(kinds, kind), MlJobStatus(status)): jobs for (kind, status), jobs in found.items()}
+
+
+def _kind(kinds: Any, token: str) -> str:
+    member: str = kinds(token) if token in kinds._value2member_map_ else UnknownKind(token)
+    return member

@@ -26,6 +26,12 @@ _RESERVED = (
 )
 """What the record knows and does. An attribute of these names that is mapped would hide it."""
 
+_PYDANTIC = ("pydantic", "sqlmodel")
+_NO_PYDANTIC = (
+    "Pydantic would have to know the types of the record: give it a Base of SQLAlchemy's beside your SQLModel classes, "
+    "`class Base(DeclarativeBase): metadata = SQLModel.metadata`, and show it by mljobs.contrib.pydantic.MlJobRead"
+)
+
 _ANY_KIND = ("Any", "str", "StrEnum")
 
 
@@ -61,6 +67,8 @@ def check_body(cls: type[Any]) -> None:
     Raises:
         ModelError: It cannot hold a record.
     """
+    if any(base.__module__.partition(".")[0] in _PYDANTIC for base in cls.__mro__):
+        raise ModelError(cls, _NO_PYDANTIC)
     check_dataclass(cls)
     table = cls.__dict__.get("__table__")
     if isinstance(table, Table):

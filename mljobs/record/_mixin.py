@@ -392,7 +392,9 @@ class MlJobMixin:
         return cls(**kv.values_of(kv.decode(raw, cls.__kinds__)), **own_columns)
 
     def __repr__(self) -> str:
-        state = sa.inspect(self).dict  # a repr must never load from the database
+        state = dict(sa.inspect(self).dict)  # a repr must never load from the database
+        if "id" not in state and (identity := sa.inspect(self).identity) is not None:  # expired by a commit
+            state["id"] = identity[0]
         shown = " ".join(str(state[name]) for name in ("id", "kind", "status", "target_name") if name in state)
         progress = f" {state['progress']}%" if "progress" in state else ""
         return f"<{type(self).__name__} {shown}{progress}>"

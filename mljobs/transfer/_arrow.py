@@ -325,11 +325,14 @@ def _times(wire: Wire) -> Callable[[Sequence[Any]], pa.Array]:
 
 
 def _tokens(tokens: Sequence[str]) -> Callable[[Sequence[Any]], pa.Array]:
-    dictionary = pa.array(tokens, pa.string())
     place = {token: at for at, token in enumerate(tokens)}
-    return lambda values: pa.DictionaryArray.from_arrays(
-        pa.array([place[str(value)] for value in values], pa.int8()), dictionary
-    )
+
+    def encode(values: Sequence[Any]) -> pa.Array:
+        # A newer release may have queued kinds that this one does not know.
+        places = pa.array([place.setdefault(str(value), len(place)) for value in values], pa.int8())
+        return pa.DictionaryArray.from_arrays(places, pa.array(place, pa.string()))
+
+    return encode
 
 
 # --------------------------------------------------------------------------------------------------------- spread JSON
