@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import URL, Engine, create_engine, make_url
 from sqlalchemy.pool import NullPool
 
-from mljobs import metadata
+from mljobs import JobStore, metadata
 from tests import postgres
 from tests.databases import Databases
 from tests.fork_server import ForkServer
@@ -126,3 +126,11 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
 def store(world: World) -> Any:
     """A store in each world, with a blocking face."""
     return world.store()
+
+
+@pytest.fixture
+def full(sqlite_url: str) -> Iterator[JobStore]:
+    """A store on SQLite with 2,500 records."""
+    with JobStore(sqlite_url) as store:
+        store.submit_many(("train", f"t{number}", {"n": number}) for number in range(2500))
+        yield store

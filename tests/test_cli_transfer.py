@@ -15,7 +15,7 @@ from rich.console import Console
 from mljobs.cli import _transfer as transfer
 from mljobs.store._store import JobStore
 from tests.test_cli import run
-from tests.test_transfer import job
+from tests.transfer_jobs import job
 
 
 @pytest.fixture(autouse=True)

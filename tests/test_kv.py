@@ -37,8 +37,8 @@ from mljobs.transfer import _mapping as mapping_module
 from mljobs.transfer import _redis as redis_module
 from tests import redis_server
 from tests.host import HostBase, TrainingRun
-from tests.test_operations import expire_leases
-from tests.test_transfer import NOW, empty, job, put, queued, stored
+from tests.leases import expire_leases
+from tests.transfer_jobs import NOW, empty, job, put, queued, stored
 from tests.worlds import World
 
 PREFIX = "red.ml.jobs."
@@ -371,7 +371,7 @@ def test_a_live_key_moves_along_legal_edges_and_is_its_workers_while_held(world:
             del mapping["x"]
 
     world.run(act)
-    expire_leases(world)
+    expire_leases(world.outside)
     store.rescue()
     world.run(lambda session: JobMapping(session).pop(held.id.hex))
     assert stored(world).keys() == {free.id}

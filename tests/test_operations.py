@@ -26,23 +26,11 @@ from mljobs import (
     TerminalStateError,
     jobs,
 )
+from tests.leases import count_leases, expire_leases
 from tests.worlds import World
 
 QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = MlJobStatus
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
-
-
-def expire_leases(world: World) -> None:
-    """Let every lease have ended long ago."""
-    moment = "0" if world.dialect == "sqlite" else "'2020-01-01'"
-    with world.outside.begin() as connection:
-        connection.exec_driver_sql(f"UPDATE ml_job_leases SET expires_at = {moment}")
-
-
-def leases(world: World) -> int:
-    with world.outside.connect() as connection:
-        number: int = connection.exec_driver_sql("SELECT count(*) FROM ml_job_leases").scalar_one()
-        return number
 
 
 def tokens(claims: Any) -> list[int]:
@@ -307,7 +295,7 @@ def test_an_exclusive_target_is_free_once_the_lease_of_a_cancelled_job_has_expir
     first, _ = (store.submit("train", "spam", exclusive=True) for _ in range(2))
     store.claim(worker="w")
     store.cancel(first.id)
-    expire_leases(world)
+    expire_leases(world.outside)
     assert store.rescue().released == [first.id]
     assert len(store.claim(worker="w")) == 1
 
@@ -377,7 +365,7 @@ def test_renew_says_what_is_held_lost_and_cancelled(store: Any, world: World) ->
 def test_an_expired_lease_that_nobody_took_can_still_be_renewed(store: Any, world: World) -> None:
     store.submit("train", "spam")
     (claim,) = store.claim(worker="w")
-    expire_leases(world)
+    expire_leases(world.outside)
     assert tokens(store.renew([claim]).held) == [claim.token]
     assert not store.rescue()
 
@@ -415,7 +403,7 @@ def test_each_outcome_sets_all_that_belongs_to_it(store: Any, world: World) -> N
     assert job.finished_at is not None
     job = store.get(back.job_id)
     assert (job.status, job.progress, job.started_at, job.finished_at, job.attempts) == (QUEUED, 0, None, None, 1)
-    assert leases(world) == 0
+    assert count_leases(world.outside) == 0
 
 
 LATE: dict[str, Callable[[Any, Any], Any]] = {
@@ -431,7 +419,7 @@ LATE: dict[str, Callable[[Any, Any], Any]] = {
 def test_a_late_worker_writes_nothing_and_is_told(store: Any, world: World, write: str, next_state: str) -> None:
     store.submit("train", "spam")
     (late,) = store.claim(worker="slow")
-    expire_leases(world)
+    expire_leases(world.outside)
     assert store.rescue().requeued == [late.job_id]
     if next_state in ("claimed", "completed"):
         (claim,) = store.claim(worker="quick")
@@ -470,10 +458,10 @@ def test_a_finish_refused_by_a_cancel_gives_the_lease_back_once(store: Any, worl
     first, second = (store.submit("train", "spam", exclusive=True) for _ in range(2))
     (claim,) = store.claim(worker="w")
     store.cancel(claim.job_id)
-    assert leases(world) == 1
+    assert count_leases(world.outside) == 1
     with pytest.raises(TerminalStateError, match="is cancelled"):
         act()
-    assert leases(world) == 0
+    assert count_leases(world.outside) == 0
     with pytest.raises(LeaseLostError):
         act()
     (following,) = store.claim(worker="w")
@@ -525,7 +513,7 @@ def test_finish_and_claim_leaves_everything_as_it_was_when_an_argument_is_wrong(
 def test_a_rescue_fails_only_the_kinds_it_was_told_of(store: Any, world: World) -> None:
     train, backfill = store.submit("train", "spam"), store.submit("backfill", "spam")
     store.claim(worker="w", limit=2)
-    expire_leases(world)
+    expire_leases(world.outside)
     rescue = store.rescue(max_attempts=1, kinds=["train"])
     assert (rescue.failed, rescue.requeued) == ([train.id], [backfill.id])
 
@@ -588,140 +576,6 @@ def test_cancel_of_nothing_is_told(store: Any) -> None:
         store.get(uuid4())
     with pytest.raises(InvalidValueError):
         store.get("not an id")
-
-
-# ----------------------------------------------------------------------------------------------------------- sweeping
-
-
-def test_rescue_puts_back_and_gives_up_after_the_last_attempt(store: Any, world: World) -> None:
-    job = store.submit("train", "spam")
-    for attempt in (1, 2):
-        (claim,) = store.claim(worker="crashing")
-        store.set_progress(claim, 60)
-        assert not store.rescue(max_attempts=2)
-        expire_leases(world)
-        rescue = store.rescue(max_attempts=2)
-        assert (rescue.requeued, rescue.failed) == (([job.id], []) if attempt == 1 else ([], [job.id]))
-        job = store.get(job.id)
-        if attempt == 1:
-            assert (job.status, job.progress, job.started_at) == (QUEUED, 0, None)
-    assert (job.status, job.progress) == (FAILED, 60)
-    assert job.finished_at is not None
-    assert "2 attempts" in job.error_message
-    assert "worker crashing" in job.error_message
-    assert leases(world) == 0
-
-
-def test_a_job_started_by_hand_is_never_rescued_and_a_long_one_neither(store: Any, world: World) -> None:
-    store.submit("train", "by hand")
-    with world.outside.begin() as connection:
-        started = "0" if world.dialect == "sqlite" else "'1999-01-01'"
-        connection.exec_driver_sql(f"UPDATE ml_jobs SET status = 'running', started_at = {started}")
-    store.submit("train", "long")
-    (claim,) = store.claim(worker="w")
-    with world.outside.begin() as connection:
-        connection.exec_driver_sql(f"UPDATE ml_jobs SET started_at = {started}")
-    assert not store.rescue()
-    store.complete(claim)
-
-
-def test_a_lease_whose_job_was_put_back_by_hand_only_goes(store: Any, world: World) -> None:
-    job = store.submit("train", "spam")
-    store.claim(worker="w")
-    with world.outside.begin() as connection:
-        connection.exec_driver_sql("UPDATE ml_jobs SET status = 'queued'")
-    assert store.claim(worker="v") == []
-    expire_leases(world)
-    assert store.rescue().released == [job.id]
-    assert len(store.claim(worker="v")) == 1
-
-
-def test_one_bad_row_does_not_stop_a_rescue(store: Any, world: World) -> None:
-    ids = [store.submit("train", target).id for target in ("a", "bad", "c")]
-    store.claim(worker="w", limit=3)
-    expire_leases(world)
-    _refuse(world, "UPDATE")
-    rescue = store.rescue()
-    assert sorted(rescue.requeued) == sorted([ids[0], ids[2]])
-    assert list(rescue.errors) == [ids[1]]
-    assert store.get(ids[1]).status is RUNNING
-
-
-def test_one_bad_row_does_not_stop_a_prune(store: Any, world: World) -> None:
-    for target in ("a", "bad", "c"):
-        store.submit("train", target)
-    for claim in store.claim(worker="w", limit=3):
-        store.complete(claim)
-    _refuse(world, "DELETE")
-    assert store.prune(older_than=timedelta(seconds=-5), batch=2) == 2
-    assert [job.target_name for job in store.find()] == ["bad"]
-
-
-def _refuse(world: World, verb: str) -> None:
-    """A host's own trigger that refuses to touch one row."""
-    with world.outside.begin() as connection:
-        if world.dialect == "sqlite":
-            connection.exec_driver_sql(
-                f"CREATE TRIGGER host BEFORE {verb} ON ml_jobs WHEN OLD.target_name = 'bad' "
-                "BEGIN SELECT RAISE(ABORT, 'not this one'); END"
-            )
-            return
-        connection.exec_driver_sql(
-            "CREATE FUNCTION host() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not this one'; END $$"
-        )
-        connection.exec_driver_sql(
-            f"CREATE TRIGGER host BEFORE {verb} ON ml_jobs FOR EACH ROW WHEN (OLD.target_name = 'bad') "
-            "EXECUTE FUNCTION host()"
-        )
-
-
-def test_prune_deletes_what_finished_long_ago_and_keeps_the_last(store: Any, world: World) -> None:
-    for target in ("spam", "spam", "spam", "ham"):
-        store.submit("train", target)
-    for claim in store.claim(worker="w", limit=4):
-        store.complete(claim)
-    active = store.submit("train", "spam")
-    assert store.prune(older_than=timedelta(days=1)) == 0
-    assert store.prune(older_than=LONG_AGO) == 0
-    newest = next(job for job in store.find(target="spam", status="completed", order="newest"))
-    assert store.prune(older_than=timedelta(seconds=-5), keep_last=1, batch=1) == 2
-    assert {job.target_name for job in store.find(status="completed")} == {"spam", "ham"}
-    assert store.get(newest.id).status is COMPLETED
-    assert store.prune(older_than=timedelta(seconds=-5)) == 2
-    assert [job.id for job in store.find()] == [active.id]
-    for field, value in (("older_than", "x"), ("older_than", datetime(2020, 1, 1)), ("older_than", 5)):
-        with pytest.raises(InvalidValueError):
-            store.prune(**{field: value})
-    for wrong in ({"keep_last": -1}, {"batch": 0}):
-        with pytest.raises(InvalidValueError):
-            store.prune(older_than=LONG_AGO, **wrong)
-
-
-def test_prune_leaves_a_cancelled_job_whose_worker_has_not_stopped(store: Any) -> None:
-    job = store.submit("train", "spam", exclusive=True)
-    (claim,) = store.claim(worker="w")
-    store.cancel(job.id)
-    assert store.prune(older_than=timedelta(seconds=-5)) == 0
-    store.release([claim])
-    assert store.prune(older_than=timedelta(seconds=-5)) == 1
-
-
-def test_prune_goes_by_creation_where_an_imported_record_does_not_say_when_it_ended(store: Any, world: World) -> None:
-    old = MlJob(kind="train", target_name="old", status="failed", created_at=LONG_AGO)
-    store.submit_many([old, MlJob(kind="train", target_name="new", status="failed")])
-    assert store.prune(older_than=timedelta(days=365)) == 1
-    assert [job.target_name for job in store.find()] == ["new"]
-
-
-def test_deleting_a_job_and_its_id_coming_back_never_shows_the_old_result(store: Any) -> None:
-    job = store.submit("train", "spam", {"first": True})
-    (claim,) = store.claim(worker="w")
-    store.complete(claim, {"old": 1})
-    store.prune(older_than=timedelta(seconds=-5))
-    again = store.submit("train", "spam", id=job.id)
-    assert (again.status, again.metrics, store.get(job.id).metrics) == (QUEUED, None, None)
-    with pytest.raises(LeaseLostError):
-        store.complete(claim, {"old": 2})
 
 
 # ------------------------------------------------------------------------------------------- in the caller's session

@@ -16,7 +16,7 @@ from mljobs.jobs import Claim, Outcome
 from mljobs.store._keeper import Keeper
 from mljobs.store._recording import record_outcome
 from mljobs.store._run import Run
-from tests.test_operations import expire_leases
+from tests.leases import expire_leases
 from tests.worlds import World
 
 
@@ -103,7 +103,7 @@ def test_a_cancel_that_nobody_checked_for_is_told_at_the_end(world: World, store
 def test_a_lost_lease_is_told_and_nothing_is_written(world: World, store: Any) -> None:
     job = store.submit("train", "spam")
     with pytest.raises(LeaseLostError), _entered(world, store, job) as run:
-        expire_leases(world)
+        expire_leases(world.outside)
         store.rescue()
         (claim,) = store.claim(worker="quick")
         store.complete(claim, {"quick": True})

@@ -15,7 +15,7 @@ from mljobs.jobs import _base
 from mljobs.jobs import _claiming as claiming
 from mljobs.jobs import _sweeping as sweeping
 from mljobs.jobs._base import moments
-from tests.test_operations import expire_leases
+from tests.leases import expire_leases
 from tests.worlds import World
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +38,7 @@ def test_a_retry_that_collides_leaves_the_first_job_in_its_final_state(world: Wo
 def test_a_lost_exclusive_job_does_not_block_its_own_rescue(world: World, store: Any) -> None:
     job = store.submit("train", "spam", exclusive=True)
     (late,) = store.claim(worker="lost")
-    expire_leases(world)
+    expire_leases(world.outside)
     assert store.rescue().requeued == [job.id]
     (claim,) = store.claim(worker="next")
     assert claim.token > late.token
@@ -48,7 +48,7 @@ def test_a_lost_exclusive_job_does_not_block_its_own_rescue(world: World, store:
 def test_rescuing_a_kind_that_one_does_not_handle_only_requeues_it(world: World, store: Any) -> None:
     job = store.submit("drift_compute", "spam")
     store.claim(worker="other", kinds=["drift_compute"])
-    expire_leases(world)
+    expire_leases(world.outside)
     assert store.claim(worker="trainer", kinds=["train"]) == []
     assert store.rescue().requeued == [job.id]
     assert store.claim(worker="trainer", kinds=["train"]) == []
