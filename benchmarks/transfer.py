@@ -41,11 +41,11 @@ RECORDS = int(float(os.environ.get("BENCH_SCALE", "1")) * 200_000)
 MANY = int(os.environ.get("BENCH_RECORDS", "5000000"))
 WIRE_TYPES = [
     "int8", "text", "int8", "bytea", "text", "text", "int2", "text", "int8", "text", "text",
-    "int2", "bool", "int2", "bytea", "int8",
+    "int2", "bool", "int2", "bytea", "int8", "text",
 ]  # fmt: skip
 NATIVE_TYPES = [
     "timestamptz", "text", "timestamptz", "uuid", "text", "text", "int2", "text", "timestamptz", "text", "text",
-    "int2", "bool", "int2", "uuid", "timestamptz",
+    "int2", "bool", "int2", "uuid", "timestamptz", "text",
 ]  # fmt: skip
 REDDB_DECODES = 230_000
 BARE_THEN = 1_340_000

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from mljobs.store._async_store import AsyncJobStore
     from mljobs.store._run import Run
     from mljobs.store._store import JobStore
-    from mljobs.transfer import Imported, JobMapping, dump_kv, export_jobs, import_jobs, load_kv
+    from mljobs.transfer import Compared, Imported, JobMapping, compare, dump_kv, export_jobs, import_jobs, load_kv
     from mljobs.worker import Tally, Worker, exponential
 
 __version__ = "0.1.0"
@@ -51,6 +51,7 @@ __all__ = [
     "AsyncJobStore",
     "Base",
     "Claim",
+    "Compared",
     "Filter",
     "FilterError",
     "GiveUp",
@@ -82,6 +83,7 @@ __all__ = [
     "TransferError",
     "WaitTimeout",
     "Worker",
+    "compare",
     "dump_kv",
     "exponential",
     "export_jobs",
@@ -127,7 +129,16 @@ __getattr__, __dir__ = lazy_names(
         "states": ("MlJobKind", "MlJobStatus"),
         "store._async_store": ("AsyncJobStore",),
         "store._store": ("JobStore",),
-        "transfer": ("Imported", "JobMapping", "dump_kv", "export_jobs", "import_jobs", "load_kv"),
+        "transfer": (
+            "Compared",
+            "Imported",
+            "JobMapping",
+            "compare",
+            "dump_kv",
+            "export_jobs",
+            "import_jobs",
+            "load_kv",
+        ),
         "worker": ("Tally", "Worker", "exponential"),
     },
 )

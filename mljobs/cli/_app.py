@@ -9,7 +9,7 @@ import typer
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 import mljobs
-from mljobs.cli import _board, _demo, _schema, _transfer, _work
+from mljobs.cli import _audit, _board, _demo, _schema, _transfer, _work
 from mljobs.errors import MlJobsError
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ def main(
     """Machine-learning jobs in your database."""
 
 
-for module in (_demo, _board, _schema, _work, _transfer):
+for module in (_demo, _board, _schema, _work, _transfer, _audit):
     module.add_to(app)
 
 

@@ -24,7 +24,7 @@ from mljobs.transfer import OnProgress, Progress
 _PATIENCE: Final = 1.0
 """Seconds before a bar is shown: what ends sooner needs none."""
 
-_FileArgument = typer.Argument(help="The file; .gz and .zst are compressed; - for the standard stream.")
+FileArgument = typer.Argument(help="The file; .gz and .zst are compressed; - for the standard stream.")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -34,7 +34,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def export(
-    file: Annotated[str, _FileArgument] = "-",
+    file: Annotated[str, FileArgument] = "-",
     *,
     url: UrlOption = DEFAULT,
     extended: Annotated[
@@ -57,23 +57,23 @@ def export(
         "status": status or None,
         "target": target,
         "target_prefix": target_prefix,
-        "created_after": _moment("created_after", created_after),
-        "created_before": _moment("created_before", created_before),
-        "finished_after": _moment("finished_after", finished_after),
-        "finished_before": _moment("finished_before", finished_before),
+        "created_after": moment("created_after", created_after),
+        "created_before": moment("created_before", created_before),
+        "finished_after": moment("finished_after", finished_after),
+        "finished_before": moment("finished_before", finished_before),
         "error_contains": error_contains,
     }
     filters: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     with JobStore(url) as store:
         total = None if filters else sum(store.counts().values())
-        with _bar("exporting", quiet=quiet, total=total) as report, _told_of_a_broken_pipe():
+        with bar("exporting", quiet=quiet, total=total) as report, _told_of_a_broken_pipe():
             number = store.export_jobs(file, extended=extended, progress=report, **filters)
     if not quiet:
         typer.echo(f"exported {number:,} records", err=True)
 
 
 def import_(
-    file: Annotated[str, _FileArgument] = "-",
+    file: Annotated[str, FileArgument] = "-",
     *,
     url: UrlOption = DEFAULT,
     on_conflict: Annotated[
@@ -87,7 +87,7 @@ def import_(
 ) -> None:
     """Read records from a file of NDJSON; exit with 1 if any was refused or rejected."""
     choice: Any = on_conflict
-    with JobStore(url) as store, _bar("importing", quiet=quiet) as report:
+    with JobStore(url) as store, bar("importing", quiet=quiet) as report:
         done = store.import_jobs(
             file, on_conflict=choice, requeue_running=requeue_running, rejects=rejects, progress=report
         )
@@ -99,14 +99,15 @@ def import_(
         raise typer.Exit(1)
 
 
-def _moment(name: str, text: str | None) -> datetime | None:
+def moment(name: str, text: str | None) -> datetime | None:
+    """Return the time that an option says; without a zone it is UTC."""
     if text is None:
         return None
     try:
-        moment = datetime.fromisoformat(text)
+        parsed = datetime.fromisoformat(text)
     except ValueError as error:
         raise InvalidValueError(name, text, "expected a time like 2026-11-01 or 2026-11-01T12:30:00+01:00") from error
-    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+    return parsed if parsed.tzinfo is not None else parsed.replace(tzinfo=UTC)
 
 
 @contextmanager
@@ -123,7 +124,7 @@ def _told_of_a_broken_pipe() -> Iterator[None]:
 
 
 @contextmanager
-def _bar(what: str, *, quiet: bool, total: int | None = None) -> Iterator[OnProgress | None]:
+def bar(what: str, *, quiet: bool, total: int | None = None) -> Iterator[OnProgress | None]:
     """Yield what is told of the progress; it draws a bar on a terminal once a second has passed."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal:

@@ -113,9 +113,14 @@ def insert_wire(connection: Connection, table: Table, columns: Sequence[Column[A
 
 
 def read_wire(
-    connection: Connection, columns: Sequence[Column[Any]], where: Sequence[ColumnElement[bool]], chunk: int = CHUNK
+    connection: Connection,
+    columns: Sequence[Column[Any]],
+    where: Sequence[ColumnElement[bool]],
+    chunk: int = CHUNK,
+    *,
+    order_by: Column[Any] | None = None,
 ) -> Generator[list[tuple[Any, ...]], None, None]:
-    """Yield rows of the record's columns in wire form, in lists of at most ``chunk``, in the order the database has them.
+    """Yield rows of the record's columns in wire form, in lists of at most ``chunk``.
 
     The connection is busy until the last row, or until the iterator is closed (use ``contextlib.closing``).
 
@@ -124,6 +129,7 @@ def read_wire(
         columns: Columns of the record, of one table.
         where: Conditions, to be combined with AND.
         chunk: At most so many rows at once.
+        order_by: A column; None for the order that the database has them in.
     """
     dialect = connection.dialect
     # Without their types: what the driver gives is what is wanted. But asyncpg would parse json.
@@ -133,7 +139,7 @@ def read_wire(
             cast(values, Text) if isinstance(column.type, JsonText) else values
             for column, values in zip(columns, untyped, strict=True)
         ]
-    statement = select(*untyped).where(*where)
+    statement = select(*untyped).where(*where).order_by(order_by)
     if dialect.name == "postgresql" and dialect.driver == "psycopg":
         compiled: Any = statement.compile(
             dialect=dialect,

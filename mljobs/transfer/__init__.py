@@ -6,6 +6,8 @@ By the question they answer:
   ``import_jobs``)
 - :mod:`~mljobs.transfer._kv`: to a mapping, Redis or Valkey and back (``dump_kv``, ``load_kv``)
 - :mod:`~mljobs.transfer._mapping`: the table as a mapping (``JobMapping``)
+- :mod:`~mljobs.transfer._comparing`, :mod:`~mljobs.transfer._digest`: whether finished records are what they were
+  (``compare``, ``digest``, ``check_digest``)
 
 Beneath them: :mod:`~mljobs.transfer._files` opens, :mod:`~mljobs.transfer._lines` cuts,
 :mod:`~mljobs.transfer._rows` turns a line into a row and back, :mod:`~mljobs.transfer._judging` says what becomes of
@@ -15,6 +17,8 @@ what was not imported.
 
 from mljobs.jobs import FILTERS
 from mljobs.jobs._base import accept_any_session
+from mljobs.transfer._comparing import Compared, Difference, OnDifference, compare
+from mljobs.transfer._digest import DigestCheck, DigestLine, check_digest, digest, pruned_note, read_digest
 from mljobs.transfer._exporting import export_jobs
 from mljobs.transfer._files import File
 from mljobs.transfer._importing import Import, file_import, import_jobs
@@ -25,21 +29,31 @@ from mljobs.transfer._results import Imported, OnProgress, Problem, Progress
 
 __all__ = [
     "FILTERS",
+    "Compared",
+    "Difference",
+    "DigestCheck",
+    "DigestLine",
     "File",
     "Import",
     "Imported",
     "JobMapping",
     "KvStore",
     "OnConflict",
+    "OnDifference",
     "OnProgress",
     "Problem",
     "Progress",
+    "check_digest",
+    "compare",
+    "digest",
     "dump_kv",
     "export_jobs",
     "file_import",
     "import_jobs",
     "kv_import",
     "load_kv",
+    "pruned_note",
+    "read_digest",
 ]
 
 accept_any_session(globals(), __all__)

@@ -10,6 +10,7 @@ settles the rest of the format and finds the words for an error.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from enum import StrEnum
 from functools import cache
 from operator import attrgetter, itemgetter
@@ -17,17 +18,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 from uuid import UUID
 
 import msgspec
+from sqlalchemy import ARRAY, Uuid, any_, cast, func, select
 
 from mljobs._fields import BY_NAME, EXTENDED_FIELDS, KV_FIELDS, Field
 from mljobs._values import MAX_MS, storable_json, storable_text, to_job_id
-from mljobs.db._wire import Wire
+from mljobs.db._wire import Wire, read_wire, wire_of
 from mljobs.errors import InvalidValueError, JobDecodeError, shown
 from mljobs.jobs import Model, table_of
 from mljobs.record import _kv as codec
 from mljobs.states import MlJobStatus
 
 if TYPE_CHECKING:
-    from sqlalchemy import Column
+    from sqlalchemy import Column, ColumnElement, Connection
 
 Row = tuple[Any, ...]
 
@@ -37,6 +39,8 @@ OWN: Final = tuple(field.name for field in EXTENDED_FIELDS)
 """Our own columns, and the keys that hold them in an extended line."""
 NAMES: Final = (*(field.name for field in KV_FIELDS), *OWN)
 """The columns of a row."""
+CREATED: Final = KEYS.index("created_at")
+FINISHED: Final = KEYS.index("finished_at")
 ID: Final = KEYS.index("id")
 PROGRESS: Final = KEYS.index("progress")
 STARTED: Final = KEYS.index("started_at")
@@ -94,6 +98,27 @@ def columns_of(model: Model) -> list[Column[Any]]:
     return [table.c[name] for name in NAMES]
 
 
+def rows_by_id(connection: Connection, columns: Sequence[Column[Any]], ids: Iterable[Any]) -> dict[Any, Row]:
+    """Return the rows of these ids that are there, by id.
+
+    Args:
+        connection: The caller's.
+        columns: All of ``columns_of``, or the first of them.
+        ids: In the driver's form.
+    """
+    column = columns[ID]
+    joined = ",".join(map(wire_of(connection).id_out, ids))
+    condition: ColumnElement[bool]
+    if connection.dialect.name == "postgresql":
+        # One text whatever the number; the server folds it to a constant.
+        condition = column == any_(cast(func.string_to_array(joined, ","), ARRAY(Uuid())))
+    else:
+        listed = func.json_each('["' + joined.replace(",", '","') + '"]').table_valued("value")
+        condition = column.in_(select(listed.c.value))
+    with closing(read_wire(connection, columns, [condition])) as parts:
+        return {row[ID]: row for part in parts for row in part}
+
+
 # ------------------------------------------------------------------------------------------------------- line to row
 
 
@@ -130,7 +155,9 @@ _IDS_IN: Final[dict[str, Callable[[bytes], Any] | None]] = {"psycopg": None, "as
 """From the bytes of an id to the driver's value; None where that is the bytes."""
 
 
-def row_maker(wire: Wire, kinds: type[StrEnum]) -> Callable[[bytes], Row]:
+def row_maker(
+    wire: Wire, kinds: type[StrEnum], on_own_keys: Callable[[], object] | None = None
+) -> Callable[[bytes], Row]:
     """Return the function from one line to its row; it raises ``RejectedLineError`` for a line that is no record.
 
     A line with keys of our own is refused at the first of them by the pass for RedDB's keys, and goes on to the second.
@@ -138,9 +165,18 @@ def row_maker(wire: Wire, kinds: type[StrEnum]) -> Callable[[bytes], Row]:
     Args:
         wire: The form that the driver takes.
         kinds: The enum of kinds whose tokens are accepted.
+        on_own_keys: Is called for each line that may have keys beside RedDB's.
     """
     decode, decode_own = _line_decoders(kinds)
-    return _kv_row_maker(wire, kinds, decode, _own_row_maker(wire, kinds, decode_own))
+    make_own = _own_row_maker(wire, kinds, decode_own)
+    if on_own_keys is None:
+        return _kv_row_maker(wire, kinds, decode, make_own)
+
+    def make_noted(line: bytes) -> Row:
+        on_own_keys()
+        return make_own(line)
+
+    return _kv_row_maker(wire, kinds, decode, make_noted)
 
 
 def _kv_row_maker(

@@ -7,21 +7,20 @@ whole is taken again carefully: which ids are there, what is to be done with eac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import ARRAY, Connection, Update, Uuid, any_, bindparam, cast, func, select, update
+from sqlalchemy import Connection, Update, bindparam, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from mljobs._values import from_millis
 from mljobs.db._binds import connection_for
 from mljobs.db._rows import insert_rows, row_security
-from mljobs.db._wire import Wire, insert_wire, read_wire, wire_of
+from mljobs.db._wire import Wire, insert_wire, wire_of
 from mljobs.errors import InvalidValueError, JobExistsError, JobHeldError, MlJobsError
 from mljobs.jobs import Bind, Model, table_of
 from mljobs.jobs._base import connection_of, is_postgres, lock_sqlite, plain, refresh
@@ -42,6 +41,7 @@ from mljobs.transfer._rows import (
     columns_of,
     own_keys,
     row_maker,
+    rows_by_id,
 )
 
 _BLANK: Final = b" \t\r"
@@ -138,7 +138,7 @@ class Writer:
     def _settle_distinct(
         self, bind: Bind, connection: Connection, reader: _Reader, entries: dict[Any, _Entry], done: Done
     ) -> None:
-        there = self._there(connection, entries)
+        there = rows_by_id(connection, self._columns, entries)
         changing = self._judged(reader, entries, there, done)
         if changing:
             self._change(bind, connection, reader, changing, done)
@@ -163,19 +163,6 @@ class Writer:
                 reader.problem(done, entry.at, verdict.field, verdict.reason, known=True)
         return changing
 
-    def _there(self, connection: Connection, ids: Any) -> dict[Any, Row]:
-        wire = wire_of(connection)
-        column = table_of(self.model).c.id
-        joined = ",".join(wire.id_out(job_id) for job_id in ids)
-        if is_postgres(connection):
-            # One text whatever the number; the server folds it to a constant.
-            condition = column == any_(cast(func.string_to_array(joined, ","), ARRAY(Uuid())))
-        else:
-            listed = func.json_each('["' + joined.replace(",", '","') + '"]').table_valued("value")
-            condition = column.in_(select(listed.c.value))
-        with closing(read_wire(connection, self._columns, [condition])) as parts:
-            return {row[ID]: row for part in parts for row in part}
-
     # ----------------------------------------------------------------------------------------------------- insert
 
     def _insert(self, bind: Bind, connection: Connection, reader: _Reader, new: list[_Entry], done: Done) -> None:
@@ -191,7 +178,7 @@ class Writer:
                 self._insert(bind, connection, reader, half, done)
             return
         entry = new[0]
-        if self._there(connection, [entry.row[ID]]):  # somebody inserted it meanwhile
+        if rows_by_id(connection, self._columns, [entry.row[ID]]):  # somebody inserted it meanwhile
             self._settle(bind, connection, reader, new, done)
         else:
             reader.refused(done, entry.at, refusal)
@@ -253,7 +240,7 @@ class Writer:
         if is_postgres(connection):
             alive = select(table.c.id).where(table.c.id.in_(uuids), table.c.status.in_(ACTIVE))
             connection.execute(alive.order_by(table.c.id).with_for_update()).all()
-        there = self._there(connection, entries)
+        there = rows_by_id(connection, self._columns, entries)
         changing = self._judged(reader, {job_id: entries[job_id] for job_id in there}, there, done)
         held = leases_of(connection, self.model, uuids)
         free = []
