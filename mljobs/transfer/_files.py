@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import IO, Any, Final, Self
+from typing import IO, Any, Final, Protocol, Self
 
 from mljobs.errors import InvalidValueError, TransferError
 
@@ -118,13 +118,20 @@ def writing(file: File) -> Iterator[Sink]:
             finish = getattr(file, "flush", lambda: None)
         else:
             raise InvalidValueError("file", file, "expected a path, '-' or an open file")
-        with _telling(name_of(file), sink):
+        with transfer_errors(name_of(file), sink):
             yield sink
             finish()
 
 
+class Counting(Protocol):
+    """What knows how many records have gone."""
+
+    records: int
+
+
 @contextmanager
-def _telling(name: str, sink: Sink) -> Iterator[None]:
+def transfer_errors(name: str, sink: Counting) -> Iterator[None]:
+    """Raise ``TransferError`` for what the system says of a file: a full disk, a broken pipe."""
     try:
         yield
     except TransferError:

@@ -10,7 +10,7 @@ from mljobs.jobs import Bind, Model
 from mljobs.record._models import MlJob
 from mljobs.transfer._files import File, reading
 from mljobs.transfer._judging import OnConflict, check_on_conflict
-from mljobs.transfer._lines import MAX_LINE, Batch, batches
+from mljobs.transfer._lines import Batch, batches
 from mljobs.transfer._rejects import Rejects, rejects_file
 from mljobs.transfer._results import Imported, OnProgress, Problem, Progress
 from mljobs.transfer._writing import Done, Writer, may_pass
@@ -179,7 +179,7 @@ class FileInput:
         """See ``Input.batches``."""
 
         def on_long_line(number: int, parts: Iterator[bytes]) -> None:
-            reject(Problem(number, None, f"longer than {MAX_LINE:,} bytes"), parts)
+            reject(Problem(number, None, "too long to be a record"), parts)
 
         return batches(self._source.read, on_long_line)
 

@@ -9,8 +9,10 @@ from typing import Final
 BLOCK: Final = 1 << 20
 BATCH_LINES: Final = 5_000
 BATCH_BYTES: Final = 8 << 20
-MAX_LINE: Final = 64 << 20
-"""A longer line, in bytes, is rejected unread: no record is that long, and memory has an end."""
+MAX_LINE: Final = 1 << 30
+"""A longer line, in bytes, is rejected unread: no database holds such a record, and memory has an end."""
+SURE_LINE: Final = 64 << 20
+"""A longer line, in bytes, is rejected unread if it does not begin as a record does: a small archive may expand to it."""
 
 _BOM: Final = b"\xef\xbb\xbf"
 
@@ -59,7 +61,7 @@ def batches(read: Read, on_long_line: OnLongLine, *, longest: int = MAX_LINE) ->
                 number, lines, size = number + len(lines), [], 0
         rest.append(last)
         kept += len(last)
-        if kept > longest:
+        if kept > longest or (kept > SURE_LINE and not _begins_as_record(rest)):
             if lines:
                 yield Batch(number, lines)
                 number, lines, size = number + len(lines), [], 0
@@ -73,6 +75,10 @@ def batches(read: Read, on_long_line: OnLongLine, *, longest: int = MAX_LINE) ->
         lines.append(b"".join(rest))
     if lines:
         yield Batch(number, lines)
+
+
+def _begins_as_record(parts: list[bytes]) -> bool:
+    return next((start for part in parts if (start := part[:BLOCK].lstrip())), b"").startswith(b"{")
 
 
 def _without_bom(read: Read) -> bytes:

@@ -1,7 +1,8 @@
 """What was not imported, kept for repair: a file of NDJSON that comes into being with the first such line.
 
 ``{"line":12,"field":"status","reason":"unknown token 'done' (...)","raw":"{...}"}``. A line that is not UTF-8 stands in
-``raw_base64`` instead; a record of a KV store has its ``key`` too.
+``raw_base64`` instead; a record of a KV store has its ``key`` too. Of a line that is longer than any record only the
+beginning is kept, and how many ``bytes`` it had.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from typing import IO, Any, Final
 
 import msgspec
 
-from mljobs.errors import InvalidValueError
-from mljobs.transfer._files import File, is_same_file, path_of
+from mljobs.errors import InvalidValueError, TransferError
+from mljobs.transfer._files import File, is_same_file, name_of, path_of, transfer_errors
 from mljobs.transfer._results import KEPT_PROBLEMS, Problem
 
 _NAMELESS: Final = "import"
 _SUFFIX: Final = ".rejects.ndjson"
+_KEPT_OF_LONG: Final = 1 << 20
+"""So many bytes are kept of a line that is rejected unread."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -51,6 +54,7 @@ class Rejects:
     Attributes:
         path: Where they lie; None while there are none, and for an open file.
         problems: The first hundred.
+        records: How many there are.
 
     Raises:
         InvalidValueError: Not a file.
@@ -62,11 +66,15 @@ class Rejects:
         self._place: Any = sys.stderr if file == "-" else file
         self._file: Any = None
         self._close = False
+        self._is_device = False
         self.path: Path | None = None
         self.problems: list[Problem] = []
+        self.records = 0
         if isinstance(self._place, str | os.PathLike):
-            with suppress(FileNotFoundError):
-                _regular(Path(self._place)).unlink()
+            place = Path(self._place)
+            self._is_device = place.exists() and not place.is_file()  # a device or a pipe is not ours to remove
+            if not self._is_device:
+                place.unlink(missing_ok=True)
 
     def add(self, problem: Problem, raw: bytes) -> None:
         """Keep a line."""
@@ -74,44 +82,73 @@ class Rejects:
         self._write(_encode(_described(problem, raw)) + b"\n")
 
     def add_long(self, problem: Problem, parts: Iterable[bytes]) -> None:
-        """Keep a line that does not fit in memory, part by part."""
+        """Keep the beginning of a line that does not fit in memory; a small archive may hold one without an end."""
         self._keep(problem)
-        head = _encode(_described(problem, None))
-        self._write(head[:-1] + b',"raw_base64":"')
-        left = b""
+        kept, size = b"", 0
         for part in parts:
-            whole = left + part
-            cut = len(whole) - len(whole) % 3  # three bytes are four digits, so the parts join
-            self._write(base64.b64encode(whole[:cut]))
-            left = whole[cut:]
-        self._write(base64.b64encode(left) + b'"}\n')
+            kept += part[: _KEPT_OF_LONG - len(kept)]
+            size += len(part)
+        described = _described(problem, None) | {"bytes": size, "raw_base64": base64.b64encode(kept).decode()}
+        self._write(_encode(described) + b"\n")
 
     def flush(self) -> None:
-        """Hand over to the system what was written."""
+        """Hand over to the system what was written.
+
+        Raises:
+            TransferError: The disk is full, or the like.
+        """
         if self._file is not None:
-            self._file.flush()
+            with transfer_errors(self._name, self):
+                self._file.flush()
 
     def close(self) -> None:
-        """Close the file, unless it is the caller's."""
+        """Close the file, unless it is the caller's.
+
+        Raises:
+            TransferError: The disk is full, or the like.
+        """
         if self._file is not None and self._close:
-            self._file.close()
+            with transfer_errors(self._name, self):
+                self._file.close()
+
+    @property
+    def _name(self) -> str:
+        return str(self.path or name_of(self._place))
 
     def _keep(self, problem: Problem) -> None:
+        self.records += 1
         if len(self.problems) < KEPT_PROBLEMS:
             self.problems.append(problem)
 
     def _write(self, data: bytes) -> None:
         if self._file is None:
-            if self._place is None:
-                self._file, self._close = _new_file(), True
-                self.path = Path(self._file.name)
-            elif isinstance(self._place, str | os.PathLike):
-                self.path = Path(self._place)
-                self._file, self._close = self.path.open("wb"), True
-            else:
-                self._file = self._place
+            self._open()
         text = hasattr(self._file, "encoding")
-        self._file.write(data.decode() if text else data)
+        with transfer_errors(self._name, self):
+            self._file.write(data.decode() if text else data)
+
+    def _open(self) -> None:
+        if self._place is None:
+            self._file, self._close = _new_file(), True
+            self.path = Path(self._file.name)
+        elif isinstance(self._place, str | os.PathLike):
+            self.path = Path(self._place)
+            self._file, self._close = (self.path.open("wb") if self._is_device else _created(self.path)), True
+        else:
+            self._file = self._place
+
+
+def _created(path: Path) -> IO[bytes]:
+    """Open a file that was not there. What somebody has put in its place meanwhile, a link say, is left alone.
+
+    Raises:
+        TransferError: Something is there.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    try:
+        return os.fdopen(os.open(path, flags, 0o666), "wb")
+    except FileExistsError as error:
+        raise TransferError(str(path), "somebody has put something there since the import began") from error
 
 
 def _new_file() -> IO[bytes]:
@@ -120,12 +157,6 @@ def _new_file() -> IO[bytes]:
         with suppress(FileExistsError):
             return Path(f"{_NAMELESS}.{number}{_SUFFIX}" if number else f"{_NAMELESS}{_SUFFIX}").open("xb")
     raise AssertionError("the numbers have ended")
-
-
-def _regular(path: Path) -> Path:
-    if path.exists() and not path.is_file():  # a device or a pipe is not ours to remove
-        raise FileNotFoundError(path)
-    return path
 
 
 def _described(problem: Problem, raw: bytes | None) -> dict[str, Any]:

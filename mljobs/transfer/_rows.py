@@ -53,6 +53,8 @@ _EPOCH_KEY: Final = "at_epoch"
 """An extended line's list of times that are 1970-01-01 itself, where the KV format writes 0 for "not yet" as well."""
 _ID_DIGITS: Final = 32
 _ID_BYTES: Final = 16
+_NUL: Final = r"\u0000"
+"""How JSON text writes U+0000, which no key of PostgreSQL's json can be read beside."""
 
 _Millis = Annotated[int, msgspec.Meta(ge=0, le=MAX_MS)]
 _IdText = Annotated[str, msgspec.Meta(min_length=_ID_DIGITS, max_length=_ID_DIGITS)]
@@ -201,6 +203,8 @@ def _kv_row_maker(
             job_id = fromhex(found.id)
             if "\x00" in target or (error is not None and "\x00" in error) or len(job_id) != _ID_BYTES:
                 return _make_exactly(line, wire, kinds)  # fromhex skips spaces
+            if _NUL in spec or (metrics is not None and _NUL in metrics):
+                return _make_exactly(line, wire, kinds)  # which tells an escaped backslash from it
             return (
                 origin + found.created_at * unit,
                 error,
@@ -253,6 +257,8 @@ def _own_row_maker(wire: Wire, kinds: type[StrEnum], decode_own: Callable[[bytes
             check_json(found.spec)
             if metrics is not None:
                 check_json(metrics)
+            if _NUL in found.spec or (metrics is not None and _NUL in metrics):
+                return _make_exactly(line, wire, kinds)
             return (
                 origin + found.created_at * unit,
                 None if error is None else make_text(error),
