@@ -15,6 +15,7 @@ from markupsafe import Markup
 _MINUTE, _HOUR, _DAY = 60, 3600, 86_400
 _LONG = 2 * _DAY
 _ITEMS_SHOWN = 200
+_NODES_SHOWN = 2_000
 _TEXT_SHOWN = 2_000
 _DEPTH_SHOWN = 12
 
@@ -198,24 +199,30 @@ class Node:
     leaf: bool = True
 
 
-def tree(value: Any, path: str = "", depth: int = 0) -> tuple[Node, ...]:
-    """Return parsed JSON as nodes; at most 200 of each level are there, and what is left out is said."""
+def tree(value: Any) -> tuple[Node, ...]:
+    """Return parsed JSON as nodes: at most 200 of each level and 2,000 in all; what is left out is said."""
+    return _level(value, "", 0, [_NODES_SHOWN])
+
+
+def _level(value: Any, path: str, depth: int, left: list[int]) -> tuple[Node, ...]:
     pairs: list[tuple[str, Any]] = (
         list(value.items()) if isinstance(value, dict) else [(str(at), item) for at, item in enumerate(value)]
     )
     nodes = []
     for key, item in pairs[:_ITEMS_SHOWN]:
-        own = f"{path}.{key}" if path else key
-        nodes.append(_node(key, item, own, depth))
-    if len(pairs) > _ITEMS_SHOWN:
-        nodes.append(Node("", f"{len(pairs) - _ITEMS_SHOWN:,} more", "", leaf=False))
+        if left[0] <= 0:
+            break
+        left[0] -= 1
+        nodes.append(_node(key, item, f"{path}.{key}" if path else key, depth, left))
+    if len(pairs) > len(nodes):
+        nodes.append(Node("", f"{len(pairs) - len(nodes):,} more", "", leaf=False))
     return tuple(nodes)
 
 
-def _node(key: str, item: Any, path: str, depth: int) -> Node:
+def _node(key: str, item: Any, path: str, depth: int, left: list[int]) -> Node:
     if isinstance(item, dict) and item and depth < _DEPTH_SHOWN:
         word = "key" if len(item) == 1 else "keys"
-        return Node(plain(key), "", path, f"{len(item)} {word}", tree(item, path, depth + 1), leaf=False)
+        return Node(plain(key), "", path, f"{len(item)} {word}", _level(item, path, depth + 1, left), leaf=False)
     if isinstance(item, list) and depth < _DEPTH_SHOWN:
         flat = all(not isinstance(one, dict | list) for one in item)
         text = literal(item) if flat else ""
@@ -223,7 +230,7 @@ def _node(key: str, item: Any, path: str, depth: int) -> Node:
             return Node(plain(key), text, path, leaf=False)
         head = ", ".join(literal(one) for one in item[:3]) if flat else ""
         note = f"{len(item):,} items" + (f": {head[:80]} …" if head else "")
-        return Node(plain(key), "", path, note, tree(item, path, depth + 1), leaf=False)
+        return Node(plain(key), "", path, note, _level(item, path, depth + 1, left), leaf=False)
     return Node(plain(key), literal(item), path)
 
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from mljobs import jobs
 from mljobs._values import utc_now
 from mljobs.board._charts import Column, bar
-from mljobs.board._format import duration, short, when
+from mljobs.board._format import duration, plain, short, when
 from mljobs.jobs import Bind, Finished, JobSummary, Model, Queue
 from mljobs.states import MlJobStatus
 
@@ -208,7 +208,7 @@ def _row(job: JobSummary, usual: float | None, now: datetime) -> RunningRow:
     if 0 < job.progress < 100 and not silent:
         ends = now + timedelta(seconds=elapsed * (100 - job.progress) / job.progress)
     tick = min(100.0, 100 * elapsed / usual) if usual else None
-    label = f"{job.target_name}, {job.progress} per cent" + (", its worker is silent" if silent else "")
+    label = f"{plain(job.target_name[:80])}, {job.progress} per cent" + (", its worker is silent" if silent else "")
     return RunningRow(
         job=job,
         bar=bar(job.progress, tick, fill="fwarn" if silent else "frun", label=label),
@@ -226,7 +226,7 @@ def _troubles(snapshot: Snapshot, now: datetime) -> list[Trouble]:
     for job in snapshot.running:
         if job.expires_at is not None and job.expires_at < now:
             why = Markup("worker {} is silent; its lease ended {}").format(
-                job.worker, when(job.expires_at, "hms", zone=True)
+                plain(job.worker or ""), when(job.expires_at, "hms", zone=True)
             )
             found.append(Trouble("silent", job, why, duration(now - job.expires_at)))
     found.sort(key=lambda trouble: trouble.job.expires_at or now)
@@ -242,11 +242,11 @@ def _troubles(snapshot: Snapshot, now: datetime) -> list[Trouble]:
     for job, holder in snapshot.around.held:
         ready = job.run_after or job.created_at
         if ready <= now:
-            why = Markup("queued; its target is taken by {} (exclusive)").format(holder)
+            why = Markup("queued; its target is taken by {} (exclusive)").format(plain(holder))
             found.append(Trouble("held", job, why, duration(now - ready)))
     for job in snapshot.around.not_stopped:
         tail = Markup("; it holds the target until {}") if job.exclusive else Markup("; its lease ends {}")
-        why = Markup("{}, but {} has not stopped").format(job.status, job.worker)
+        why = Markup("{}, but {} has not stopped").format(job.status, plain(job.worker or ""))
         why += tail.format(when(job.expires_at, "hms", zone=True))
         found.append(Trouble("cancelled", job, why, duration(now - job.finished_at) if job.finished_at else ""))
     return found

@@ -36,7 +36,7 @@ from mljobs.states import MlJobStatus
 _TARGETS = 50
 _OUTCOMES = 12
 _RUNS = 200
-_NAME = 1_000
+_NAME = 10_000
 _METRIC_COLUMNS, _PARAM_COLUMNS = 4, 7
 
 # ----------------------------------------------------------------------------------------------------------- targets
