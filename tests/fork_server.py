@@ -9,25 +9,25 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
 import traceback
 from collections.abc import Mapping
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import NoReturn, Self
 
-_IMPORTS = """
-import alembic.config  # first, as in the command: Alembic then imports its plugins
-import psycopg, sqlite3, typer.rich_utils
-import sqlalchemy.dialects.postgresql.psycopg, sqlalchemy.dialects.sqlite
-from mljobs import JobStore, Worker, jobs, schema
-from mljobs.cli import main
-schema.upgrade
-"""
+
+def forkserver() -> ForkServerContext:
+    """Return a way to start processes of :mod:`multiprocessing`, each a fork of one that has imported what they need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    return context
 
 
 class ForkServer:
@@ -78,7 +78,7 @@ class ForkServer:
 
 def _serve() -> None:
     sys.path.pop(0)  # this file's directory
-    exec(_IMPORTS, {})
+    runpy.run_path(str(Path(__file__).with_name("preloaded.py")))
     gc.freeze()  # a child that collected garbage would copy all that was imported
     for line in sys.stdin:
         child = os.fork()

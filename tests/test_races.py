@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from mljobs import (
     TerminalStateError,
     jobs,
 )
+from tests.fork_server import forkserver
 
 _JOBS = 300
 _SECONDS = 60
@@ -44,11 +44,11 @@ def _work_off(url: str, name: str, barrier: Any, results: Any) -> None:
 
 
 def test_processes_claim_each_job_exactly_once(url: str) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    barrier, results = spawn.Barrier(4), spawn.Queue()
+    forks = forkserver()
+    barrier, results = forks.Barrier(4), forks.Queue()
     with JobStore(url) as store:
         store.submit_many([("train", f"t{number % 50}", {}) for number in range(_JOBS)])
-        processes = [spawn.Process(target=_work_off, args=(url, f"w{number}", barrier, results)) for number in range(4)]
+        processes = [forks.Process(target=_work_off, args=(url, f"w{number}", barrier, results)) for number in range(4)]
         for process in processes:
             process.start()
         done = [entry for _ in processes for entry in results.get(timeout=_SECONDS)]
@@ -77,11 +77,11 @@ def _run_exclusive(url: str, barrier: Any, results: Any) -> None:
 
 
 def test_an_exclusive_target_never_runs_twice_however_many_claim(url: str) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    barrier, results = spawn.Barrier(3), spawn.Queue()
+    forks = forkserver()
+    barrier, results = forks.Barrier(3), forks.Queue()
     with JobStore(url) as store:
         store.submit_many([MlJob(kind="train", target_name=f"t{number % 3}", exclusive=True) for number in range(60)])
-        processes = [spawn.Process(target=_run_exclusive, args=(url, barrier, results)) for _ in range(3)]
+        processes = [forks.Process(target=_run_exclusive, args=(url, barrier, results)) for _ in range(3)]
         for process in processes:
             process.start()
         assert [results.get(timeout=_SECONDS) for _ in processes] <= [1, 1, 1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Coroutine
@@ -23,6 +22,7 @@ from sqlalchemy.pool import NullPool
 
 from mljobs import InvalidValueError, MlJob, SchemaError, schema
 from mljobs.db._engines import new_engine
+from tests.fork_server import forkserver
 from tests.worlds import DRIVERS
 
 ASYNC = {name: driver for name, driver in DRIVERS.items() if "-" in name}
@@ -156,9 +156,9 @@ def _upgrade_when_told(kind: str, url: str, barrier: Any, results: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["URL", "AUTOCOMMIT", "unusual"])
 def test_processes_that_upgrade_at_the_same_moment_all_succeed(kind: str, empty_url: str) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    barrier, results = spawn.Barrier(4), spawn.Queue()
-    processes = [spawn.Process(target=_upgrade_when_told, args=(kind, empty_url, barrier, results)) for _ in range(4)]
+    forks = forkserver()
+    barrier, results = forks.Barrier(4), forks.Queue()
+    processes = [forks.Process(target=_upgrade_when_told, args=(kind, empty_url, barrier, results)) for _ in range(4)]
     for process in processes:
         process.start()
     assert [results.get(timeout=90) for _ in processes] == ["done"] * 4

@@ -131,9 +131,9 @@ def dies(_run: Run) -> None:
 
 def pool(workers: int = 1) -> ProcessPoolExecutor:
     """Return processes that begin afresh: a fork would take the test's threads along."""
-    import multiprocessing
+    from tests.fork_server import forkserver
 
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(workers, mp_context=forkserver())
 
 
 def reports_until_seen(run: Run) -> dict[str, Any]:
