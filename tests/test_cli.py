@@ -8,14 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 
 from mljobs import MlJob, MlJobStatus, __version__, schema
 from mljobs.cli import _app as application
 from mljobs.cli import main
 from mljobs.store._store import JobStore
-
-DOCS = Path(__file__).parent.parent / "docs" / "cli.md"
 
 
 def run(*arguments: str) -> int:
@@ -23,16 +20,6 @@ def run(*arguments: str) -> int:
     with pytest.raises(SystemExit) as caught:
         application.run(list(arguments))
     return int(caught.value.code or 0)
-
-
-def test_every_command_has_help_and_a_line_in_the_docs() -> None:
-    group = typer.main.get_command(application.app)
-    page = DOCS.read_text()
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
-        assert command.help, name
-        assert f"| `mljobs {name}" in page, name
-        for parameter in command.params:
-            assert getattr(parameter, "help", None), f"{name} {parameter.name}"
 
 
 def test_the_demo_trains_and_shows_the_refusals(empty_url: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,7 +139,7 @@ def test_on_a_terminal_a_bar_appears_after_a_second(
         moments = iter([100.0, 100.0 + seconds])
         monkeypatch.setattr(transfer, "monotonic", lambda moments=moments, last=100.0 + seconds: next(moments, last))
         console = Console(file=terminal, force_terminal=True, width=100)
-        monkeypatch.setattr(transfer, "Console", lambda console=console, **_: console)
+        monkeypatch.setattr("rich.console.Console", lambda console=console, **_: console)
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
         assert run(*arguments, "--url", filled) == 0
         assert (f"{arguments[0]}ing" in terminal.getvalue()) is expected

@@ -7,9 +7,13 @@ import sys
 
 def main() -> None:
     """Run the command; say what to install where the extra is missing."""
+    if sys.argv[1:] == ["--version"]:  # without the time that Typer takes
+        from mljobs import __version__  # noqa: PLC0415
+
+        sys.stdout.write(f"mljobs {__version__}\n")
+        return
     try:
-        import rich  # noqa: F401, PLC0415 - asked here, used further in
-        import typer  # noqa: F401, PLC0415
+        import typer  # noqa: F401, PLC0415 - asked here, used further in
     except ModuleNotFoundError as error:
         sys.stderr.write(f"mljobs: the command needs {error.name}: pip install 'mljobs[cli]'\n")
         sys.exit(2)

@@ -1,80 +1,220 @@
-"""The commands put together, and how errors are told: one line on stderr, exit code 1, never a traceback."""
+"""The commands put together, each loaded when it is called, and how errors are told: one line on stderr, no traceback."""
 
 from __future__ import annotations
 
+import os
+import re
 import sys
-from typing import Annotated, Any
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Annotated, Any, Final, NamedTuple
 
 import typer
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from typer.core import TyperGroup
 
-import mljobs
-from mljobs.cli import _audit, _board, _demo, _schema, _transfer, _work
-from mljobs.errors import MlJobsError
+from mljobs.cli import _settings
+
+_CLICK_ERROR: Any = typer.BadParameter.__mro__[2]
+"""Click's own exception, which Typer brings from one place or another."""
+
+
+_INTERRUPTED: Final = 130
+
+
+class Command(NamedTuple):
+    """Where a command is defined, and what the list of commands says about it."""
+
+    module: str
+    panel: str
+    help: str
+
+
+COMMANDS: Final = {
+    "submit": Command("_submitting", "Jobs", "Queue a job."),
+    "list": Command("_listing", "Jobs", "List jobs, the newest first."),
+    "show": Command("_showing", "Jobs", "Show all of a job."),
+    "watch": Command("_following", "Jobs", "Follow jobs while they run."),
+    "wait": Command("_following", "Jobs", "Wait until jobs have finished; the exit code says how."),
+    "cancel": Command("_acting", "Jobs", "Cancel queued and running jobs."),
+    "retry": Command("_acting", "Jobs", "Queue finished jobs once more."),
+    "lineage": Command("_showing", "Jobs", "Show all tries of the same work."),
+    "compare-runs": Command("_comparing", "Jobs", "Show parameters and metrics of jobs side by side."),
+    "best": Command("_comparing", "Jobs", "Show the best runs on a target, by a metric."),
+    "board": Command("_board", "Workers", "Serve the board, where people look."),
+    "stats": Command("_looking", "Workers", "Show by kind what waits, runs and finished."),
+    "workers": Command("_looking", "Workers", "Show the workers that hold jobs."),
+    "work": Command("_work", "Workers", "Run a worker of yours."),
+    "rescue": Command("_looking", "Workers", "Requeue the jobs of workers that fell silent."),
+    "prune": Command("_acting", "Tables", "Delete finished jobs past their time."),
+    "upgrade": Command("_schema", "Tables", "Bring the tables up to date."),
+    "downgrade": Command("_schema", "Tables", "Take the tables back to an earlier version."),
+    "current": Command("_schema", "Tables", "Say which version the tables are at."),
+    "verify": Command("_schema", "Tables", "Check tables, indexes and the guard."),
+    "stamp": Command("_schema", "Tables", "Say which version tables made otherwise are."),
+    "demo": Command("_demo", "Tables", "Train a real model as a job, and see it guarded."),
+    "export": Command("_transfer", "Files", "Write jobs to a file."),
+    "import": Command("_transfer", "Files", "Read jobs from a file."),
+    "compare": Command("_audit", "Files", "Compare finished jobs with an earlier export."),
+    "digest": Command("_audit", "Files", "Write or check a line for each day's jobs."),
+}
+"""Every command, in the order of the help."""
+
+_OPTIONS: Final = {
+    "url": "The database, e.g. postgresql://user@host/db. [env: MLJOBS_DATABASE_URL; default: sqlite:///mljobs.db]",
+    "model": "Your own job class, e.g. app.models:TrainingRun.",
+    "schema": "The PostgreSQL schema that holds the tables.",
+}
+
+
+class LazyGroup(TyperGroup):
+    """Knows its commands by name, and imports a command's module when it is called or its help is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - Click's signature
+        """Return the names, in the order of the help."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002 - Click's signature
+        """Return the command, with the options that all share."""
+        if cmd_name not in COMMANDS:
+            return None
+        command = _commands_of(COMMANDS[cmd_name].module)[cmd_name]
+        if not any(parameter.name == "url" for parameter in command.params):
+            command.params += _shared_options()
+        return command
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - Click's signature
+        """Write the list of commands, by panel."""
+        for panel in dict.fromkeys(command.panel for command in COMMANDS.values()):
+            with formatter.section(panel):
+                formatter.write_dl(
+                    [(name, command.help) for name, command in COMMANDS.items() if command.panel == panel]
+                )
+
+
+def _commands_of(module: str) -> dict[str, Any]:
+    part = typer.Typer(rich_markup_mode=None, context_settings=_CONTEXT)
+    import_module(f"mljobs.cli.{module}").add_to(part)
+    part.callback()(_nothing)  # more than one command, whatever the module has
+    group: Any = typer.main.get_command(part)
+    return dict(group.commands)
+
+
+def _nothing() -> None:
+    """Nothing."""
+
+
+def _shared(url: str | None = None, model: str | None = None, schema: str | None = None) -> None:
+    """Take the options that all commands share."""
+
+
+def _shared_options() -> list[Any]:
+    """Return the options that all commands share; what they say is kept in the settings."""
+    part = typer.Typer(rich_markup_mode=None)
+    part.command()(_shared)
+    options = [option for option in typer.main.get_command(part).params if option.name in _OPTIONS]
+    for option in options:
+        parameter: Any = option
+        parameter.help = _OPTIONS[str(option.name)]
+        parameter.expose_value = False
+        parameter.callback = _keep
+    return options
+
+
+def _keep(_context: Any, parameter: Any, value: str | None) -> str | None:
+    if value is not None:
+        _settings.given[parameter.name] = value
+    return value
+
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 app = typer.Typer(
     name="mljobs",
+    cls=LazyGroup,
     help="Machine-learning jobs in your database. A job that has finished never changes again.",
     no_args_is_help=True,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=_CONTEXT,
 )
 
 
 def _version(wanted: bool) -> None:  # noqa: FBT001 - Typer's callback
     if wanted:
-        typer.echo(f"mljobs {mljobs.__version__}")
+        from mljobs import __version__  # noqa: PLC0415
+
+        typer.echo(f"mljobs {__version__}")
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(
+    epilog="Filters are words such as status:failed 'created:<2h' 'spec.lr>0.01': mljobs list --help. Settings that every "
+    "call needs stand in pyproject.toml under [tool.mljobs]: url, model, schema, worker."
+)
 def main(
     *,
-    version: Annotated[
+    version: Annotated[  # noqa: ARG001 - its callback has done all
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    url: Annotated[str | None, typer.Option(help=_OPTIONS["url"])] = None,
+    model: Annotated[str | None, typer.Option(help=_OPTIONS["model"])] = None,
+    schema: Annotated[str | None, typer.Option(help=_OPTIONS["schema"])] = None,
 ) -> None:
-    """Machine-learning jobs in your database."""
-
-
-for module in (_demo, _board, _schema, _work, _transfer, _audit):
-    module.add_to(app)
+    """Machine-learning jobs in your database. A job that has finished never changes again."""
+    for name, value in {"url": url, "model": model, "schema": schema}.items():
+        if value is not None:
+            _settings.given[name] = value
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Run the command and exit.
+    """Run the command and exit: 0, 1 for an error, 2 for usage, 130 when interrupted; see docs/cli.md for wait and watch.
 
     Args:
         arguments: Instead of the process's own.
     """
+    _settings.given.clear()
+    if "_MLJOBS_COMPLETE" in os.environ:
+        app(args=arguments, prog_name="mljobs")
     try:
-        app(args=arguments)
-    except MlJobsError as error:
-        _fail(str(error))
-    except ModuleNotFoundError as error:
-        name = (error.name or "").partition(".")[0]
-        _fail(f"{name} is not installed: {_EXTRAS.get(name, 'see the extras of mljobs')}")
-    except (DBAPIError, ArgumentError, NoSuchModuleError) as error:
-        cause: Any = getattr(error, "orig", None) or error
-        _fail(str(cause).strip().partition("\n")[0])
+        code = app(args=arguments, prog_name="mljobs", standalone_mode=False)
+        sys.stdout.flush()
+        if code == _INTERRUPTED:  # as some versions of Typer answer
+            sys.stderr.write("mljobs: interrupted\n")
+        sys.exit(code if isinstance(code, int) else 0)
     except BrokenPipeError:
-        sys.stderr.close()
+        # Nobody reads any more. Python would say so once more when it flushes what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
-    except OSError as error:  # of a file that is to be read or written
-        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except (KeyboardInterrupt, typer.Abort) as error:
+        interrupted = isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt)
+        sys.stderr.write("mljobs: interrupted\n" if interrupted else "mljobs: nothing was done\n")
+        sys.exit(_INTERRUPTED if interrupted else 1)
+    except Exception as error:  # noqa: BLE001 - what is not known is raised again
+        from mljobs.cli._failing import told  # noqa: PLC0415 - loads SQLAlchemy
+
+        if isinstance(error, _CLICK_ERROR):
+            _fail_usage(error)
+        message, code = told(error)
+        sys.stderr.write(f"mljobs: {message}\n")
+        sys.exit(code)
+    finally:
+        _settings.given.clear()
 
 
-_EXTRAS = {
-    "psycopg_binary": "pip install 'mljobs[binary]'",
-    "psycopg2": "use postgresql+psycopg://",
-    "backports": "pip install 'mljobs[zstd]'",
-    "starlette": "pip install 'mljobs[board]'",
-    "jinja2": "pip install 'mljobs[board]'",
-    "uvicorn": "pip install 'mljobs[board]'",
-    "sklearn": "pip install 'mljobs[demo]'",
-}
+def _fail_usage(error: Any) -> None:
+    """Say what is wrong with the arguments, and where the help is.
 
-
-def _fail(message: str) -> None:
-    sys.stderr.write(f"mljobs: {message}\n")
-    sys.exit(1)
+    A command without arguments answers with its help.
+    """
+    if type(error).__name__ == "NoArgsIsHelpError":
+        sys.stdout.write(f"{error.format_message()}\n")
+        sys.exit(2)
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "mljobs"
+    text = " ".join(str(error.format_message()).split())
+    unknown = re.match(r"No such command '([^']*)'", text)
+    near = get_close_matches(unknown[1], COMMANDS, 1) if unknown else []
+    if near:
+        text = f"{text.rstrip('.')}, did you mean {near[0]}?"
+    sys.stderr.write(f"mljobs: {text.rstrip('.')}; see {command} --help\n")
+    sys.exit(2)

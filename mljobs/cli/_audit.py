@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from datetime import date
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mljobs.cli._options import DEFAULT, UrlOption
+from mljobs.cli._settings import open_store
 from mljobs.cli._transfer import FileArgument, bar, moment
-from mljobs.errors import InvalidValueError
-from mljobs.store._store import JobStore
-from mljobs.transfer import DigestLine, pruned_note
+
+if TYPE_CHECKING:
+    from mljobs.transfer import DigestLine
 
 
 def add_to(app: typer.Typer) -> None:
@@ -25,15 +25,19 @@ def add_to(app: typer.Typer) -> None:
 def compare(
     file: Annotated[str, FileArgument],
     *,
-    url: UrlOption = DEFAULT,
     finished_before: Annotated[
         str | None, typer.Option(help="Records that finished before this time may be missing: they were pruned.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bar, and a summary only of differences.")] = False,
 ) -> None:
-    """Compare finished records with a file that export wrote earlier; exit with 1 if any differs or is missing."""
+    """Compare finished records with a file that export wrote earlier; exit with 1 if any differs or is missing.
+
+    \b
+    Example:
+      $ mljobs compare last-year.ndjson.zst
+    """
     limit = moment("finished_before", finished_before)
-    with JobStore(url) as store, bar("comparing", quiet=quiet) as report:
+    with open_store() as store, bar("comparing", quiet=quiet) as report:
         done = store.compare(file, finished_before=limit, on_difference=typer.echo, progress=report)
     if not quiet or not done.same:
         typer.echo(f"compared {done}", err=True)
@@ -48,7 +52,6 @@ def digest(
         str | None, typer.Argument(help="Continue this file, or begin it; without one the lines go to standard output.")
     ] = None,
     *,
-    url: UrlOption = DEFAULT,
     check: Annotated[str | None, typer.Option(help="Compute the days of this file anew, and say which differ.")] = None,
     before: Annotated[str | None, typer.Option(help="Only days before this one, e.g. 2026-11-01; else today.")] = None,
     pruned_before: Annotated[
@@ -59,9 +62,18 @@ def digest(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bar and no summary.")] = False,
 ) -> None:
-    """Write a line for each day's finished records, to keep elsewhere; or check such a file: 1 if any day differs."""
+    """Write a line for each day's finished records, to keep elsewhere; or check such a file: 1 if any day differs.
+
+    \b
+    Example:
+      $ mljobs digest kept.ndjson
+      $ mljobs digest --check kept.ndjson
+    """
+    from mljobs.errors import InvalidValueError  # noqa: PLC0415 - loads SQLAlchemy
+    from mljobs.transfer import pruned_note  # noqa: PLC0415
+
     if check is not None:
-        _check(check, url, quiet=quiet)
+        _check(check, quiet=quiet)
         return
     lines = _lines(Path(file)) if file is not None and Path(file).exists() else []
     if pruned_before is not None:
@@ -80,14 +92,14 @@ def digest(
         else:
             _append(file, line)
 
-    with JobStore(url) as store, bar("reading", quiet=quiet) as report:
+    with open_store() as store, bar("reading", quiet=quiet) as report:
         store.digest(lines, before=_day(before), undated=undated or None, on_line=write, progress=report)
     if not quiet:
         typer.echo(f"{days:,} days", err=True)
 
 
-def _check(file: str, url: str, *, quiet: bool) -> None:
-    with JobStore(url) as store, bar("checking", quiet=quiet) as report:
+def _check(file: str, *, quiet: bool) -> None:
+    with open_store() as store, bar("checking", quiet=quiet) as report:
         done = store.check_digest(_lines(Path(file)), progress=report)
     for state in ("different", "missing", "added", "pruned"):
         for day in getattr(done, state):
@@ -110,6 +122,8 @@ def _append(file: str, line: DigestLine) -> None:
 
 
 def _day(text: str | None) -> date | None:
+    from mljobs.errors import InvalidValueError  # noqa: PLC0415 - loads SQLAlchemy
+
     try:
         return None if text is None else date.fromisoformat(text)
     except ValueError as error:

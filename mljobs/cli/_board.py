@@ -10,10 +10,7 @@ from typing import Annotated
 
 import typer
 
-from mljobs import schema
-from mljobs.cli._options import DEFAULT, UrlOption, shown
-from mljobs.errors import InvalidValueError
-from mljobs.store._store import JobStore
+from mljobs.cli._settings import DEFAULT_URL, given, job_class, settings
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -24,7 +21,6 @@ def add_to(app: typer.Typer) -> None:
 
 
 def board(
-    url: UrlOption = DEFAULT,
     *,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at; 0 for any that is free.")] = 8642,
@@ -38,11 +34,19 @@ def board(
     ] = False,
     open_: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
-    """Serve the board: what runs, waits, failed and why. Read only unless --act says otherwise."""
+    """Serve the board: what runs, waits, failed and why. Read only unless --act says otherwise.
+
+    \b
+    Example:
+      $ mljobs board --demo --open
+    """
     import uvicorn  # noqa: PLC0415 - an extra
 
+    from mljobs import schema  # noqa: PLC0415 - loads SQLAlchemy
     from mljobs.board import Access, create_app  # noqa: PLC0415
     from mljobs.board._demo import Live, fill  # noqa: PLC0415
+    from mljobs.errors import InvalidValueError  # noqa: PLC0415
+    from mljobs.store._store import JobStore  # noqa: PLC0415
 
     act = act or demo
     if act and host not in _LOOPBACK:
@@ -54,12 +58,13 @@ def board(
             directory = stack.enter_context(
                 tempfile.TemporaryDirectory(prefix="mljobs-board-", ignore_cleanup_errors=True)
             )
-            url = f"sqlite:///{Path(directory) / 'demo.db'}" if url == DEFAULT else url
-        store = stack.enter_context(JobStore(url))
+            if settings().url == DEFAULT_URL:
+                given["url"] = f"sqlite:///{Path(directory) / 'demo.db'}"
+        store = stack.enter_context(JobStore(settings().located, model=job_class()))
         if demo:
             schema.upgrade(store.engine)
             if store.count_up_to(1):
-                raise InvalidValueError("url", shown(url), "the demonstration wants an empty database")
+                raise InvalidValueError("url", settings().shown, "the demonstration wants an empty database")
             typer.echo("Writing six weeks of history ...")
             fill(store)
             live = Live(store)
@@ -71,7 +76,9 @@ def board(
         server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, root_path=root_path, log_level="warning"))
         socket = server.config.bind_socket()
         address = f"http://{f'[{host}]' if ':' in host else host}:{socket.getsockname()[1]}{root_path}/"
-        typer.echo(f"The board of {shown(url)} is at {address}" + ("" if act else ", read only") + ". Ctrl-C ends it.")
+        typer.echo(
+            f"The board of {settings().shown} is at {address}" + ("" if act else ", read only") + ". Ctrl-C ends it."
+        )
         if open_:
             webbrowser.open(address)
         server.run([socket])

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from mljobs import schema
 from mljobs.cli import _training as training
-from mljobs.cli._options import DEFAULT, UrlOption, shown
+from mljobs.cli._settings import settings
 from mljobs.errors import TerminalStateError
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobKind
@@ -25,11 +25,17 @@ def add_to(app: typer.Typer) -> None:
     app.command()(demo)
 
 
-def demo(url: UrlOption = DEFAULT) -> None:
-    """Train a real classifier as a job, then try to change the finished record, and see it refused."""
+def demo() -> None:
+    """Train a real classifier as a job, then try to change the finished record, and see it refused.
+
+    \b
+    Example:
+      $ mljobs demo
+    """
+    url = settings().url
     console = Console(highlight=False)
     training.Training(training.SPEC)  # first of all: is scikit-learn here?
-    console.print(f"[bold]1.[/] The tables in {shown(url)}: mljobs upgrade")
+    console.print(f"[bold]1.[/] The tables in {settings().shown}: mljobs upgrade")
     schema.upgrade(url)
     with JobStore(url) as store:
         job = store.submit(MlJobKind.TRAIN, training.TARGET, training.SPEC)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mljobs import schema
-from mljobs.cli._options import DEFAULT, UrlOption, shown
+from mljobs.cli._settings import job_class, settings
 
 
 def add_to(app: typer.Typer) -> None:
@@ -16,47 +15,106 @@ def add_to(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def upgrade(
-    url: UrlOption = DEFAULT,
-    revision: Annotated[str, typer.Argument(help="How far.")] = "head",
-) -> None:
-    """Bring the tables up to date; make them where there are none."""
-    schema.upgrade(url, revision)
-    typer.echo(f"{shown(url)} is at {schema.current(url)}")
+def upgrade(revision: Annotated[str, typer.Argument(help="How far.")] = "head") -> None:
+    """Bring the tables up to date; make them where there are none.
+
+    \b
+    Example:
+      $ mljobs upgrade --url postgresql://me@localhost/ml
+    """
+    _refuse_own_class("upgrade")
+    from mljobs import schema  # noqa: PLC0415 - loads SQLAlchemy
+
+    target = settings().located
+    schema.upgrade(target, revision)
+    typer.echo(f"{settings().shown} is at {schema.current(target)}")
 
 
 def downgrade(
-    url: UrlOption = DEFAULT,
     revision: Annotated[str, typer.Argument(help="How far back; base drops the tables.")] = "base",
     *,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Take the tables back to an earlier version; base drops them, finished records included."""
+    """Take the tables back to an earlier version; base drops them, finished records included.
+
+    \b
+    Example:
+      $ mljobs downgrade base
+    """
+    _refuse_own_class("downgrade")
+    from mljobs import schema  # noqa: PLC0415 - loads SQLAlchemy
+
     if not yes:
-        typer.confirm(f"Take {shown(url)} back to {revision}? Records may be lost", abort=True)
-    schema.downgrade(url, revision)
-    typer.echo(f"{shown(url)} is at {schema.current(url) or 'base'}")
+        typer.confirm(f"Take {settings().shown} back to {revision}? Records may be lost", abort=True)
+    target = settings().located
+    schema.downgrade(target, revision)
+    typer.echo(f"{settings().shown} is at {schema.current(target) or 'base'}")
 
 
-def current(url: UrlOption = DEFAULT) -> None:
-    """Say which version the tables are at, and which one this release makes."""
-    version = schema.current(url)
+def current() -> None:
+    """Say which version the tables are at, and which one this release makes.
+
+    \b
+    Example:
+      $ mljobs current
+    """
+    from mljobs import schema  # noqa: PLC0415 - loads SQLAlchemy
+
+    version = schema.current(settings().located)
     if version == schema.head():
         typer.echo(f"{version} (up to date)")
     else:
         typer.echo(f"{version or 'no tables'} (this release: {schema.head()})")
 
 
-def verify(url: UrlOption = DEFAULT) -> None:
-    """Check tables, columns, indexes and the body of every trigger; exit with 1 and say what differs."""
-    schema.verify(url)
-    typer.echo(f"{shown(url)}: the schema is what this release expects, and the guard stands")
+def verify() -> None:
+    """Check tables, columns, indexes and the body of every trigger; exit with 1 and say what differs.
+
+    With --model the table of your own class, whatever made it.
+
+    \b
+    Example:
+      $ mljobs verify --model app.models:TrainingRun
+    """
+    from mljobs import schema  # noqa: PLC0415 - loads SQLAlchemy
+
+    target = settings().located
+    if settings().model is None:
+        schema.verify(target)
+    else:
+        schema.verify(target, metadata=_metadata_of(job_class()))
+    typer.echo(f"{settings().shown}: the schema is what this release expects, and the guard stands")
 
 
-def stamp(
-    url: UrlOption = DEFAULT,
-    revision: Annotated[str, typer.Argument(help="What the tables are.")] = "head",
-) -> None:
-    """Say that the tables, made by other means, are those of a version; verify them first."""
-    schema.stamp(url, revision)
-    typer.echo(f"{shown(url)} is at {schema.current(url)}")
+def stamp(revision: Annotated[str, typer.Argument(help="What the tables are.")] = "head") -> None:
+    """Say that the tables, made by other means, are those of a version; verify them first.
+
+    \b
+    Example:
+      $ mljobs verify && mljobs stamp
+    """
+    _refuse_own_class("stamp")
+    from mljobs import schema  # noqa: PLC0415 - loads SQLAlchemy
+
+    target = settings().located
+    schema.stamp(target, revision)
+    typer.echo(f"{settings().shown} is at {schema.current(target)}")
+
+
+def _refuse_own_class(command: str) -> None:
+    """Refuse to migrate a host's own class: its table is made by the host's migrations.
+
+    Raises:
+        InvalidValueError: ``--model`` is given.
+    """
+    from mljobs.errors import InvalidValueError  # noqa: PLC0415 - loads SQLAlchemy
+
+    model = settings().model
+    if model is not None:
+        reason = f"its table belongs to your own migrations: alembic {command}, or leave --model out for ml_jobs"
+        raise InvalidValueError("model", model, reason)
+
+
+def _metadata_of(model: Any) -> Any:
+    """Return the tables of a class alone: those beside it in the application are not ours to judge."""
+    return model.metadata

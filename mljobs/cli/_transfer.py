@@ -9,17 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from time import monotonic
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 
-from mljobs.cli._options import DEFAULT, UrlOption
-from mljobs.errors import InvalidValueError, TransferError
-from mljobs.store._store import JobStore
-from mljobs.transfer import OnProgress, Progress
+from mljobs.cli._options import FILTER_HELP, FilterArgument, parsed
+from mljobs.cli._settings import open_store
+
+if TYPE_CHECKING:
+    from mljobs.transfer import OnProgress, Progress
 
 _PATIENCE: Final = 1.0
 """Seconds before a bar is shown: what ends sooner needs none."""
@@ -29,29 +27,34 @@ FileArgument = typer.Argument(help="The file; .gz and .zst are compressed; - for
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    app.command("export")(export)
+    app.command("export", epilog=FILTER_HELP)(export)
     app.command("import")(import_)
 
 
 def export(
     file: Annotated[str, FileArgument] = "-",
+    words: FilterArgument = None,
     *,
-    url: UrlOption = DEFAULT,
     extended: Annotated[
         bool, typer.Option("--extended", help="Our own columns too, under keys RedDB ignores.")
     ] = False,
-    kind: Annotated[list[str] | None, typer.Option(help="Only this kind; may be given again.")] = None,
-    status: Annotated[list[str] | None, typer.Option(help="Only this state; may be given again.")] = None,
-    target: Annotated[str | None, typer.Option(help="Only this target.")] = None,
-    target_prefix: Annotated[str | None, typer.Option(help="Only targets that begin so.")] = None,
-    created_after: Annotated[str | None, typer.Option(help="Created at this time or later, e.g. 2026-11-01.")] = None,
-    created_before: Annotated[str | None, typer.Option(help="Created before this time.")] = None,
-    finished_after: Annotated[str | None, typer.Option(help="Finished at this time or later.")] = None,
-    finished_before: Annotated[str | None, typer.Option(help="Finished before this time.")] = None,
-    error_contains: Annotated[str | None, typer.Option(help="Only errors that hold this text.")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="Only this kind; may be given again.", hidden=True)] = None,
+    status: Annotated[list[str] | None, typer.Option(help="Only this state; may be given again.", hidden=True)] = None,
+    target: Annotated[str | None, typer.Option(help="Only this target.", hidden=True)] = None,
+    target_prefix: Annotated[str | None, typer.Option(help="Only targets that begin so.", hidden=True)] = None,
+    created_after: Annotated[str | None, typer.Option(help="Created at this time or later.", hidden=True)] = None,
+    created_before: Annotated[str | None, typer.Option(help="Created before this time.", hidden=True)] = None,
+    finished_after: Annotated[str | None, typer.Option(help="Finished at this time or later.", hidden=True)] = None,
+    finished_before: Annotated[str | None, typer.Option(help="Finished before this time.", hidden=True)] = None,
+    error_contains: Annotated[str | None, typer.Option(help="Only errors that hold this text.", hidden=True)] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bar and no summary.")] = False,
 ) -> None:
-    """Write records to a file of NDJSON, one a line, as RedDB writes them."""
+    """Write jobs to a file of NDJSON, one a line, as RedDB writes them.
+
+    \b
+    Example:
+      $ mljobs export jobs.ndjson.gz status:completed 'finished:<30d'
+    """
     given = {
         "kind": kind or None,
         "status": status or None,
@@ -64,10 +67,11 @@ def export(
         "error_contains": error_contains,
     }
     filters: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    with JobStore(url) as store:
-        total = None if filters else sum(store.counts().values())
+    chosen = parsed(words)
+    with open_store() as store:
+        total = None if filters or chosen else sum(store.counts().values())
         with bar("exporting", quiet=quiet, total=total) as report, _told_of_a_broken_pipe():
-            number = store.export_jobs(file, extended=extended, progress=report, **filters)
+            number = store.export_jobs(file, chosen, extended=extended, progress=report, **filters)
     if not quiet:
         typer.echo(f"exported {number:,} records", err=True)
 
@@ -75,7 +79,6 @@ def export(
 def import_(
     file: Annotated[str, FileArgument] = "-",
     *,
-    url: UrlOption = DEFAULT,
     on_conflict: Annotated[
         str, typer.Option(help="A live record that is there: skip it, update it along a legal edge, or error.")
     ] = "skip",
@@ -85,9 +88,14 @@ def import_(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bar, and a summary only of problems.")] = False,
 ) -> None:
-    """Read records from a file of NDJSON; exit with 1 if any was refused or rejected."""
+    """Read jobs from a file of NDJSON; exit with 1 if any was refused or rejected.
+
+    \b
+    Example:
+      $ mljobs import jobs.ndjson.gz --on-conflict update
+    """
     choice: Any = on_conflict
-    with JobStore(url) as store, bar("importing", quiet=quiet) as report:
+    with open_store() as store, bar("importing", quiet=quiet) as report:
         done = store.import_jobs(
             file, on_conflict=choice, requeue_running=requeue_running, rejects=rejects, progress=report
         )
@@ -103,6 +111,8 @@ def moment(name: str, text: str | None) -> datetime | None:
     """Return the time that an option says; without a zone it is UTC."""
     if text is None:
         return None
+    from mljobs.errors import InvalidValueError  # noqa: PLC0415 - loads SQLAlchemy
+
     try:
         parsed = datetime.fromisoformat(text)
     except ValueError as error:
@@ -113,6 +123,8 @@ def moment(name: str, text: str | None) -> datetime | None:
 @contextmanager
 def _told_of_a_broken_pipe() -> Iterator[None]:
     """Say it here: Typer would end without a word, and Python with several when it flushes what is left."""
+    from mljobs.errors import TransferError  # noqa: PLC0415 - loads SQLAlchemy
+
     try:
         yield
     except TransferError as error:
@@ -126,6 +138,10 @@ def _told_of_a_broken_pipe() -> Iterator[None]:
 @contextmanager
 def bar(what: str, *, quiet: bool, total: int | None = None) -> Iterator[OnProgress | None]:
     """Yield what is told of the progress; it draws a bar on a terminal once a second has passed."""
+    from rich.console import Console  # noqa: PLC0415 - takes a tenth of a second
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+    from rich.progress import Progress as Bars  # noqa: PLC0415
+
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         yield None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from importlib import import_module
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mljobs.errors import InvalidValueError
-from mljobs.worker import Worker
+from mljobs.cli._settings import load, settings
+
+if TYPE_CHECKING:
+    from mljobs.worker import Worker
 
 logger = logging.getLogger("mljobs")
 
@@ -22,7 +23,10 @@ def add_to(app: typer.Typer) -> None:
 
 
 def work(
-    worker: Annotated[str, typer.Argument(help="Where it is, e.g. app.jobs:worker.")],
+    worker: Annotated[
+        str | None,
+        typer.Argument(help="Where it is, e.g. app.jobs:worker; else what [tool.mljobs] says.", show_default=False),
+    ] = None,
     *,
     concurrency: Annotated[int | None, typer.Option(help="How many handlers run at a time.")] = None,
     kinds: Annotated[list[str] | None, typer.Option("--kind", help="Only this kind; may be given again.")] = None,
@@ -31,8 +35,16 @@ def work(
     name: Annotated[str | None, typer.Option(help="The worker's name for operators.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log only warnings and errors.")] = False,
 ) -> None:
-    """Run a worker until SIGTERM or SIGINT: the first lets handlers finish, the second stops at once."""
-    found = load(worker)
+    """Run a worker until SIGTERM or SIGINT: the first lets handlers finish, the second stops at once.
+
+    \b
+    Example:
+      $ mljobs work app.jobs:worker --concurrency 8
+    """
+    place = worker or settings().worker
+    if place is None:
+        raise typer.BadParameter("which worker? Give its place, e.g. app.jobs:worker, or [tool.mljobs] worker")
+    found = load_worker(place)
     found.configure(concurrency=concurrency, grace=grace, name=name)
     if not logging.getLogger().handlers:  # the application has not said how
         logging.basicConfig(
@@ -48,27 +60,16 @@ def work(
         os._exit(0)
 
 
-def load(place: str) -> Worker:
+def load_worker(place: str) -> Worker:
     """Return the worker at ``module:name``.
 
     Raises:
         InvalidValueError: There is no such module, no such name in it, or it is no worker.
     """
-    module_name, colon, attribute = place.partition(":")
-    if not colon or not module_name or not attribute or module_name.startswith("."):
-        raise InvalidValueError("worker", place, "expected module:name, e.g. app.jobs:worker")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        found: object = import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise InvalidValueError("worker", place, f"importing {module_name} failed: {error}") from error
-        raise InvalidValueError("worker", place, f"there is no module {error.name!r} here or installed") from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise InvalidValueError("worker", place, f"{module_name} has no {attribute!r}")
-        found = getattr(found, part)
+    from mljobs.errors import InvalidValueError  # noqa: PLC0415 - loads SQLAlchemy
+    from mljobs.worker import Worker  # noqa: PLC0415
+
+    found = load(place, "worker", "app.jobs:worker")
     if not isinstance(found, Worker):
-        raise InvalidValueError("worker", place, f"{attribute} is a {type(found).__name__}, not a Worker")
+        raise InvalidValueError("worker", place, f"{place.partition(':')[2]} is a {type(found).__name__}, not a Worker")
     return found

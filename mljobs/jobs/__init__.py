@@ -91,7 +91,7 @@ from mljobs.jobs._summaries import (
     summaries,
     summaries_of,
 )
-from mljobs.jobs._sweeping import Cursor, Pruned, Rescue, prune, prune_batch, rescue
+from mljobs.jobs._sweeping import Cursor, Pruned, Rescue, prunable, prune, prune_batch, rescue
 from mljobs.jobs._targets import count_up_to, limit_time, target_jobs, target_names, why_read_only
 from mljobs.jobs._words import Pattern as FilterPattern
 from mljobs.jobs._words import Term as FilterTerm
@@ -165,6 +165,7 @@ __all__ = [
     "look",
     "next_claims",
     "pattern_of",
+    "prunable",
     "prune",
     "prune_batch",
     "queue_depths",

@@ -123,7 +123,7 @@ def retry_batch(
         InvalidValueError: No filter, and ``everything`` was not said.
     """
     chosen = _meant("retry", selection(model, filter, where, fields), everything=everything)
-    return _each(session, chosen, batch, after, lambda job_id: retry(session, job_id, model=model))
+    return _each(session, chosen, batch, after, lambda job_id: retry(session, job_id, again=True, model=model))
 
 
 # ------------------------------------------------------------------------------------------------------- the details

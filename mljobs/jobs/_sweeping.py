@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Unpack
 from uuid import UUID
 
 from sqlalchemy import (
@@ -54,6 +54,7 @@ from mljobs.jobs._base import (
     unnested,
     whole_table_of,
 )
+from mljobs.jobs._filters import Filter, Filters, Where, conditions
 from mljobs.record._models import MlJob
 from mljobs.states import TERMINAL, MlJobStatus
 from mljobs.types import JobId
@@ -157,11 +158,14 @@ class Pruned:
 
 def prune(
     session: Bind,
+    filter: Filter | str | None = None,  # noqa: A002 - as users say it
     *,
+    where: Where | None = None,
     older_than: timedelta | datetime,
     keep_last: int = 0,
     batch: int = 1000,
     model: Model = MlJob,
+    **fields: Unpack[Filters],
 ) -> int:
     """Delete finished records past their time, through the retention door; nothing else is ever deleted.
 
@@ -170,10 +174,13 @@ def prune(
 
     Args:
         session: The caller's session or connection.
+        filter: A :class:`~mljobs.Filter`, or its text: only these.
+        where: SQLAlchemy expressions of one's own beside it.
         older_than: Finished longer ago than this, or before this time.
         keep_last: Of each kind and target, keep so many of the latest finished.
         batch: How many to delete in one statement, 1 to 10,000.
         model: The mapped job class.
+        **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
 
     Returns:
         How many were deleted.
@@ -185,7 +192,17 @@ def prune(
     total, after = 0, None
     limit = _limit_of(older_than)
     while True:
-        done = prune_batch(session, older_than=limit, keep_last=keep_last, batch=batch, after=after, model=model)
+        done = prune_batch(
+            session,
+            filter,
+            where=where,
+            older_than=limit,
+            keep_last=keep_last,
+            batch=batch,
+            after=after,
+            model=model,
+            **fields,
+        )
         total += done.deleted
         after = done.cursor
         if after is None:
@@ -194,22 +211,28 @@ def prune(
 
 def prune_batch(
     session: Bind,
+    filter: Filter | str | None = None,  # noqa: A002 - as users say it
     *,
+    where: Where | None = None,
     older_than: timedelta | datetime,
     keep_last: int = 0,
     batch: int = 1000,
     after: Cursor | None = None,
     model: Model = MlJob,
+    **fields: Unpack[Filters],
 ) -> Pruned:
     """Delete one batch of what ``prune`` deletes, so that the caller may commit after each.
 
     Args:
         session: The caller's session or connection.
+        filter: A :class:`~mljobs.Filter`, or its text: only these.
+        where: SQLAlchemy expressions of one's own beside it.
         older_than: Finished longer ago than this, or before this time.
         keep_last: Of each kind and target, keep so many of the latest finished.
         batch: How many to look at, 1 to 10,000.
         after: The ``cursor`` of the batch before.
         model: The mapped job class.
+        **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
     """
     check_count("batch", batch, _BATCH_MAX)
     if isinstance(keep_last, bool) or not isinstance(keep_last, int) or keep_last < 0:
@@ -223,6 +246,7 @@ def prune_batch(
     # Imported records may have ended without saying when: these come last, by their creation.
     moment = table.c.finished_at if after.ended else table.c.created_at
     statement = _prunable(model, moment, after.ended, keep_last).where(moment < limit)
+    statement = statement.where(*conditions(model, filter, where=where, **fields))
     if after.moment is not None:
         here = tuple_(literal(after.moment, moment.type), literal(after.job_id, table.c.id.type))
         statement = statement.where(tuple_(moment, table.c.id) > here)
@@ -231,6 +255,35 @@ def prune_batch(
     if len(rows) == batch:
         return Pruned(deleted, Cursor(after.ended, rows[-1][1], rows[-1][0]))
     return Pruned(deleted, Cursor(ended=False) if after.ended else None)
+
+
+def prunable(
+    session: Bind,
+    filter: Filter | str | None = None,  # noqa: A002 - as users say it
+    *,
+    where: Where | None = None,
+    older_than: timedelta | datetime,
+    keep_last: int = 0,
+    model: Model = MlJob,
+    **fields: Unpack[Filters],
+) -> int:
+    """Return how many records ``prune`` would delete, however long it takes to count them.
+
+    Args:
+        session: The caller's session or connection.
+        filter: A :class:`~mljobs.Filter`, or its text: only these.
+        where: SQLAlchemy expressions of one's own beside it.
+        older_than: Finished longer ago than this, or before this time.
+        keep_last: Of each kind and target, keep so many of the latest finished.
+        model: The mapped job class.
+        **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
+    """
+    table, limit, total = whole_table_of(model), _limit_of(older_than), 0
+    chosen = conditions(model, filter, where=where, **fields)
+    for known, moment in ((True, table.c.finished_at), (False, table.c.created_at)):
+        some = _prunable(model, moment, known, keep_last).where(moment < limit, *chosen).order_by(None).subquery()
+        total += connection_of(session, model).scalar(select(func.count()).select_from(some)) or 0
+    return total
 
 
 # ------------------------------------------------------------------------------------------------------- the details

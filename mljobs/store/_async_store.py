@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import datetime, timedelta
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack, cast
@@ -180,6 +179,8 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
     affected = async_store_method(jobs.affected)
     cancel_batch = async_store_method(jobs.cancel_batch, atomic=True)
     retry_batch = async_store_method(jobs.retry_batch, atomic=True)
+    prune_batch = async_store_method(jobs.prune_batch, atomic=True)
+    prunable = async_store_method(jobs.prunable)
     count_up_to = async_store_method(jobs.count_up_to)
     durations = async_store_method(jobs.durations)
     failure_reasons = async_store_method(jobs.failure_reasons)
@@ -217,26 +218,6 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
     finish_and_claim = async_store_method(jobs.finish_and_claim)
     cancel = async_store_method(jobs.cancel)
     rescue = async_store_method(jobs.rescue, atomic=True)
-
-    async def prune(self, *, older_than: timedelta | datetime, keep_last: int = 0, batch: int = 1000) -> int:
-        """Delete finished records past their time, a transaction for each batch; see ``jobs.prune``."""
-        total = 0
-        after: jobs.Cursor | None = None
-        while True:
-            done = await self.run(
-                partial(
-                    jobs.prune_batch,
-                    older_than=older_than,
-                    keep_last=keep_last,
-                    batch=batch,
-                    after=after,
-                    model=self.model,
-                )
-            )
-            total += done.deleted
-            after = done.cursor
-            if after is None:
-                return total
 
     async def wait(self, job: JobRef, timeout: float | None = None, *, poll: float | None = None) -> MlJob:  # noqa: ASYNC109
         """Wait until the job has finished, and return it; see ``JobStore.wait``."""

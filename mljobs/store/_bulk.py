@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine
+from datetime import datetime, timedelta
 from typing import Any, Protocol, Unpack
 
-from mljobs.jobs import Filter, Filters, Where
-from mljobs.jobs._bulk import Batch
+from mljobs.jobs import Batch, Cursor, Filter, Filters, Pruned, Where
 
 
 class _Batches(Protocol):
     def cancel_batch(self, *args: Any, **kw: Any) -> Batch: ...
     def retry_batch(self, *args: Any, **kw: Any) -> Batch: ...
+    def prune_batch(self, *args: Any, **kw: Any) -> Pruned: ...
 
 
 class _AsyncBatches(Protocol):
     def cancel_batch(self, *args: Any, **kw: Any) -> Coroutine[Any, Any, Batch]: ...
     def retry_batch(self, *args: Any, **kw: Any) -> Coroutine[Any, Any, Batch]: ...
+    def prune_batch(self, *args: Any, **kw: Any) -> Coroutine[Any, Any, Pruned]: ...
 
 
 class BulkActions:
@@ -56,6 +58,28 @@ class BulkActions:
             if after is None:
                 return total
 
+    def prune(
+        self: _Batches,
+        filter: Filter | str | None = None,  # noqa: A002 - as users say it
+        *,
+        where: Where | None = None,
+        older_than: timedelta | datetime,
+        keep_last: int = 0,
+        batch: int = 1000,
+        **fields: Unpack[Filters],
+    ) -> int:
+        """Delete finished records past their time, and return how many; see ``jobs.prune``."""
+        total = 0
+        after: Cursor | None = None
+        while True:
+            done = self.prune_batch(
+                filter, where=where, older_than=older_than, keep_last=keep_last, batch=batch, after=after, **fields
+            )
+            total += done.deleted
+            after = done.cursor
+            if after is None:
+                return total
+
 
 class AsyncBulkActions:
     """Bulk actions of ``AsyncJobStore``."""
@@ -90,6 +114,28 @@ class AsyncBulkActions:
         while True:
             done = await self.retry_batch(filter, where=where, everything=everything, after=after, **fields)
             total += len(done.jobs)
+            after = done.cursor
+            if after is None:
+                return total
+
+    async def prune(
+        self: _AsyncBatches,
+        filter: Filter | str | None = None,  # noqa: A002 - as users say it
+        *,
+        where: Where | None = None,
+        older_than: timedelta | datetime,
+        keep_last: int = 0,
+        batch: int = 1000,
+        **fields: Unpack[Filters],
+    ) -> int:
+        """Delete finished records past their time, and return how many; see ``jobs.prune``."""
+        total = 0
+        after: Cursor | None = None
+        while True:
+            done = await self.prune_batch(
+                filter, where=where, older_than=older_than, keep_last=keep_last, batch=batch, after=after, **fields
+            )
+            total += done.deleted
             after = done.cursor
             if after is None:
                 return total

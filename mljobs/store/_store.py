@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Self, Unpack
 from weakref import WeakSet
@@ -144,6 +143,8 @@ class JobStore(Transfers, BulkActions, Store):
     affected = store_method(jobs.affected)
     cancel_batch = store_method(jobs.cancel_batch, atomic=True)
     retry_batch = store_method(jobs.retry_batch, atomic=True)
+    prune_batch = store_method(jobs.prune_batch, atomic=True)
+    prunable = store_method(jobs.prunable)
     count_up_to = store_method(jobs.count_up_to)
     durations = store_method(jobs.durations)
     failure_reasons = store_method(jobs.failure_reasons)
@@ -181,20 +182,6 @@ class JobStore(Transfers, BulkActions, Store):
     finish_and_claim = store_method(jobs.finish_and_claim)
     cancel = store_method(jobs.cancel)
     rescue = store_method(jobs.rescue, atomic=True)
-
-    def prune(self, *, older_than: timedelta | datetime, keep_last: int = 0, batch: int = 1000) -> int:
-        """Delete finished records past their time, a transaction for each batch; see ``jobs.prune``."""
-        total = 0
-        after: jobs.Cursor | None = None
-        while True:
-            with self.connect() as bind:
-                done = jobs.prune_batch(
-                    bind, older_than=older_than, keep_last=keep_last, batch=batch, after=after, model=self.model
-                )
-            total += done.deleted
-            after = done.cursor
-            if after is None:
-                return total
 
     def wait(self, job: JobRef, timeout: float | None = None, *, poll: float | None = None) -> MlJob:
         """Wait until the job has finished, and return it.

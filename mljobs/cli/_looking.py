@@ -1,0 +1,159 @@
+"""``stats``, ``workers`` and ``rescue``: what goes on, who does it, and what is left by those who fell silent."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+
+from mljobs.cli import _output as output
+from mljobs.cli._options import FieldsOption, JsonOption, complete_kind, span_option
+from mljobs.cli._settings import open_store
+
+_HOLDS = ("id", "kind", "target_name", "status", "progress", "acquired_at", "expires_at")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    for command in (stats, workers, rescue):
+        app.command()(command)
+
+
+def stats(
+    *,
+    over: Annotated[str, typer.Option(help="How far back finished jobs are counted.")] = "1d",
+    as_json: JsonOption = False,
+    fields: FieldsOption = None,
+) -> None:
+    """Show by kind what waits and since when, what runs, how many finish an hour, and how long they take and wait.
+
+    \b
+    Example:
+      $ mljobs stats --over 7d
+    """
+    with open_store() as store:
+        found = store.stats(over=span_option("--over", over))
+    items = [asdict(kind) for kind in found.kinds]
+    if as_json:
+        output.print_json(items, output.fields_of(fields))
+    elif fields is not None or not output.is_terminal():
+        names = [name for name in items[0] if name not in ("ran", "waited")] if items else []
+        output.print_tabs(map(output.as_json, items), output.fields_of(fields) or [*names, *_SPREADS])
+    elif items:
+        output.print_table(_STATS, [_stats_row(kind, found.now) for kind in found.kinds])
+    else:
+        output.note(f"nothing waits, runs, or finished in the last {over}")
+    if not found.complete:
+        output.note("of a deep queue the first 20,000 are counted, and of durations the last 5,000 are measured")
+
+
+_SPREADS = ("ran.p50", "ran.p95", "waited.p50", "waited.p95")
+_STATS = (
+    output.Column("KIND", least=8),
+    output.Column("QUEUED", right=True),
+    output.Column("OLDEST", right=True, rank=3),
+    output.Column("RUNNING", right=True),
+    output.Column("AN HOUR", right=True, rank=4),
+    output.Column("FAILED", right=True, rank=5),
+    output.Column("TOOK p50", right=True, rank=6),
+    output.Column("p95", right=True, rank=7),
+    output.Column("WAITED p50", right=True, rank=8),
+    output.Column("p95", right=True, rank=9),
+)
+
+
+def _stats_row(kind: Any, now: datetime) -> list[str]:
+    oldest = now - kind.oldest if kind.oldest is not None else None
+    spreads = [spread for spread in (kind.ran, kind.waited) for _ in range(2)]
+    shown = [
+        output.span(None if spread is None else (spread.p95 if at % 2 else spread.p50))
+        for at, spread in enumerate(spreads)
+    ]
+    ended = kind.completed + kind.failed
+    share = f"{kind.failed:,} ({kind.failed / ended:.0%})" if kind.failed else "0"
+    return [
+        kind.kind, f"{kind.queued:,}", output.span(oldest), f"{kind.running:,}", f"{kind.per_hour:,.1f}", share, *shown
+    ]  # fmt: skip
+
+
+def workers(*, as_json: JsonOption = False, fields: FieldsOption = None) -> None:
+    """Show the workers that hold jobs: which, since when, and who has been silent for longer than a lease lasts.
+
+    \b
+    Example:
+      $ mljobs workers
+    """
+    with open_store() as store:
+        found = store.holders()
+    now = datetime.now(UTC)
+    items = [
+        {
+            "worker": holder.worker,
+            "held": holder.held,
+            "silent": holder.silent,
+            "since": holder.since,
+            "jobs": [{name: getattr(job, name) for name in _HOLDS} for job in holder.jobs],
+        }
+        for holder in found
+    ]
+    if as_json:
+        output.print_json(items, output.fields_of(fields))
+    elif fields is not None or not output.is_terminal():
+        names = output.fields_of(fields) or ["worker", "held", "silent", "since"]
+        output.print_tabs(map(output.as_json, items), names)
+    elif found:
+        output.print_table(_WORKERS, [row for holder in found for row in _worker_rows(holder, now)])
+    else:
+        output.note("no worker holds a job")
+
+
+_WORKERS = (
+    output.Column("WORKER", least=10),
+    output.Column("JOB", rank=5),
+    output.Column("KIND", least=8, rank=3),
+    output.Column("TARGET", least=8, rank=2),
+    output.Column("DONE", right=True),
+    output.Column("FOR", right=True),
+    output.Column("", colours={"silent": "33", "cancelled, stopping": "33"}, rank=1),
+)
+
+
+def _worker_rows(holder: Any, now: datetime) -> list[list[str]]:
+    rows: list[list[str]] = []
+    for job in holder.jobs:
+        silent = job.expires_at is not None and job.expires_at < now
+        state = "silent" if silent else "cancelled, stopping" if job.status == "cancelled" else ""
+        held = now - job.acquired_at if job.acquired_at is not None else None
+        name = holder.worker if not rows else ""
+        rows.append([name, str(job.id), str(job.kind), job.target_name, f"{job.progress}%", output.span(held), state])
+    return rows
+
+
+def rescue(
+    *,
+    max_attempts: Annotated[int, typer.Option(min=1, help="A job that was started so often fails instead.")] = 5,
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option("--kind", help="Only such jobs may fail; may be given again.", autocompletion=complete_kind),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Requeue the running jobs whose worker has been silent for longer than its lease; workers do it by themselves.
+
+    \b
+    Example:
+      $ mljobs rescue --max-attempts 3
+    """
+    with open_store() as store:
+        done = store.rescue(max_attempts=max_attempts, kinds=kinds)
+    if as_json:
+        found = {"requeued": done.requeued, "failed": done.failed, "released": done.released}
+        output.print_json([{**found, "errors": {job_id: str(error) for job_id, error in done.errors.items()}}])
+    else:
+        typer.echo(f"requeued {len(done.requeued):,}, failed {len(done.failed):,}, released {len(done.released):,}")
+        for job_id, error in done.errors.items():
+            output.note(f"mljobs: {job_id}: {output.escaped(str(error))}")
+    if done.errors:
+        raise typer.Exit(1)
