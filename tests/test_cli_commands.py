@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -48,19 +49,19 @@ def _in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-def filled(url: str, monkeypatch: pytest.MonkeyPatch) -> JobStore:
+def filled(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobStore]:
     """A database, named by the environment, with jobs in every state."""
     monkeypatch.setenv("MLJOBS_DATABASE_URL", url)
-    store = JobStore(url)
-    for number, (kind, target) in enumerate(
-        [("train", "spam"), ("train", "spam_v2"), ("train", "ham"), ("backfill", "e")]
-    ):
-        store.submit(kind, target, {"lr": number / 10, "deep": {"on": True}, "same": 1})
-    done, failed, running = store.claim(worker="gpu-1", kinds=["train"], limit=3)
-    store.complete(done, {"f1": 0.91})
-    store.fail(failed, "CUDA out of memory\nTraceback \x1b[31m...")
-    store.set_progress(running, 40)
-    return store
+    with JobStore(url) as store:
+        for number, (kind, target) in enumerate(
+            [("train", "spam"), ("train", "spam_v2"), ("train", "ham"), ("backfill", "e")]
+        ):
+            store.submit(kind, target, {"lr": number / 10, "deep": {"on": True}, "same": 1})
+        done, failed, running = store.claim(worker="gpu-1", kinds=["train"], limit=3)
+        store.complete(done, {"f1": 0.91})
+        store.fail(failed, "CUDA out of memory\nTraceback \x1b[31m...")
+        store.set_progress(running, 40)
+        yield store
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def stamp(revision: Annotated[str, typer.Argument(help="What the tables are.")] 
 
     \b
     Example:
-      $ mljobs verify && mljobs stamp
+      $ mljobs stamp head
     """
     _refuse_own_class("stamp")
     from mljobs import schema  # noqa: PLC0415 - loads SQLAlchemy
