@@ -1,7 +1,7 @@
 """Every operation on jobs, written once, on the caller's own session.
 
 Each function takes the caller's ``Session`` (or a Core ``Connection``) first and is part of its transaction: nothing is
-committed here. :class:`mljobs.store.JobStore` and :class:`mljobs.store.AsyncJobStore` are the same operations with an
+committed here. :class:`mljobs.JobStore` and :class:`mljobs.AsyncJobStore` are the same operations with an
 engine and a transaction of their own.
 
 By the question they answer:

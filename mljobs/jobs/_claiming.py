@@ -392,7 +392,9 @@ def set_progress(session: Bind, claim: Claim, progress: int) -> None:
         LeaseLostError: The lease is gone; nothing was written.
         TerminalStateError: The job was cancelled; nothing was written.
     """
-    report(session, claim, progress=progress)
+    for error in set_progress_many(session, [(claim, progress)]):
+        if error is not None:
+            raise error
 
 
 def set_progress_many(session: Bind, progress: Iterable[tuple[Claim, int]]) -> list[LeaseLostError | Any | None]:
@@ -405,7 +407,7 @@ def set_progress_many(session: Bind, progress: Iterable[tuple[Claim, int]]) -> l
     Returns:
         For each pair, in order, None or the error that ``set_progress`` would raise.
     """
-    return report_many(session, [Report.of(claim, progress=value) for claim, value in progress])
+    return report_many(session, [Report(claim, _percent(value)) for claim, value in progress])
 
 
 def report(session: Bind, claim: Claim, *, progress: int | None = None, metrics: Any = None) -> None:

@@ -87,7 +87,7 @@ FILTERS: Final = tuple(Filters.__annotations__)
 class Filter:
     """Which jobs are meant: each term holds. Without terms, all.
 
-    ``str(filter)`` is the text that :meth:`parse` reads back without loss. There is no negation: name what is wanted.
+    ``str(filter)`` is the text that ``parse`` reads back without loss. There is no negation: name what is wanted.
 
     Args:
         *terms: Terms of other filters.

@@ -1,6 +1,6 @@
 """Which run to start next. The first idle thread claims for all, and records what has ended meanwhile.
 
-Handlers' threads ask :meth:`Prefetcher.next`. The first that finds few runs in the buffer claims for all: it writes the
+Handlers' threads ask ``Prefetcher.next``. The first that finds few runs in the buffer claims for all: it writes the
 waiting outcomes and claims the next jobs in one statement (``finish_and_claim``), while the others go on with what is
 there. So a worker with one slot makes one round trip a job, and a worker with short jobs one for hundreds.
 
