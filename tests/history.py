@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -174,11 +175,16 @@ def leases(jobs: list[Job], now: datetime, seed: int = 7) -> list[Lease]:
     return found
 
 
-def fill(engine: Engine, number: int) -> tuple[list[Job], list[Lease], datetime]:
-    """Fill the tables with a history, gather statistics, and return what they hold and the moment it is told at."""
+@cache  # two databases hold the same
+def _rows(number: int) -> tuple[list[Job], list[Lease], datetime]:
     now = utc_now()
     jobs = list(history(number, now))
-    held = leases(jobs, now)
+    return jobs, leases(jobs, now), now
+
+
+def fill(engine: Engine, number: int) -> tuple[list[Job], list[Lease], datetime]:
+    """Fill the tables with a history, gather statistics, and return what they hold and the moment it is told at."""
+    jobs, held, now = _rows(number)
     with engine.begin() as connection:
         insert_rows(connection, MlJob.__table__, list(Job._fields), jobs)
         connection.execute(insert(MlJobLease), [lease._asdict() for lease in held])
