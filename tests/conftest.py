@@ -1,4 +1,18 @@
-"""One suite over both databases and all drivers. Each test has a fresh database, copied from a template."""
+"""Fixtures: databases, stores and processes, so that one suite runs over both databases and all drivers.
+
+How to write a fast test:
+
+- Ask for one fixture, and the test runs once for each database: ``url`` (blocking code, two runs), ``empty_url`` (no
+  tables), ``store`` or ``world`` (each driver, five runs; only for what may differ between drivers). For what has nothing
+  to do with the database take ``sqlite_url``.
+- Do not create databases, servers, virtual environments or wheels: each test's database is fresh already, and most of
+  them are old ones that were emptied. A test that changes the schema by DDL costs a new one, a tenth of a second.
+- A short Python command runs through ``python`` (`tests.fork_server`), which forks a process that has imported SQLAlchemy,
+  Alembic and mljobs; processes of `multiprocessing` start by ``tests.fork_server.forkserver()``. Only a test of the start
+  itself starts Python, which costs half a second.
+- Wait by `tests.processes.until` or an event, never by a sleep; let a lease or a poll that must run out be short.
+- Import what only one test needs, and takes long to import, in that test.
+"""
 
 from __future__ import annotations
 
