@@ -64,7 +64,7 @@ async def targets(request: Request) -> Response:
 
     def read(bind: Bind) -> tuple[list[str], dict[str, list[JobSummary]]]:
         names = jobs.target_names(bind, prefix=prefix, after=after, limit=_TARGETS + 1, model=model)
-        return names, jobs.target_jobs(bind, names[:_TARGETS], limit=20, model=model)
+        return names, jobs.target_jobs(bind, names[:_TARGETS], limit=_OUTCOMES, model=model)
 
     names, found = await site.backend.read(read)
     rows = [_target_row(name, found[name]) for name in names[:_TARGETS] if found.get(name)]
