@@ -357,9 +357,10 @@ def _sorted(held: dict[int, Claim], rows: Iterable[Sequence[Any]]) -> tuple[Rene
             renewal.held.append(claim.until(expires_at))
         elif status.is_terminal:
             renewal.cancelled.append(claim.until(expires_at))
-        else:  # somebody put the job back by hand; let the next worker have it
-            requeued.append(token)
+        else:
             renewal.lost.append(claim)
+            if status is MlJobStatus.QUEUED:  # somebody put the job back by hand; let the next worker have it
+                requeued.append(token)
     renewal.lost.extend(held.values())
     return renewal, requeued
 

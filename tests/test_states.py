@@ -1,0 +1,45 @@
+"""Every place that names a state has decided what it does with each of them."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from mljobs import MlJobStatus
+
+PACKAGE = Path(__file__).parent.parent / "mljobs"
+
+DECIDED: dict[str, int] = {}
+"""Modules that have been looked at for a new state: for how many states each has decided. Empty it again at the end."""
+STATES = 5
+"""For how many states every other module has decided."""
+
+
+def _names_states(path: Path) -> bool:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "MlJobStatus" and node.attr.isupper():
+            return True
+        if isinstance(node, ast.ImportFrom) and node.module == "mljobs.states":
+            names = {alias.name for alias in node.names}
+            if names & {"TERMINAL", "ACTIVE"}:
+                return True
+    return False
+
+
+PLACES = sorted(
+    str(path.relative_to(PACKAGE))
+    for path in PACKAGE.rglob("*.py")
+    if path != PACKAGE / "states.py" and _names_states(path)
+)
+"""The modules that name a state, or the final or the active ones. The others derive from the table of transitions."""
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_place_has_decided_for_every_state(place: str) -> None:
+    assert DECIDED.get(place, STATES) == len(MlJobStatus), "look at what it does with the new state, then say so here"
+
+
+def test_no_place_is_said_to_have_decided_that_names_no_state() -> None:
+    assert DECIDED.keys() <= set(PLACES)
