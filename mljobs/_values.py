@@ -116,7 +116,42 @@ def to_json_text(field: str, value: object) -> str:
             text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidValueError(field, value, f"JSON cannot hold it: {error}") from error
+    _refuse_nul(field, text)
     return text
+
+
+_NUL_ESCAPE = r"\u0000"
+
+
+def holds_nul(text: str) -> bool:
+    """Whether JSON text holds U+0000, which PostgreSQL cannot give back by key; the backslash itself may be escaped."""
+    return _NUL_ESCAPE in text and _NUL_ESCAPE in text.replace("\\\\", "")
+
+
+def _refuse_nul(field: str, text: str) -> None:
+    """Refuse U+0000 in any string or key.
+
+    Raises:
+        InvalidValueError: It names the place of the first, e.g. ``$.labels[2]``.
+    """
+    if holds_nul(text):
+        place = _place_of_nul(json.loads(text), "$")
+        raise InvalidValueError(field, text, f"it holds U+0000 at {place}, which PostgreSQL cannot read by key")
+
+
+def _place_of_nul(value: object, place: str) -> str | None:
+    if isinstance(value, str):
+        return place if "\x00" in value else None
+    if isinstance(value, list):
+        within = ((item, f"{place}[{at}]") for at, item in enumerate(value))
+    elif isinstance(value, dict):
+        bad_key = next((key for key in value if "\x00" in key), None)
+        if bad_key is not None:
+            return f"key {bad_key!r} of {place}"
+        within = ((item, f"{place}.{key}") for key, item in value.items())
+    else:
+        return None
+    return next((found for item, at in within if (found := _place_of_nul(item, at))), None)
 
 
 def from_json_text(field: str, text: str | None) -> Any:
@@ -180,4 +215,5 @@ def storable_json(field: str, value: object) -> str:
         _check_json(value)
     except (ValueError, RecursionError) as error:
         raise InvalidValueError(field, value, f"not JSON text: {error}") from error
+    _refuse_nul(field, value)
     return value

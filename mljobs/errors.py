@@ -176,6 +176,14 @@ class JobNotFound(MlJobsError, LookupError):
         super().__init__(f"job {job_id} does not exist")
 
 
+TRUNCATED = "be truncated"
+"""The action of a TRUNCATE, which no single job is told for."""
+_TRUNCATE = (
+    "TRUNCATE of the job table is refused: it holds finished jobs, or the transaction's snapshot may be too old to tell. "
+    "Old records go by prune. A test empties its tables by drop_all and create_all, in a schema of its own, or by a rollback"
+)
+
+
 class TerminalStateError(MlJobsError):
     """The record has finished, and a finished record never changes.
 
@@ -203,7 +211,8 @@ class TerminalStateError(MlJobsError):
         state = f"is {status.token}" if status is not None else "is in a terminal state"
         since = f" (since {finished_at:%Y-%m-%d %H:%M:%S} UTC)" if finished_at is not None else ""
         detail = "; ".join(f"{field} {shown(old)} -> {shown(new)}" for field, (old, new) in self.changes.items())
-        super().__init__(f"{subject} {state}{since} and cannot {action}" + (f": {detail}" if detail else ""))
+        told = f"{subject} {state}{since} and cannot {action}" + (f": {detail}" if detail else "")
+        super().__init__(_TRUNCATE if action == TRUNCATED else told)
 
 
 class InvalidTransitionError(MlJobsError):
@@ -236,15 +245,16 @@ class InvalidTransitionError(MlJobsError):
 
 
 class TargetLockedError(MlJobsError):
-    """The job is queued, but another one holds the target that it must have to itself.
+    """Another exclusive job has the target that this one must have to itself.
 
     Attributes:
-        job_id: The job that has to wait.
+        job_id: The job that has to wait; None where the database did not say.
     """
 
-    def __init__(self, job_id: UUID) -> None:
+    def __init__(self, job_id: UUID | None = None) -> None:
         self.job_id = job_id
-        super().__init__(f"job {job_id} has to wait: its target is held by another exclusive job")
+        subject = "the job" if job_id is None else f"job {job_id}"
+        super().__init__(f"{subject} has to wait: its target is held by another exclusive job")
 
 
 class JobExistsError(MlJobsError):

@@ -20,7 +20,7 @@ from mljobs import (
     TerminalStateError,
 )
 from mljobs._values import utc_now
-from mljobs.guards._hooks import retention
+from mljobs.guards import retention
 
 
 @pytest.fixture

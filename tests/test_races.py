@@ -148,7 +148,7 @@ MOVES: dict[str, Move] = {
     "rescue": lambda bind, claim: jobs.rescue(bind),
     "progress": lambda bind, claim: jobs.set_progress(bind, claim, 55),
     "renew": lambda bind, claim: jobs.renew(bind, [claim]),
-    "prune": lambda bind, claim: jobs.prune(bind, older_than=timedelta(seconds=-5)),
+    "prune": lambda bind, claim: jobs.prune(bind, older_than=timedelta(0)),
     "retry": lambda bind, claim: jobs.retry(bind, claim.job_id),
 }
 

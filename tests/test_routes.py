@@ -20,7 +20,8 @@ from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.util import await_only
 
 from mljobs import MlJob, MlJobStatus, TerminalStateError
-from mljobs.guards._hooks import translate_error
+from mljobs.guards import translate_error
+from mljobs.guards._companions import GUARD_ROLES
 from tests.host import GridRun, HostBase, Team, TrainingRun
 from tests.postgres import Server
 from tests.worlds import DRIVERS, World
@@ -667,7 +668,7 @@ def test_a_finished_job_may_be_inserted(world: World) -> None:
 def test_the_hooks_alone_refuse_early(world: World) -> None:
     world.run(_finish)
     with world.outside.begin() as connection:
-        for trigger in ("update", "delete", "insert", "key", "truncate"):
+        for trigger in GUARD_ROLES:
             name = f"ml_jobs_guard_{trigger}"
             statement = f"DROP TRIGGER IF EXISTS {name}"
             connection.exec_driver_sql(statement + (" ON ml_jobs" if world.dialect == "postgresql" else ""))

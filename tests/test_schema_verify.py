@@ -71,7 +71,8 @@ HARM_IN_POSTGRESQL = {
         "ALTER TABLE ml_jobs ENABLE REPLICA TRIGGER ml_jobs_guard_delete"
     ),
     "function ml_jobs_guard of table ml_jobs differs from character": "CREATE OR REPLACE FUNCTION ml_jobs_guard() "
-    "RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NEW; END $$",
+    "RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off "
+    "AS $$ BEGIN RETURN NEW; END $$",
     "trigger ml_jobs_guard_update of table ml_jobs differs from character": "DROP TRIGGER ml_jobs_guard_update ON ml_jobs"
     " ;; CREATE TRIGGER ml_jobs_guard_update BEFORE UPDATE OF status ON ml_jobs FOR EACH ROW "
     "EXECUTE FUNCTION ml_jobs_guard()",
@@ -153,7 +154,7 @@ def test_each_difference_is_one_sentence_that_fits_a_terminal(engine: Engine) ->
         if engine.dialect.name == "postgresql":
             connection.exec_driver_sql(
                 "CREATE OR REPLACE FUNCTION ml_jobs_guard() RETURNS trigger LANGUAGE plpgsql "
-                "AS $$ BEGIN RETURN NEW; END $$"
+                "SET search_path = pg_catalog, pg_temp SET row_security = off AS $$ BEGIN RETURN NEW; END $$"
             )
         else:
             connection.exec_driver_sql("DROP TRIGGER ml_jobs_guard_insert")

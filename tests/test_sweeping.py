@@ -83,7 +83,7 @@ def test_one_bad_row_does_not_stop_a_prune(store: Any, world: World) -> None:
     for claim in store.claim(worker="w", limit=3):
         store.complete(claim)
     _refuse(world, "DELETE")
-    assert store.prune(older_than=timedelta(seconds=-5), batch=2) == 2
+    assert store.prune(older_than=timedelta(0), batch=2) == 2
     assert [job.target_name for job in store.find()] == ["bad"]
 
 
@@ -114,10 +114,10 @@ def test_prune_deletes_what_finished_long_ago_and_keeps_the_last(store: Any, wor
     assert store.prune(older_than=timedelta(days=1)) == 0
     assert store.prune(older_than=LONG_AGO) == 0
     newest = next(job for job in store.find(target="spam", status="completed", order="newest"))
-    assert store.prune(older_than=timedelta(seconds=-5), keep_last=1, batch=1) == 2
+    assert store.prune(older_than=timedelta(0), keep_last=1, batch=1) == 2
     assert {job.target_name for job in store.find(status="completed")} == {"spam", "ham"}
     assert store.get(newest.id).status is COMPLETED
-    assert store.prune(older_than=timedelta(seconds=-5)) == 2
+    assert store.prune(older_than=timedelta(0)) == 2
     assert [job.id for job in store.find()] == [active.id]
     for field, value in (("older_than", "x"), ("older_than", datetime(2020, 1, 1)), ("older_than", 5)):
         with pytest.raises(InvalidValueError):
@@ -131,9 +131,9 @@ def test_prune_leaves_a_cancelled_job_whose_worker_has_not_stopped(store: Any) -
     job = store.submit("train", "spam", exclusive=True)
     (claim,) = store.claim(worker="w")
     store.cancel(job.id)
-    assert store.prune(older_than=timedelta(seconds=-5)) == 0
+    assert store.prune(older_than=timedelta(0)) == 0
     store.release([claim])
-    assert store.prune(older_than=timedelta(seconds=-5)) == 1
+    assert store.prune(older_than=timedelta(0)) == 1
 
 
 def test_prune_goes_by_creation_where_an_imported_record_does_not_say_when_it_ended(store: Any, world: World) -> None:
@@ -147,7 +147,7 @@ def test_deleting_a_job_and_its_id_coming_back_never_shows_the_old_result(store:
     job = store.submit("train", "spam", {"first": True})
     (claim,) = store.claim(worker="w")
     store.complete(claim, {"old": 1})
-    store.prune(older_than=timedelta(seconds=-5))
+    store.prune(older_than=timedelta(0))
     again = store.submit("train", "spam", id=job.id)
     assert (again.status, again.metrics, store.get(job.id).metrics) == (QUEUED, None, None)
     with pytest.raises(LeaseLostError):

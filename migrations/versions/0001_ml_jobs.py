@@ -45,7 +45,9 @@ CREATE TABLE ml_jobs (
   CONSTRAINT ck_ml_jobs_kind CHECK (kind IN ('train', 'backfill', 'feature_refresh', 'drift_compute')),
   CONSTRAINT ck_ml_jobs_status CHECK (status IN ('queued', 'running', 'completed', 'failed', 'cancelled')),
   CONSTRAINT ck_ml_jobs_progress CHECK (progress BETWEEN 0 AND 100),
-  CONSTRAINT ck_ml_jobs_lease CHECK (lease IS NULL OR status = 'running')
+  CONSTRAINT ck_ml_jobs_lease CHECK (lease IS NULL OR status = 'running'),
+  CONSTRAINT ck_ml_jobs_attempts CHECK (attempts >= 0),
+  CONSTRAINT ck_ml_jobs_times CHECK (least(created_at, started_at, finished_at, run_after) >= '1970-01-01 UTC' AND greatest(created_at, started_at, finished_at, run_after) < '10000-01-01 UTC')
 )""",
     "CREATE INDEX ix_ml_jobs_active ON ml_jobs (target_name, kind) WHERE status IN ('queued', 'running')",
     "CREATE INDEX ix_ml_jobs_created ON ml_jobs (created_at, id)",
@@ -56,21 +58,39 @@ CREATE TABLE ml_jobs (
     "CREATE INDEX ix_ml_jobs_retries ON ml_jobs (retry_of) WHERE retry_of IS NOT NULL",
     "CREATE INDEX ix_ml_jobs_target ON ml_jobs (target_name, created_at, id)",
     """\
-CREATE OR REPLACE FUNCTION ml_jobs_guard() RETURNS trigger LANGUAGE plpgsql AS $mljobs$
+CREATE UNIQUE INDEX uq_ml_jobs_exclusive ON ml_jobs (target_name, exclusive) WHERE "exclusive" AND status = 'running'""",
+    """\
+CREATE OR REPLACE FUNCTION ml_jobs_guard() RETURNS trigger LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp SET row_security = off AS $mljobs$
 DECLARE
   finished boolean;
 BEGIN
   IF TG_OP = 'TRUNCATE' THEN
-    EXECUTE 'SELECT EXISTS (SELECT 1 FROM ' || TG_RELID::regclass
-      || ' WHERE status IN (''completed'', ''failed'', ''cancelled''))' INTO finished;
+    IF current_setting('transaction_isolation') IN ('read committed', 'read uncommitted') THEN
+      EXECUTE 'SELECT EXISTS (SELECT 1 FROM ' || quote_ident(TG_TABLE_SCHEMA) || '.' || quote_ident(TG_TABLE_NAME)
+        || ' WHERE status IN (''completed'', ''failed'', ''cancelled''))' INTO finished;
+    ELSE -- the snapshot may be older than what stands in the table
+      finished := pg_relation_size(TG_RELID) > 0;
+    END IF;
     IF finished THEN
       RAISE EXCEPTION 'mljobs: record is in a terminal state' USING
         ERRCODE = '23000', CONSTRAINT = 'mljobs_terminal_state', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
-        HINT = 'TRUNCATE would remove finished records. Delete old ones through the retention door.';
+        DETAIL = 'action=truncate',
+        HINT = 'TRUNCATE would remove finished records. A test drops the table or rolls back; old records go by prune.';
     END IF;
     RETURN NULL;
-  END IF;
-  IF OLD.status IN ('completed', 'failed', 'cancelled') THEN
+  ELSIF TG_NARGS = 1 THEN -- the backslash itself may be escaped
+    IF strpos(replace(CASE TG_ARGV[0] WHEN 'spec_json' THEN NEW.spec_json ELSE NEW.metrics_json END::text, '\\\\', ''),
+        '\\u0000') > 0 THEN
+      RAISE EXCEPTION USING MESSAGE = 'mljobs: ' || TG_ARGV[0] || ' holds U+0000, which PostgreSQL cannot read by key',
+        ERRCODE = '23514', CONSTRAINT = 'mljobs_nul_in_json', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
+        COLUMN = TG_ARGV[0], DETAIL = 'id=' || NEW.id;
+    END IF;
+    RETURN NULL;
+  ELSIF OLD.status IN ('completed', 'failed', 'cancelled') THEN
+    IF TG_WHEN = 'AFTER' AND ROW(OLD.id, OLD.kind, OLD.target_name, OLD.status, OLD.progress, OLD.created_at, OLD.started_at, OLD.finished_at, OLD.attempts, OLD.priority, OLD.run_after, OLD.exclusive, OLD.retry_of, OLD.worker, OLD.lease, OLD.error_message, OLD.spec_json, OLD.metrics_json)::record *= ROW(NEW.id, NEW.kind, NEW.target_name, NEW.status, NEW.progress, NEW.created_at, NEW.started_at, NEW.finished_at, NEW.attempts, NEW.priority, NEW.run_after, NEW.exclusive, NEW.retry_of, NEW.worker, NEW.lease, NEW.error_message, NEW.spec_json, NEW.metrics_json)::record THEN
+      RETURN NULL;
+    END IF;
     RAISE EXCEPTION 'mljobs: record is in a terminal state' USING
       ERRCODE = '23000', CONSTRAINT = 'mljobs_terminal_state', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
       DETAIL = 'id=' || OLD.id || ' status=' || OLD.status,
@@ -83,25 +103,39 @@ END
 $mljobs$""",
     """\
 CREATE TRIGGER ml_jobs_guard_update BEFORE UPDATE OF id, kind, target_name, status, progress, created_at, started_at, finished_at, error_message, spec_json, metrics_json, attempts, priority, run_after, exclusive, retry_of, worker, lease ON ml_jobs FOR EACH ROW
-WHEN (OLD.status IN ('completed', 'failed', 'cancelled') OR (OLD.status = 'queued' AND NEW.status IN ('completed')))
+WHEN (OLD.status OPERATOR(pg_catalog.=) ANY (ARRAY['completed', 'failed', 'cancelled']::pg_catalog.text[]))
+EXECUTE FUNCTION ml_jobs_guard()""",
+    """\
+CREATE TRIGGER ml_jobs_guard_after AFTER UPDATE ON ml_jobs FOR EACH ROW
+WHEN (OLD.status OPERATOR(pg_catalog.=) ANY (ARRAY['completed', 'failed', 'cancelled']::pg_catalog.text[]) OR OLD.status OPERATOR(pg_catalog.=) 'queued' AND NEW.status OPERATOR(pg_catalog.=) 'completed')
 EXECUTE FUNCTION ml_jobs_guard()""",
     """\
 CREATE TRIGGER ml_jobs_guard_delete BEFORE DELETE ON ml_jobs FOR EACH ROW
-WHEN (OLD.status IN ('completed', 'failed', 'cancelled') AND coalesce(current_setting('mljobs.retention', true), '') <> 'on')
+WHEN (OLD.status OPERATOR(pg_catalog.=) ANY (ARRAY['completed', 'failed', 'cancelled']::pg_catalog.text[])
+  AND coalesce(pg_catalog.current_setting('mljobs.retention', true), '') OPERATOR(pg_catalog.<>) 'on')
 EXECUTE FUNCTION ml_jobs_guard()""",
     """\
 CREATE TRIGGER ml_jobs_guard_truncate BEFORE TRUNCATE ON ml_jobs FOR EACH STATEMENT
 EXECUTE FUNCTION ml_jobs_guard()""",
     """\
+CREATE TRIGGER ml_jobs_guard_nul_spec_json AFTER INSERT OR UPDATE OF spec_json ON ml_jobs FOR EACH ROW
+WHEN (pg_catalog.strpos(NEW.spec_json::pg_catalog.text, '\\u0000') OPERATOR(pg_catalog.>) 0)
+EXECUTE FUNCTION ml_jobs_guard('spec_json')""",
+    """\
+CREATE TRIGGER ml_jobs_guard_nul_metrics_json AFTER INSERT OR UPDATE OF metrics_json ON ml_jobs FOR EACH ROW
+WHEN (pg_catalog.strpos(NEW.metrics_json::pg_catalog.text, '\\u0000') OPERATOR(pg_catalog.>) 0)
+EXECUTE FUNCTION ml_jobs_guard('metrics_json')""",
+    """\
 CREATE OR REPLACE FUNCTION ml_jobs_wake() RETURNS trigger LANGUAGE plpgsql AS $mljobs$
 DECLARE
-  sleepers integer := CASE TG_OP WHEN 'INSERT' THEN 1835821683 ELSE 1835821684 END;
-  of_table integer := (TG_RELID::bigint & 2147483647)::integer;
+  sleepers pg_catalog.int4 := CASE WHEN TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN 1835821683 ELSE 1835821684 END;
+  of_table pg_catalog.int4 := (TG_RELID::pg_catalog.int8 OPERATOR(pg_catalog.&) 2147483647)::pg_catalog.int4;
 BEGIN
-  IF pg_try_advisory_lock(sleepers, of_table) THEN
-    PERFORM pg_advisory_unlock(sleepers, of_table);
+  IF pg_catalog.pg_try_advisory_lock(sleepers, of_table) THEN
+    PERFORM pg_catalog.pg_advisory_unlock(sleepers, of_table);
   ELSE
-    PERFORM pg_notify('mljobs', lower(TG_OP) || ' ' || TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME);
+    PERFORM pg_catalog.pg_notify(
+      'mljobs', pg_catalog.concat(pg_catalog.lower(TG_OP), ' ', TG_TABLE_SCHEMA, '.', TG_TABLE_NAME));
   END IF;
   RETURN NULL;
 END
@@ -189,9 +223,14 @@ CREATE TABLE ml_jobs (
   CONSTRAINT ck_ml_jobs_status CHECK (status IN ('queued', 'running', 'completed', 'failed', 'cancelled')),
   CONSTRAINT ck_ml_jobs_progress CHECK (progress BETWEEN 0 AND 100),
   CONSTRAINT ck_ml_jobs_lease CHECK (lease IS NULL OR status = 'running'),
-  CONSTRAINT ck_ml_jobs_id CHECK (length(id) = 32 AND id NOT GLOB '*[^0-9a-f]*'),
-  CONSTRAINT ck_ml_jobs_spec_json CHECK (json_valid(spec_json)),
-  CONSTRAINT ck_ml_jobs_metrics_json CHECK (metrics_json IS NULL OR json_valid(metrics_json))
+  CONSTRAINT ck_ml_jobs_attempts CHECK (attempts >= 0),
+  CONSTRAINT ck_ml_jobs_times CHECK ((created_at IS NULL OR typeof(created_at) = 'integer' AND created_at BETWEEN 0 AND 253402300799999) AND (started_at IS NULL OR typeof(started_at) = 'integer' AND started_at BETWEEN 0 AND 253402300799999) AND (finished_at IS NULL OR typeof(finished_at) = 'integer' AND finished_at BETWEEN 0 AND 253402300799999) AND (run_after IS NULL OR typeof(run_after) = 'integer' AND run_after BETWEEN 0 AND 253402300799999)),
+  CONSTRAINT ck_ml_jobs_id CHECK (typeof(id) = 'text' AND length(id) = 32 AND id NOT GLOB '*[^0-9a-f]*'),
+  CONSTRAINT ck_ml_jobs_retry_of CHECK (retry_of IS NULL OR typeof(retry_of) = 'text' AND length(retry_of) = 32 AND retry_of NOT GLOB '*[^0-9a-f]*'),
+  CONSTRAINT ck_ml_jobs_texts CHECK (typeof(target_name) IN ('text', 'null') AND typeof(error_message) IN ('text', 'null') AND typeof(worker) IN ('text', 'null')),
+  CONSTRAINT ck_ml_jobs_numbers CHECK (typeof(progress) = 'integer' AND progress BETWEEN 0 AND 100 AND typeof(attempts) = 'integer' AND attempts BETWEEN 0 AND 32767 AND typeof(priority) = 'integer' AND priority BETWEEN -32768 AND 32767 AND typeof("exclusive") = 'integer' AND "exclusive" BETWEEN 0 AND 1 AND (lease IS NULL OR typeof(lease) = 'integer')),
+  CONSTRAINT ck_ml_jobs_spec_json CHECK (typeof(spec_json) = 'text' AND json_valid(spec_json) AND instr(spec_json, char(0)) = 0 AND (instr(spec_json, '\\u0000') = 0 OR instr(replace(spec_json, '\\\\', ''), '\\u0000') = 0)),
+  CONSTRAINT ck_ml_jobs_metrics_json CHECK (metrics_json IS NULL OR typeof(metrics_json) = 'text' AND json_valid(metrics_json) AND instr(metrics_json, char(0)) = 0 AND (instr(metrics_json, '\\u0000') = 0 OR instr(replace(metrics_json, '\\\\', ''), '\\u0000') = 0))
 )""",
     "CREATE INDEX ix_ml_jobs_active ON ml_jobs (target_name, kind) WHERE status IN ('queued', 'running')",
     "CREATE INDEX ix_ml_jobs_created ON ml_jobs (created_at, id)",
@@ -201,6 +240,8 @@ CREATE TABLE ml_jobs (
     "CREATE INDEX ix_ml_jobs_queue ON ml_jobs (priority DESC, created_at, id) WHERE status = 'queued'",
     "CREATE INDEX ix_ml_jobs_retries ON ml_jobs (retry_of) WHERE retry_of IS NOT NULL",
     "CREATE INDEX ix_ml_jobs_target ON ml_jobs (target_name, created_at, id)",
+    """\
+CREATE UNIQUE INDEX uq_ml_jobs_exclusive ON ml_jobs (target_name, "exclusive") WHERE "exclusive" AND status = 'running'""",
     "CREATE TABLE IF NOT EXISTS ml_jobs_guard (name TEXT NOT NULL PRIMARY KEY, open INTEGER NOT NULL)",
     "INSERT OR IGNORE INTO ml_jobs_guard (name, open) VALUES ('replace', 0), ('retention', 0)",
     """\
@@ -229,6 +270,8 @@ WHEN (NEW.id <> OLD.id OR NEW.rowid <> OLD.rowid) AND EXISTS (SELECT 1 FROM ml_j
 BEGIN
   SELECT RAISE(ABORT, 'mljobs: record is in a terminal state');
 END""",
+    """\
+CREATE INDEX IF NOT EXISTS ml_jobs_guard_blobs ON ml_jobs (id, kind, target_name, status, progress, created_at, started_at, finished_at, error_message, spec_json, metrics_json, attempts, priority, run_after, "exclusive", retry_of, worker, lease) WHERE 0""",
     """\
 CREATE TABLE IF NOT EXISTS ml_jobs_counts (
   kind TEXT NOT NULL, status TEXT NOT NULL, jobs INTEGER NOT NULL, PRIMARY KEY (kind, status)

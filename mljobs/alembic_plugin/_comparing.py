@@ -27,14 +27,19 @@ from mljobs.errors import InvalidValueError, SchemaError
 from mljobs.guards._companions import companion_names, kinds_of, listed, short_name
 from mljobs.guards._overview import overview_of
 from mljobs.schema._catalog import OWN_TABLES, Part, guarded_tables, overviews_of, record_differences
-from mljobs.types import SqliteCheck
+from mljobs.types import PostgresCheck, SqliteCheck
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Constraint, Index
 
 log = logging.getLogger(__name__)
 
-_GUARD_KINDS = frozenset({"trigger", "state of trigger", "function", "statistics", "companion", "rows of companion"})
+_GUARD_KINDS = frozenset(
+    {
+        *("trigger", "state of trigger", "function", "attributes of function", "statistics"),
+        *("companion", "rows of companion", "blob index"),
+    }
+)
 
 
 def compare(context: Any, upgrade: Any, schemas: Iterable[str | None]) -> None:
@@ -65,7 +70,7 @@ def compare(context: Any, upgrade: Any, schemas: Iterable[str | None]) -> None:
         if schema in searched and _is_compared(context, table, schema):
             _repair(connection, upgrade, table, schema, name)
             _add_missing_overview(connection, upgrade, table, schema)
-    _ignore_what_sqlite_has_not(connection, upgrade, context.sorted_tables)
+    _ignore_what_only_the_other_has(connection, upgrade, context.sorted_tables)
 
 
 # ------------------------------------------------------------------------------------------------- what is not theirs
@@ -88,6 +93,8 @@ def pass_over(context: Any, schemas: Iterable[str | None]) -> None:
     ours = _beside({*(place for place in known if "mljobs" in known[place].info), *_guarded(connection, schemas)})
 
     def include_name(name: str | None, kind: str, parents: Any) -> bool:
+        if kind == "index":
+            return name != companion_names(str(parents.get("table_name")))["blobs"]
         place = (parents.get("schema_name"), str(name))
         return kind != "table" or place in known or not (name in OWN_TABLES or place in ours)
 
@@ -298,14 +305,21 @@ def _indexes(table: Table, parts: Iterable[Part], changed: set[str]) -> Iterator
             yield ops.CreateIndexOp.from_index(named[part.name])
 
 
-def _ignore_what_sqlite_has_not(connection: Connection, upgrade: Any, tables: Iterable[Table]) -> None:
-    """Take out differences that are none: a SQLite CHECK on PostgreSQL, the IDENTITY of a lease's token on SQLite."""
+def _ignore_what_only_the_other_has(connection: Connection, upgrade: Any, tables: Iterable[Table]) -> None:
+    """Take out differences that are none: a CHECK of the other database, the IDENTITY of a lease's token on SQLite."""
     sqlite = connection.dialect.name == "sqlite"
-    elsewhere = {str(check.name) for table in tables for check in table.constraints if isinstance(check, SqliteCheck)}
+    of_another = PostgresCheck if sqlite else SqliteCheck
+    elsewhere = {str(check.name) for table in tables for check in table.constraints if isinstance(check, of_another)}
+    elsewhere -= {
+        str(check.name)
+        for table in tables
+        for check in table.constraints
+        if isinstance(check, SqliteCheck if sqlite else PostgresCheck)
+    }
 
     def is_none(change: Any) -> bool:
-        if sqlite:  # Alembic before 1.17
-            return isinstance(change, ops.AlterColumnOp) and isinstance(change.modify_server_default, Identity)
+        if sqlite and isinstance(change, ops.AlterColumnOp):  # Alembic before 1.17
+            return isinstance(change.modify_server_default, Identity)
         return isinstance(change, ops.CreateCheckConstraintOp) and str(change.constraint_name) in elsewhere
 
     for table_ops in [found for found in upgrade.ops if isinstance(found, ops.ModifyTableOps)]:

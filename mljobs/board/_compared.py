@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 from uuid import UUID
 
-from mljobs.board._format import leaves, literal, number, numeric, parsed, plain, short
+from mljobs.board._format import leaves, literal, number, numeric, parsed, short
 from mljobs.board._plots import Axis, axis, word_axis
 from mljobs.jobs import JobSummary
 from mljobs.states import MlJobStatus
@@ -176,6 +176,6 @@ def completed(runs: Sequence[Run]) -> list[Run]:
 def names_of(runs: Sequence[Run], metric: str | None) -> dict[UUID, str]:
     """Return what each run is called."""
     return {
-        run.job.id: f"{run.job.id}" + (f", {plain(metric)} {number(run.metric(metric) or 0)}" if metric else "")
+        run.job.id: f"{run.job.id}" + (f", {metric} {number(run.metric(metric) or 0)}" if metric else "")
         for run in runs
     }

@@ -11,7 +11,7 @@ from uuid import UUID
 from markupsafe import Markup
 
 from mljobs.board._charts import FILL, join, nice
-from mljobs.board._format import clock, duration, iso, number, plain, short, short_id
+from mljobs.board._format import clock, duration, iso, number, short, short_id
 from mljobs.jobs import JobSummary
 
 _BEYOND_FIGURES = 1e6
@@ -111,7 +111,7 @@ def _day_ticks(begin: datetime, end: datetime) -> list[datetime]:
 
 def target_chart(points: Sequence[Point], metric: str, *, lower: bool, begin: datetime, end: datetime) -> Markup:
     """Return a metric of each run over time, a line for the best so far, and those that did not complete on a rail."""
-    height, metric = 200, plain(metric)
+    height = 200
     values = [point.value for point in points if point.value is not None]
     low, high = min(values), max(values)
     pad = (high - low) * 0.08 or abs(high) * 0.05 or 1
@@ -258,7 +258,7 @@ def axis(
     span = (scale(high) - scale(low)) or 1
     places = {job: (scale(value) - scale(low)) / span if high > low else 0.5 for job, value in values.items()}
     note = "log" if log else "lower is better" if lower else ""
-    return Axis(plain(name), note, show(low), show(high), places)
+    return Axis(name, note, show(low), show(high), places)
 
 
 def word_axis(name: str, values: Mapping[UUID, str]) -> Axis:
@@ -266,7 +266,7 @@ def word_axis(name: str, values: Mapping[UUID, str]) -> Axis:
     words = sorted(set(values.values()))
     step = 1 / max(len(words) - 1, 1)
     places = {job: words.index(value) * step for job, value in values.items()}
-    return Axis(plain(name), f"{len(words)} values", words[0][:12], words[-1][:12], places)
+    return Axis(name, f"{len(words)} values", words[0][:12], words[-1][:12], places)
 
 
 def parallel(axes: Sequence[Axis], runs: Sequence[UUID], names: Mapping[UUID, str]) -> Markup:

@@ -22,7 +22,7 @@ from sqlalchemy.pool import NullPool
 from mljobs import events
 from mljobs.contrib.problems import MEDIA_TYPE, body_of, status_of
 from mljobs.errors import InvalidValueError, MlJobsError
-from mljobs.guards._hooks import translate_error
+from mljobs.guards._errors import translate_error
 from mljobs.schema._versions import downgrade as schema_downgrade
 from mljobs.schema._versions import upgrade as schema_upgrade
 from mljobs.store._store import JobStore

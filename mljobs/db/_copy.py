@@ -16,7 +16,7 @@ from sqlalchemy.util import await_only
 
 from mljobs.errors import InvalidValueError
 from mljobs.guards._companions import qualified_name, quoted, schema_of
-from mljobs.guards._hooks import translate_error
+from mljobs.guards._errors import translate_error
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Table

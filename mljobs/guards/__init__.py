@@ -16,9 +16,13 @@ from typing import TYPE_CHECKING
 from mljobs._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from mljobs.guards._hooks import enforce_sqlite, retention, translate_error
+    from mljobs.guards._errors import translate_error
+    from mljobs.guards._hooks import enforce_sqlite
+    from mljobs.guards._retention import retention
 
 __all__ = ["enforce_sqlite", "retention", "translate_error"]
 
 
-__getattr__, __dir__ = lazy_names(__name__, {"_hooks": ("enforce_sqlite", "retention", "translate_error")})
+__getattr__, __dir__ = lazy_names(
+    __name__, {"_hooks": ("enforce_sqlite",), "_retention": ("retention",), "_errors": ("translate_error",)}
+)

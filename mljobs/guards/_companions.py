@@ -4,14 +4,20 @@ The text derives from the transition table and from the columns that the mixin b
 any table, so a host's own table name, schema and ``schema_translate_map`` work. Migrations hold a frozen copy of the
 text, never a call to this module.
 
-PostgreSQL: one function and three triggers (UPDATE OF our columns, DELETE, TRUNCATE). The door for retention is
-``SET LOCAL mljobs.retention = 'on'``; it opens DELETE only.
+PostgreSQL: one function and six triggers. BEFORE UPDATE OF our columns, BEFORE DELETE and BEFORE TRUNCATE refuse early.
+AFTER UPDATE looks a second time: a host's own BEFORE trigger may have rewritten columns that are in no SET list. Its
+condition is as short as the first one's, for PostgreSQL reads it anew for each statement; the columns are compared in the
+function, and only of a record that was final. Two AFTER triggers refuse U+0000 in JSON, which no client could read by key;
+a CHECK would be evaluated at each UPDATE, whatever it sets. The function names nothing through the caller's ``search_path``
+and obeys no row policy; conditions and the wake function name their operators. The retention door is
+``SET LOCAL mljobs.retention = 'on'``; it opens DELETE only. See :mod:`mljobs.guards._retention`.
 
-SQLite: four triggers and a small table, ``<table>_guard``, with two rows. ``retention`` is the door for deletes: open
-it and close it in one transaction, and nobody else ever sees it open. ``replace`` answers a question that SQLite's
-triggers cannot ask: whether the statement that fired them says OR REPLACE, which deletes the old row without any
-delete trigger. The conflict policy of the outer statement applies to statements inside the trigger, so an insert that
-always collides there changes its row only under OR REPLACE. Hence the guard needs no pragma for a finished row's own key.
+SQLite: four triggers, an index and a small table, ``<table>_guard``, with two rows. ``retention`` is the door for deletes.
+``replace`` answers a question that SQLite's triggers cannot ask: whether the statement that fired them says OR REPLACE,
+which deletes the old row without any delete trigger. The conflict policy of the outer statement applies to statements inside
+the trigger, so an insert that always collides there changes its row only under OR REPLACE. Hence the guard needs no pragma
+for a finished row's own key. The index stores nothing (``WHERE 0``): incremental blob I/O fires no trigger, but cannot write
+to a column that any index names.
 
 Two more companions serve the operations:
 
@@ -45,6 +51,7 @@ TERMINAL_MESSAGE = "mljobs: record is in a terminal state"
 TRANSITION_MESSAGE = "mljobs: this state may not follow the present one"
 TERMINAL_CONSTRAINT = "mljobs_terminal_state"
 TRANSITION_CONSTRAINT = "mljobs_illegal_transition"
+NUL_CONSTRAINT = "mljobs_nul_in_json"
 
 GUARDED_COLUMNS = NAMES
 """The record. Columns that a host adds are its own, and stay writable after the job has finished."""
@@ -62,30 +69,65 @@ def without_parameters(condition: str) -> str:
 
 _FINISHED = listed(TERMINAL)
 _FINISHED_IN_STRING = _FINISHED.replace("'", "''")
-# What is illegal, not what is legal: PostgreSQL reads the condition anew for each statement, so a short one counts.
-# States that do not exist are the CHECK's affair.
-_ILLEGAL_EDGE = " OR ".join(
-    f"OLD.status = '{old}' AND NEW.status IN ({listed(illegal)})"
+# What is illegal, not what is legal: the shorter list. States that do not exist are the CHECK's affair.
+_ILLEGAL_EDGES = [
+    (old, illegal)
     for old, news in TRANSITIONS.items()
     if news and (illegal := [new for new in TRANSITIONS if new is not old and new not in news])
+]
+_ILLEGAL_EDGE = " OR ".join(f"OLD.status = '{old}' AND NEW.status IN ({listed(new)})" for old, new in _ILLEGAL_EDGES)
+
+
+def _one_of(column: str, tokens: Iterable[str]) -> str:
+    """Return PostgreSQL's condition that a column holds one of the tokens, by pg_catalog's own operator."""
+    first, *others = tokens
+    wanted = f"ANY (ARRAY[{listed([first, *others])}]::pg_catalog.text[])" if others else f"'{first}'"
+    return f"{column} OPERATOR(pg_catalog.=) {wanted}"
+
+
+_WAS_FINISHED = _one_of("OLD.status", TERMINAL)
+_ILLEGAL_STEP = " OR ".join(
+    f"{_one_of('OLD.status', [old])} AND {_one_of('NEW.status', new)}" for old, new in _ILLEGAL_EDGES
 )
+# Bitwise, which compares json too. Texts as varchar and json come last: a difference among the others is found at once.
+_RECORD = sorted(NAMES, key=lambda name: name in ("error_message", "spec_json", "metrics_json"))
+_SAME_RECORD = "ROW({})::record *= ROW({})::record".format(
+    *(", ".join(f"{row}.{name}" for name in _RECORD) for row in ("OLD", "NEW"))
+)
+_NUL = r"\u0000"
 
 _POSTGRES_FUNCTION = f"""\
-CREATE OR REPLACE FUNCTION {{function}}() RETURNS trigger LANGUAGE plpgsql AS $mljobs$
+CREATE OR REPLACE FUNCTION {{function}}() RETURNS trigger LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp SET row_security = off AS $mljobs$
 DECLARE
   finished boolean;
 BEGIN
   IF TG_OP = 'TRUNCATE' THEN
-    EXECUTE 'SELECT EXISTS (SELECT 1 FROM ' || TG_RELID::regclass
-      || ' WHERE status IN ({_FINISHED_IN_STRING}))' INTO finished;
+    IF current_setting('transaction_isolation') IN ('read committed', 'read uncommitted') THEN
+      EXECUTE 'SELECT EXISTS (SELECT 1 FROM ' || quote_ident(TG_TABLE_SCHEMA) || '.' || quote_ident(TG_TABLE_NAME)
+        || ' WHERE status IN ({_FINISHED_IN_STRING}))' INTO finished;
+    ELSE -- the snapshot may be older than what stands in the table
+      finished := pg_relation_size(TG_RELID) > 0;
+    END IF;
     IF finished THEN
       RAISE EXCEPTION '{TERMINAL_MESSAGE}' USING
         ERRCODE = '23000', CONSTRAINT = '{TERMINAL_CONSTRAINT}', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
-        HINT = 'TRUNCATE would remove finished records. Delete old ones through the retention door.';
+        DETAIL = 'action=truncate',
+        HINT = 'TRUNCATE would remove finished records. A test drops the table or rolls back; old records go by prune.';
     END IF;
     RETURN NULL;
-  END IF;
-  IF OLD.status IN ({_FINISHED}) THEN
+  ELSIF TG_NARGS = 1 THEN -- the backslash itself may be escaped
+    IF strpos(replace(CASE TG_ARGV[0] WHEN 'spec_json' THEN NEW.spec_json ELSE NEW.metrics_json END::text, '\\\\', ''),
+        '{_NUL}') > 0 THEN
+      RAISE EXCEPTION USING MESSAGE = 'mljobs: ' || TG_ARGV[0] || ' holds U+0000, which PostgreSQL cannot read by key',
+        ERRCODE = '23514', CONSTRAINT = '{NUL_CONSTRAINT}', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
+        COLUMN = TG_ARGV[0], DETAIL = 'id=' || NEW.id;
+    END IF;
+    RETURN NULL;
+  ELSIF OLD.status IN ({_FINISHED}) THEN
+    IF TG_WHEN = 'AFTER' AND {_SAME_RECORD} THEN
+      RETURN NULL;
+    END IF;
     RAISE EXCEPTION '{TERMINAL_MESSAGE}' USING
       ERRCODE = '23000', CONSTRAINT = '{TERMINAL_CONSTRAINT}', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
       DETAIL = 'id=' || OLD.id || ' status=' || OLD.status,
@@ -97,25 +139,41 @@ BEGIN
 END
 $mljobs$"""
 
+
+def _no_nul(column: str) -> str:
+    return f"""\
+CREATE TRIGGER {{{{nul_{column}}}}} AFTER INSERT OR UPDATE OF {column} ON {{{{table}}}} FOR EACH ROW
+WHEN (pg_catalog.strpos(NEW.{column}::pg_catalog.text, '{_NUL}') OPERATOR(pg_catalog.>) 0)
+EXECUTE FUNCTION {{{{function}}}}('{column}')""".format()
+
+
 # WHEN keeps the function call off the path of every legal write.
 _POSTGRES_CREATE = (
     _POSTGRES_FUNCTION,
     f"""\
 CREATE TRIGGER {{update}} BEFORE UPDATE OF {{columns}} ON {{table}} FOR EACH ROW
-WHEN (OLD.status IN ({_FINISHED}) OR ({_ILLEGAL_EDGE}))
+WHEN ({_WAS_FINISHED})
+EXECUTE FUNCTION {{function}}()""",
+    f"""\
+CREATE TRIGGER {{after}} AFTER UPDATE ON {{table}} FOR EACH ROW
+WHEN ({_WAS_FINISHED} OR {_ILLEGAL_STEP})
 EXECUTE FUNCTION {{function}}()""",
     f"""\
 CREATE TRIGGER {{delete}} BEFORE DELETE ON {{table}} FOR EACH ROW
-WHEN (OLD.status IN ({_FINISHED}) AND coalesce(current_setting('mljobs.retention', true), '') <> 'on')
+WHEN ({_WAS_FINISHED}
+  AND coalesce(pg_catalog.current_setting('mljobs.retention', true), '') OPERATOR(pg_catalog.<>) 'on')
 EXECUTE FUNCTION {{function}}()""",
     """\
 CREATE TRIGGER {truncate} BEFORE TRUNCATE ON {table} FOR EACH STATEMENT
 EXECUTE FUNCTION {function}()""",
+    _no_nul("spec_json"),
+    _no_nul("metrics_json"),
 )
 _POSTGRES_DROP = (
-    "DROP TRIGGER IF EXISTS {truncate} ON {table}",
-    "DROP TRIGGER IF EXISTS {delete} ON {table}",
-    "DROP TRIGGER IF EXISTS {update} ON {table}",
+    *(
+        f"DROP TRIGGER IF EXISTS {{{role}}} ON {{table}}"
+        for role in ("nul_metrics_json", "nul_spec_json", "truncate", "delete", "after", "update")
+    ),
     "DROP FUNCTION IF EXISTS {function}()",
 )
 
@@ -148,8 +206,10 @@ WHEN ({{moves}}) AND EXISTS (SELECT 1 FROM {{table_here}} WHERE ({{collides}}) A
 BEGIN
   SELECT RAISE(ABORT, '{TERMINAL_MESSAGE}');
 END""",
+    "CREATE INDEX IF NOT EXISTS {blobs} ON {table_here} ({columns}) WHERE 0",
 )
 _SQLITE_DROP = (
+    "DROP INDEX IF EXISTS {blobs}",
     "DROP TRIGGER IF EXISTS {key}",
     "DROP TRIGGER IF EXISTS {insert}",
     "DROP TRIGGER IF EXISTS {delete}",
@@ -167,13 +227,14 @@ _POSTGRES_CREATE_COMPANIONS = (
     f"""\
 CREATE OR REPLACE FUNCTION {{wake}}() RETURNS trigger LANGUAGE plpgsql AS $mljobs$
 DECLARE
-  sleepers integer := CASE TG_OP WHEN 'INSERT' THEN {WORKER_LOCK} ELSE {WATCHER_LOCK} END;
-  of_table integer := (TG_RELID::bigint & 2147483647)::integer;
+  sleepers pg_catalog.int4 := CASE WHEN TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN {WORKER_LOCK} ELSE {WATCHER_LOCK} END;
+  of_table pg_catalog.int4 := (TG_RELID::pg_catalog.int8 OPERATOR(pg_catalog.&) 2147483647)::pg_catalog.int4;
 BEGIN
-  IF pg_try_advisory_lock(sleepers, of_table) THEN
-    PERFORM pg_advisory_unlock(sleepers, of_table);
+  IF pg_catalog.pg_try_advisory_lock(sleepers, of_table) THEN
+    PERFORM pg_catalog.pg_advisory_unlock(sleepers, of_table);
   ELSE
-    PERFORM pg_notify('{WAKE_CHANNEL}', lower(TG_OP) || ' ' || TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME);
+    PERFORM pg_catalog.pg_notify(
+      '{WAKE_CHANNEL}', pg_catalog.concat(pg_catalog.lower(TG_OP), ' ', TG_TABLE_SCHEMA, '.', TG_TABLE_NAME));
   END IF;
   RETURN NULL;
 END
@@ -236,7 +297,7 @@ _TEXTS = {
 }
 
 _TRIGGERS = (
-    "update", "delete", "truncate", "insert", "key",
+    "update", "after", "delete", "truncate", "nul_spec_json", "nul_metrics_json", "insert", "key",
     "wake_insert", "wake_update", "count_insert", "count_update", "count_delete",
 )  # fmt: skip
 
@@ -244,7 +305,7 @@ _TRIGGERS = (
 IDENTIFIER_MAX = 63
 """PostgreSQL's limit for a name, in bytes."""
 
-GUARD_ROLES = ("update", "delete", "truncate", "insert", "key")
+GUARD_ROLES = ("update", "after", "delete", "truncate", "nul_spec_json", "nul_metrics_json", "insert", "key")
 """What the triggers of ring 3 refuse, on one database or the other."""
 
 
@@ -253,7 +314,14 @@ def companion_names(table: str) -> dict[str, str]:
     ends = {role: f"guard_{role}" for role in GUARD_ROLES} | {
         role: role for role in _TRIGGERS if role not in GUARD_ROLES
     }
-    ends |= {"function": "guard", "door": "guard", "wake": "wake", "counts": "counts", "statistics": "kind_status"}
+    ends |= {
+        "blobs": "guard_blobs",
+        "function": "guard",
+        "door": "guard",
+        "wake": "wake",
+        "counts": "counts",
+        "statistics": "kind_status",
+    }
     return {role: short_name(f"{table}_{end}") for role, end in ends.items()}
 
 
@@ -294,7 +362,7 @@ def _render(element: CompanionDDL, compiler: DDLCompiler, **_: object) -> str:
     here = {f"{role}_here": names[role] for role in ("door", "counts")} | {"table_here": preparer.quote(table.name)}
     # SQLite: the schema goes before a trigger's name and nowhere else. PostgreSQL: before everything but that name.
     sqlite = compiler.dialect.name == "sqlite"
-    for role in _TRIGGERS:
+    for role in (*_TRIGGERS, "blobs"):
         names[role] = f"{prefix if sqlite else ''}{names[role]}"
     for role in ("function", "door", "wake", "counts", "statistics"):
         names[role] = f"{prefix}{names[role]}"

@@ -186,12 +186,23 @@ def install_overview(jobs: Table, leases: Table, name: str) -> None:
     """Create the view with the tables and drop it with them, where a host uses ``metadata.create_all``."""
     jobs.info[_INFO] = leases.info[_INFO] = Overview(name, jobs, leases)
 
-    @event.listens_for(leases, "after_create")
-    def create(_table: Table, connection: Connection, **_: object) -> None:
-        for statement in overview_ddl(jobs, connection.dialect.name):
+    # The listeners go with a copy by Table.to_metadata, whose view reads the copies.
+    @event.listens_for(leases, "after_create", propagate=True)
+    def create(created: Table, connection: Connection, **_: object) -> None:
+        for statement in view_ddl(_overview_beside(created), connection.dialect.name):
             connection.execute(statement)
 
-    @event.listens_for(leases, "before_drop")
-    def drop(_table: Table, connection: Connection, **_: object) -> None:
-        for statement in overview_ddl(jobs, connection.dialect.name, create=False):
+    @event.listens_for(leases, "before_drop", propagate=True)
+    def drop(dropped: Table, connection: Connection, **_: object) -> None:
+        for statement in view_ddl(_overview_beside(dropped), connection.dialect.name, create=False):
             connection.execute(statement)
+
+
+def _overview_beside(leases: Table) -> Overview:
+    """Return the view beside a table of leases: of a copy the one that reads the copy of the job table."""
+    known: Overview = leases.info[_INFO]
+    jobs = next((key.column.table for key in leases.foreign_keys), None)
+    if known.leases is leases or jobs is None:
+        return known
+    jobs.info[_INFO] = leases.info[_INFO] = copied = Overview(known.name, jobs, leases)
+    return copied

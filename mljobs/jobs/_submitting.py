@@ -23,7 +23,7 @@ from mljobs.db._prepared import Prepared
 from mljobs.db._rows import insert_rows
 from mljobs.errors import InvalidValueError, JobExistsError
 from mljobs.guards._companions import qualified_name
-from mljobs.guards._hooks import second_record
+from mljobs.guards._errors import duplicate_id_error
 from mljobs.jobs._base import (
     Bind,
     Model,
@@ -174,7 +174,7 @@ def _naming_seconds(job_id: UUID | None = None) -> Iterator[None]:
     try:
         yield
     except IntegrityError as error:
-        second = second_record(error)
+        second = duplicate_id_error(error)
         if second is None:
             raise
         raise JobExistsError(second.job_id or job_id) from error
@@ -236,7 +236,7 @@ def _add_row(connection: Connection, model: Model, row: tuple[Any, ...]) -> MlJo
     try:
         _insertion(model).rows(connection, values)
     except IntegrityError as error:  # _naming_seconds, without its cost
-        if second_record(error) is None:
+        if duplicate_id_error(error) is None:
             raise
         raise JobExistsError(values["id"]) from error
     detached: MlJob = record(model, row)

@@ -36,7 +36,7 @@ from mljobs import events
 from mljobs._values import to_member, to_utc, utc_now
 from mljobs.db._prepared import Prepared
 from mljobs.errors import InvalidValueError, MlJobsError
-from mljobs.guards._hooks import set_retention_door
+from mljobs.guards._retention import open_door
 from mljobs.jobs._base import (
     Bind,
     Model,
@@ -176,7 +176,7 @@ def prune(
         session: The caller's session or connection.
         filter: A :class:`~mljobs.Filter`, or its text: only these.
         where: SQLAlchemy expressions of one's own beside it.
-        older_than: Finished longer ago than this, or before this time.
+        older_than: Finished longer ago than this, on PostgreSQL by the database's clock, or before this time.
         keep_last: Of each kind and target, keep so many of the latest finished.
         batch: How many to delete in one statement, 1 to 10,000.
         model: The mapped job class.
@@ -190,7 +190,7 @@ def prune(
         ProgrammingError: The role may not delete.
     """
     total, after = 0, None
-    limit = _limit_of(older_than)
+    limit = _limit_of(session, model, older_than)
     while True:
         done = prune_batch(
             session,
@@ -227,7 +227,7 @@ def prune_batch(
         session: The caller's session or connection.
         filter: A :class:`~mljobs.Filter`, or its text: only these.
         where: SQLAlchemy expressions of one's own beside it.
-        older_than: Finished longer ago than this, or before this time.
+        older_than: Finished longer ago than this, on PostgreSQL by the database's clock, or before this time.
         keep_last: Of each kind and target, keep so many of the latest finished.
         batch: How many to look at, 1 to 10,000.
         after: The ``cursor`` of the batch before.
@@ -237,7 +237,7 @@ def prune_batch(
     check_count("batch", batch, _BATCH_MAX)
     if isinstance(keep_last, bool) or not isinstance(keep_last, int) or keep_last < 0:
         raise InvalidValueError("keep_last", keep_last, "expected an int of at least 0")
-    limit = _limit_of(older_than)
+    limit = _limit_of(session, model, older_than)
     after = after or Cursor(ended=True)
     connection = connection_of(session, model)
     if not is_postgres(connection):
@@ -273,12 +273,12 @@ def prunable(
         session: The caller's session or connection.
         filter: A :class:`~mljobs.Filter`, or its text: only these.
         where: SQLAlchemy expressions of one's own beside it.
-        older_than: Finished longer ago than this, or before this time.
+        older_than: Finished longer ago than this, on PostgreSQL by the database's clock, or before this time.
         keep_last: Of each kind and target, keep so many of the latest finished.
         model: The mapped job class.
         **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
     """
-    table, limit, total = whole_table_of(model), _limit_of(older_than), 0
+    table, limit, total = whole_table_of(model), _limit_of(session, model, older_than), 0
     chosen = conditions(model, filter, where=where, **fields)
     for known, moment in ((True, table.c.finished_at), (False, table.c.created_at)):
         some = _prunable(model, moment, known, keep_last).where(moment < limit, *chosen).order_by(None).subquery()
@@ -412,13 +412,23 @@ def _rescue_statement(model: Model) -> Prepared:
     return Prepared(build)
 
 
-def _limit_of(older_than: timedelta | datetime) -> datetime:
-    if isinstance(older_than, timedelta):
-        try:
-            return utc_now() - older_than
-        except OverflowError as error:
-            raise InvalidValueError("older_than", older_than, "that is before the year 1") from error
-    return to_utc("older_than", older_than)
+def _limit_of(session: Bind, model: Model, older_than: timedelta | datetime) -> datetime:
+    """Return the time before which a job must have finished, on PostgreSQL by the database's clock."""
+    if not isinstance(older_than, timedelta):
+        return to_utc("older_than", older_than)
+    if older_than < timedelta(0):
+        raise InvalidValueError(
+            "older_than", older_than, "a span is not negative; timedelta(0) is all that has finished"
+        )
+    connection = connection_of(session, model)
+    now: datetime = utc_now()
+    if is_postgres(connection):
+        now = connection.execute(select(now_of("postgresql"))).scalar_one()
+    try:
+        # What finished in this very millisecond has finished no less than 0 ago.
+        return to_utc("older_than", now - older_than) + timedelta(milliseconds=1)
+    except OverflowError as error:
+        raise InvalidValueError("older_than", older_than, "that is before the year 1") from error
 
 
 def _prunable(model: Model, moment: Any, known: bool, keep_last: int) -> Select[Any]:  # noqa: FBT001 - private
@@ -456,10 +466,9 @@ def _delete_finished(session: Bind, connection: Connection, model: Model, ids: S
         connection.execute(delete(table).where(table.c.id.in_(part)))
         deleted.extend(part)
 
-    set_retention_door(connection, table, opened=True)
-    for _ in _one_bad_row_stops_nothing(connection, ids, sweep):
-        pass
-    set_retention_door(connection, table, opened=False)
+    with open_door(connection, table):
+        for _ in _one_bad_row_stops_nothing(connection, ids, sweep):
+            pass
     if isinstance(session, Session):
         mapper = inspect(model)
         for job_id in deleted:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import is_dataclass
 from enum import StrEnum
 from inspect import get_annotations
 from typing import Any
 
-from sqlalchemy import Column, Table
+from sqlalchemy import Column, Table, UniqueConstraint
 from sqlalchemy.orm import MappedAsDataclass, MappedColumn, Mapper
 
 from mljobs._values import storable_text
 from mljobs.errors import InvalidValueError, ModelError
 from mljobs.guards._companions import GUARDED_COLUMNS
+from mljobs.states import ACTIVE, TERMINAL
 from mljobs.types import TokenType
 
 KIND_LENGTH = 32
@@ -154,10 +155,66 @@ def check_mapping(cls: type[Any], mapper: Mapper[Any], columns: Mapping[str, Any
             cls,
             f"its primary key is ({', '.join(key)}), but leases refer to id alone: make the others columns and index them",
         )
+    check_table(cls, table)
     hidden = [name for name in _RESERVED if mapper.has_property(name)]
     if hidden:
         raise ModelError(cls, f"its attribute {hidden[0]} would hide the record's own: give it another name")
     _check_kind(cls, table.c.kind.type)
+
+
+def check_table(cls: type[Any], table: Table) -> None:
+    """Check that a job table can be guarded on either database.
+
+    Raises:
+        ModelError: A finished record could be replaced or removed without any trigger.
+    """
+    for option in ("partition_by", "inherits"):
+        if table.dialect_options["postgresql"].get(option):
+            raise ModelError(
+                cls,
+                f"its table says postgresql_{option}: PostgreSQL guards each part by itself, and one that is truncated or "
+                "detached loses finished records; archive old ones by an export and prune",
+            )
+    if table.dialect_options["sqlite"]["with_rowid"]:
+        aliases = [column.name for column in table.c if column.name.lower() in _ROWID_NAMES]
+        if aliases:
+            raise ModelError(
+                cls,
+                f"its column {aliases[0]} hides SQLite's own rowid, by which rows are replaced: give it another name",
+            )
+    for part in (*table.columns, *table.constraints):
+        for name, action in part.dialect_options["sqlite"].items():
+            if name.startswith("on_conflict") and str(action).upper() == "REPLACE":
+                raise ModelError(
+                    cls,
+                    f"{part} says sqlite_{name}={action!r}, which deletes the other record without any trigger: "
+                    "write an upsert with ON CONFLICT DO UPDATE where you want one",
+                )
+    for key in _unique_keys(table):
+        ours = [name for name in key if name in GUARDED_COLUMNS]
+        if ours and ours != ["id"]:
+            raise ModelError(
+                cls,
+                f"its unique key ({', '.join(key)}) names {ours[0]}, so INSERT OR REPLACE of SQLite takes a finished one "  # noqa: S608 - a message
+                "with the same values away without any trigger; a key of live jobs may be unique: Index(..., unique=True, "
+                "postgresql_where=text(\"status IN ('queued', 'running')\"), sqlite_where=the same)",
+            )
+
+
+_ROWID_NAMES = frozenset({"rowid", "oid", "_rowid_"})
+_FINAL = re.compile("|".join(TERMINAL))
+_LIVE = re.compile("|".join(ACTIVE))
+
+
+def _unique_keys(table: Table) -> Iterator[list[str]]:
+    """Yield the columns of each UNIQUE that may hold for finished records."""
+    for constraint in table.constraints:
+        if isinstance(constraint, UniqueConstraint):
+            yield [column.name for column in constraint.columns]
+    for index in table.indexes:
+        where = str(index.dialect_options["sqlite"]["where"])
+        if index.unique and not (_LIVE.search(where) and not _FINAL.search(where)):
+            yield [column.name for column in index.columns]
 
 
 def _check_kind(cls: type[Any], kind: TokenType) -> None:

@@ -24,7 +24,7 @@ from mljobs.guards._hooks import install_hooks, install_triggers, is_expression,
 from mljobs.guards._overview import install_overview
 from mljobs.record import _kv as kv
 from mljobs.record._columns import TYPES, column
-from mljobs.record._declaring import check_body, check_dataclass, check_lease_name, check_mapping
+from mljobs.record._declaring import check_body, check_dataclass, check_lease_name, check_mapping, check_table
 from mljobs.record._sql import epoch_millis, first_line_of, json_number
 from mljobs.record._table import add_checks_and_indexes, lease_table
 from mljobs.record._values import (
@@ -445,6 +445,8 @@ def _add_companions(mapper: Mapper[Any], cls: type[MlJobMixin]) -> None:
     check_lease_name(cls, lease_name, table.schema, table.metadata.tables)
     add_checks_and_indexes(table, kinds)
     cls.__leases__ = table.info["mljobs"] = lease_table(table, lease_name)
+    # Once more when the table is made, for what a host has added to it since.
+    sa.event.listen(table, "before_create", lambda created, *_, **__: check_table(cls, created), propagate=True)
     install_triggers(table)
     if cls.__overview_name__ is not None:
         install_overview(table, cls.__leases__, cls.__overview_name__)

@@ -8,12 +8,13 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.sql.elements import conv
 
-from mljobs._fields import NAMES
-from mljobs._values import MAX_PROGRESS
+from mljobs._fields import FIELDS, NAMES, Field
+from mljobs._values import MAX_MS, MAX_PROGRESS
 from mljobs.guards._companions import listed, short_name, without_parameters
+from mljobs.guards._errors import exclusive_index
 from mljobs.guards._hooks import install_triggers
 from mljobs.states import ACTIVE, MlJobStatus
-from mljobs.types import JobId, SqliteCheck, UtcMillis
+from mljobs.types import JobId, PostgresCheck, SqliteCheck, UtcMillis
 
 
 def add_checks_and_indexes(table: sa.Table, kinds: type[StrEnum]) -> None:
@@ -45,17 +46,54 @@ def _checks(table: sa.Table, kinds: type[StrEnum]) -> list[sa.CheckConstraint]:
     def check(suffix: str, condition: str, kind: type[sa.CheckConstraint] = sa.CheckConstraint) -> sa.CheckConstraint:
         return kind(sa.text(without_parameters(condition)), name=_name("ck", table, suffix))
 
-    hex_digits = "length(id) = 32 AND id NOT GLOB '*[^0-9a-f]*'"
     return [
         check("kind", f"kind IN ({listed(kinds)})"),
         check("status", f"status IN ({listed(MlJobStatus)})"),
         check("progress", f"progress BETWEEN 0 AND {MAX_PROGRESS}"),
         check("lease", f"lease IS NULL OR status = '{MlJobStatus.RUNNING}'"),
-        # PostgreSQL's uuid and json types check these themselves.
-        check("id", hex_digits, SqliteCheck),
-        check("spec_json", "json_valid(spec_json)", SqliteCheck),
-        check("metrics_json", "metrics_json IS NULL OR json_valid(metrics_json)", SqliteCheck),
+        check("attempts", "attempts >= 0"),
+        # Neither infinity nor a year of five digits: no driver can read them. As short as can be, for PostgreSQL reads the
+        # text of a CHECK anew for each statement.
+        check("times", _POSTGRES_TIMES, PostgresCheck),
+        # PostgreSQL's types check these themselves.
+        check("times", " AND ".join(_time_in_range(name) for name in _TIMES), SqliteCheck),
+        check("id", _hex_digits("id"), SqliteCheck),
+        check("retry_of", f"retry_of IS NULL OR {_hex_digits('retry_of')}", SqliteCheck),
+        check("texts", " AND ".join(f"typeof({name}) IN ('text', 'null')" for name in _TEXTS), SqliteCheck),
+        check("numbers", " AND ".join(map(_number_in_range, _NUMBERS)), SqliteCheck),
+        check("spec_json", _readable_json("spec_json"), SqliteCheck),
+        check("metrics_json", f"metrics_json IS NULL OR {_readable_json('metrics_json')}", SqliteCheck),
     ]
+
+
+_TIMES = [field.name for field in FIELDS if field.form == "time"]
+_TEXTS = [field.name for field in FIELDS if field.form == "text"]
+_NUMBERS = [field for field in FIELDS if field.form in ("small", "big", "flag")]
+_POSTGRES_TIMES = (
+    f"least({', '.join(_TIMES)}) >= '1970-01-01 UTC' AND greatest({', '.join(_TIMES)}) < '10000-01-01 UTC'"
+)
+
+
+def _time_in_range(name: str) -> str:
+    return f"({name} IS NULL OR typeof({name}) = 'integer' AND {name} BETWEEN 0 AND {MAX_MS})"
+
+
+def _number_in_range(field: Field) -> str:
+    name = f'"{field.name}"' if field.form == "flag" else field.name
+    limits = (0, 1) if field.form == "flag" else field.limits
+    known = f"typeof({name}) = 'integer'" + (f" AND {name} BETWEEN {limits[0]} AND {limits[1]}" if limits else "")
+    return f"({name} IS NULL OR {known})" if field.nullable else known
+
+
+def _hex_digits(name: str) -> str:
+    return f"typeof({name}) = 'text' AND length({name}) = 32 AND {name} NOT GLOB '*[^0-9a-f]*'"
+
+
+def _readable_json(name: str) -> str:
+    """Return SQLite's condition that a text is JSON, and that no client fails of a U+0000 in it, escaped or not."""
+    escape = r"\u0000"
+    no_nul = f"instr({name}, '{escape}') = 0 OR instr(replace({name}, '\\\\', ''), '{escape}') = 0"
+    return f"typeof({name}) = 'text' AND json_valid({name}) AND instr({name}, char(0)) = 0 AND ({no_nul})"
 
 
 def _add_indexes(table: sa.Table) -> None:
@@ -88,6 +126,16 @@ def _add_indexes(table: sa.Table) -> None:
     index("target", columns.target_name, columns.created_at, columns.id)
     index("failed", columns.created_at, columns.id, where=f"status = '{MlJobStatus.FAILED}'")
     index("retries", columns.retry_of, where="retry_of IS NOT NULL")
+    # The second column is always true here: it tells SQLite's message from that of a host's own index on the target.
+    running = sa.text(f"\"exclusive\" AND status = '{MlJobStatus.RUNNING}'")
+    sa.Index(
+        conv(exclusive_index(table.name)),
+        columns.target_name,
+        columns.exclusive,
+        unique=True,
+        postgresql_where=running,
+        sqlite_where=running,
+    )
 
 
 def lease_table(jobs: sa.Table, name: str) -> sa.Table:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from enum import StrEnum
 from typing import Any
 
 from mljobs._fields import BY_NAME, FIELDS
-from mljobs._values import EPOCH, storable_text, to_job_id, to_member, to_utc
+from mljobs._values import EPOCH, MAX_MS, from_millis, storable_text, to_job_id, to_member, to_utc
 from mljobs.errors import InvalidValueError
 from mljobs.states import MlJobStatus
 
@@ -91,7 +92,15 @@ def check_time(field: str, value: Any) -> Any:
     moment = to_utc(field, value)
     if moment < EPOCH:
         raise InvalidValueError(field, value, "times start at 1970-01-01 UTC, epoch milliseconds are not negative")
+    if field == "run_after" and moment > _LATEST_RUN_AFTER:
+        raise InvalidValueError(
+            field, value, f"expected {_LATEST_RUN_AFTER:%Y-%m-%d} at the latest, which every zone can read"
+        )
     return moment
+
+
+_LATEST_RUN_AFTER = from_millis(MAX_MS) - timedelta(days=1)
+"""Within a day of the year 10000 a server east of UTC writes a date that no driver reads."""
 
 
 def error_text(error: object) -> str:

@@ -19,6 +19,7 @@ from sqlalchemy.pool import StaticPool
 from mljobs.errors import InvalidValueError, SchemaError
 from mljobs.guards._companions import GUARD_ROLES, companion_names, quoted, schema_of
 from mljobs.guards._overview import overview_of
+from mljobs.schema._hazards import hazards
 
 if TYPE_CHECKING:
     from sqlalchemy import Inspector, MetaData, Table
@@ -62,6 +63,10 @@ def differences(connection: Connection, metadata: MetaData) -> list[str]:
                     problems.append(f"{subject} is missing")
             elif not _same(kind, have, definition):
                 problems.append(f"{subject} {_difference(have, definition)}")
+        if "mljobs" in table.info and inspect(connection).has_table(
+            table.info["mljobs"].name, schema=schema_of(connection, table.info["mljobs"])
+        ):
+            problems += hazards(connection, table)
     return problems
 
 
@@ -187,19 +192,22 @@ def _same(kind: str, have: str | None, wanted: str) -> bool:
 
 _WITH_CONDITIONS = frozenset({"check", "index", "trigger", "view"})
 _CAST = re.compile(r"::(?:character varying|text)(?:\[\])?")
-_NEEDLESS = re.compile(r"""(?<![\w"])\(((?:'(?:[^']|'')*'|\w+|ARRAY\[[^\]]*\]))\)""")
+_NEEDLESS = re.compile(r"""(?<![\w"])\((\w+|ARRAY\[[^\]]*\])\)""")
+_LITERAL = re.compile(r"'(?:[^']|'')*'")
+_PLACE = "literal_"
 
 
-def _as_first_written(definition: str) -> str:
+def _as_first_written(definition: str) -> tuple[str, list[str]]:
     """Return a condition without the casts between texts that PostgreSQL adds, and the brackets that these need.
 
     What the server writes out for ``kind IN ('a', 'b')`` reads back as another tree: a database that was dumped and
-    restored has the casts elsewhere.
+    restored has the casts elsewhere. Literals are compared apart, as they are: a cast inside one is no cast.
     """
-    bare = _CAST.sub("", definition)
+    literals = _LITERAL.findall(definition)
+    bare = _CAST.sub("", _LITERAL.sub(_PLACE, definition))
     while bare != (fewer := _NEEDLESS.sub(r"\1", bare)):
         bare = fewer
-    return bare
+    return bare, literals
 
 
 def _difference(have: str, wanted: str) -> str:
@@ -273,8 +281,7 @@ def _read_sqlite(connection: Connection, read: Table, schema: str | None) -> _Fo
     found: _Found = {}
 
     def add(kind: str, name: str, definition: object) -> None:
-        # SQLite writes names in quotes after a rename: they say nothing.
-        found[kind, name] = _on_one_line(definition).replace('"', "")
+        found[kind, name] = _without_needless_quotes(str(definition))
 
     for _, name, kind, notnull, default, key in connection.exec_driver_sql(
         f"PRAGMA {prefix}table_info({quote(table)})"
@@ -296,6 +303,21 @@ def _read_sqlite(connection: Connection, read: Table, schema: str | None) -> _Fo
     return found
 
 
+def _without_needless_quotes(definition: str) -> str:
+    """Return SQL on one line, without the quotes around names that SQLite writes after a rename; literals as they are."""
+    parts = _QUOTED.split(definition)
+    for at, part in enumerate(parts):
+        if not at % 2:
+            parts[at] = re.sub(r"\s+", " ", part)
+        elif _PLAIN_NAME.fullmatch(part):
+            parts[at] = part.strip('"')
+    return "".join(parts).strip()
+
+
+_QUOTED = re.compile(r"""('(?:[^']|'')*'|"(?:[^"]|"")*")""")
+_PLAIN_NAME = re.compile(r'"\w[\w ]*"')
+
+
 def _view_of(table: Table) -> str:
     """Return the name of the view that is compared with this table: the leases', which come last; none is empty."""
     overview = overview_of(table)
@@ -314,7 +336,7 @@ def _read_sqlite_master(
     )
     for kind, name, sql in connection.exec_driver_sql(statement, (table, table, *row_columns)).all():
         if kind != "table":
-            add(kind, name, sql)
+            add("blob index" if name == names["blobs"] else kind, name, sql)
         elif name in row_columns:
             add("companion", name, sql)
             quoted = prefix + connection.dialect.identifier_preparer.quote(name)
@@ -364,8 +386,10 @@ FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid WHERE i.indrelid = :tabl
 ORDER BY c.relname""")
 _TRIGGERS = text("""\
 SELECT t.tgname, pg_get_triggerdef(t.oid), CASE WHEN t.tgenabled IN ('O', 'A') THEN 'enabled' ELSE 'disabled' END,
-  p.proname, p.prosrc
-FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid WHERE t.tgrelid = :table AND NOT t.tgisinternal
+  p.proname, p.prosrc, concat_ws(' ', l.lanname, p.provolatile, CASE WHEN p.prosecdef THEN 'SECURITY DEFINER' END,
+    p.proconfig::text)
+FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid JOIN pg_language l ON l.oid = p.prolang
+WHERE t.tgrelid = :table AND NOT t.tgisinternal
 ORDER BY t.tgname""")
 # In the schema of the table, wherever that is. With the options, for one decides whose rights it reads with.
 _VIEW = text("""\
@@ -398,10 +422,11 @@ def _read_postgresql(connection: Connection, read: Table, schema: str | None) ->
         add(kind, constraint, definition)
     for index, definition in connection.execute(_INDEXES, values):
         add("index", index, definition)
-    for trigger, definition, state, function, body in connection.execute(_TRIGGERS, values):
+    for trigger, definition, state, function, body, attributes in connection.execute(_TRIGGERS, values):
         add("trigger", trigger, definition)
         add("state of trigger", trigger, state)
         add("function", function, body)
+        add("attributes of function", function, attributes)
     for statistics, definition in connection.execute(_STATISTICS, values):
         add("statistics", statistics, definition)
     for view, definition in connection.execute(_VIEW, {**values, "view": _view_of(read)}):

@@ -53,7 +53,7 @@ def upgrade(target: Target, revision: str = "head") -> None:
 
     Raises:
         SchemaError: The database is newer than this version of mljobs, has the tables from elsewhere, or is older than
-            PostgreSQL 12 or SQLite 3.35; or no such revision.
+            PostgreSQL 12 or SQLite 3.35; or has lost the tables; or no such revision.
         InvalidValueError: ``target`` is no database that mljobs knows, or a connection in AUTOCOMMIT.
     """
     with _connected(target) as connection, migrating(connection):
@@ -62,6 +62,13 @@ def upgrade(target: Target, revision: str = "head") -> None:
             raise SchemaError(
                 f"table ml_jobs exists, but {VERSION_TABLE} names no version; if metadata.create_all made it, say so "
                 "with mljobs.schema.stamp; if your own Alembic did, upgrade there"
+            )
+        before = current(connection)
+        missing = [name for name in _TABLES if not inspect(connection).has_table(name)] if before else []
+        if missing:
+            raise SchemaError(
+                f"{VERSION_TABLE} says that the schema is at {before}, but table {missing[0]} is missing: if it was dropped "
+                "on purpose, by drop_all say, drop what is left, mljobs.schema.stamp(target, 'base') and upgrade again"
             )
         _run(command.upgrade, connection, revision)
 

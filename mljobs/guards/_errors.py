@@ -1,0 +1,192 @@
+"""From what a driver raises to our own errors, by the name of the constraint, in one place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+from weakref import ref
+
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+
+from mljobs.errors import (
+    TRUNCATED,
+    InvalidTransitionError,
+    JobExistsError,
+    MlJobsError,
+    TargetLockedError,
+    TerminalStateError,
+)
+from mljobs.guards._companions import (
+    TERMINAL_CONSTRAINT,
+    TERMINAL_MESSAGE,
+    TRANSITION_CONSTRAINT,
+    TRANSITION_MESSAGE,
+    short_name,
+)
+from mljobs.states import MlJobStatus
+
+if TYPE_CHECKING:
+    from sqlalchemy import Table
+    from sqlalchemy.engine import ExceptionContext
+
+_job_tables: list[ref[Table]] = []
+
+
+def remember_table(table: Table) -> None:
+    """Let errors about this job table be told apart from those about a host's."""
+    if not any(known() is table for known in [*_job_tables]):
+        _job_tables.append(ref(table, _job_tables.remove))
+
+
+def _known_tables() -> list[Table]:
+    # A copy first: other threads define classes meanwhile, and iterating over a WeakSet would then fail.
+    return [table for known in [*_job_tables] if (table := known()) is not None]
+
+
+def exclusive_index(table_name: str) -> str:
+    """Return the name of the unique index on the targets of running exclusive jobs."""
+    return short_name(f"uq_{table_name}_exclusive")
+
+
+def translate_error(error: BaseException | None) -> MlJobsError | None:
+    """Return our error for what a driver raised when ring 3 refused a write; ``None`` for any other error.
+
+    For hosts that work on a raw DBAPI connection; engines are translated without being asked.
+
+    Args:
+        error: An exception of psycopg, asyncpg, sqlite3 or aiosqlite, or SQLAlchemy's wrapper around one.
+    """
+    for seen in _causes(error):
+        constraint, detail = _diagnosis(seen)
+        fields = dict(part.partition("=")[::2] for part in (detail or "").split())
+        job_id = UUID(fields["id"]) if "id" in fields else None
+        status = MlJobStatus(fields["status"]) if "status" in fields else None
+        if constraint == TERMINAL_CONSTRAINT:
+            if fields.get("action") == "truncate":
+                return TerminalStateError(action=TRUNCATED)
+            return TerminalStateError(job_id, status)
+        if constraint == TRANSITION_CONSTRAINT:
+            wanted = fields.get("wanted")
+            known = MlJobStatus(wanted) if wanted in MlJobStatus.tokens() else None
+            return InvalidTransitionError(job_id, status, known)
+        if _is_second_holder(seen):
+            return TargetLockedError(None)
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, and what SQLAlchemy or a driver's facade has wrapped in it."""
+    while error is not None:
+        yield error
+        error = getattr(error, "orig", None) or error.__cause__
+
+
+def _source(error: BaseException, name: str) -> str | None:
+    """Return a field of PostgreSQL's report: psycopg keeps them on ``.diag``, asyncpg on the error."""
+    found: str | None = getattr(getattr(error, "diag", error), name, None)
+    return found
+
+
+def _diagnosis(error: BaseException) -> tuple[str | None, str | None]:
+    """Return the constraint that a driver's error names, and its detail."""
+    constraint = _source(error, "constraint_name")
+    if constraint in _CONSTRAINTS:
+        return constraint, _detail(error)
+    message = error.args[0] if error.args else None
+    return (_SQLITE_MESSAGES.get(message), None) if isinstance(message, str) else (None, None)
+
+
+def _detail(error: BaseException) -> str | None:
+    return _source(error, "message_detail") or _source(error, "detail")
+
+
+def _is_second_holder(error: BaseException) -> bool:
+    """Whether a second exclusive job was to run on one target."""
+    if getattr(error, "sqlstate", None) == _UNIQUE_VIOLATION:
+        table, constraint = _source(error, "table_name"), _source(error, "constraint_name")
+        return any(table == known.name and constraint == exclusive_index(known.name) for known in _known_tables())
+    columns = _sqlite_unique(error)
+    return columns is not None and columns in {
+        f"{table.name}.target_name, {table.name}.exclusive" for table in _known_tables()
+    }
+
+
+def _sqlite_unique(error: BaseException) -> str | None:
+    """Return the columns that SQLite names for a key that is there already."""
+    message = error.args[0] if error.args else None
+    if not isinstance(message, str) or not message.startswith(_SQLITE_UNIQUE):
+        return None
+    return message.removeprefix(_SQLITE_UNIQUE)
+
+
+def duplicate_id_error(error: BaseException | None) -> JobExistsError | None:
+    """Return our error for a record whose id is there already; ``None`` for any other error.
+
+    Only the operations ask. Everywhere else it stays an ``IntegrityError``, which hosts and their tools know.
+
+    Args:
+        error: What SQLAlchemy or a driver raised.
+    """
+    for seen in _causes(error):
+        if _is_second(seen):
+            found = _KEY_VALUE.search(_detail(seen) or "")
+            return JobExistsError(UUID(found[1]) if found else None)
+    return None
+
+
+def _is_second(error: BaseException) -> bool:
+    """Whether an id was to be there twice in a job table, as a driver tells it."""
+    if getattr(error, "sqlstate", None) == _UNIQUE_VIOLATION:
+        return any(
+            table.name == _source(error, "table_name")
+            # PostgreSQL says the value to whoever may read the table; the words are of the server's language.
+            and (
+                _KEY_VALUE.search(_detail(error) or "") is not None
+                or _source(error, "constraint_name") in {table.primary_key.name, f"{table.name}_pkey"}
+            )
+            for table in _known_tables()
+        )
+    return _sqlite_unique(error) in {f"{table.name}.id" for table in _known_tables()}
+
+
+_UNIQUE_VIOLATION = "23505"
+_KEY_VALUE = re.compile(r"\(id\)=\(([0-9a-f-]{36})\)")
+_SQLITE_UNIQUE = "UNIQUE constraint failed: "
+_LOST_STATEMENT = ("26000", "42P05")  # a prepared statement that is not there, or is there already
+_POOLER = (
+    "mljobs: is this a pooler in transaction mode? Prepared statements do not survive there: with psycopg give the engine "
+    'connect_args={"prepare_threshold": None}; asyncpg needs PgBouncer 1.21 or later with max_prepared_statements. '
+    "See docs/pgbouncer.md."
+)
+_UNDEFINED_TABLE = "42P01"
+_SQLITE_UNDEFINED = "no such table: "
+_NO_TABLE = "mljobs: there is no table {}: run `mljobs upgrade`, or your own migrations"
+_CONSTRAINTS = frozenset({TERMINAL_CONSTRAINT, TRANSITION_CONSTRAINT})
+_SQLITE_MESSAGES = {TERMINAL_MESSAGE: TERMINAL_CONSTRAINT, TRANSITION_MESSAGE: TRANSITION_CONSTRAINT}
+
+
+@event.listens_for(Engine, "handle_error")
+def _translate(context: ExceptionContext) -> MlJobsError | None:
+    error = context.sqlalchemy_exception
+    if error is not None and getattr(context.original_exception, "sqlstate", None) in _LOST_STATEMENT:
+        error.add_note(_POOLER)
+    if error is not None and (missing := _missing_table(context.original_exception)):
+        error.add_note(_NO_TABLE.format(missing))
+    return translate_error(context.original_exception)
+
+
+def _missing_table(error: BaseException) -> str | None:
+    """Return the job table, or the table of leases, that a driver says is not there."""
+    if getattr(error, "sqlstate", None) != _UNDEFINED_TABLE and not str(error).startswith(_SQLITE_UNDEFINED):
+        return None
+    told = str(error).partition("\n")[0]
+    names = (name for table in _known_tables() for name in _beside(table))
+    return next((name for name in names if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", told)), None)
+
+
+def _beside(table: Table) -> tuple[str, ...]:
+    leases: Any = table.info.get("mljobs")
+    return (table.name,) if leases is None else (table.name, leases.name)

@@ -1,0 +1,130 @@
+"""What stands beside a job table and lets a finished record change although every part of the guard is as it should be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from sqlalchemy import Connection, Table, text
+
+from mljobs._fields import NAMES
+from mljobs.guards._companions import qualified_name, schema_of
+from mljobs.states import TERMINAL
+
+_FINAL = re.compile("|".join(TERMINAL))
+
+
+def hazards(connection: Connection, jobs: Table) -> Iterator[str]:
+    """Yield one sentence for each thing that undermines the guard of a job table, or the tokens of its leases.
+
+    Args:
+        connection: Where to look.
+        jobs: The job table, which is there.
+    """
+    if connection.dialect.name == "postgresql":
+        yield from _of_postgresql(connection, jobs)
+    else:
+        yield from _of_sqlite(connection, jobs)
+    leases: Table = jobs.info["mljobs"]
+    given = _highest_token(connection, jobs, leases)
+    last = _last_token(connection, leases)
+    if last is not None and given > last:
+        yield (
+            f"the numbering of {leases.name}.token stands at {last}, but token {given} was given out: old tokens would come "
+            "back, and with them the writes of workers that are gone"
+        )
+
+
+# -------------------------------------------------------------------------------------------------------- PostgreSQL
+
+_RULES = text(
+    "SELECT rulename FROM pg_rewrite WHERE ev_class = to_regclass(:name) AND rulename <> '_RETURN' ORDER BY 1"
+)
+_CHILDREN = text("""\
+SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = to_regclass(:name) ORDER BY 1""")
+_KIND = text("SELECT relkind = 'p', relpersistence = 'u' FROM pg_class WHERE oid = to_regclass(:name)")
+_SETTINGS = text("""\
+SELECT coalesce('role ' || quote_ident(r.rolname), 'database ' || quote_ident(current_database())), setting
+FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole, unnest(s.setconfig) AS setting
+WHERE s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
+  AND lower(setting) ~ '^(mljobs\\.retention=(on|1|true|yes)|session_replication_role=(replica|local))$'
+ORDER BY 1, 2""")
+_SESSION = text("""\
+SELECT current_setting('session_replication_role'), coalesce(current_setting('mljobs.retention', true), '')""")
+# NULL where this role may not look; a sequence that was set back has no last value, which is 0.
+_SEQUENCE = text("""\
+SELECT CASE WHEN has_sequence_privilege(s.name, 'USAGE, SELECT') THEN coalesce(pg_sequence_last_value(s.name), 0) END
+FROM (SELECT pg_get_serial_sequence(:name, 'token')::regclass AS name) AS s""")
+
+
+def _of_postgresql(connection: Connection, jobs: Table) -> Iterator[str]:
+    values = {"name": qualified_name(connection, jobs)}
+    for (rule,) in connection.execute(_RULES, values):
+        yield f"rule {rule} on table {jobs.name} rewrites its statements, past what the guard sees: DROP RULE"
+    for (child,) in connection.execute(_CHILDREN, values):
+        yield (
+            f"table {child} inherits from {jobs.name}: its rows are read as jobs and have no guard of their own; "
+            f"ALTER TABLE {child} NO INHERIT {jobs.name}"
+        )
+    row = connection.execute(_KIND, values).one()
+    if row[0]:
+        yield f"table {jobs.name} is partitioned: a part can be truncated or detached with its finished records"
+    if row[1]:
+        yield f"table {jobs.name} is UNLOGGED: a crash of the server empties it"
+    for whose, setting in connection.execute(_SETTINGS):
+        name, _, value = setting.partition("=")
+        yield f"{whose} has {name} set to {value!r}, which opens the guard in each of its sessions: ALTER ... RESET {name}"
+    replication, door = connection.execute(_SESSION).one()
+    if replication != "origin":
+        yield f"session_replication_role is {replication!r} in this session: triggers do not fire"
+    if door == "on":
+        yield "mljobs.retention is 'on' in this session: finished jobs can be deleted"
+
+
+# ------------------------------------------------------------------------------------------------------------ SQLite
+
+
+def _of_sqlite(connection: Connection, jobs: Table) -> Iterator[str]:
+    quote, schema = connection.dialect.identifier_preparer.quote, schema_of(connection, jobs)
+    prefix = f"{quote(schema)}." if schema else ""
+    statement = f"SELECT sql FROM {prefix}sqlite_master WHERE type = 'table' AND name = ?"  # noqa: S608 - quoted
+    definition = str(connection.exec_driver_sql(statement, (jobs.name,)).scalar())
+    if re.search(r"\bON\s+CONFLICT\s+REPLACE\b", definition, re.IGNORECASE):
+        yield f"table {jobs.name} says ON CONFLICT REPLACE, which deletes records without any trigger"
+    ours = {index.name for index in jobs.indexes}
+    listed = connection.exec_driver_sql(f"PRAGMA {prefix}index_list({quote(jobs.name)})").all()
+    for _, name, unique, origin, _ in listed:
+        if not unique or origin == "pk" or name in ours:
+            continue
+        columns = [row[2] for row in connection.exec_driver_sql(f"PRAGMA {prefix}index_info({quote(name)})")]
+        sql = f"SELECT sql FROM {prefix}sqlite_master WHERE type = 'index' AND name = ?"  # noqa: S608 - quoted
+        _, _, where = str(connection.exec_driver_sql(sql, (name,)).scalar()).upper().partition(" WHERE ")
+        if set(columns) & set(NAMES) and (not where or _FINAL.search(where.lower())):
+            yield (
+                f"unique index {name} of table {jobs.name} holds finished records: INSERT OR REPLACE deletes them without "
+                "any trigger where recursive_triggers is off; add WHERE status IN ('queued', 'running')"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------ tokens
+
+
+def _highest_token(connection: Connection, jobs: Table, leases: Table) -> int:
+    """Return the highest token that a lease or a running job is known by."""
+    in_leases = f"SELECT max(token) FROM {qualified_name(connection, leases)}"  # noqa: S608 - quoted
+    in_jobs = f"SELECT max(lease) FROM {qualified_name(connection, jobs)} WHERE status IN ('queued', 'running')"  # noqa: S608
+    found = [connection.execute(text(statement)).scalar() for statement in (in_leases, in_jobs)]
+    return max(token or 0 for token in found)
+
+
+def _last_token(connection: Connection, leases: Table) -> int | None:
+    """Return the last token that was given out; None where this role may not know."""
+    if connection.dialect.name == "postgresql":
+        last: int | None = connection.execute(_SEQUENCE, {"name": qualified_name(connection, leases)}).scalar()
+        return last
+    quote, schema = connection.dialect.identifier_preparer.quote, schema_of(connection, leases)
+    prefix = f"{quote(schema)}." if schema else ""
+    if not connection.exec_driver_sql(f"SELECT 1 FROM {prefix}sqlite_master WHERE name = 'sqlite_sequence'").scalar():  # noqa: S608
+        return None
+    seq = connection.exec_driver_sql(f"SELECT seq FROM {prefix}sqlite_sequence WHERE name = ?", (leases.name,)).scalar()  # noqa: S608
+    return int(seq or 0)

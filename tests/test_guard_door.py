@@ -1,0 +1,257 @@
+"""The retention door is shut however its block is left, and nobody but the block ever finds it open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, create_engine, delete, event, select, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.pool import NullPool
+
+from mljobs import InvalidValueError, JobStore, MlJob, MlJobMixin, TerminalStateError, jobs, schema
+from mljobs.guards import retention
+from tests.worlds import World
+
+ALL_FINISHED = delete(MlJob).where(MlJob.is_terminal)
+
+
+def _finish(session: Session) -> None:
+    session.add(MlJob(kind="train", target_name="spam", status="completed", progress=100))
+
+
+def _is_shut(bind: Engine | Session) -> None:
+    """Assert that a plain DELETE of a finished record is refused, in the transaction of a session too."""
+    if isinstance(bind, Engine):
+        with Session(bind) as session:
+            _is_shut(session)
+        return
+    with pytest.raises(TerminalStateError), bind.begin_nested():
+        bind.execute(text("DELETE FROM ml_jobs WHERE status = 'completed'"))
+
+
+def _commits(session: Session) -> None:
+    with retention(session, MlJob):
+        session.commit()
+        with pytest.raises(TerminalStateError), session.begin_nested():
+            session.execute(ALL_FINISHED)
+
+
+def _rolls_back(session: Session) -> None:
+    with retention(session, MlJob):
+        session.execute(ALL_FINISHED)
+        session.rollback()
+
+
+def _raises(session: Session) -> None:
+    with pytest.raises(LookupError), retention(session, MlJob):
+        session.execute(ALL_FINISHED)
+        raise LookupError
+
+
+def _is_interrupted(session: Session) -> None:
+    with pytest.raises(KeyboardInterrupt), retention(session, MlJob):
+        session.execute(ALL_FINISHED)
+        raise KeyboardInterrupt
+
+
+def _fails_in_the_database(session: Session) -> None:
+    with pytest.raises(Exception, match="nowhere"), retention(session, MlJob):
+        session.execute(text("SELECT * FROM nowhere"))
+
+
+def _fails_in_a_savepoint_of_its_own(session: Session) -> None:
+    with pytest.raises(Exception, match="nowhere"), retention(session, MlJob):
+        session.begin_nested()
+        session.execute(text("SELECT * FROM nowhere"))
+
+
+def _nests(session: Session) -> None:
+    with retention(session, MlJob):
+        with retention(session, MlJob):
+            pass
+        with session.begin_nested() as savepoint:
+            session.execute(ALL_FINISHED)
+            savepoint.rollback()
+
+
+def _closes_the_session(session: Session) -> None:
+    with retention(session, MlJob):
+        session.close()
+
+
+def _commits_past_the_session(session: Session) -> None:
+    with pytest.raises(Exception, match=r"(?i)savepoint"), retention(session, MlJob):
+        session.connection().exec_driver_sql("COMMIT")
+
+
+WAYS_OUT: list[Callable[[Session], None]] = [
+    _commits,
+    _rolls_back,
+    _raises,
+    _is_interrupted,
+    _fails_in_the_database,
+    _fails_in_a_savepoint_of_its_own,
+    _nests,
+    _closes_the_session,
+    _commits_past_the_session,
+]
+
+
+@pytest.mark.parametrize("leave", WAYS_OUT, ids=lambda way: way.__name__.strip("_"))
+def test_the_door_is_shut_however_the_block_is_left(world: World, leave: Callable[[Session], None]) -> None:
+    world.run(_finish)
+
+    def block(session: Session) -> None:
+        leave(session)
+        if leave is not _commits_past_the_session:
+            _is_shut(session)  # for the rest of the transaction too
+        session.rollback()
+
+    world.run(block)
+    _is_shut(world.outside)
+    assert len(world.run(lambda session: session.scalars(select(MlJob)).all())) == 1
+    schema.verify(world.outside)
+
+
+def test_what_the_block_deletes_is_gone_and_the_door_shut_in_the_same_transaction(world: World) -> None:
+    def block(session: Session) -> None:
+        with retention(session, MlJob):
+            for job in session.scalars(select(MlJob)):
+                session.delete(job)
+        _finish(session)
+        session.flush()
+        with pytest.raises(TerminalStateError), session.begin_nested():
+            session.execute(ALL_FINISHED)
+
+    world.run(_finish)
+    world.run(block)
+    assert len(world.run(lambda session: session.scalars(select(MlJob)).all())) == 1
+
+
+def test_nobody_else_finds_the_door_open_whatever_the_block_commits(engine: Engine) -> None:
+    with Session(engine) as session:
+        _finish(session)
+        session.commit()
+        with pytest.raises(Exception, match=r"(?i)savepoint"), retention(session, MlJob):
+            session.connection().exec_driver_sql("COMMIT")
+            _is_shut(create_engine(engine.url, poolclass=NullPool))
+    _is_shut(engine)
+
+
+def test_an_update_stays_refused_behind_the_door(world: World) -> None:
+    world.run(_finish)
+
+    def block(session: Session) -> None:
+        with retention(session, MlJob), pytest.raises(TerminalStateError), session.begin_nested():
+            session.execute(text("UPDATE ml_jobs SET progress = 1"))
+
+    world.run(block)
+
+
+def test_a_connection_without_transactions_is_refused(world: World) -> None:
+    world.run(_finish)
+    apart: Any = world.engine.execution_options(isolation_level="AUTOCOMMIT")
+
+    def block(session: Session) -> None:
+        with pytest.raises(InvalidValueError, match="AUTOCOMMIT"), retention(session, MlJob):
+            raise AssertionError
+        with pytest.raises(InvalidValueError, match="AUTOCOMMIT"):
+            jobs.prune(session, older_than=timedelta(0))
+
+    if isinstance(apart, AsyncEngine):
+
+        async def run() -> None:
+            async with AsyncSession(apart) as session:
+                await session.run_sync(block)
+
+        world.wait(run())
+    else:
+        with Session(apart) as session:
+            block(session)
+    _is_shut(world.outside)
+
+
+def test_a_prune_that_the_database_refuses_leaves_the_door_shut(world: World) -> None:
+    world.run(_finish)
+    with world.outside.begin() as connection:
+        job = "uuid" if world.dialect == "postgresql" else "CHAR(32)"
+        connection.exec_driver_sql(f"CREATE TABLE keeps (job {job} REFERENCES ml_jobs (id))")
+        connection.exec_driver_sql("INSERT INTO keeps SELECT id FROM ml_jobs")
+
+    def prune(session: Session) -> None:
+        if world.dialect == "sqlite":
+            session.execute(text("PRAGMA foreign_keys = ON"))
+        assert jobs.prune(session, older_than=timedelta(0)) == 0
+        _is_shut(session)
+
+    world.run(prune)
+    _is_shut(world.outside)
+
+
+def test_a_door_that_a_crash_left_open_on_sqlite_is_shut_by_the_next_block(sqlite_url: str) -> None:
+    engine = create_engine(sqlite_url, poolclass=NullPool)
+    with Session(engine) as session:
+        _finish(session)
+        session.execute(text("UPDATE ml_jobs_guard SET open = 1 WHERE name = 'retention'"))
+        session.commit()
+        with retention(session, MlJob):
+            pass
+        session.commit()
+    _is_shut(engine)
+
+
+@pytest.mark.parametrize("kind", [timedelta(seconds=-1), timedelta(days=-1)])
+def test_a_prune_of_a_negative_span_is_refused(engine: Engine, kind: timedelta) -> None:
+    with JobStore(engine) as store, pytest.raises(InvalidValueError, match="negative"):
+        store.prune(older_than=kind)
+
+
+def test_a_prune_on_postgresql_goes_by_the_clock_of_the_database(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = create_engine(postgres_url, poolclass=NullPool)
+    with Session(engine) as session:
+        session.add(MlJob(kind="train", target_name="spam", status="failed", finished_at=MlJob().created_at))
+        session.commit()
+    with JobStore(engine) as store:
+        ahead = MlJob().created_at + timedelta(days=9)
+        monkeypatch.setattr("mljobs.jobs._sweeping.utc_now", lambda: ahead)
+        assert store.prune(older_than=timedelta(days=1)) == 0
+
+
+class AttachedBase(DeclarativeBase):
+    """Of a host that keeps its jobs in an attached database."""
+
+
+class AttachedJob(MlJobMixin, AttachedBase):
+    __tablename__ = "ml_jobs"
+    __table_args__ = {"schema": "other"}
+
+
+def test_the_door_of_a_table_in_an_attached_database_is_its_own(sqlite_url: str) -> None:
+    engine = create_engine(sqlite_url, poolclass=NullPool)
+    event.listen(engine, "connect", lambda driver, _: driver.execute(f"ATTACH '{sqlite_url[10:]}.2' AS other"))
+    AttachedBase.metadata.create_all(engine)
+    with Session(engine) as session:
+        session.add_all(
+            [AttachedJob(kind="train", target_name="a", status="failed"), MlJob(kind="train", target_name="b")]
+        )
+        _finish(session)
+        session.commit()
+        with retention(session, AttachedJob):
+            session.execute(delete(AttachedJob))
+            with pytest.raises(TerminalStateError), session.begin_nested():
+                session.execute(ALL_FINISHED)
+        session.commit()
+        assert session.scalars(select(AttachedJob)).all() == []
+        assert len(session.scalars(select(MlJob)).all()) == 2
+
+
+def test_an_error_of_the_hosts_own_in_the_block_is_not_swallowed(engine: Engine) -> None:
+    with Session(engine) as session, pytest.raises(IntegrityError), retention(session, MlJob):
+        session.execute(text("INSERT INTO ml_jobs (id) VALUES (NULL)"))

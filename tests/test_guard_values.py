@@ -1,0 +1,174 @@
+"""The database refuses what no client could read, whoever writes it; what is written through mljobs says why."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta, timezone
+from itertools import count
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+
+from mljobs import InvalidValueError, JobStore, MlJob
+from tests.worlds import World
+
+_numbers = count(1)
+NUL = r"\u0000"
+
+
+def _insert(engine: Engine, **values: str) -> None:
+    row = {
+        "id": f"'{next(_numbers):032x}'",
+        "kind": "'train'",
+        "target_name": "'t'",
+        "status": "'queued'",
+        "progress": "0",
+        "created_at": "now()" if engine.dialect.name == "postgresql" else "0",
+        "spec_json": "'{}'",
+        **values,
+    }
+    with engine.begin() as connection:
+        names = ", ".join(f'"{name}"' for name in row)
+        connection.exec_driver_sql(f"INSERT INTO ml_jobs ({names}) VALUES ({', '.join(row.values())})")
+
+
+TIMES = ("created_at", "started_at", "finished_at", "run_after")
+IN_POSTGRESQL = ["'infinity'", "'-infinity'", "'10000-01-01 UTC'", "'1969-12-31 23:59:59.999 UTC'", "'0044-03-15 BC'"]
+IN_SQLITE = ["-1", "253402300800000", "1.5", "'tomorrow'", "x'00'", "9e999"]
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_a_time_that_no_client_reads_is_refused(engine: Engine, name: str) -> None:
+    postgresql = engine.dialect.name == "postgresql"
+    for value in IN_POSTGRESQL if postgresql else IN_SQLITE:
+        with pytest.raises(DBAPIError, match="ck_ml_jobs_times"):
+            _insert(engine, **{name: value})
+    for value in ("'1970-01-01 UTC'", "'9999-12-31 23:59:59.999 UTC'") if postgresql else ("0", "253402300799999"):
+        _insert(engine, **{name: value})
+
+
+def test_an_update_is_refused_as_an_insert_is(engine: Engine) -> None:
+    _insert(engine)
+    far = "'infinity'" if engine.dialect.name == "postgresql" else "'never'"
+    for change in (
+        f"run_after = {far}",
+        f"spec_json = '\"{NUL}\"'",
+        f"metrics_json = '[{{\"{NUL}\": 1}}]'",
+        "attempts = -1",
+    ):
+        with engine.begin() as connection, pytest.raises(DBAPIError), connection.begin_nested():
+            connection.exec_driver_sql(f"UPDATE ml_jobs SET {change}")
+
+
+IN_SQLITE_ONLY = {
+    "id": ["x'" + "30" * 32 + "'", "'" + "A" * 32 + "'", "1"],
+    "retry_of": ["x'" + "30" * 32 + "'", "'zz'", "7"],
+    "kind": ["x'747261696e'"],
+    "status": ["x'717565756564'"],
+    "target_name": ["x'74'"],
+    "error_message": ["x'00'"],
+    "worker": ["x'41'"],
+    "spec_json": ["x'7b7d'", "'{}' || char(0)", "'{}' || char(0) || 'x'"],
+    "metrics_json": ["x'7b7d'", "'[]' || char(0)"],
+    "progress": ["'half'", "1.5"],
+    "attempts": ["'x'", "32768", "1.5", "-1"],
+    "priority": ["'x'", "32768", "-32769", "0.5"],
+    "exclusive": ["'x'", "2", "-1", "0.5"],
+    "lease": ["'x'", "1.5"],
+}
+
+
+@pytest.mark.parametrize("name", IN_SQLITE_ONLY)
+def test_a_value_of_another_storage_class_is_refused_by_sqlite(sqlite_url: str, name: str) -> None:
+    engine = create_engine(sqlite_url, poolclass=NullPool)
+    for value in IN_SQLITE_ONLY[name]:
+        with pytest.raises(DBAPIError, match=r"CHECK|JSON"):
+            _insert(engine, **{name: value, **({"status": "'running'"} if name == "lease" else {})})
+
+
+HOLD_NUL = [f'"{NUL}"', f'{{"label": "a{NUL}b"}}', f'{{"{NUL}": 1}}', f'["\\\\{NUL}"]']
+HOLD_NONE = [r'"\\u0000"', r'{"a": "\\\\u0000"}', r'"\u0001"', r'"u0000"', '"\\\\"']
+
+
+@pytest.mark.parametrize("name", ["spec_json", "metrics_json"])
+def test_a_nul_in_json_is_refused_by_the_database(engine: Engine, name: str) -> None:
+    for value in HOLD_NUL:
+        assert "\x00" in str(json.loads(value)).replace(r"\x00", "\x00")
+        with pytest.raises(DBAPIError):
+            _insert(engine, **{name: f"'{value}'"})
+    for value in HOLD_NONE:
+        _insert(engine, **{name: f"'{value}'"})
+    with JobStore(engine) as store:
+        assert len(store.find(limit=100)) == len(HOLD_NONE)
+
+
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [
+        ({"label": "a\x00b"}, "$.label"),
+        ({"a": [1, {"b": "\x00"}]}, "$.a[1].b"),
+        ({"a": {"x\x00": 1}}, r"key 'x\x00' of $.a"),
+        ("\x00", "at $,"),
+    ],
+)
+def test_a_nul_in_json_is_refused_where_it_is_written_by_the_path_of_its_key(
+    world: World, value: Any, place: str
+) -> None:
+    store = world.store()
+    with pytest.raises(InvalidValueError) as refused:
+        store.submit("train", "spam", value)
+    assert (refused.value.field, place in str(refused.value)) == ("spec", True)
+    store.submit("train", "spam")
+    (claim,) = store.claim(worker="w")
+    with pytest.raises(InvalidValueError) as refused:
+        store.complete(claim, value)
+    assert (refused.value.field, place in str(refused.value)) == ("metrics", True)
+    with pytest.raises(InvalidValueError):
+        store.submit_many([MlJob(kind="train", target_name="x", spec_json=json.dumps(value))])
+
+    def by_the_orm(session: Session) -> None:
+        session.add(MlJob(kind="train", target_name="x", spec_json=json.dumps(value)))
+        with pytest.raises(InvalidValueError):
+            session.flush()
+        session.rollback()
+
+    world.run(by_the_orm)
+
+
+def test_an_import_rejects_the_line_with_a_nul_and_takes_the_others(engine: Engine, tmp_path: Any) -> None:
+    good, bad = MlJob(kind="train", target_name="a"), MlJob(kind="train", target_name="b")
+    line = json.loads(bad.to_json())
+    file = tmp_path / "jobs.ndjson"
+    texts = [good.to_json()] + [
+        json.dumps({**line, "id": uuid4().hex, key: value}) for key in ("spec", "metrics") for value in HOLD_NUL
+    ]
+    file.write_text("\n".join(texts) + "\n")
+    with JobStore(engine) as store:
+        done = store.import_jobs(file)
+        assert (done.inserted, done.rejected) == (1, len(texts) - 1)
+        assert {problem.field for problem in done.problems} == {"spec", "metrics"}
+
+
+def test_a_run_after_that_a_zone_cannot_read_is_refused(postgres_url: str) -> None:
+    url = f"{postgres_url}?options=-ctimezone%3DAsia/Tokyo"
+    latest = datetime(9999, 12, 30, 23, 59, 59, 999_000, tzinfo=UTC)
+    with JobStore(url) as store:
+        for moment in (datetime.max.replace(tzinfo=UTC), datetime.max.replace(tzinfo=timezone(timedelta(hours=9)))):
+            with pytest.raises(InvalidValueError, match="run_after"):
+                store.submit("train", "spam", run_after=moment)
+        store.submit("train", "spam", run_after=latest)
+        assert [job.run_after for job in store.find()] == [latest]
+
+
+def test_the_exclusive_index_is_no_hindrance_to_jobs_that_wait(engine: Engine) -> None:
+    with JobStore(engine) as store:
+        for _ in range(3):
+            store.submit("train", "spam", exclusive=True)
+        assert len(store.claim(worker="w", limit=3)) == 1
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM ml_jobs WHERE status = 'queued'")).scalar() == 2

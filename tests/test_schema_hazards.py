@@ -1,0 +1,201 @@
+"""``verify`` names what undermines a guard that stands as it should, and what differs only where one looks closely."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+
+from mljobs import JobStore, MlJob, SchemaError, TerminalStateError, metadata, schema
+
+FINAL = "('completed', 'failed', 'cancelled')"
+
+
+def problems(engine: Engine) -> list[str]:
+    try:
+        schema.verify(engine)
+    except SchemaError as error:
+        return list(error.problems)
+    return []
+
+
+def _run(engine: Engine, *statements: str) -> None:
+    with engine.begin() as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+
+
+def _trigger(engine: Engine, name: str) -> str:
+    with engine.connect() as connection:
+        if engine.dialect.name == "sqlite":
+            found = connection.execute(text("SELECT sql FROM sqlite_master WHERE name = :name"), {"name": name})
+        else:
+            found = connection.execute(
+                text("SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE tgname = :name"), {"name": name}
+            )
+        return str(found.scalar_one())
+
+
+ALIKE = {
+    "sqlite": [
+        ("'completed'", "'\"completed\"'"),
+        ("'completed'", "'completed '"),
+        ("'completed'", "' completed'"),
+        ("'completed'", "'Completed'"),
+    ],
+    "postgresql": [
+        ("'completed'::text", "'completed::text'::text"),
+        ("'completed'::text", "'(completed)'::text"),
+        ("'completed'::text", "'completed '::text"),
+        ("'completed'::text", "'comp\nleted'::text"),
+    ],
+}
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_literal_that_differs_inside_its_quotes_is_noticed(engine: Engine, number: int) -> None:
+    known, other = ALIKE[engine.dialect.name][number]
+    on = " ON ml_jobs" if engine.dialect.name == "postgresql" else ""
+    definition = _trigger(engine, "ml_jobs_guard_update")
+    assert known in definition
+    _run(engine, f"DROP TRIGGER ml_jobs_guard_update{on}", definition.replace(known, other))
+    assert [each for each in problems(engine) if each.startswith("trigger ml_jobs_guard_update of table ml_jobs")]
+
+
+ATTRIBUTES = {
+    "ALTER FUNCTION ml_jobs_guard() RESET search_path": "attributes of function ml_jobs_guard",
+    "ALTER FUNCTION ml_jobs_guard() SET search_path = public": "attributes of function ml_jobs_guard",
+    "ALTER FUNCTION ml_jobs_guard() RESET row_security": "attributes of function ml_jobs_guard",
+    "ALTER FUNCTION ml_jobs_guard() STABLE": "attributes of function ml_jobs_guard",
+    "ALTER FUNCTION ml_jobs_guard() SECURITY DEFINER": "attributes of function ml_jobs_guard",
+    "ALTER FUNCTION ml_jobs_wake() SECURITY DEFINER": "attributes of function ml_jobs_wake",
+    "ALTER TABLE ml_jobs DISABLE TRIGGER ml_jobs_guard_after": "state of trigger ml_jobs_guard_after",
+    "ALTER TABLE ml_jobs ENABLE REPLICA TRIGGER ml_jobs_guard_after": "state of trigger ml_jobs_guard_after",
+    "DROP TRIGGER ml_jobs_guard_nul_spec_json ON ml_jobs": "trigger ml_jobs_guard_nul_spec_json of table ml_jobs is missing",
+    "DROP INDEX uq_ml_jobs_exclusive": "index uq_ml_jobs_exclusive of table ml_jobs is missing",
+    "ALTER TABLE ml_jobs DROP CONSTRAINT ck_ml_jobs_times": "check ck_ml_jobs_times of table ml_jobs is missing",
+    "CREATE RULE quiet AS ON UPDATE TO ml_jobs DO INSTEAD NOTHING": "rule quiet on table ml_jobs",
+    "CREATE TABLE later () INHERITS (ml_jobs)": "table later inherits from ml_jobs",
+    "ALTER DATABASE {database} SET mljobs.retention = 'on'": "database {database} has mljobs.retention set to 'on'",
+    "ALTER ROLE ALL SET mljobs.retention = 'on'": "",
+    "ALTER ROLE {role} IN DATABASE {database} SET mljobs.retention = 'on'": "role {role} has mljobs.retention set to 'on'",
+    "ALTER DATABASE {database} SET session_replication_role = 'replica'": "database {database} has session_replication_role",
+    "SET session_replication_role = 'replica'": "",
+}
+
+
+@pytest.mark.parametrize("statement", [each for each, sentence in ATTRIBUTES.items() if sentence])
+def test_what_undermines_the_guard_on_postgresql_is_named(postgres_url: str, statement: str) -> None:
+    engine = create_engine(postgres_url, poolclass=NullPool)
+    names = {"database": engine.url.database, "role": "postgres"}
+    assert problems(engine) == []
+    quiet = create_engine(
+        postgres_url, poolclass=NullPool, connect_args={"options": "-csession_replication_role=origin"}
+    )
+    try:
+        _run(engine, statement.format(**names))
+        found = problems(quiet)
+        assert [each for each in found if each.startswith(ATTRIBUTES[statement].format(**names))], found
+    finally:
+        if statement.startswith("ALTER ROLE"):
+            _run(quiet, f"ALTER ROLE postgres IN DATABASE {engine.url.database} RESET ALL")
+        _run(quiet, f"ALTER DATABASE {engine.url.database} RESET ALL")
+
+
+@pytest.mark.parametrize("setting", ["session_replication_role=replica", "mljobs.retention=on"])
+def test_a_session_without_its_guard_is_named(postgres_url: str, setting: str) -> None:
+    engine = create_engine(postgres_url, poolclass=NullPool, connect_args={"options": f"-c{setting}"})
+    (problem,) = problems(engine)
+    assert setting.partition("=")[0] in problem
+    assert "in this session" in problem
+
+
+def test_what_undermines_the_guard_on_sqlite_is_named(sqlite_url: str) -> None:
+    engine = create_engine(sqlite_url, poolclass=NullPool)
+    _run(engine, "CREATE UNIQUE INDEX host_one ON ml_jobs (target_name)")
+    (problem,) = problems(engine)
+    assert problem.startswith("unique index host_one of table ml_jobs")
+    _run(
+        engine, "DROP INDEX host_one",
+        "CREATE UNIQUE INDEX host_one ON ml_jobs (target_name) WHERE status IN ('queued', 'running')",
+        "DROP INDEX ml_jobs_guard_blobs",
+    )  # fmt: skip
+    assert problems(engine) == ["blob index ml_jobs_guard_blobs of table ml_jobs is missing"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            "sql = replace(sql, 'PRIMARY KEY (id)', 'PRIMARY KEY (id) ON CONFLICT REPLACE')",
+            "table ml_jobs says ON CONFLICT",
+        ),
+        ("sql = replace(sql, 'json_valid(spec_json)', '1')", "check ck_ml_jobs_spec_json of table ml_jobs"),
+    ],
+)
+def test_a_schema_written_by_hand_is_noticed(sqlite_url: str, change: str, sentence: str) -> None:
+    engine = create_engine(sqlite_url, poolclass=NullPool)
+    with engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA writable_schema = ON")
+        connection.exec_driver_sql(f"UPDATE sqlite_master SET {change} WHERE type = 'table' AND name = 'ml_jobs'")
+        connection.commit()
+    found = problems(engine)
+    assert [each for each in found if each.startswith(sentence)], found
+
+
+def test_a_trigger_taken_out_of_the_schema_by_hand_is_noticed(sqlite_url: str) -> None:
+    engine = create_engine(sqlite_url, poolclass=NullPool)
+    with engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA writable_schema = ON")
+        connection.exec_driver_sql("DELETE FROM sqlite_master WHERE name = 'ml_jobs_guard_update'")
+        connection.commit()
+    assert problems(engine) == ["trigger ml_jobs_guard_update of table ml_jobs is missing"]
+
+
+def test_tokens_that_would_come_back_are_noticed(engine: Engine) -> None:
+    with JobStore(engine) as store:
+        for _ in range(3):
+            store.submit("train", "spam")
+        store.claim(worker="w", limit=3)
+    assert problems(engine) == []
+    if engine.dialect.name == "postgresql":
+        _run(engine, "ALTER TABLE ml_job_leases ALTER COLUMN token RESTART")
+    else:
+        _run(engine, "UPDATE sqlite_sequence SET seq = 0 WHERE name = 'ml_job_leases'")
+    (problem,) = problems(engine)
+    assert re.match(r"the numbering of ml_job_leases.token stands at \d, but token \d was given out", problem) or (
+        "numbering" in problem
+    )
+
+
+# --------------------------------------------------------------------------------------------- dropped, then upgraded
+
+
+def test_an_upgrade_after_the_tables_were_dropped_says_so_and_what_to_do(empty_url: str) -> None:
+    engine = create_engine(empty_url, poolclass=NullPool)
+    schema.upgrade(engine)
+    metadata.drop_all(engine)
+    with pytest.raises(SchemaError, match=r"0001_ml_jobs, but table ml_jobs is missing.*stamp\(target, 'base'\)"):
+        schema.upgrade(engine)
+    schema.stamp(engine, "base")
+    schema.upgrade(engine)
+    schema.verify(engine)
+
+
+def test_vacuum_into_copies_the_guard_too(sqlite_url: str, tmp_path: Path) -> None:
+    engine = create_engine(sqlite_url, poolclass=NullPool)
+    with Session(engine) as session:
+        session.add(MlJob(kind="train", target_name="spam", status="failed"))
+        session.commit()
+    copy: Any = tmp_path / "copy.db"
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql(f"VACUUM INTO '{copy}'")
+    copied = create_engine(f"sqlite:///{copy}", poolclass=NullPool)
+    schema.verify(copied)
+    with pytest.raises(TerminalStateError):
+        _run(copied, "DELETE FROM ml_jobs")
