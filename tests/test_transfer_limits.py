@@ -97,3 +97,24 @@ def test_rejects_go_to_a_device_and_to_a_file_that_is_there(sqlite_url: str) -> 
         for place in ("/dev/null", "old.ndjson"):
             assert store.import_jobs(io.BytesIO(b"nonsense\n"), rejects=place).rejected == 1
     assert json.loads(Path("old.ndjson").read_text())["line"] == 1
+
+
+@pytest.mark.parametrize("extended", ["", ',"worker":"w"'])
+def test_a_line_whose_json_holds_the_character_nul_is_rejected_and_an_escaped_backslash_is_none(
+    url: str, extended: str
+) -> None:
+    texts = ['{"a":"\\u0000"}', '{"\\u0000":1}', '["\\\\\\u0000"]', '{"a":"\\\\u0000"}']
+    given = [
+        job(spec_json=text if at == 1 else "{}", metrics_json=None if at == 1 else text)
+        for at, text in enumerate(texts)
+    ]
+    data = b"".join(one.to_json().encode()[:-1] + extended.encode() + b"}\n" for one in given)
+    with JobStore(url) as store:
+        done = store.import_jobs(io.BytesIO(data))
+        assert (done.inserted, done.rejected) == (1, 3)
+        assert [(problem.line, problem.field) for problem in done.problems] == [
+            (1, "metrics"),
+            (2, "spec"),
+            (3, "metrics"),
+        ]
+        assert store.get(given[3].id).metrics == {"a": "\\u0000"}
