@@ -35,6 +35,8 @@ def told(error: Exception) -> tuple[str, int]:
     if isinstance(error, ModuleNotFoundError):
         name = (error.name or "").partition(".")[0]
         return f"{name} is not installed: {_EXTRAS.get(name, 'see the extras of mljobs')}", 1
+    if isinstance(error, DBAPIError) and str(error.orig) == "interrupted":  # Ctrl-C in a statement of SQLite
+        return "interrupted", 130
     if isinstance(error, DBAPIError | ArgumentError | NoSuchModuleError):
         return _of_database(error), 1
     if isinstance(error, OSError):  # of a file that is to be read or written

@@ -114,7 +114,7 @@ def _say_how_far(cursor: str | None, scanned: int | None, *, complete: bool, lim
     if not complete:
         output.note(f"looked at {scanned:,} jobs and no further: --scan looks at all, --after {cursor} goes on there")
     elif output.is_terminal():
-        output.note(f"there are more: --limit {limit * 4} shows more, --after {cursor} the next")
+        output.note(f"there are more: --limit {limit * 4}, or --after {cursor}")
 
 
 def print_summaries(jobs: Any) -> None:
@@ -123,11 +123,11 @@ def print_summaries(jobs: Any) -> None:
         output.Column("ID"),
         output.Column("STATUS", colours=output.STATUS_COLOURS),
         output.Column("KIND", least=8, rank=2),
-        output.Column("TARGET", least=8),
-        output.Column("CREATED", rank=3),
-        output.Column("TOOK", rank=4, right=True),
+        output.Column("TARGET", least=12),
+        output.Column("CREATED", rank=4),
+        output.Column("TOOK", rank=5, right=True),
         output.Column("WORKER", least=6, rank=6),
-        output.Column("ERROR", least=10, rank=5),
+        output.Column("ERROR", least=20, rank=3),
     ]
     output.print_table(columns, [_row(job) for job in jobs])
 

@@ -19,6 +19,7 @@ SHARED = ("url", "model", "schema")
 _KEYS = (*SHARED, "worker")
 _VARIABLES = {"url": "MLJOBS_DATABASE_URL"}
 DEFAULT_URL = "sqlite:///mljobs.db"
+_STEPS = 200_000  # of SQLite's machine: a few milliseconds
 
 given: dict[str, str] = {}
 """What the options of this call say."""
@@ -166,7 +167,20 @@ def open_store() -> Iterator[JobStore]:
     model = job_class()
     refuse_missing_file(place.url)
     with JobStore(place.located, model=model) as store:
+        _obey_ctrl_c(store.engine)
         yield store
+
+
+def _obey_ctrl_c(engine: Any) -> None:
+    """Let a long statement of SQLite be interrupted: only between bytecodes does Python look for signals."""
+    if engine.dialect.name != "sqlite":
+        return
+    from sqlalchemy import event  # noqa: PLC0415
+
+    def look_for_signals(connection: Any, _record: object) -> None:
+        connection.set_progress_handler(lambda: 0, _STEPS)
+
+    event.listen(engine, "connect", look_for_signals)
 
 
 def refuse_missing_file(url: str) -> None:

@@ -280,8 +280,15 @@ def prunable(
     """
     table, limit, total = whole_table_of(model), _limit_of(session, model, older_than), 0
     chosen = conditions(model, filter, where=where, **fields)
+    if keep_last:  # by one sort of all: the subquery that serves a batch would look back for each record anew
+        ended = func.coalesce(table.c.finished_at, table.c.created_at)
+        place = func.row_number().over(
+            partition_by=(table.c.kind, table.c.target_name), order_by=(ended.desc(), table.c.id.desc())
+        )
+        ranked = select(table.c.id, place.label("place")).where(table.c.status.in_(TERMINAL)).subquery()
+        chosen.append(table.c.id.in_(select(ranked.c.id).where(ranked.c.place > keep_last)))
     for known, moment in ((True, table.c.finished_at), (False, table.c.created_at)):
-        some = _prunable(model, moment, known, keep_last).where(moment < limit, *chosen).order_by(None).subquery()
+        some = _prunable(model, moment, known, 0).where(moment < limit, *chosen).order_by(None).subquery()
         total += connection_of(session, model).scalar(select(func.count()).select_from(some)) or 0
     return total
 
