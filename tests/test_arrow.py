@@ -263,7 +263,7 @@ def test_a_hosts_own_table_is_read_with_its_kinds(engine: Engine) -> None:
     assert table.schema.names == COLUMNS
 
 
-def test_frames_understand_it(engine: Engine) -> None:
+def test_data_frames_read_the_types(engine: Engine) -> None:
     with Session(engine) as session:
         held = _add(session)
         table = to_arrow(session, spread=("metrics",))

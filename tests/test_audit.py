@@ -154,7 +154,7 @@ def test_a_line_that_is_no_record_is_told_and_nothing_passes_for_equal(url: str)
     assert not done.same
 
 
-def test_of_very_many_differences_memory_keeps_the_first_and_all_are_told(
+def test_of_very_many_differences_the_first_are_kept_and_all_are_counted(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(comparing, "KEPT_IDS", 3)

@@ -32,7 +32,7 @@ _DONE_TO_THE_SERVER = (
     ("database", "acts", "done"),
     [("sqlite", PROCESS_ACTS, _DONE), ("postgresql", PROCESS_ACTS + SERVER_ACTS, _DONE + _DONE_TO_THE_SERVER)],
 )
-def test_no_sabotage_loses_doubles_or_changes_a_job(
+def test_no_fault_loses_duplicates_or_changes_a_job(
     database: str, acts: tuple[str, ...], done: tuple[str, ...], tmp_path: Path
 ) -> None:
     report = fight(Plan(database, jobs=400, acts=len(acts), seed=11, bound=300), tmp_path)
@@ -74,7 +74,7 @@ def _judged(events: list[Event], *, row: dict[str, object] | None = None, call: 
     return evidence.wrong
 
 
-def test_a_life_as_it_should_be_is_not_objected_to() -> None:
+def test_a_correct_sequence_of_events_is_accepted() -> None:
     assert _judged(_good()) == []
 
 
@@ -92,11 +92,11 @@ def test_a_life_as_it_should_be_is_not_objected_to() -> None:
         (Event(6, "d", "ml_job_leases", "INSERT", None, _lease(9)), "result of lease 7, but 9 held it last"),
     ],
 )
-def test_what_must_not_happen_is_seen(more: Event, said: str) -> None:
+def test_each_forbidden_event_is_reported(more: Event, said: str) -> None:
     assert any(said in why for why in _judged([*_good(), more]))
 
 
-def test_a_result_without_its_handlers_end_or_its_own_lease_is_seen() -> None:
+def test_a_result_without_its_handlers_end_or_its_own_lease_is_reported() -> None:
     assert "did not come to its end" in _judged(_good(), call=Call(_JOB, 7, 1, 10, None))[0]
     assert "never given for it" in "".join(_judged(_good(), call=Call("0" * 32, 7, 1, 10, 20)))
     late = [*_good()[:4], Event(5, "other", "ml_jobs", "UPDATE", _row("running"), _row("completed"))]
@@ -104,7 +104,7 @@ def test_a_result_without_its_handlers_end_or_its_own_lease_is_seen() -> None:
     assert "is running at the end" in _judged(_good()[:3], row=_row("running"))[0]
 
 
-def test_two_results_on_one_exclusive_target_whose_runs_overlap_are_seen() -> None:
+def test_two_overlapping_runs_on_one_exclusive_target_are_reported() -> None:
     other = "0" * 31 + "2"
     events = _good()
     for event in _good():

@@ -109,7 +109,7 @@ def test_an_error_is_one_line(
     assert said in shown
 
 
-def test_a_reader_that_goes_away_is_told(sqlite_url: str) -> None:
+def test_a_reader_that_goes_away_is_an_error(sqlite_url: str) -> None:
     with JobStore(sqlite_url) as store:
         store.submit_many(("train", "x" * 100, {}) for _ in range(5000))
     process = subprocess.Popen(

@@ -60,7 +60,7 @@ def _job(target: str, *, running: bool = False) -> MlJob:
 # ------------------------------------------------------------------------------------------------ a session's own ways
 
 
-def test_a_flush_that_finishes_jobs_is_told_after_the_commit_and_once(world: World, told: Seen) -> None:
+def test_a_flush_that_finishes_jobs_calls_listeners_once_after_the_commit(world: World, told: Seen) -> None:
     def life(session: Session) -> None:
         first, second = _job("a", running=True), _job("b")
         session.add_all([first, second])
@@ -98,7 +98,7 @@ def test_the_record_is_detached_whole_and_as_it_is_in_the_database(world: World)
     assert job.to_json() == world.run(lambda session: jobs.get(session, job).to_json())
 
 
-def test_a_rollback_is_not_told(world: World, told: Seen) -> None:
+def test_a_rollback_calls_no_listener(world: World, told: Seen) -> None:
     def life(session: Session) -> None:
         session.add(_job("a", running=True))
         session.commit()
@@ -123,7 +123,7 @@ def test_a_rollback_is_not_told(world: World, told: Seen) -> None:
     assert told == [("a", "failed")]
 
 
-def test_what_a_savepoint_takes_back_is_not_told_and_what_it_keeps_is(world: World, told: Seen) -> None:
+def test_listeners_get_what_a_savepoint_kept_and_not_what_it_rolled_back(world: World, told: Seen) -> None:
     def life(session: Session) -> None:
         for name in "abcdef":
             session.add(_job(name))
@@ -152,7 +152,7 @@ def test_what_a_savepoint_takes_back_is_not_told_and_what_it_keeps_is(world: Wor
     assert sorted(told) == [("a", "cancelled"), ("b", "cancelled"), ("e", "cancelled")]
 
 
-def test_a_failed_flush_in_a_savepoint_is_not_told(world: World, told: Seen) -> None:
+def test_a_failed_flush_in_a_savepoint_calls_no_listener(world: World, told: Seen) -> None:
     def life(session: Session) -> None:
         session.add_all([_job("a"), _job("b")])
         session.commit()
@@ -167,7 +167,7 @@ def test_a_failed_flush_in_a_savepoint_is_not_told(world: World, told: Seen) -> 
     assert told == [("b", "cancelled")]
 
 
-def test_every_operation_that_finishes_a_job_is_told_in_a_session(world: World, told: Seen) -> None:
+def test_every_operation_in_a_session_that_finishes_a_job_calls_listeners(world: World, told: Seen) -> None:
     def life(session: Session) -> None:
         for name in ("complete", "fail", "requeue", "cancel", "lost"):
             jobs.submit(session, "train", name)
@@ -186,7 +186,7 @@ def test_every_operation_that_finishes_a_job_is_told_in_a_session(world: World, 
     assert told == [("lost", "failed")]
 
 
-def test_updates_by_statement_are_told(world: World, told: Seen) -> None:
+def test_updates_by_statement_call_listeners(world: World, told: Seen) -> None:
     finished = {"status": MlJobStatus.CANCELLED}
 
     def life(session: Session) -> None:
@@ -208,7 +208,7 @@ def test_updates_by_statement_are_told(world: World, told: Seen) -> None:
     assert sorted(told) == [(name, "cancelled") for name in ("core", "key", "orm", "query")]
 
 
-def test_records_that_are_inserted_finished_call_nobody(world: World, told: Seen) -> None:
+def test_records_that_are_inserted_finished_call_no_listener(world: World, told: Seen) -> None:
     def life(session: Session) -> None:
         past = _job("past", running=True)
         past.complete()
@@ -221,7 +221,7 @@ def test_records_that_are_inserted_finished_call_nobody(world: World, told: Seen
     assert told == [("fresh", "completed")]
 
 
-def test_hosts_columns_that_change_after_the_end_call_nobody(url: str, told: Seen) -> None:
+def test_hosts_columns_that_change_after_the_end_call_no_listener(url: str, told: Seen) -> None:
     with create_engine(url, poolclass=NullPool).connect() as connection:
         HostBase.metadata.create_all(connection)
         connection.commit()
@@ -279,7 +279,7 @@ def test_a_session_may_be_used_again_by_the_callback_and_after_it(url: str, told
     assert len(told) == 2
 
 
-def test_two_phases_are_told_after_the_second(postgres_url: str, told: Seen) -> None:
+def test_a_two_phase_commit_calls_listeners_after_the_second_phase(postgres_url: str, told: Seen) -> None:
     engine = create_engine(postgres_url, poolclass=NullPool)
     with Session(engine, twophase=True) as session:
         first, second = jobs.submit(session, "train", "a"), jobs.submit(session, "train", "b")
@@ -300,7 +300,7 @@ def test_two_phases_are_told_after_the_second(postgres_url: str, told: Seen) -> 
     assert told == [("a", "cancelled"), ("b", "cancelled")]
 
 
-def test_a_commit_that_fails_is_not_told(url: str, told: Seen) -> None:
+def test_a_commit_that_fails_calls_no_listener(url: str, told: Seen) -> None:
     class Own(DeclarativeBase):
         pass
 
@@ -337,7 +337,7 @@ def test_a_commit_that_fails_is_not_told(url: str, told: Seen) -> None:
 
 
 @pytest.mark.parametrize("mode", ["conditional_savepoint", "rollback_only", "create_savepoint", "control_fully"])
-def test_a_session_that_joins_a_transaction_tells_when_that_commits(url: str, told: Seen, mode: Any) -> None:
+def test_a_session_that_joins_a_transaction_calls_listeners_when_that_commits(url: str, told: Seen, mode: Any) -> None:
     engine = create_engine(url, poolclass=NullPool)
 
     def life(connection: Any, target: str) -> None:
@@ -361,7 +361,7 @@ def test_a_session_that_joins_a_transaction_tells_when_that_commits(url: str, to
     assert told == (expected if mode != "control_fully" else [*expected, ("taken back", "cancelled")])
 
 
-def test_core_connections_are_told_of_when_they_begin_again_or_go_back(url: str, told: Seen) -> None:
+def test_core_connections_call_listeners_after_each_commit_and_not_after_a_rollback(url: str, told: Seen) -> None:
     engine = create_engine(url)
     with engine.begin() as connection:
         kept, gone = (jobs.submit(connection, "train", name) for name in ("kept", "gone"))
@@ -389,7 +389,7 @@ def test_core_connections_are_told_of_when_they_begin_again_or_go_back(url: str,
     engine.dispose()
 
 
-def test_a_savepoint_in_which_nothing_ended_takes_nothing_back(url: str, told: Seen) -> None:
+def test_the_rollback_of_a_savepoint_drops_no_event_from_before_it(url: str, told: Seen) -> None:
     engine = create_engine(url)
     with engine.begin() as connection:
         jobs.cancel(connection, jobs.submit(connection, "train", "core"))
@@ -408,7 +408,7 @@ def test_a_savepoint_in_which_nothing_ended_takes_nothing_back(url: str, told: S
 # ------------------------------------------------------------------------------------------------------------- stores
 
 
-def test_every_operation_of_a_store_that_finishes_a_job_is_told(world: World, told: Seen) -> None:
+def test_every_operation_of_a_store_that_finishes_a_job_calls_listeners(world: World, told: Seen) -> None:
     store = world.store()
     for name in ("complete", "fail", "many", "exchanged", "requeue", "cancel", "lost"):
         store.submit("train", name)
@@ -440,7 +440,7 @@ def test_every_operation_of_a_store_that_finishes_a_job_is_told(world: World, to
     assert told == [("lost", "failed")]
 
 
-def test_runs_by_hand_are_told(world: World, told: Seen) -> None:
+def test_runs_by_hand_call_listeners(world: World, told: Seen) -> None:
     store = world.store()
     good, bad = store.submit("train", "good"), store.submit("train", "bad")
 
@@ -461,7 +461,7 @@ def test_runs_by_hand_are_told(world: World, told: Seen) -> None:
     assert told == [("good", "completed"), ("bad", "failed")]
 
 
-def test_a_block_of_a_store_tells_when_it_has_ended_well(url: str, told: Seen) -> None:
+def test_a_block_of_a_store_calls_listeners_after_it_commits(url: str, told: Seen) -> None:
     with JobStore(url) as store:
         with store.connect() as bind:
             kept, gone = (jobs.submit(bind, "train", name) for name in ("kept", "gone"))
@@ -478,7 +478,7 @@ def test_a_block_of_a_store_tells_when_it_has_ended_well(url: str, told: Seen) -
         assert store.get(gone).status == "queued"
 
 
-def test_a_worker_tells_of_all_that_it_finishes(url: str, told: Seen) -> None:
+def test_a_worker_calls_listeners_for_all_that_it_finishes(url: str, told: Seen) -> None:
     with JobStore(url) as store:
         own: Seen = []
         store.on_finished(lambda job: own.append((job.target_name, job.status.value)))
@@ -501,7 +501,7 @@ def test_a_worker_tells_of_all_that_it_finishes(url: str, told: Seen) -> None:
 # ---------------------------------------------------------------------------------------------- what is listened to
 
 
-def test_each_target_hears_what_is_its_own(url: str) -> None:
+def test_each_target_gets_its_own_events(url: str) -> None:
     engine = create_engine(url, poolclass=NullPool)
     makers = sessionmaker(engine), sessionmaker(engine)
 
@@ -561,7 +561,7 @@ def test_each_target_hears_what_is_its_own(url: str) -> None:
     }
 
 
-def test_async_targets_hear_what_is_their_own_and_await_coroutine_functions(world: World) -> None:
+def test_async_targets_get_their_own_events_and_await_coroutine_functions(world: World) -> None:
     if not world.is_async:
         return _coroutine_functions_need_an_async_target()
     engine: Any = world.engine
@@ -623,7 +623,7 @@ def _coroutine_functions_need_an_async_target() -> None:
 
 
 @pytest.mark.parametrize("target", [3, "store", object(), int, create_engine, MlJob(kind="train", target_name="x")])
-def test_what_cannot_be_listened_to_is_refused(target: Any) -> None:
+def test_a_target_without_events_is_refused(target: Any) -> None:
     with pytest.raises(InvalidValueError, match="target"):
         on_finished(print, target)
     with pytest.raises(InvalidValueError, match="callback"):
@@ -634,7 +634,7 @@ def test_what_cannot_be_listened_to_is_refused(target: Any) -> None:
 # ------------------------------------------------------------------------------------------------------- subscriptions
 
 
-def test_a_callback_that_fails_undoes_nothing_is_logged_and_does_not_keep_others_from_hearing(
+def test_a_callback_that_fails_is_logged_and_the_others_are_called(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(_job: MlJob) -> None:
@@ -726,7 +726,7 @@ def _statements(engine: Engine, act: Callable[[], object]) -> int:
     return count
 
 
-def test_nothing_is_asked_of_the_database_where_nobody_listens(url: str) -> None:
+def test_without_listeners_no_statement_is_sent(url: str) -> None:
     engine = create_engine(url, poolclass=NullPool)
     store, deaf = JobStore(engine), JobStore(engine)
     on_finished(print, Session).remove()  # the listeners stand, and do nothing
@@ -751,7 +751,7 @@ def test_nothing_is_asked_of_the_database_where_nobody_listens(url: str) -> None
     assert (finish("after"), flush()) == before
 
 
-def test_a_long_list_is_told_whole(url: str) -> None:
+def test_a_long_list_is_passed_complete_to_listeners(url: str) -> None:
     heard: list[str] = []
     with JobStore(url) as store:
         store.submit_many(("train", str(n), {}) for n in range(2500))

@@ -89,7 +89,7 @@ def test_the_wheel_is_what_the_examples_run_with(installed: Installed, tmp_path:
     assert installed.run("-c", found, cwd=tmp_path).stdout.count("mljobs.alembic_plugin") == 1
 
 
-def test_separate_histories(host: Any) -> None:
+def test_a_host_with_a_separate_history_migrates_up_and_down(host: Any) -> None:
     app = host("alembic_separate")
     app.run("-m", "mljobs", "upgrade", "--url", app.url)
     app.alembic("upgrade", "head")
@@ -105,7 +105,7 @@ def test_separate_histories(host: Any) -> None:
     assert schema.current(app.engine) == schema.head()
 
 
-def test_one_history(host: Any) -> None:
+def test_a_host_with_one_history_migrates_up_and_down(host: Any) -> None:
     app = host("alembic_one_history")
     app.head = "app@head"
     app.alembic("upgrade", "heads")

@@ -220,7 +220,7 @@ def test_a_django_site_does_the_same_with_both_orms_in_one_transaction(empty_url
         _progress_is_streamed(client, outside, "/stream/{}")  # Starlette's, next to Django
 
 
-def test_djangos_transaction_holds_for_both_orms_whatever_happens_in_it(empty_url: str) -> None:
+def test_both_orms_share_djangos_transaction(empty_url: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", str(ROOT / "tests" / "django_stories.py")],
         cwd=ROOT / "examples" / "django_asgi",
@@ -254,7 +254,7 @@ def test_fastapi_streams_progress_until_the_job_has_finished(empty_url: str, out
         _progress_is_streamed(client, outside, "/jobs/{}/events")
 
 
-def test_fastapis_trap_answers_200_for_what_was_refused_and_the_scope_of_the_function_avoids_it(url: str) -> None:
+def test_fastapi_answers_200_for_a_refused_commit_unless_the_dependency_has_function_scope(url: str) -> None:
     from fastapi.testclient import TestClient
 
     from examples.fastapi_app.trap import create_app
@@ -311,7 +311,7 @@ def test_what_the_database_refuses_by_raw_sql_in_a_hosts_session_is_a_conflict_t
 # ----------------------------------------------------------------------------------------------------------- Litestar
 
 
-def test_litestars_trap_answers_201_for_what_was_refused_and_a_commit_in_the_handler_avoids_it(url: str) -> None:
+def test_litestar_answers_201_for_a_refused_commit_unless_the_handler_commits(url: str) -> None:
     from litestar.testing import TestClient
 
     from examples.litestar_app.trap import create_app

@@ -370,7 +370,7 @@ HOSTS: list[Callable[[], Any]] = [
 
 
 @pytest.mark.parametrize("make", HOSTS, ids=lambda make: make.__name__)
-def test_a_hosts_class_lives_a_whole_life(empty: Engine, make: Callable[[], Any]) -> None:
+def test_a_hosts_class_supports_every_operation(empty: Engine, make: Callable[[], Any]) -> None:
     run, own = make()
     life(empty, run, **own)
     for kind in run.__kinds__:

@@ -221,7 +221,7 @@ def test_a_host_may_validate_its_own_columns_and_listen_to_the_records() -> None
         Run(kind="train", target_name=7)  # type: ignore[arg-type]
 
 
-def test_a_cascade_goes_through_the_door_of_another_job_class_on_postgresql_only(empty: Engine) -> None:
+def test_a_cascade_may_delete_finished_jobs_of_another_class_on_postgresql_only(empty: Engine) -> None:
     """As docs/guard.md says: there the door is of the transaction, on SQLite of the table."""
 
     class Base(DeclarativeBase):
@@ -297,7 +297,7 @@ def test_a_value_that_a_hosts_column_needs_is_asked_for_by_name(empty: Engine) -
             operation(connection)
 
 
-def test_tenants_hold_in_every_world(world: World) -> None:
+def test_tenants_work_with_every_driver(world: World) -> None:
     """Through each driver, sync and async; a store and a worker serve one tenant."""
     in_schema(world.outside, "north")
     engine: Any = world.engine

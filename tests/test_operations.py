@@ -81,7 +81,7 @@ def test_unless_active_returns_the_job_that_is_there(store: Any) -> None:
     assert store.submit("train", "spam", unless_active=True).id != first.id
 
 
-def test_an_id_that_is_there_is_told_by_name(store: Any, world: World) -> None:
+def test_an_id_that_exists_is_an_error_that_names_it(store: Any, world: World) -> None:
     first = store.submit("train", "spam")
     for wanted in ({"id": first.id}, {"id": first.id, "priority": 3}, {"id": first.id, "unless_active": True}):
         with pytest.raises(
@@ -110,7 +110,7 @@ def test_an_id_that_is_there_is_told_by_name(store: Any, world: World) -> None:
     world.run(in_a_session)
 
 
-def test_a_uniqueness_of_the_hosts_own_is_not_taken_for_an_id(store: Any, world: World) -> None:
+def test_a_unique_constraint_of_the_host_is_not_reported_as_an_id(store: Any, world: World) -> None:
     with world.outside.begin() as connection:
         connection.exec_driver_sql("CREATE UNIQUE INDEX host_one ON ml_jobs (target_name)")
     store.submit("train", "spam")
@@ -416,7 +416,7 @@ LATE: dict[str, Callable[[Any, Any], Any]] = {
 
 @pytest.mark.parametrize("write", LATE)
 @pytest.mark.parametrize("next_state", ["queued", "claimed", "completed", "cancelled", "deleted"])
-def test_a_late_worker_writes_nothing_and_is_told(store: Any, world: World, write: str, next_state: str) -> None:
+def test_a_late_worker_gets_an_error_and_writes_nothing(store: Any, world: World, write: str, next_state: str) -> None:
     store.submit("train", "spam")
     (late,) = store.claim(worker="slow")
     expire_leases(world.outside)
@@ -438,7 +438,7 @@ def test_a_late_worker_writes_nothing_and_is_told(store: Any, world: World, writ
 
 
 @pytest.mark.parametrize("write", LATE)
-def test_a_worker_whose_job_was_cancelled_is_told_and_changes_nothing(store: Any, write: str) -> None:
+def test_a_worker_whose_job_was_cancelled_gets_an_error_and_changes_nothing(store: Any, write: str) -> None:
     job = store.submit("train", "spam")
     (claim,) = store.claim(worker="w")
     assert store.cancel(job.id) is True
@@ -510,7 +510,7 @@ def test_finish_and_claim_leaves_everything_as_it_was_when_an_argument_is_wrong(
     assert store.get(claim.job_id).status is RUNNING
 
 
-def test_a_rescue_fails_only_the_kinds_it_was_told_of(store: Any, world: World) -> None:
+def test_a_rescue_fails_only_the_kinds_it_was_given(store: Any, world: World) -> None:
     train, backfill = store.submit("train", "spam"), store.submit("backfill", "spam")
     store.claim(worker="w", limit=2)
     expire_leases(world.outside)
@@ -569,7 +569,7 @@ def test_metrics_that_no_database_can_hold_are_refused_and_the_lease_stays(store
     store.complete(claim, {"ok": 1})
 
 
-def test_cancel_of_nothing_is_told(store: Any) -> None:
+def test_cancel_of_a_missing_job_is_an_error(store: Any) -> None:
     with pytest.raises(JobNotFound):
         store.cancel(uuid4())
     with pytest.raises(JobNotFound):

@@ -70,7 +70,7 @@ def test_a_transaction_that_is_over_takes_no_statement(engine: Engine) -> None:
             jobs.submit(connection, "train", "spam")
 
 
-def test_an_error_is_wrapped_told_and_leaves_the_connection_usable(engine: Engine) -> None:
+def test_an_error_is_wrapped_and_leaves_the_connection_usable(engine: Engine) -> None:
     told: list[str] = []
     wrong = Prepared(lambda _: select(MlJob.id).where(MlJob.progress == _missing()))
 

@@ -302,6 +302,6 @@ def test_a_websocket_is_refused_before_it_is_accepted_and_closed_after() -> None
         assert (closed.value.code, closed.value.reason) == (code, f"urn:mljobs:{reason}")
 
 
-def test_a_number_too_large_to_be_written_is_told_in_short() -> None:
+def test_a_number_too_large_to_be_written_is_shortened_in_the_error() -> None:
     error = InvalidValueError("priority", 10**5000, "too large")
     assert problem(error)["value"] == json.loads(body_of(error))["value"] == "<int>"

@@ -154,7 +154,7 @@ MOVES: dict[str, Move] = {
 
 
 @pytest.mark.parametrize(("one", "other"), list(combinations_with_replacement(MOVES, 2)))
-def test_of_two_moves_on_one_job_each_is_whole_or_refused(url: str, one: str, other: str) -> None:
+def test_of_two_operations_on_one_job_each_is_complete_or_refused(url: str, one: str, other: str) -> None:
     """The second begins while the first has not committed; afterwards the record is what one order of them gives."""
     with JobStore(url) as store:
         store.submit("train", "spam")

@@ -112,6 +112,6 @@ def test_squawk_passes_on_what_autogenerate_writes(tmp_path: Path, postgres_url:
     squawk(down, tmp_path, *DOWN, "require-concurrent-index-deletion")  # of a table that goes in the next line
 
 
-def test_squawk_would_say_what_hurts(tmp_path: Path) -> None:
+def test_squawk_reports_an_unsafe_migration(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="require-concurrent-index-creation"):
         squawk("CREATE INDEX slow ON users (name);", tmp_path)

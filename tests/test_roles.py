@@ -185,7 +185,7 @@ def test_a_worker_claims_finishes_retries_and_rescues(database: Database) -> Non
     )
 
 
-def test_a_janitor_prunes_through_the_door_and_not_past_it(database: Database) -> None:
+def test_a_janitor_deletes_by_prune_and_not_by_delete(database: Database) -> None:
     job = _finished(database.owner)
     janitor = database.store("janitor")
     with pytest.raises(TerminalStateError):

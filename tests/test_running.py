@@ -93,14 +93,14 @@ def test_a_cancel_stops_the_work_at_its_next_check(world: World, store: Any) -> 
     assert len(store.claim(worker="next")) == 1  # the target is free at once
 
 
-def test_a_cancel_that_nobody_checked_for_is_told_at_the_end(world: World, store: Any) -> None:
+def test_a_cancel_that_the_handler_did_not_check_for_is_raised_at_the_end(world: World, store: Any) -> None:
     job = store.submit("train", "spam")
     with pytest.raises(JobCancelled), _entered(world, store, job):
         store.cancel(job.id)
     assert store.get(job.id).status is MlJobStatus.CANCELLED
 
 
-def test_a_lost_lease_is_told_and_nothing_is_written(world: World, store: Any) -> None:
+def test_a_lost_lease_is_an_error_and_nothing_is_written(world: World, store: Any) -> None:
     job = store.submit("train", "spam")
     with pytest.raises(LeaseLostError), _entered(world, store, job) as run:
         expire_leases(world.outside)
@@ -404,7 +404,7 @@ def test_a_plain_session_add_wakes_a_listener(postgres_url: str) -> None:
         timer.join()
 
 
-def test_nobody_is_notified_while_nobody_sleeps(postgres_url: str) -> None:
+def test_no_notification_is_sent_while_nothing_waits(postgres_url: str) -> None:
     import psycopg
 
     with JobStore(postgres_url) as store:

@@ -71,7 +71,7 @@ def _dump(engine: Engine, binaries: Path | None) -> list[str]:
     return sorted(line for line in done.stdout.split(";\n") if "\\restrict" not in line and "\\unrestrict" not in line)
 
 
-def test_both_ways_end_in_the_same_catalog_to_the_last_object(
+def test_migrations_and_create_all_make_the_same_catalog(
     empty: Engine, engine_of_create_all: Engine, request: pytest.FixtureRequest
 ) -> None:
     postgresql = empty.dialect.name == "postgresql"
@@ -169,7 +169,7 @@ def test_a_change_of_the_model_is_seen_by_alembic_check(empty_url: str, alembic:
     assert alembic(empty_url, "check").returncode != 0
 
 
-def test_a_host_table_is_none_of_our_business(empty_url: str, alembic: Alembic, empty: Engine) -> None:
+def test_a_host_table_is_ignored(empty_url: str, alembic: Alembic, empty: Engine) -> None:
     with empty.begin() as connection:
         connection.execute(text("CREATE TABLE uploads (id INTEGER PRIMARY KEY)"))
         connection.execute(text("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)"))

@@ -215,7 +215,9 @@ def test_an_empty_database_has_every_table_missing(empty_url: str) -> None:
     assert caught.value.problems == ("table ml_jobs is missing", "table ml_job_leases is missing")
 
 
-def test_a_schema_behind_this_release_is_told_to_upgrade(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_schema_behind_this_release_is_an_error_that_says_upgrade(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     schema.stamp(engine)
     monkeypatch.setattr(schema, "head", lambda: "9999_later")
     assert problems(engine) == [
@@ -308,7 +310,7 @@ def test_a_role_that_may_create_no_table_can_verify(role: str) -> None:
     schema.verify(role)
 
 
-def test_a_role_without_temporary_tables_is_told_what_to_grant(role: str, postgres_url: str) -> None:
+def test_a_role_without_temporary_tables_gets_an_error_with_the_grant(role: str, postgres_url: str) -> None:
     owner = create_engine(postgres_url, poolclass=NullPool)
     with owner.begin() as connection:
         connection.exec_driver_sql(f"REVOKE TEMPORARY ON DATABASE {owner.url.database} FROM PUBLIC")

@@ -194,7 +194,7 @@ def test_a_small_pool_is_enough_for_every_operation(postgres_url: str, size: int
         assert store.wait(job, timeout=60).status is MlJobStatus.COMPLETED
 
 
-def test_a_host_that_pools_no_connections_keeps_none_for_us(postgres_url: str) -> None:
+def test_a_host_without_a_pool_keeps_no_connection_for_mljobs(postgres_url: str) -> None:
     engine = create_engine(postgres_url, poolclass=NullPool)
     with JobStore(engine) as store, JobStore(postgres_url) as other:
         store.submit("train", "spam")

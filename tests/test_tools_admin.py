@@ -86,7 +86,7 @@ class LeaseAdmin(SqlAdminView, model=MlJobLease):
     column_list = "__all__"
 
 
-def test_sqladmin_lists_shows_edits_and_is_told_why_a_finished_job_stays(world: World) -> None:
+def test_sqladmin_lists_shows_edits_and_shows_why_a_finished_job_stays(world: World) -> None:
     finished, queued = world.run(lambda session: tuple(job.id for job in _jobs(session)))
     app = Starlette()
     admin = SqlAdmin(app, world.engine)
@@ -195,7 +195,7 @@ def _starlette_admin(engine: Any, *views: ModelView) -> Starlette:
     return app
 
 
-def test_starlette_admin_lists_shows_edits_and_is_told_why_a_finished_job_stays(world: World) -> None:
+def test_starlette_admin_lists_shows_edits_and_shows_why_a_finished_job_stays(world: World) -> None:
     finished, queued = world.run(lambda session: tuple(job.id for job in _jobs(session)))
     before = _loaded(world.outside, queued)
     app = _starlette_admin(world.engine, JobView(MlJob), ModelView(MlJobLease))

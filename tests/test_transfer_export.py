@@ -267,7 +267,7 @@ def test_a_replaced_file_keeps_its_mode_and_a_link_stays_a_link(full: JobStore) 
     assert len(Path("real").read_bytes().splitlines()) == 2500
 
 
-def test_a_full_disk_is_told_with_the_name_and_the_number(full: JobStore) -> None:
+def test_a_full_disk_is_an_error_with_the_files_name_and_errno(full: JobStore) -> None:
     with pytest.raises(TransferError, match=r"/dev/full: No space left on device \(after 0 records\)") as caught:
         full.export_jobs("/dev/full")
     assert caught.value.errno == errno.ENOSPC
@@ -276,7 +276,7 @@ def test_a_full_disk_is_told_with_the_name_and_the_number(full: JobStore) -> Non
         full.export_jobs("/dev/full", target="t7")  # fits a buffer
 
 
-def test_a_text_file_that_cannot_hold_a_record_is_told(full: JobStore) -> None:
+def test_a_text_file_that_cannot_encode_a_record_is_an_error(full: JobStore) -> None:
     full.submit("train", "漢")
     with Path("latin").open("w", encoding="latin-1") as file, pytest.raises(TransferError, match="open it as utf-8"):
         full.export_jobs(file)
@@ -294,14 +294,14 @@ def test_a_disk_that_fills_up_leaves_no_file(full: JobStore, name: str, monkeypa
     assert [path.name for path in Path().iterdir() if not path.name.startswith("jobs.db")] == []
 
 
-def test_a_broken_pipe_is_told(full: JobStore) -> None:
+def test_a_broken_pipe_raises_an_error_that_names_it(full: JobStore) -> None:
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "wb", buffering=0) as file, pytest.raises(TransferError, match="Broken pipe"):
         full.export_jobs(file)
 
 
-def test_standard_streams_are_a_dash(
+def test_a_dash_names_the_standard_streams(
     full: JobStore, capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert full.export_jobs("-") == 2500
@@ -334,7 +334,7 @@ def test_what_cannot_be_opened_is_named(full: JobStore) -> None:
 
 
 @pytest.mark.parametrize("name", ["jobs.ndjson.gz", "jobs.ndjson.zst"])
-def test_a_damaged_archive_is_told_and_what_came_before_may_stand(full: JobStore, name: str) -> None:
+def test_a_damaged_archive_is_an_error_and_earlier_records_may_stay(full: JobStore, name: str) -> None:
     full.export_jobs(name)
     whole = Path(name).read_bytes()
     Path(name).write_bytes(whole[: len(whole) // 2])

@@ -150,7 +150,7 @@ def test_a_job_that_a_worker_holds_is_not_changed_under_it(world: World, store: 
     assert store.get(one.id).metrics == {"mine": 1}
 
 
-def test_error_ends_it_at_the_first_record_that_is_there_and_nothing_stands(world: World, store: Any) -> None:
+def test_error_stops_at_the_first_existing_record_and_nothing_is_imported(world: World, store: Any) -> None:
     one = job()
     put(world, one)
     with pytest.raises(JobExistsError, match="of line 2 exists already") as caught:

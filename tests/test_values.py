@@ -157,7 +157,7 @@ def test_a_duration_needs_both_ends_in_order() -> None:
     assert job.duration_ms == 1000
 
 
-def test_text_that_is_not_json_is_told_when_it_is_read() -> None:
+def test_text_that_is_not_json_is_an_error_when_it_is_read() -> None:
     job = MlJob(kind="train", target_name="x", spec_json="{", metrics_json="NaN")
     for field in ("spec", "metrics"):
         with pytest.raises(InvalidValueError, match="not JSON"):
@@ -193,7 +193,7 @@ def test_literals_are_rendered_as_the_types_store_them(engine: Any) -> None:
     assert "'x''y'" in text
 
 
-def test_a_status_that_is_no_token_is_told_with_those_that_are() -> None:
+def test_a_wrong_status_is_an_error_that_lists_the_right_ones() -> None:
     assert MlJobKind.from_token("train") is MlJobKind.TRAIN
     assert MlJobStatus.COMPLETED.token == "completed"
     for text in ("Train", " train", "", "trains"):

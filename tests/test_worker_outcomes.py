@@ -113,7 +113,7 @@ def test_a_backoff_that_raises_leaves_the_first_failed(store: JobStore, raised: 
     assert ended(store, job).status is FAILED
 
 
-def test_exponential_grows_up_to_the_longest_and_strays_a_little() -> None:
+def test_exponential_grows_to_its_maximum_with_jitter() -> None:
     exact = exponential(10, 600, jitter=0)
     assert [exact(retry) for retry in (1, 2, 3, 7, 5000)] == [10, 20, 40, 600, 600]
     stray = {round(exponential(10, 600)(1), 6) for _ in range(20)}

@@ -125,7 +125,7 @@ def test_a_job_that_kills_its_worker_every_time_fails_after_the_last_attempt(url
     assert str(done.error_message).startswith("gave up after 3 attempts: the lease of worker ")
 
 
-def test_a_worker_that_was_stopped_past_its_lease_writes_nothing_and_goes_on(url: str, store: JobStore) -> None:
+def test_a_worker_suspended_past_its_lease_writes_nothing_and_continues(url: str, store: JobStore) -> None:
     job = submit(store, "line", "return")
     with WorkerProcess(url, LEASE=1) as asleep:
         asleep.hears("begun")

@@ -251,14 +251,14 @@ def _often(engine: Engine) -> None:
                 connection.commit()
 
 
-def test_a_hosts_own_engine_is_told_what_to_set_and_works_with_it(pooled_url: str) -> None:
+def test_an_error_says_what_to_set_on_a_hosts_engine_and_that_works(pooled_url: str) -> None:
     with pytest.raises(DBAPIError) as caught:
         _often(create_engine(pooled_url, poolclass=NullPool))
     assert "prepare_threshold" in str(caught.value.__notes__)
     _often(create_engine(pooled_url, poolclass=NullPool, connect_args={"prepare_threshold": None}))
 
 
-def test_asyncpg_is_told_what_it_needs(pooled_url: str) -> None:
+def test_asyncpg_gets_the_arguments_it_needs(pooled_url: str) -> None:
     engine = create_async_engine(make_url(pooled_url).set(drivername="postgresql+asyncpg"), poolclass=NullPool)
 
     async def use() -> None:
