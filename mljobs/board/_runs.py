@@ -33,7 +33,7 @@ from mljobs.errors import InvalidValueError
 from mljobs.jobs import Bind, Filter, JobSummary
 from mljobs.states import MlJobStatus
 
-_TARGETS = 50
+_TARGETS = 30
 _OUTCOMES = 12
 _RUNS = 200
 _NAME = 10_000

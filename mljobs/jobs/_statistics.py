@@ -13,9 +13,9 @@ from datetime import datetime, timedelta
 from statistics import median
 from typing import Final
 
-from sqlalchemy import func, literal, select, type_coerce
+from sqlalchemy import String, func, literal, select, type_coerce
 
-from mljobs._values import to_utc
+from mljobs._values import from_millis, to_utc
 from mljobs.jobs._base import Bind, Model, check_count, connection_of, constant, table_of
 from mljobs.jobs._summaries import JobSummary, summaries_of
 from mljobs.record._models import MlJob
@@ -139,7 +139,14 @@ def durations(session: Bind, *, since: datetime, model: Model = MlJob) -> Durati
     ready = func.coalesce(table.c.run_after, table.c.created_at)
     started, ended = epoch_millis(table.c.started_at), epoch_millis(table.c.finished_at)
     statement = (
-        select(table.c.kind, table.c.status, table.c.attempts, ended - started, started - epoch_millis(ready))
+        # Tokens as text: to make each a member would cost more than to read it.
+        select(
+            type_coerce(table.c.kind, String),
+            type_coerce(table.c.status, String),
+            table.c.attempts,
+            ended - started,
+            started - epoch_millis(ready),
+        )
         .where(table.c.finished_at >= to_utc("since", since))
         .order_by(table.c.finished_at.desc(), table.c.id.desc())
         .limit(SAMPLE + 1)
@@ -147,7 +154,7 @@ def durations(session: Bind, *, since: datetime, model: Model = MlJob) -> Durati
     rows = connection_of(session, model).execute(statement).all()
     ran: dict[str, list[float]] = defaultdict(list)
     waited: dict[str, list[float]] = defaultdict(list)
-    ends: dict[str, Counter[MlJobStatus]] = defaultdict(Counter)
+    ends: dict[str, Counter[str]] = defaultdict(Counter)
     for kind, status, attempts, took, wait in rows[:SAMPLE]:
         ends[kind][status] += 1
         if status == MlJobStatus.COMPLETED and took is not None and took >= 0:
@@ -161,7 +168,7 @@ def durations(session: Bind, *, since: datetime, model: Model = MlJob) -> Durati
     return Durations(tuple(kinds), len(rows) <= SAMPLE)
 
 
-def _share(ends: Counter[MlJobStatus]) -> float | None:
+def _share(ends: Counter[str]) -> float | None:
     judged = ends[MlJobStatus.COMPLETED] + ends[MlJobStatus.FAILED]
     return ends[MlJobStatus.FAILED] / judged if judged else None
 
@@ -247,13 +254,13 @@ def failure_reasons(session: Bind, *, since: datetime, model: Model = MlJob) -> 
     table = table_of(model)
     line = func.substr(first_line_of(table.c.error_message), 1, _LINE)
     statement = (
-        select(line, table.c.target_name, table.c.finished_at)
+        select(line, table.c.target_name, epoch_millis(table.c.finished_at))
         .where(table.c.status == constant(MlJobStatus.FAILED), table.c.created_at >= to_utc("since", since))
         .order_by(table.c.created_at.desc(), table.c.id.desc())
         .limit(_FAILURES_READ + 1)
     )
     rows = connection_of(session, model).execute(statement).all()
-    groups: dict[str, list[tuple[str, str, datetime | None]]] = defaultdict(list)
+    groups: dict[str, list[tuple[str, str, int | None]]] = defaultdict(list)
     for error, target, finished in rows[:_FAILURES_READ]:
         groups[pattern_of(error or "")].append((error or "", target, finished))
     reasons = []
@@ -261,7 +268,8 @@ def failure_reasons(session: Bind, *, since: datetime, model: Model = MlJob) -> 
         targets = Counter(target for _, target, _ in group).most_common()
         last = max((finished for *_, finished in group if finished is not None), default=None)
         names = tuple(name for name, _ in targets[:5])
-        reasons.append(Reason(group[0][0], len(group), names, len(targets) - len(names), last))
+        ended = None if last is None else from_millis(last)
+        reasons.append(Reason(group[0][0], len(group), names, len(targets) - len(names), ended))
     reasons.sort(key=lambda reason: -reason.jobs)
     return Reasons(tuple(reasons), len(rows) <= _FAILURES_READ)
 
