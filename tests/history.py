@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import Connection, Engine, insert
+from sqlalchemy import Connection, Engine, insert, update
 
 from mljobs import MlJob, MlJobLease
 from mljobs._values import utc_now
@@ -58,7 +58,7 @@ class Job(NamedTuple):
 
 
 class Lease(NamedTuple):
-    """A row of ``ml_job_leases``."""
+    """A row of ``ml_job_leases``, and the job that names it."""
 
     job_id: UUID
     worker: str
@@ -171,7 +171,8 @@ def leases(jobs: list[Job], now: datetime, seed: int = 7) -> list[Lease]:
         lock = job.target_name if job.exclusive else None
         found.append(Lease(job.id, f"gpu-{pick.randrange(4)}", job.started_at, expires, lock))
     stopped = next(job for job in reversed(jobs) if job.status == "cancelled" and job.started_at is not None)
-    found.append(Lease(stopped.id, "gpu-9", stopped.created_at, now + timedelta(seconds=30), None))
+    lock = stopped.target_name if stopped.exclusive else None
+    found.append(Lease(stopped.id, "gpu-9", stopped.started_at or now, now + timedelta(seconds=30), lock))
     return found
 
 
@@ -187,10 +188,21 @@ def fill(engine: Engine, number: int) -> tuple[list[Job], list[Lease], datetime]
     jobs, held, now = _rows(number)
     with engine.begin() as connection:
         insert_rows(connection, MlJob.__table__, list(Job._fields), jobs)
-        connection.execute(insert(MlJobLease), [lease._asdict() for lease in held])
+        _insert_leases(connection, held)
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         gather(connection)
     return jobs, held, now
+
+
+def _insert_leases(connection: Connection, held: list[Lease]) -> None:
+    """Insert leases, and have their jobs name them; the last is of a finished job, which names none."""
+    for lease in held[:-1]:
+        values = {name: value for name, value in lease._asdict().items() if name != "job_id"}
+        token = connection.execute(insert(MlJobLease).values(values).returning(MlJobLease.token)).scalar_one()
+        running = update(MlJob.__table__).where(MlJob.id == lease.job_id)
+        connection.execute(running.values(lease=token, worker=lease.worker))
+    values = {name: value for name, value in held[-1]._asdict().items() if name != "job_id"}
+    connection.execute(insert(MlJobLease).values(values))
 
 
 def gather(connection: Connection) -> None:

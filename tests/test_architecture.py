@@ -125,37 +125,3 @@ def test_every_public_name_is_there_once_and_typed() -> None:
     assert (PACKAGE / "py.typed").exists()
     with pytest.raises(AttributeError, match="nothing"):
         mljobs.nothing  # noqa: B018
-
-
-def test_prepared_statements_hide_no_constant_in_a_parameter() -> None:
-    """A partial index serves ``status = 'queued'``, never ``status = $1``."""
-    from sqlalchemy.dialects import postgresql, sqlite
-
-    from mljobs import MlJob
-    from mljobs.db._prepared import _Compiled
-    from mljobs.jobs import _claiming as claiming
-    from mljobs.jobs import _exchanging as exchanging
-    from mljobs.jobs import _finishing as finishing
-    from mljobs.jobs import _sweeping as sweeping
-
-    statements = {
-        "postgresql": [
-            *(claiming._claim_statement(MlJob, which, 10) for which in ("any", "kinds", "ids")),
-            claiming._renewal(MlJob),
-            claiming._report_statement(MlJob),
-            *(finishing._finish_statement(MlJob, single) for single in (True, False)),
-            *(exchanging._statement(MlJob, "any", 10, single) for single in (True, False)),
-            finishing._cancellation(MlJob),
-            sweeping._expired(MlJob),
-            sweeping._rescue_statement(MlJob),
-        ],
-        "sqlite": [
-            claiming._start_statement(MlJob),
-            finishing._outcome_statement(MlJob),
-            finishing._cancellation(MlJob),
-        ],
-    }
-    for name, prepared in statements.items():
-        dialect = {"postgresql": postgresql.psycopg.dialect, "sqlite": sqlite.dialect}[name]()
-        for statement in prepared:
-            assert _Compiled(statement._statement(dialect), dialect).fixed == {}

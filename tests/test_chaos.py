@@ -49,11 +49,12 @@ def _row(status: str, **values: object) -> dict[str, object]:
     started = {"completed": 100, "running": 0}.get(status, 0)
     row = {"id": _JOB, "kind": "train", "status": status, "attempts": int(status != "queued"), "progress": started}
     result = {"metrics_json": '{"token": 7}'} if status == "completed" else {"metrics_json": None}
+    row["lease"] = 7 if status == "running" else None
     return {**row, **result, "error_message": None, "retry_of": None, **values}
 
 
 def _lease(token: int, target: str | None = None) -> dict[str, object]:
-    return {"token": token, "job_id": _JOB, "worker": "w", "target_lock": target}
+    return {"token": token, "worker": "w", "target_lock": target}
 
 
 def _good() -> list[Event]:
@@ -68,7 +69,7 @@ def _good() -> list[Event]:
 
 
 def _judged(events: list[Event], *, row: dict[str, object] | None = None, call: Call | None = None) -> list[str]:
-    calls = {7: call or Call(_JOB, 7, 1, 10, 20)}
+    calls = {(_JOB, 7): call or Call(_JOB, 7, 1, 10, 20)}
     evidence = Evidence({_JOB}, {_JOB: row or _row("completed")}, 0, events, calls, 5)
     judge(evidence)
     return evidence.wrong
@@ -87,9 +88,15 @@ def test_a_correct_sequence_of_events_is_accepted() -> None:
         ),
         (Event(6, "d", "ml_jobs", "DELETE", _row("completed"), None), "was written by DELETE"),
         (Event(6, "d", "ml_jobs", "UPDATE", _row("running"), _row("completed")), "changed unseen"),
-        (Event(6, "d", "ml_job_leases", "INSERT", None, _lease(9)), "counts 1 attempts, but was claimed 2 times"),
+        (
+            Event(6, "d", "ml_jobs", "UPDATE", _row("queued"), _row("running", lease=9)),
+            "counts 1 attempts, but was claimed 2 times",
+        ),
         (Event(6, "d", "ml_job_leases", "INSERT", None, _lease(7)), "a token came back"),
-        (Event(6, "d", "ml_job_leases", "INSERT", None, _lease(9)), "result of lease 7, but 9 held it last"),
+        (
+            Event(6, "d", "ml_jobs", "UPDATE", _row("queued"), _row("running", lease=9)),
+            "result of lease 7, but 9 held it last",
+        ),
     ],
 )
 def test_each_forbidden_event_is_reported(more: Event, said: str) -> None:
@@ -100,7 +107,9 @@ def test_a_result_without_its_handlers_end_or_its_own_lease_is_reported() -> Non
     assert "did not come to its end" in _judged(_good(), call=Call(_JOB, 7, 1, 10, None))[0]
     assert "never given for it" in "".join(_judged(_good(), call=Call("0" * 32, 7, 1, 10, 20)))
     late = [*_good()[:4], Event(5, "other", "ml_jobs", "UPDATE", _row("running"), _row("completed"))]
-    assert "ended without its lease in one transaction" in _judged(late)[0]
+    assert "ended without its target's lock in one transaction" in _judged(late)[0]
+    kept = [*_good()[:4], Event(5, "c", "ml_jobs", "UPDATE", _row("running"), _row("completed", lease=7))]
+    assert "ended without its lease in one statement" in _judged(kept)[0]
     assert "is running at the end" in _judged(_good()[:3], row=_row("running"))[0]
 
 
@@ -119,7 +128,7 @@ def test_two_overlapping_runs_on_one_exclusive_target_are_reported() -> None:
         ]
         events.append(Event(event.n + 5, f"{event.tx}2", event.what, event.op, *rows))
     second = _row("completed", id=other, metrics_json='{"token": 8}')
-    calls = {7: Call(_JOB, 7, 1, 10, 20), 8: Call(other, 8, 2, 19, 30)}
+    calls = {(_JOB, 7): Call(_JOB, 7, 1, 10, 20), (other, 8): Call(other, 8, 2, 19, 30)}
     evidence = Evidence({_JOB, other}, {_JOB: _row("completed"), other: second}, 0, events, calls, 5)
     judge(evidence)
     assert len(evidence.wrong) == 1

@@ -170,13 +170,13 @@ def store_machine(url: str) -> type[RuleBasedStateMachine]:
         @rule(most=st.integers(1, 3))
         def rescue(self, most: int) -> None:
             rescue = self.store.rescue(max_attempts=most)
-            expected: dict[str, set[UUID]] = {"requeued": set(), "failed": set(), "released": set()}
+            expected: dict[str, set[Any]] = {"requeued": set(), "failed": set(), "released": set()}
             for job_id, job in self.jobs.items():
                 if job.token is None or not job.expired:
                     continue
-                job.token = None
+                token, job.token = job.token, None
                 if job.status != "running":
-                    expected["released"].add(job_id)
+                    expected["released"].add(token)
                 elif job.attempts >= most:
                     job.status = "failed"
                     expected["failed"].add(job_id)

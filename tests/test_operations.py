@@ -293,10 +293,10 @@ def test_an_exclusive_target_stays_locked_after_a_cancel_until_its_worker_stops(
 
 def test_an_exclusive_target_is_free_once_the_lease_of_a_cancelled_job_has_expired(store: Any, world: World) -> None:
     first, _ = (store.submit("train", "spam", exclusive=True) for _ in range(2))
-    store.claim(worker="w")
+    (claim,) = store.claim(worker="w")
     store.cancel(first.id)
     expire_leases(world.outside)
-    assert store.rescue().released == [first.id]
+    assert store.rescue().released == [claim.token]
     assert len(store.claim(worker="w")) == 1
 
 
@@ -352,7 +352,7 @@ def test_renew_says_what_is_held_lost_and_cancelled(store: Any, world: World) ->
     store.cancel(cancelled.job_id)
     with world.outside.begin() as connection:
         name = put_back.job_id.hex if world.dialect == "sqlite" else str(put_back.job_id)
-        connection.exec_driver_sql(f"UPDATE ml_jobs SET status = 'queued' WHERE id = '{name}'")
+        connection.exec_driver_sql(f"UPDATE ml_jobs SET status = 'queued', lease = NULL WHERE id = '{name}'")
     renewal = store.renew([held, lost, cancelled, put_back], lease=600)
     assert tokens(renewal.held) == [held.token]
     assert renewal.held[0].expires_at > held.expires_at

@@ -372,9 +372,7 @@ def _(session: Session, job_id: UUID) -> None:
     session.execute(
         text("CREATE TRIGGER mine AFTER UPDATE ON ml_job_leases BEGIN UPDATE ml_jobs SET progress = 3; END")
     )
-    session.execute(
-        text(f"INSERT INTO ml_job_leases (job_id, worker, acquired_at, expires_at) VALUES ('{ID}', 'w', 0, 0)")
-    )
+    session.execute(text("INSERT INTO ml_job_leases (worker, acquired_at, expires_at) VALUES ('w', 0, 0)"))
     session.execute(text("UPDATE ml_job_leases SET worker = 'v'"))
 
 

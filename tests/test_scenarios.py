@@ -11,10 +11,9 @@ import pytest
 from sqlalchemy.exc import IntegrityError
 
 from mljobs import MlJob, MlJobStatus
-from mljobs.jobs import _base
 from mljobs.jobs import _claiming as claiming
-from mljobs.jobs import _sweeping as sweeping
-from mljobs.jobs._base import moments
+from mljobs.jobs import _pruning, _statements
+from mljobs.jobs._statements import moments
 from tests.leases import expire_leases
 from tests.worlds import World
 
@@ -63,7 +62,7 @@ def test_a_clock_that_jumps_does_not_lose_a_lease(postgres_url: str, monkeypatch
         store.submit("train", "spam")
         (claim,) = store.claim(worker="w", lease=60)
         tomorrow = datetime.now(UTC) + timedelta(days=1)
-        for module in (_base, sweeping):
+        for module in (_statements, _pruning):
             monkeypatch.setattr(module, "utc_now", lambda: tomorrow)
         assert not store.rescue()
         (held,) = store.renew([claim], lease=60).held

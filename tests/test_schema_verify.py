@@ -45,21 +45,14 @@ HARM_IN_SQLITE = {
     "view ml_jobs_overview of table ml_job_leases differs from character": "DROP VIEW ml_jobs_overview ;; "
     "CREATE VIEW ml_jobs_overview AS SELECT id, status FROM ml_jobs",
 }
-LEASES = "DROP TABLE ml_job_leases ;; CREATE TABLE ml_job_leases (token INTEGER NOT NULL PRIMARY KEY{}, job_id {}"
+LEASES = "DROP TABLE ml_job_leases ;; CREATE TABLE ml_job_leases (token INTEGER NOT NULL PRIMARY KEY{}, worker {}"
 LEASE_END = (
-    ", worker TEXT NOT NULL, acquired_at BIGINT NOT NULL, expires_at BIGINT NOT NULL, target_lock TEXT) ;; "
-    "CREATE UNIQUE INDEX uq_ml_job_leases_job ON ml_job_leases (job_id) ;; "
+    ", acquired_at BIGINT NOT NULL, expires_at BIGINT NOT NULL, target_lock TEXT) ;; "
     "CREATE UNIQUE INDEX uq_ml_job_leases_target ON ml_job_leases (target_lock) WHERE target_lock IS NOT NULL"
 )
-CASCADE = "REFERENCES ml_jobs (id) ON DELETE CASCADE"
 HARM_IN_SQLITE |= {
-    "AUTOINCREMENT of the key of table ml_job_leases is missing": LEASES.format("", f"CHAR(32) NOT NULL {CASCADE}")
-    + LEASE_END,
-    "foreign key job_id of table ml_job_leases is missing": LEASES.format(" AUTOINCREMENT", "CHAR(32) NOT NULL")
-    + LEASE_END,
-    "column job_id of table ml_job_leases is 'CHAR(32)', expected 'CHAR(32) NOT NULL'": LEASES.format(
-        " AUTOINCREMENT", f"CHAR(32) {CASCADE}"
-    )
+    "AUTOINCREMENT of the key of table ml_job_leases is missing": LEASES.format("", "TEXT NOT NULL") + LEASE_END,
+    "column worker of table ml_job_leases is 'TEXT', expected 'TEXT NOT NULL'": LEASES.format(" AUTOINCREMENT", "TEXT")
     + LEASE_END,
 }
 HARM_IN_POSTGRESQL = {
@@ -103,10 +96,6 @@ HARM_IN_POSTGRESQL = {
     "check ck_ml_jobs_progress of table ml_jobs is 'CHECK (((progress >= 0) AND (progress <= 100))) NOT VALID'": (
         "ALTER TABLE ml_jobs DROP CONSTRAINT ck_ml_jobs_progress ;; ALTER TABLE ml_jobs "
         "ADD CONSTRAINT ck_ml_jobs_progress CHECK (progress BETWEEN 0 AND 100) NOT VALID"
-    ),
-    "foreign key ml_job_leases_job_id_fkey of table ml_job_leases is 'FOREIGN KEY (job_id) REFERENCES ml_jobs(id)'": (
-        "ALTER TABLE ml_job_leases DROP CONSTRAINT ml_job_leases_job_id_fkey ;; ALTER TABLE ml_job_leases "
-        "ADD CONSTRAINT ml_job_leases_job_id_fkey FOREIGN KEY (job_id) REFERENCES ml_jobs (id)"
     ),
     "primary key ml_job_leases_pkey of table ml_job_leases is missing": (
         "ALTER TABLE ml_job_leases DROP CONSTRAINT ml_job_leases_pkey"

@@ -56,13 +56,13 @@ def test_a_job_started_by_hand_is_never_rescued_and_a_long_one_neither(store: An
 
 
 def test_a_lease_whose_job_was_put_back_by_hand_only_goes(store: Any, world: World) -> None:
-    job = store.submit("train", "spam")
-    store.claim(worker="w")
+    store.submit("train", "spam", exclusive=True)
+    (claim,) = store.claim(worker="w")
     with world.outside.begin() as connection:
-        connection.exec_driver_sql("UPDATE ml_jobs SET status = 'queued'")
+        connection.exec_driver_sql("UPDATE ml_jobs SET status = 'queued', lease = NULL")
     assert store.claim(worker="v") == []
     expire_leases(world.outside)
-    assert store.rescue().released == [job.id]
+    assert store.rescue().released == [claim.token]
     assert len(store.claim(worker="v")) == 1
 
 

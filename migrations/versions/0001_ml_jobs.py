@@ -53,6 +53,7 @@ CREATE TABLE ml_jobs (
     "CREATE INDEX ix_ml_jobs_created ON ml_jobs (created_at, id)",
     "CREATE INDEX ix_ml_jobs_failed ON ml_jobs (created_at, id) WHERE status = 'failed'",
     "CREATE INDEX ix_ml_jobs_finished ON ml_jobs (finished_at, id) WHERE finished_at IS NOT NULL",
+    "CREATE INDEX ix_ml_jobs_lease ON ml_jobs (lease) WHERE lease IS NOT NULL",
     "CREATE INDEX ix_ml_jobs_kind ON ml_jobs (kind, priority DESC, created_at, id) WHERE status = 'queued'",
     "CREATE INDEX ix_ml_jobs_queue ON ml_jobs (priority DESC, created_at, id) WHERE status = 'queued'",
     "CREATE INDEX ix_ml_jobs_retries ON ml_jobs (retry_of) WHERE retry_of IS NOT NULL",
@@ -150,15 +151,12 @@ EXECUTE FUNCTION ml_jobs_wake()""",
     """\
 CREATE TABLE ml_job_leases (
   token BIGINT GENERATED ALWAYS AS IDENTITY,
-  job_id UUID NOT NULL,
   worker TEXT NOT NULL,
   acquired_at TIMESTAMP(3) WITH TIME ZONE NOT NULL,
   expires_at TIMESTAMP(3) WITH TIME ZONE NOT NULL,
   target_lock TEXT,
-  PRIMARY KEY (token),
-  FOREIGN KEY(job_id) REFERENCES ml_jobs (id) ON DELETE CASCADE
+  PRIMARY KEY (token)
 )""",
-    "CREATE UNIQUE INDEX uq_ml_job_leases_job ON ml_job_leases (job_id)",
     "CREATE UNIQUE INDEX uq_ml_job_leases_target ON ml_job_leases (target_lock) WHERE target_lock IS NOT NULL",
     """\
 CREATE VIEW ml_jobs_overview AS
@@ -171,22 +169,30 @@ SELECT j.id, j.kind, j.target_name, j.status, j.progress,
     WHEN j.finished_at >= j.started_at THEN j.finished_at - j.started_at
     WHEN j.status = 'running' AND j.started_at <= statement_timestamp() THEN statement_timestamp() - j.started_at
   END) AS duration,
-  j.worker, l.expires_at AS lease_ends_at,
-  j.status = 'running' AND coalesce(l.expires_at < statement_timestamp(), false) AS stuck,
+  j.worker, l.ends_at AS lease_ends_at,
+  j.status = 'running' AND coalesce(l.ends_at < statement_timestamp(), false) AS stuck,
   CASE
-    WHEN j.status = 'running' AND l.token IS NULL THEN 'started by hand, no lease'
-    WHEN j.status = 'running' AND l.expires_at < statement_timestamp() THEN 'its worker is silent'
-    WHEN j.status IN ('completed', 'failed', 'cancelled') AND l.token IS NOT NULL THEN 'its worker has not stopped yet'
+    WHEN j.status = 'running' AND l.ends_at IS NULL THEN 'started by hand, no lease'
+    WHEN j.status = 'running' AND l.ends_at < statement_timestamp() THEN 'its worker is silent'
+    WHEN j.status IN ('completed', 'failed', 'cancelled') AND l.ends_at IS NOT NULL THEN 'its worker has not stopped yet'
     WHEN j.status = 'queued' AND j.run_after > statement_timestamp() THEN 'not before run_after'
     WHEN j.status = 'queued' AND j.exclusive
-      AND EXISTS (SELECT 1 FROM ml_job_leases h WHERE h.target_lock = j.target_name) THEN 'its target is taken'
+      AND (EXISTS (SELECT 1 FROM ml_job_leases h WHERE h.target_lock = j.target_name)
+      OR EXISTS (SELECT 1 FROM ml_jobs r WHERE r.target_name = j.target_name AND r."exclusive"
+        AND r.status = 'running')) THEN 'its target is taken'
   END AS note,
   j.attempts, j.priority, j.created_at, j.started_at, j.finished_at, j.run_after,
   CASE WHEN j.finished_at >= j.started_at
     THEN (extract(epoch FROM j.finished_at - j.started_at) * 1000)::bigint END AS duration_ms,
   j.retry_of,
   left(split_part(j.error_message, chr(10), 1), 200) AS error
-FROM ml_jobs j LEFT JOIN ml_job_leases l ON l.job_id = j.id""",
+FROM ml_jobs j CROSS JOIN LATERAL (SELECT CASE
+    WHEN j.status = 'running' THEN (SELECT r.expires_at FROM ml_job_leases r WHERE r.token = j.lease)
+    WHEN j.status = 'cancelled' AND j.started_at >= (SELECT min(acquired_at) FROM ml_job_leases) THEN (
+      SELECT max(c.expires_at) FROM ml_job_leases c
+      WHERE c.acquired_at = j.started_at AND c.worker = j.worker
+        AND c.target_lock IS NOT DISTINCT FROM CASE WHEN j."exclusive" THEN j.target_name END)
+  END AS ends_at) l""",
     """\
 DO $mljobs$
 BEGIN
@@ -236,6 +242,7 @@ CREATE TABLE ml_jobs (
     "CREATE INDEX ix_ml_jobs_created ON ml_jobs (created_at, id)",
     "CREATE INDEX ix_ml_jobs_failed ON ml_jobs (created_at, id) WHERE status = 'failed'",
     "CREATE INDEX ix_ml_jobs_finished ON ml_jobs (finished_at, id) WHERE finished_at IS NOT NULL",
+    "CREATE INDEX ix_ml_jobs_lease ON ml_jobs (lease) WHERE lease IS NOT NULL",
     "CREATE INDEX ix_ml_jobs_kind ON ml_jobs (kind, priority DESC, created_at, id) WHERE status = 'queued'",
     "CREATE INDEX ix_ml_jobs_queue ON ml_jobs (priority DESC, created_at, id) WHERE status = 'queued'",
     "CREATE INDEX ix_ml_jobs_retries ON ml_jobs (retry_of) WHERE retry_of IS NOT NULL",
@@ -299,14 +306,11 @@ END""",
     """\
 CREATE TABLE ml_job_leases (
   token INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT,
-  job_id CHAR(32) NOT NULL,
   worker TEXT NOT NULL,
   acquired_at BIGINT NOT NULL,
   expires_at BIGINT NOT NULL,
-  target_lock TEXT,
-  FOREIGN KEY(job_id) REFERENCES ml_jobs (id) ON DELETE CASCADE
+  target_lock TEXT
 )""",
-    "CREATE UNIQUE INDEX uq_ml_job_leases_job ON ml_job_leases (job_id)",
     "CREATE UNIQUE INDEX uq_ml_job_leases_target ON ml_job_leases (target_lock) WHERE target_lock IS NOT NULL",
     """\
 CREATE VIEW ml_jobs_overview AS
@@ -320,12 +324,14 @@ SELECT id, kind, target_name, status, progress,
   worker, strftime('%Y-%m-%d %H:%M:%S', expires_at / 1000, 'unixepoch') || printf('.%03d', expires_at % 1000) AS lease_ends_at,
   status = 'running' AND coalesce(expires_at < now, 0) AS stuck,
   CASE
-    WHEN status = 'running' AND token IS NULL THEN 'started by hand, no lease'
-    WHEN status = 'running' AND expires_at < now THEN 'its worker is silent'
-    WHEN status IN ('completed', 'failed', 'cancelled') AND token IS NOT NULL THEN 'its worker has not stopped yet'
-    WHEN status = 'queued' AND run_after > now THEN 'not before run_after'
-    WHEN status = 'queued' AND "exclusive"
-      AND EXISTS (SELECT 1 FROM ml_job_leases h WHERE h.target_lock = target_name) THEN 'its target is taken'
+    WHEN v.status = 'running' AND expires_at IS NULL THEN 'started by hand, no lease'
+    WHEN v.status = 'running' AND expires_at < now THEN 'its worker is silent'
+    WHEN v.status IN ('completed', 'failed', 'cancelled') AND expires_at IS NOT NULL THEN 'its worker has not stopped yet'
+    WHEN v.status = 'queued' AND v.run_after > now THEN 'not before run_after'
+    WHEN v.status = 'queued' AND v."exclusive"
+      AND (EXISTS (SELECT 1 FROM ml_job_leases h WHERE h.target_lock = v.target_name)
+      OR EXISTS (SELECT 1 FROM ml_jobs r WHERE r.target_name = v.target_name AND r."exclusive"
+        AND r.status = 'running')) THEN 'its target is taken'
   END AS note,
   attempts, priority,
   strftime('%Y-%m-%d %H:%M:%S', created_at / 1000, 'unixepoch') || printf('.%03d', created_at % 1000) AS created_at,
@@ -345,11 +351,17 @@ FROM (
   FROM (
     SELECT j.id, j.kind, j.target_name, j.status, j.progress, j.attempts, j.priority, j."exclusive",
       j.created_at, j.started_at, j.finished_at, j.run_after, j.retry_of, j.error_message, j.worker,
-      l.token, l.expires_at,
+      CASE
+    WHEN j.status = 'running' THEN (SELECT r.expires_at FROM ml_job_leases r WHERE r.token = j.lease)
+    WHEN j.status = 'cancelled' AND j.started_at >= (SELECT min(acquired_at) FROM ml_job_leases) THEN (
+      SELECT max(c.expires_at) FROM ml_job_leases c
+      WHERE c.acquired_at = j.started_at AND c.worker = j.worker
+        AND c.target_lock IS CASE WHEN j."exclusive" THEN j.target_name END)
+  END AS expires_at,
       CAST(strftime('%s', 'now') AS INTEGER) * 1000 + CAST(substr(strftime('%f', 'now'), 4) AS INTEGER) AS now
-    FROM ml_jobs j LEFT JOIN ml_job_leases l ON l.job_id = j.id
+    FROM ml_jobs j
   )
-)""",
+) AS v""",
 )
 
 _DROP_POSTGRESQL = (

@@ -8,6 +8,7 @@ everywhere.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -36,6 +37,9 @@ class _Compiled:
         }
         self.names: Sequence[str] = tuple(compiled.positiontup or ())
         self.positional: bool = compiled.positional
+        self.numbered: str | None = None
+        if dialect.driver == "psycopg" and not dialect.is_async:
+            self.numbered, self.names = _numbered(self.text)
         self.bind: dict[str, _Process] = {}
         for bind, name in compiled.bind_names.items():
             process = bind.type.dialect_impl(dialect).bind_processor(dialect)
@@ -53,9 +57,11 @@ class _Compiled:
         values = {**self.fixed, **given}
         for name, process in self.bind.items():
             values[name] = process(values[name])
-        if self.positional:
-            return tuple(values[name] for name in self.names)
-        return values
+        return self.in_order(values) if self.positional else values
+
+    def in_order(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return the values in the order of the placeholders."""
+        return tuple(values[name] for name in self.names)
 
     def describe(self, cursor: Any) -> None:
         """Choose what to do to each column by what the driver says it is; SQLAlchemy asks that of a number."""
@@ -72,6 +78,20 @@ class _Compiled:
             if value is not None:
                 values[at] = process(value)
         return values
+
+
+def _numbered(text: str) -> tuple[str, Sequence[str]]:
+    """Return the text with PostgreSQL's own placeholders, ``$1``, and the name of each.
+
+    psycopg would look for placeholders in the text, and in one of more than 4096 characters each time.
+    """
+    names: dict[str, int] = {}
+
+    def placeholder(found: re.Match[str]) -> str:
+        name = found[1]
+        return "%" if name is None else f"${names.setdefault(name, len(names) + 1)}"
+
+    return re.sub(r"%(?:\((\w+)\)s|%)", placeholder, text), tuple(names)
 
 
 class Prepared:
@@ -162,8 +182,12 @@ _PLAIN_DRIVERS = frozenset({"psycopg", "pysqlite"})
 def _by_cursor(connection: Any, compiled: _Compiled, values: Any) -> Sequence[Sequence[Any]]:
     cursor = None
     try:
-        cursor = connection.connection.cursor()
-        cursor.execute(compiled.text, values)
+        if compiled.numbered is not None:
+            cursor = connection.dialect.dbapi.RawCursor(connection.connection.dbapi_connection)
+            cursor.execute(compiled.numbered, compiled.in_order(values))
+        else:
+            cursor = connection.connection.cursor()
+            cursor.execute(compiled.text, values)
         compiled.describe(cursor)
         rows: Sequence[Sequence[Any]] = cursor.fetchall() if compiled.returns_rows else []
         cursor.close()

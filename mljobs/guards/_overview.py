@@ -27,13 +27,26 @@ _ERROR_SHOWN = 200
 
 _NOTE = f"""\
 CASE
-    WHEN {{j}}status = '{_RUNNING}' AND {{l}}token IS NULL THEN 'started by hand, no lease'
-    WHEN {{j}}status = '{_RUNNING}' AND {{l}}expires_at < {{now}} THEN 'its worker is silent'
-    WHEN {{j}}status IN ({_FINISHED}) AND {{l}}token IS NOT NULL THEN 'its worker has not stopped yet'
+    WHEN {{j}}status = '{_RUNNING}' AND {{ends}} IS NULL THEN 'started by hand, no lease'
+    WHEN {{j}}status = '{_RUNNING}' AND {{ends}} < {{now}} THEN 'its worker is silent'
+    WHEN {{j}}status IN ({_FINISHED}) AND {{ends}} IS NOT NULL THEN 'its worker has not stopped yet'
     WHEN {{j}}status = '{_QUEUED}' AND {{j}}run_after > {{now}} THEN 'not before run_after'
     WHEN {{j}}status = '{_QUEUED}' AND {{j}}{{exclusive}}
-      AND EXISTS (SELECT 1 FROM {{{{leases}}}} h WHERE h.target_lock = {{j}}target_name) THEN 'its target is taken'
+      AND (EXISTS (SELECT 1 FROM {{{{leases}}}} h WHERE h.target_lock = {{j}}target_name)
+      OR EXISTS (SELECT 1 FROM {{{{jobs}}}} r WHERE r.target_name = {{j}}target_name AND r."exclusive"
+        AND r.status = '{_RUNNING}')) THEN 'its target is taken'
   END AS note"""
+
+# When the lease ends under which a record runs; or ran, if it was cancelled and its worker has not stopped: then the record
+# names no lease any more, but still says when it was claimed, and by whom.
+_ENDS = f"""\
+CASE
+    WHEN j.status = '{_RUNNING}' THEN (SELECT r.expires_at FROM {{{{leases}}}} r WHERE r.token = j.lease)
+    WHEN j.status = '{MlJobStatus.CANCELLED}' AND j.started_at >= (SELECT min(acquired_at) FROM {{{{leases}}}}) THEN (
+      SELECT max(c.expires_at) FROM {{{{leases}}}} c
+      WHERE c.acquired_at = j.started_at AND c.worker = j.worker
+        AND c.target_lock {{same}} CASE WHEN j."exclusive" THEN j.target_name END)
+  END"""
 
 # PostgreSQL: intervals, which sort and compare, and which psql shows as 1 day 02:03:04.
 _POSTGRES_VIEW = f"""\
@@ -47,15 +60,15 @@ SELECT j.id, j.kind, j.target_name, j.status, j.progress,
     WHEN j.finished_at >= j.started_at THEN j.finished_at - j.started_at
     WHEN j.status = '{_RUNNING}' AND j.started_at <= statement_timestamp() THEN statement_timestamp() - j.started_at
   END) AS duration,
-  j.worker, l.expires_at AS lease_ends_at,
-  j.status = '{_RUNNING}' AND coalesce(l.expires_at < statement_timestamp(), false) AS stuck,
-  {_NOTE.format(j="j.", l="l.", now="statement_timestamp()", exclusive="exclusive")},
+  j.worker, l.ends_at AS lease_ends_at,
+  j.status = '{_RUNNING}' AND coalesce(l.ends_at < statement_timestamp(), false) AS stuck,
+  {_NOTE.format(j="j.", ends="l.ends_at", now="statement_timestamp()", exclusive="exclusive")},
   j.attempts, j.priority, j.created_at, j.started_at, j.finished_at, j.run_after,
   CASE WHEN j.finished_at >= j.started_at
     THEN (extract(epoch FROM j.finished_at - j.started_at) * 1000)::bigint END AS duration_ms,
   j.retry_of,
   left(split_part(j.error_message, chr(10), 1), {_ERROR_SHOWN}) AS error
-FROM {{jobs}} j LEFT JOIN {{leases}} l ON l.job_id = j.id"""
+FROM {{jobs}} j CROSS JOIN LATERAL (SELECT {_ENDS.format(same="IS NOT DISTINCT FROM")} AS ends_at) l"""
 
 # Since PostgreSQL 15 a view may read with the rights of whoever asks; otherwise it would pass row security by.
 _POSTGRES_INVOKER = """\
@@ -88,7 +101,7 @@ SELECT id, kind, target_name, status, progress,
   {_span("duration")},
   worker, {_moment("expires_at", "lease_ends_at")},
   status = '{_RUNNING}' AND coalesce(expires_at < now, 0) AS stuck,
-  {_NOTE.format(j="", l="", now="now", exclusive='"exclusive"')},
+  {_NOTE.format(j="v.", ends="expires_at", now="now", exclusive='"exclusive"')},
   attempts, priority,
   {_moment("created_at")},
   {_moment("started_at")},
@@ -107,11 +120,11 @@ FROM (
   FROM (
     SELECT j.id, j.kind, j.target_name, j.status, j.progress, j.attempts, j.priority, j."exclusive",
       j.created_at, j.started_at, j.finished_at, j.run_after, j.retry_of, j.error_message, j.worker,
-      l.token, l.expires_at,
+      {_ENDS.format(same="IS")} AS expires_at,
       CAST(strftime('%s', 'now') AS INTEGER) * 1000 + CAST(substr(strftime('%f', 'now'), 4) AS INTEGER) AS now
-    FROM {{jobs}} j LEFT JOIN {{leases}} l ON l.job_id = j.id
+    FROM {{jobs}} j
   )
-)"""
+) AS v"""
 
 _POSTGRES_CREATE = (_POSTGRES_VIEW, _POSTGRES_INVOKER)
 _SQLITE_CREATE = (_SQLITE_VIEW,)

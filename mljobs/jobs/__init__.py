@@ -18,10 +18,12 @@ By the question they answer:
 - :mod:`~mljobs.jobs._statistics`: figures over many (``finished_per``, ``durations``, ``failure_reasons``)
 - :mod:`~mljobs.jobs._queue`: what waits (``queue_depths``, ``next_claims``, ``held_in_queue``)
 - :mod:`~mljobs.jobs._targets`: which targets there are (``target_names``, ``target_jobs``)
-- :mod:`~mljobs.jobs._claiming`: who works on what now (``claim``, ``renew``, ``release``, ``set_progress``)
+- :mod:`~mljobs.jobs._claiming`: who begins what (``claim``, ``claim_one``)
+- :mod:`~mljobs.jobs._holding`: who works on what now (``renew``, ``look``, ``release``, ``report``, ``set_progress``)
 - :mod:`~mljobs.jobs._finishing`: how it ended (``complete``, ``fail``, ``requeue``, ``cancel``)
 - :mod:`~mljobs.jobs._exchanging`: both at once, for busy workers (``finish_and_claim``)
-- :mod:`~mljobs.jobs._sweeping`: what nobody does any more (``rescue``, ``prune``)
+- :mod:`~mljobs.jobs._rescuing`: what nobody does any more (``rescue``)
+- :mod:`~mljobs.jobs._pruning`: what is past its time (``prune``)
 
 Every write names the state it expects, and a worker's write the lease it holds, in the condition of its own statement.
 On PostgreSQL each is one statement, and times come from the database's clock. On SQLite, where one writer works at a
@@ -32,21 +34,8 @@ from mljobs.db._binds import Bind
 from mljobs.jobs._base import JobRef, Model, accept_any_session, table_of
 from mljobs.jobs._best import best
 from mljobs.jobs._bulk import Action, Batch, affected, cancel_batch, retry_batch
-from mljobs.jobs._claiming import (
-    DEFAULT_LEASE,
-    Claim,
-    Renewal,
-    Report,
-    claim,
-    claim_one,
-    look,
-    release,
-    renew,
-    report,
-    report_many,
-    set_progress,
-    set_progress_many,
-)
+from mljobs.jobs._claiming import DEFAULT_LEASE, claim, claim_one
+from mljobs.jobs._claims import Claim, Renewal
 from mljobs.jobs._exchanging import finish_and_claim
 from mljobs.jobs._filters import FILTERS, Filter, Filters, Where, conditions
 from mljobs.jobs._finishing import (
@@ -60,11 +49,23 @@ from mljobs.jobs._finishing import (
     requeue,
     requeue_many,
 )
+from mljobs.jobs._holding import (
+    Report,
+    look,
+    release,
+    renew,
+    report,
+    report_many,
+    set_progress,
+    set_progress_many,
+)
 from mljobs.jobs._load import Holder, KindStats, Stats, holders, stats
 from mljobs.jobs._naming import find_id
 from mljobs.jobs._paging import cursor_of
+from mljobs.jobs._pruning import Cursor, Pruned, prunable, prune, prune_batch
 from mljobs.jobs._queue import Queue, QueueDepth, held_in_queue, next_claims, queue_depths
 from mljobs.jobs._reading import Counts, Page, counts, find, get, history, lineage
+from mljobs.jobs._rescuing import Rescue, rescue
 from mljobs.jobs._retrying import retry
 from mljobs.jobs._statistics import (
     Durations,
@@ -91,7 +92,6 @@ from mljobs.jobs._summaries import (
     summaries,
     summaries_of,
 )
-from mljobs.jobs._sweeping import Cursor, Pruned, Rescue, prunable, prune, prune_batch, rescue
 from mljobs.jobs._targets import count_up_to, limit_time, target_jobs, target_names, why_read_only
 from mljobs.jobs._words import Pattern as FilterPattern
 from mljobs.jobs._words import Term as FilterTerm

@@ -2,50 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime
 from functools import wraps
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from uuid import UUID
 
 from sqlalchemy import (
-    ARRAY,
     Connection,
-    DateTime,
-    Integer,
-    Interval,
     Select,
-    String,
     Table,
-    Text,
-    any_,
     bindparam,
-    func,
     inspect,
-    literal_column,
     select,
     update,
 )
-from sqlalchemy import column as sqlalchemy_column
 from sqlalchemy.orm import Mapper, Session, selectin_polymorphic
-from sqlalchemy.types import NullType, TypeDecorator
 
-from mljobs._values import to_job_id, utc_now
+from mljobs._values import to_job_id
 from mljobs.db import _binds
 from mljobs.db._binds import connection_for, resolve
 from mljobs.db._prepared import Prepared
 from mljobs.errors import InvalidTransitionError, InvalidValueError, JobNotFound, TerminalStateError
+from mljobs.jobs._statements import constant
 from mljobs.record._mixin import MlJobMixin
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus
-from mljobs.types import UtcMillis
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
-    from sqlalchemy.engine import Dialect
-    from sqlalchemy.types import TypeEngine
 
 Bind = _binds.Bind
 Model = type[MlJobMixin]
@@ -137,48 +123,7 @@ def _write_nothing(model: Model) -> Prepared:
     return Prepared(lambda _: update(leases).values(worker=leases.c.worker).where(leases.c.token < constant(0)))
 
 
-def constant(value: str | int) -> Any:
-    """Return ``value`` as text of the statement.
-
-    A parameter instead would hide it from the planner: neither database can prove from ``status = $1`` that a partial
-    index serves, and PostgreSQL would plan the prepared statement anew each time.
-    """
-    if isinstance(value, int):
-        return literal_column(str(value), Integer())
-    return literal_column("'" + str(value).replace("'", "''") + "'", String())
-
-
-NULL: Any = literal_column("NULL", NullType())
-"""NULL without the label that SQLAlchemy gives each of its own."""
-
-# ---------------------------------------------------------------------------------------------------------- clock
-
-
-def now_of(dialect_name: str) -> ColumnElement[Any]:
-    """Return the expression for the present time: PostgreSQL's own clock, on SQLite the parameter ``now``."""
-    if dialect_name == "postgresql":
-        # Floored: a timestamptz(3) would round up, and a job would start in the future.
-        return func.date_trunc(constant("milliseconds"), func.statement_timestamp(), type_=DateTime(timezone=True))
-    return bindparam("now", type_=UtcMillis("now"))
-
-
-def expiry_of(dialect_name: str) -> ColumnElement[Any]:
-    """Return the expression for the end of a lease that begins now, of ``lease`` seconds (see ``moments``)."""
-    if dialect_name == "postgresql":
-        moment = func.statement_timestamp(type_=DateTime(timezone=True)) + bindparam("lease", type_=Interval())
-        return func.date_trunc(constant("milliseconds"), moment, type_=DateTime(timezone=True))
-    return bindparam("expires", type_=UtcMillis("expires_at"))
-
-
-def moments(lease: float = 0.0) -> dict[str, Any]:
-    """Return the parameters that ``now_of`` and ``expiry_of`` use.
-
-    Raises:
-        InvalidValueError: ``lease`` is not a number of seconds above 0.
-    """
-    span = timedelta(seconds=lease)
-    now = utc_now()
-    return {"now": now, "lease": span, "expires": now + span}
+# ------------------------------------------------------------------------------------------------------ arguments
 
 
 def check_lease(lease: float) -> float:
@@ -220,39 +165,6 @@ def check_count(field: str, value: int, highest: int, *, lowest: int = 1) -> int
     if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
         raise InvalidValueError(field, value, f"expected an int, {lowest} to {highest}")
     return value
-
-
-# ---------------------------------------------------------------------------------------------- lists as parameters
-
-
-class _JsonList(TypeDecorator[list[Any]]):
-    """A list as JSON text, which SQLite's ``json_each`` reads; the items as their own type stores them."""
-
-    impl = Text
-    cache_ok = True
-
-    def __init__(self, item: TypeEngine[Any]) -> None:
-        self.item = item
-        super().__init__()
-
-    def bind_processor(self, dialect: Dialect) -> Callable[[Any], str]:
-        process = self.item.dialect_impl(dialect).bind_processor(dialect)
-        return lambda values: json.dumps(values if process is None else [process(value) for value in values])
-
-
-def any_of(column: ColumnElement[Any], name: str, item: TypeEngine[Any], dialect_name: str) -> ColumnElement[bool]:
-    """Return the condition that ``column`` is in the list parameter ``name``: one text for lists of any length."""
-    if dialect_name == "postgresql":
-        return column == any_(bindparam(name, type_=ARRAY(item)))
-    items = func.json_each(bindparam(name, type_=_JsonList(item))).table_valued("value")
-    return column.in_(select(items.c.value))
-
-
-def unnested(name: str, **columns: TypeEngine[Any]) -> Any:
-    """Return PostgreSQL's table of several list parameters side by side, each named like its column."""
-    arrays = [bindparam(column, type_=ARRAY(item)) for column, item in columns.items()]
-    typed = [sqlalchemy_column(column, item) for column, item in columns.items()]
-    return func.unnest(*arrays).table_valued(*typed).render_derived(name=name)
 
 
 # -------------------------------------------------------------------------------------------------------- records
@@ -402,7 +314,7 @@ def refresh(bind: Bind, model: Model, ids: Iterable[UUID]) -> None:
 @per_model
 def _state(model: Model) -> Prepared:
     table = table_of(model)
-    columns = (table.c.status, table.c.finished_at)
+    columns = (table.c.status, table.c.finished_at, table.c.started_at)
     return Prepared(lambda _: select(*columns).where(table.c.id == bindparam("id", type_=table.c.id.type)))
 
 
@@ -423,13 +335,21 @@ def refusal(
     connection: Connection, model: Model, job_id: UUID, wanted: MlJobStatus
 ) -> TerminalStateError | InvalidTransitionError | JobNotFound:
     """Return the error that says why the job did not become ``wanted``."""
+    return refusal_and_start(connection, model, job_id, wanted)[0]
+
+
+def refusal_and_start(
+    connection: Connection, model: Model, job_id: UUID, wanted: MlJobStatus
+) -> tuple[TerminalStateError | InvalidTransitionError | JobNotFound, datetime | None]:
+    """Return what ``refusal`` returns, and when the job was started."""
     rows = _state(model).rows(connection, {"id": job_id})
     if not rows:
-        return JobNotFound(job_id)
-    status, finished_at = rows[0]
+        return JobNotFound(job_id), None
+    status, finished_at, started_at = rows[0]
     if status.is_terminal:
-        return TerminalStateError(job_id, status, finished_at, {"status": (status.token, wanted.token)})
-    return InvalidTransitionError(job_id, status, wanted)
+        error = TerminalStateError(job_id, status, finished_at, {"status": (status.token, wanted.token)})
+        return error, started_at
+    return InvalidTransitionError(job_id, status, wanted), started_at
 
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import ARRAY, BigInteger, Boolean, cast, null, select, union_all
+import sqlalchemy as sa
 
 from mljobs.db._prepared import Prepared
-from mljobs.jobs._base import NULL, Bind, Model, connection_of, is_postgres, per_model
+from mljobs.jobs._base import Bind, Model, connection_of, is_postgres, per_model
 from mljobs.jobs._claiming import (
     DEFAULT_LEASE,
-    Claim,
     claim,
+    claim_parameters,
+    claim_rows,
     claims_of,
-    model_of,
-    started,
-    taken_and_picked,
-    told,
-    wish,
+    inline_limit,
+    unless_target_taken,
 )
-from mljobs.jobs._finishing import Outcome, answers, ended, finish_many, first_of_each, parameters_of, whether_written
+from mljobs.jobs._claims import Claim, model_of
+from mljobs.jobs._fencing import in_one, read_answer
+from mljobs.jobs._finishing import Outcome, answers, finish_many, finish_update, one_for_each_job, outcome_parameters
+from mljobs.jobs._statements import NULL
 from mljobs.record._models import MlJob
 
 
@@ -54,35 +55,36 @@ def finish_and_claim(
         InvalidValueError: An argument is out of range; nothing was written.
     """
     given = list(outcomes)
-    which, parameters = wish(model, worker, kinds, limit, lease)
+    which, parameters = claim_parameters(model, worker, kinds, limit, lease)
     connection = connection_of(session, model)
     if not given or parameters["kinds"] == [] or not is_postgres(connection):
         errors = finish_many(session, given)
         return errors, claim(session, worker=worker, kinds=kinds, limit=limit, lease=lease, model=model)
     model_of(outcome.claim for outcome in given)
-    distinct = first_of_each(given)
-    statement = _statement(model, which, told({"limit": limit}), len(distinct) == 1)
-    rows, values = statement.fetched(connection, {**parameters, "limit": limit, **parameters_of(distinct)})
-    leases = whether_written(row[-2:] for row in rows if row[-2] is not None)
-    taken, _ = taken_and_picked([row for row in rows if row[-2] is None], values)
-    claims = claims_of(session, model, taken, worker, values)
-    return answers(session, connection, model, given, leases), claims
+    distinct = one_for_each_job(given)
+    parameters |= {"limit": limit, **outcome_parameters(connection.dialect.name, distinct)}
+    statement = _statement(model, which, inline_limit(limit))
+    rows, values = unless_target_taken(connection, lambda: statement.fetched(connection, parameters))
+    # A row of the claim says how many jobs were picked, the row of the finish does not.
+    claims = claims_of(session, model, [row for row in rows if row[0] is not None], worker, values)
+    (written,) = [read_answer(row[-2:]) for row in rows if row[0] is None]
+    return answers(session, model, given, distinct, written), claims
 
 
 @per_model
-def _statement(model: Model, which: str, limit: int, single: bool) -> Prepared:  # noqa: FBT001 - private
-    """Return the rows of ``started``, and those of ``ended`` with what they tell behind NULLs.
+def _statement(model: Model, which: str, limit: int) -> Prepared:
+    """Return the rows of ``claim_rows``, and that of ``in_one`` behind NULLs.
 
     Jobs that end here are running in the statement's snapshot, and those that are picked are queued, so no row is
     written twice.
     """
 
     def build(dialect: str) -> Any:
-        first, *others = started(model, which, limit, dialect)
-        # As short as can be: psycopg reads a text of more than 4096 characters anew each time.
-        nothing = [NULL] * len(first.selected_columns)
-        ends = [select(*nothing, *end.selected_columns) for end in ended(model, dialect, single=single)]
-        none = cast(null(), Boolean()).label("ended"), cast(null(), ARRAY(BigInteger())).label("tokens")
-        return union_all(first.add_columns(*none), *(other.add_columns(NULL, NULL) for other in others), *ends)
+        claimed = claim_rows(model, which, limit, dialect)
+        finished = in_one(model, finish_update, ends=True)
+        nothing = [NULL] * len(claimed.selected_columns)
+        answered = finished.subquery("finished").c
+        types = [sa.cast(sa.null(), column.type).label(column.name) for column in answered]
+        return sa.union_all(claimed.add_columns(*types), sa.select(*nothing, *answered))
 
     return Prepared(build)

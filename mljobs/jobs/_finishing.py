@@ -6,26 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import (
-    ARRAY,
-    BigInteger,
-    Connection,
-    Select,
-    String,
-    Text,
-    bindparam,
-    case,
-    cast,
-    delete,
-    false,
-    func,
-    null,
-    select,
-    true,
-    type_coerce,
-    union_all,
-    update,
-)
+import sqlalchemy as sa
 
 from mljobs import events
 from mljobs._values import storable_text, to_json_text
@@ -35,19 +16,27 @@ from mljobs.jobs._base import (
     JobRef,
     Model,
     connection_of,
-    constant,
     is_postgres,
     lock_sqlite,
-    moments,
     named,
-    now_of,
     per_model,
     refresh,
     state_of,
     table_of,
-    unnested,
 )
-from mljobs.jobs._claiming import Claim, explain, model_of, ordered_leases
+from mljobs.jobs._claims import Claim, model_of
+from mljobs.jobs._fencing import (
+    FencedWrite,
+    Written,
+    claim_parameters,
+    explain,
+    holds,
+    lease_parameters,
+    wanted_table,
+)
+from mljobs.jobs._holding import newest_by_job
+from mljobs.jobs._statements import constant, moments
+from mljobs.jobs._transitions import cancel_values, outcome_values
 from mljobs.record._models import MlJob
 from mljobs.record._values import error_text
 from mljobs.states import ACTIVE, MlJobStatus
@@ -187,34 +176,66 @@ def finish_many(session: Bind, outcomes: Iterable[Outcome]) -> list[Exception | 
         return []
     model = model_of(outcome.claim for outcome in given)
     connection = connection_of(session, model)
-    rows = _finish(connection, model, first_of_each(given))
-    return answers(session, connection, model, given, rows)
+    distinct = one_for_each_job(given)
+    written = record_outcomes(connection, model, distinct)
+    return answers(session, model, given, distinct, written)
 
 
-def first_of_each(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Return one outcome for each lease: the same claim given twice is finished once, by the first."""
-    first: dict[int, Outcome] = {}
+def one_for_each_job(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return one outcome for each job, in the order of their ids: of a claim given twice the first."""
+    first: dict[Claim, Outcome] = {}
     for outcome in outcomes:
-        first.setdefault(outcome.claim.token, outcome)
-    return list(first.values())
+        first.setdefault(outcome.claim, outcome)
+    return [first[claim] for claim in newest_by_job(first)]
+
+
+def record_outcomes(connection: sa.Connection, model: Model, outcomes: Sequence[Outcome]) -> Written:
+    """Write outcomes of as many jobs, each if its lease still holds the job, and delete the leases that this empties."""
+    if not is_postgres(connection):
+        lock_sqlite(connection, model)
+    return _FINISH.run(connection, model, outcome_parameters(connection.dialect.name, outcomes) | moments())
+
+
+def outcome_parameters(dialect: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return the parameters of ``finish_update``, and those of the leases."""
+    claims = [outcome.claim for outcome in outcomes]
+    columns: dict[str, list[Any]] = {
+        "status": [outcome.status.value for outcome in outcomes],
+        "error": [outcome.error_message for outcome in outcomes],
+        "metrics": [outcome.metrics_json for outcome in outcomes],
+    }
+    return claim_parameters(dialect, claims, **columns) | lease_parameters(dialect, claims)
 
 
 def answers(
-    session: Bind, connection: Connection, model: Model, outcomes: Sequence[Outcome], rows: dict[int, bool]
+    session: Bind,
+    model: Model,
+    outcomes: Sequence[Outcome],
+    tried: Sequence[Outcome],
+    written: Written,
 ) -> list[Exception | None]:
-    """Return for each outcome, in order, None or why it was not recorded, from what the statement told of the leases."""
+    """Return for each outcome, in order, None or why it was not recorded.
+
+    Args:
+        session: The caller's session or connection.
+        model: The mapped job class.
+        outcomes: What the caller gave.
+        tried: Those that were written, if their leases held.
+        written: What the write found.
+    """
+    connection = connection_of(session, model)
+    done = {id(outcome) for outcome in tried if outcome.claim.job_id in written.ids}
     errors: list[Exception | None] = []
     for outcome in outcomes:
-        token = outcome.claim.token
-        if rows.get(token):
-            errors.append(None)
-            del rows[token]
-        else:
-            errors.append(explain(connection, model, outcome.claim, held=token in rows, wanted=outcome.status))
-    refresh(session, model, [outcome.claim.job_id for outcome in outcomes])
+        recorded = id(outcome) in done
+        errors.append(None if recorded else explain(connection, model, outcome.claim, written, outcome.status))
+        outcome.claim.note_end()
+    ids = [outcome.claim.job_id for outcome in outcomes]
+    refresh(session, model, ids)
     if events.subscribed():
-        ended_now = zip(outcomes, errors, strict=True)
-        events.add_finished(session, model, [outcome.claim.job_id for outcome, error in ended_now if error is None])
+        events.add_finished(
+            session, model, [job_id for job_id, error in zip(ids, errors, strict=True) if error is None]
+        )
     return errors
 
 
@@ -246,175 +267,29 @@ def cancel(session: Bind, job: JobRef, *, model: Model = MlJob) -> bool:
     return cancelled
 
 
-# ---------------------------------------------------------------------------------------------------- the statements
-
-
 def _finish_one(session: Bind, outcome: Outcome) -> None:
     (error,) = finish_many(session, [outcome])
     if error is not None:
         raise error
 
 
-def _finish(connection: Connection, model: Model, outcomes: Sequence[Outcome]) -> dict[int, bool]:
-    """Write the outcomes; return for each lease that was held, and is gone now, whether its job was written."""
-    if is_postgres(connection):
-        single = len(outcomes) == 1
-        return whether_written(_finish_statement(model, single).rows(connection, parameters_of(outcomes)))
-    lock_sqlite(connection, model)
-    rows: dict[int, bool] = {}
-    for outcome in outcomes:
-        own = {
-            "token": outcome.claim.token,
-            "id": outcome.claim.job_id,
-            "status": outcome.status.value,
-            "error": outcome.error_message,
-            "metrics": outcome.metrics_json,
-            **moments(),
-        }
-        for (token,) in _end_statement(model).rows(connection, own):
-            rows[token] = bool(_outcome_statement(model).rows(connection, own))
-    return rows
+# ---------------------------------------------------------------------------------------------------- the statements
 
 
-def whether_written(rows: Iterable[Sequence[Any]]) -> dict[int, bool]:
-    """Return for each lease in the rows of ``ended`` whether its job was written."""
-    tokens = {ended: tokens or () for ended, tokens in rows}
-    return dict.fromkeys(tokens[False], False) | dict.fromkeys(tokens[True], True)
+def finish_update(_: Model, jobs: Any, held: Any, dialect: str) -> sa.Update:
+    """Return the UPDATE that records outcomes."""
+    wanted = wanted_table(dialect, status=sa.String(), error=sa.Text(), metrics=sa.Text())
+    columns = wanted.c
+    values = outcome_values(jobs, dialect, columns.status, columns.error, columns.metrics)
+    return sa.update(jobs).where(*holds(jobs, wanted, held, dialect)).values(values)
 
 
-def parameters_of(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Return the parameters of ``ended``: plain values for one outcome, lists for several."""
-    if len(outcomes) == 1:
-        (outcome,) = outcomes
-        return {
-            "token": outcome.claim.token,
-            "id": outcome.claim.job_id,
-            "status": outcome.status.value,
-            "error": outcome.error_message,
-            "metrics": outcome.metrics_json,
-        }
-    return {
-        "tokens": [outcome.claim.token for outcome in outcomes],
-        "ids": [outcome.claim.job_id for outcome in outcomes],
-        "statuses": [outcome.status.value for outcome in outcomes],
-        "errors": _or_nothing([outcome.error_message for outcome in outcomes]),
-        "metrics": _or_nothing([outcome.metrics_json for outcome in outcomes]),
-    }
-
-
-def _or_nothing(values: list[str | None]) -> list[str | None]:
-    """Return ``values``, or an empty list for nothing but None: ``unnest`` fills the shorter list up with NULLs."""
-    return values if values.count(None) < len(values) else []
-
-
-def ended(model: Model, dialect: str, *, single: bool) -> list[Select[Any]]:
-    """PostgreSQL: the lease first, then its job; two rows, False with the leases' tokens, True with those of their jobs.
-
-    A job is written only from the row of a lease that this very statement deletes. Asking ``EXISTS`` of the lease
-    instead would not do: after waiting for the job's lock, READ COMMITTED looks again at the job, not at the lease.
-
-    Args:
-        model: The mapped job class.
-        dialect: Its name.
-        single: One outcome, in plain parameters. With lists PostgreSQL would plan the statement anew each time, for a
-            list of one costs less than the ten it reckons with; and planning takes longer than the rest.
-
-    Returns:
-        What a UNION ALL joins.
-    """
-    jobs, leases = table_of(model), model.__leases__
-    status: Any
-    if single:
-        token, own_id = bindparam("token", type_=BigInteger()), bindparam("id", type_=JobId())
-        status, error, metrics = _scalars()
-        where = [leases.c.token == token, leases.c.job_id == own_id]
-        held = delete(leases).where(*where).returning(leases.c.token, leases.c.job_id).cte("held")
-        job_id = held.c.job_id
-    else:
-        wanted = unnested("wanted", tokens=BigInteger(), ids=JobId(), statuses=String(), errors=Text(), metrics=Text())
-        ordered, columns = ordered_leases(model, dialect), wanted.c
-        held = (
-            delete(leases)
-            .where(leases.c.token == ordered.c.token, leases.c.token == columns.tokens, leases.c.job_id == columns.ids)
-            .returning(leases.c.token, columns.ids, columns.statuses, columns.errors, columns.metrics)
-            .cte("held")
-        )
-        job_id, status, error, metrics = held.c.ids, held.c.statuses, held.c.errors, held.c.metrics
-    written = (
-        update(jobs)
-        .where(jobs.c.id == job_id, jobs.c.status == constant(MlJobStatus.RUNNING))
-        .values(_finished(model, dialect, status, error, metrics))
-        .returning(held.c.token)
-        .cte("written")
-    )
-    # Not joined: the planner expects one row of each and would compare every one with every other.
-    tokens = ARRAY(BigInteger())
-    of_leases: Any = select(false().label("ended"), func.array_agg(held.c.token, type_=tokens).label("tokens"))
-    of_jobs: Any = select(true(), func.array_agg(written.c.token, type_=tokens))
-    return [of_leases, of_jobs]
-
-
-def _scalars() -> tuple[Any, Any, Any]:
-    return (
-        bindparam("status", type_=String()),
-        bindparam("error", type_=Text()),
-        bindparam("metrics", type_=Text()),
-    )
-
-
-@per_model
-def _finish_statement(model: Model, single: bool) -> Prepared:  # noqa: FBT001 - private
-    return Prepared(lambda dialect: union_all(*ended(model, dialect, single=single)))
-
-
-@per_model
-def _end_statement(model: Model) -> Prepared:
-    leases = model.__leases__
-    token, job_id = bindparam("token", type_=BigInteger()), bindparam("id", type_=JobId())
-    statement = delete(leases).where(leases.c.token == token, leases.c.job_id == job_id)
-    return Prepared(lambda _: statement.returning(leases.c.token))
-
-
-@per_model
-def _outcome_statement(model: Model) -> Prepared:
-    def build(dialect: str) -> Any:
-        jobs = table_of(model)
-        status, error, metrics = _scalars()
-        return (
-            update(jobs)
-            .where(jobs.c.id == bindparam("id", type_=JobId()), jobs.c.status == constant(MlJobStatus.RUNNING))
-            .values(_finished(model, dialect, status, error, metrics))
-            .returning(jobs.c.id)
-        )
-
-    return Prepared(build)
-
-
-def _finished(model: Model, dialect: str, status: Any, error: Any, metrics: Any) -> dict[str, Any]:
-    """Return every field that belongs to an outcome; the same for both databases."""
-    jobs = table_of(model)
-    queued, completed = status == constant(_QUEUED), status == constant(_COMPLETED)
-    progress = case((queued, constant(0)), (completed, constant(100)), else_=jobs.c.progress)
-    text_of_metrics = cast(metrics, jobs.c.metrics_json.type) if dialect == "postgresql" else metrics
-    return {
-        "status": type_coerce(status, jobs.c.status.type),
-        "progress": progress,
-        "started_at": case((queued, null()), else_=jobs.c.started_at),
-        "finished_at": case((queued, null()), else_=now_of(dialect)),
-        "error_message": func.coalesce(error, jobs.c.error_message),
-        "metrics_json": func.coalesce(text_of_metrics, jobs.c.metrics_json),
-    }
+_FINISH = FencedWrite(finish_update, ends=True)
 
 
 @per_model
 def _cancellation(model: Model) -> Prepared:
     jobs = table_of(model)
-    statement = update(jobs).where(
-        jobs.c.id == bindparam("id", type_=JobId()),
-        jobs.c.status.in_([constant(status) for status in ACTIVE]),
-    )
-    return Prepared(
-        lambda dialect: statement.values(status=constant(MlJobStatus.CANCELLED), finished_at=now_of(dialect)).returning(
-            jobs.c.id
-        )
-    )
+    active = jobs.c.status.in_([constant(status) for status in ACTIVE])
+    update = sa.update(jobs).where(jobs.c.id == sa.bindparam("id", type_=JobId()), active)
+    return Prepared(lambda dialect: update.values(cancel_values(dialect)).returning(jobs.c.id))

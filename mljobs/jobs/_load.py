@@ -10,11 +10,12 @@ from sqlalchemy import func, select
 
 from mljobs._values import utc_now
 from mljobs.errors import InvalidValueError
-from mljobs.jobs._base import Bind, Model, check_count, connection_of, constant, table_of
+from mljobs.jobs._base import Bind, Model, check_count, connection_of, table_of
 from mljobs.jobs._paging import MAX_PAGE
 from mljobs.jobs._queue import queue_depths
+from mljobs.jobs._statements import constant
 from mljobs.jobs._statistics import Spread, durations
-from mljobs.jobs._summaries import JobSummary, summaries_of
+from mljobs.jobs._summaries import JobSummary, held_after_end, summaries_of
 from mljobs.record._models import MlJob
 from mljobs.states import TERMINAL, MlJobStatus
 
@@ -122,7 +123,7 @@ class Holder:
         jobs: What it holds, the longest first, at most as many as were asked for.
         held: How many jobs in all.
         since: When it took the first of them.
-        silent: How many of its leases have expired: it has said nothing for longer than a lease lasts.
+        silent: Of how many the lease has expired: it has said nothing for longer than a lease lasts.
     """
 
     worker: str
@@ -137,23 +138,32 @@ def holders(session: Bind, *, limit: int = 1000, model: Model = MlJob) -> list[H
 
     Args:
         session: The caller's session or connection.
-        limit: At most so many leases, 1 to 10,000; the oldest first.
+        limit: At most so many jobs, 1 to 10,000; the oldest first.
         model: The mapped job class.
     """
     check_count("limit", limit, MAX_PAGE)
     leases, now = model.__leases__, utc_now()
-    statement = select(leases.c.job_id).order_by(leases.c.acquired_at, leases.c.token).limit(limit)
-    ids = list(connection_of(session, model).scalars(statement))
+    jobs = table_of(model)
+    statement = (
+        select(jobs.c.id)
+        .join(leases, leases.c.token == jobs.c.lease)
+        .order_by(leases.c.acquired_at, leases.c.token, jobs.c.id)
+        .limit(limit)
+    )
+    ids = [
+        *connection_of(session, model).scalars(statement),
+        *(job.id for job in held_after_end(session, limit=limit, model=model)),
+    ][:limit]
     by_worker: dict[str, list[JobSummary]] = {}
     for job in summaries_of(session, ids, text=0, model=model):
         by_worker.setdefault(job.worker or "", []).append(job)
     return [
         Holder(
             worker,
-            tuple(jobs),
-            len(jobs),
-            min(job.acquired_at or now for job in jobs),
-            sum(job.expires_at is not None and job.expires_at < now for job in jobs),
+            tuple(held),
+            len(held),
+            min(job.acquired_at or now for job in held),
+            sum(job.expires_at is not None and job.expires_at < now for job in held),
         )
-        for worker, jobs in sorted(by_worker.items())
+        for worker, held in sorted(by_worker.items())
     ]

@@ -10,9 +10,10 @@ from uuid import UUID
 from sqlalchemy import Boolean, ColumnElement, and_, func, literal, or_, select, type_coerce
 
 from mljobs._values import utc_now
-from mljobs.jobs._base import Bind, Model, check_count, connection_of, constant, moments, table_of
-from mljobs.jobs._claiming import _picked as next_in_queue
+from mljobs.jobs._base import Bind, Model, check_count, connection_of, table_of
+from mljobs.jobs._claiming import queued_jobs
 from mljobs.jobs._paging import MAX_PAGE
+from mljobs.jobs._statements import constant, moments
 from mljobs.jobs._summaries import JobSummary, summaries_of
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus
@@ -102,7 +103,7 @@ def next_claims(session: Bind, *, limit: int = 5, model: Model = MlJob) -> list[
     """
     check_count("limit", limit, MAX_PAGE)
     connection = connection_of(session, model)
-    rows = connection.execute(next_in_queue(model, "any", limit, connection.dialect.name), moments()).all()
+    rows = connection.execute(queued_jobs(model, "any", limit, connection.dialect.name), moments()).all()
     return summaries_of(connection, [row[0] for row in rows], text=0, model=model)
 
 

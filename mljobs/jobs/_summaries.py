@@ -12,6 +12,7 @@ from sqlalchemy import Column, ColumnElement, Connection, Select, Text, case, ca
 
 from mljobs.errors import InvalidValueError
 from mljobs.jobs._base import Bind, JobRef, Model, check_count, connection_of, id_of, is_postgres, named, table_of
+from mljobs.jobs._fencing import has_not_stopped, token_of
 from mljobs.jobs._filters import Filter, Filters, Where, selection
 from mljobs.jobs._paging import MAX_PAGE, Order, Paging
 from mljobs.record._models import MlJob
@@ -168,9 +169,9 @@ def held_after_end(session: Bind, *, limit: int = 50, model: Model = MlJob) -> l
         model: The mapped job class.
     """
     table, leases = table_of(model), model.__leases__
-    # From the leases, of which there are as many as jobs at work: the jobs themselves are millions.
-    held = table.c.id.in_(select(leases.c.job_id))
-    where = [held, table.c.status.in_([status for status in MlJobStatus if status.is_terminal])]
+    # Cancelled since the oldest lease was made: there are millions of others.
+    since = select(func.min(leases.c.acquired_at)).scalar_subquery()
+    where = [table.c.finished_at >= since, has_not_stopped(model, table)]
     return _read(connection_of(session, model), model, where, [table.c.finished_at], limit, text=0)
 
 
@@ -248,9 +249,7 @@ def _read(
 
 def _statement(model: Model, text: int, error: int, *, postgres: bool) -> Select[Any]:
     table, leases = table_of(model), model.__leases__
-    joined = table.outerjoin(leases, leases.c.job_id == table.c.id)
-    kept = table.c.get("worker")
-    worker = leases.c.worker if kept is None else func.coalesce(leases.c.worker, kept)
+    joined = table.outerjoin(leases, leases.c.token == token_of(model, table))
     return select(
         table.c.id,
         table.c.kind,
@@ -270,7 +269,7 @@ def _statement(model: Model, text: int, error: int, *, postgres: bool) -> Select
         else func.substr(first_line_of(table.c.error_message), 1, _ERROR_SHOWN),
         *_cut(table.c.spec_json, text, postgres=postgres),
         *_cut(table.c.metrics_json, text, postgres=postgres),
-        worker,
+        table.c.worker,
         leases.c.token,
         leases.c.acquired_at,
         leases.c.expires_at,

@@ -343,6 +343,8 @@ class MlJobMixin:
         if not status.can_become(wanted):
             raise InvalidTransitionError(self.id, status, wanted)
         self.status = wanted
+        if wanted is not MlJobStatus.RUNNING and self.lease is not None:
+            self.lease = None
 
     # ------------------------------------------------------------------------------------------------ to and from KV
 

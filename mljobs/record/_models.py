@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Self
-from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper
@@ -61,13 +60,12 @@ _ALL_NEW = dict.fromkeys((*KV_NAMES, *_NOT_IN_KV), NO_VALUE)
 
 
 class MlJobLease(Base):
-    """Who works on which job now, in table ``ml_job_leases``. Its ``token`` fences every write of that worker."""
+    """Who holds the jobs of one claim now, in table ``ml_job_leases``. Their records name its ``token``."""
 
     __table__ = MlJob.__leases__
 
     if TYPE_CHECKING:
         token: Mapped[int]
-        job_id: Mapped[UUID]
         worker: Mapped[str]
         acquired_at: Mapped[datetime]
         expires_at: Mapped[datetime]

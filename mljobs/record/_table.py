@@ -14,7 +14,7 @@ from mljobs.guards._companions import listed, short_name, without_parameters
 from mljobs.guards._errors import exclusive_index
 from mljobs.guards._hooks import install_triggers
 from mljobs.states import ACTIVE, MlJobStatus
-from mljobs.types import JobId, PostgresCheck, SqliteCheck, UtcMillis
+from mljobs.types import PostgresCheck, SqliteCheck, UtcMillis
 
 
 def add_checks_and_indexes(table: sa.Table, kinds: type[StrEnum]) -> None:
@@ -126,6 +126,7 @@ def _add_indexes(table: sa.Table) -> None:
     index("target", columns.target_name, columns.created_at, columns.id)
     index("failed", columns.created_at, columns.id, where=f"status = '{MlJobStatus.FAILED}'")
     index("retries", columns.retry_of, where="retry_of IS NOT NULL")
+    index("lease", columns.lease, where="lease IS NOT NULL")
     # The second column is always true here: it tells SQLite's message from that of a host's own index on the target.
     running = sa.text(f"\"exclusive\" AND status = '{MlJobStatus.RUNNING}'")
     sa.Index(
@@ -139,13 +140,16 @@ def _add_indexes(table: sa.Table) -> None:
 
 
 def lease_table(jobs: sa.Table, name: str) -> sa.Table:
-    """Return the table of present leases on ``jobs``. The record is history, the lease is the present."""
+    """Return the table of present leases on ``jobs``. The record is history, the lease is the present.
+
+    A lease belongs to a claim, and the records of its jobs name it. An exclusive job has one of its own, with the lock of
+    its target.
+    """
     token = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # only INTEGER PRIMARY KEY counts up by itself there
     leases = sa.Table(
         name,
         jobs.metadata,
         sa.Column("token", token, sa.Identity(always=True), primary_key=True),
-        sa.Column("job_id", JobId(), sa.ForeignKey(jobs.c.id, ondelete="CASCADE"), nullable=False),
         sa.Column("worker", sa.Text, nullable=False),
         sa.Column("acquired_at", UtcMillis("acquired_at"), nullable=False),
         sa.Column("expires_at", UtcMillis("expires_at"), nullable=False),
@@ -154,9 +158,9 @@ def lease_table(jobs: sa.Table, name: str) -> sa.Table:
         # A token is never used again: without AUTOINCREMENT SQLite would hand out the highest one twice.
         sqlite_autoincrement=True,
     )
-    sa.Index(_name("uq", leases, "job"), leases.c.job_id, unique=True)
     # Partial, for most leases lock no target. And none by expires_at: the table is as small as the work in hand, and a
     # heartbeat that changes no index is a HOT update.
     held = sa.text("target_lock IS NOT NULL")
     sa.Index(_name("uq", leases, "target"), leases.c.target_lock, unique=True, postgresql_where=held, sqlite_where=held)
+    leases.add_is_dependent_on(jobs)  # no foreign key says so, but a view that comes with the leases reads both
     return leases

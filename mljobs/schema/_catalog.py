@@ -140,7 +140,7 @@ def overviews_of(connection: Connection, schema: str | None) -> list[tuple[str, 
 
 _OVERVIEW_COLUMNS = ("queue_wait", "lease_ends_at", "stuck", "note", "duration_ms")
 _RECORD_COLUMNS = frozenset({"spec_json", "target_name"})
-_LEASE_COLUMNS = frozenset({"job_id", "token", "target_lock"})
+_LEASE_COLUMNS = frozenset({"token", "acquired_at", "target_lock"})
 
 
 def _has(seen: Inspector, name: str, schema: str | None, columns: frozenset[str]) -> bool:
@@ -228,12 +228,9 @@ def _job_tables(metadata: MetaData) -> list[Table]:
     tables = []
     for jobs in metadata.tables.values():
         if "mljobs" in jobs.info:
-            leases = (
-                table
-                for table in metadata.tables.values()
-                if {"token", "target_lock"} <= set(table.columns.keys()) and table.c.job_id.references(jobs.c.id)
-            )
-            tables += [jobs, *leases]
+            # Not that table itself, which is of another MetaData where this one is a copy.
+            name = jobs.info["mljobs"].name
+            tables += [jobs, metadata.tables[name if jobs.schema is None else f"{jobs.schema}.{name}"]]
     return tables
 
 

@@ -71,7 +71,7 @@ class Keeper:
         self._patience = answer_seconds(lease)
         self._every = min(lease / 3, _RENEW_SECONDS) if every is None else every
         self._clock = clock
-        self._runs: dict[int, Run] = {}
+        self._runs: dict[Claim, Run] = {}
         self._changed = threading.Condition()
         self._closed = False
         self._resting = False
@@ -92,7 +92,7 @@ class Keeper:
         with self._changed:
             for run in runs:
                 run.until = until
-                self._runs[run.claim.token] = run
+                self._runs[run.claim] = run
             if self._resting:
                 self._changed.notify_all()
             if self._thread is None:
@@ -107,7 +107,7 @@ class Keeper:
         """Stop keeping the leases of these runs."""
         with self._changed:
             for run in runs:
-                self._runs.pop(run.claim.token, None)
+                self._runs.pop(run.claim, None)
 
     def overdue(self, run: Run) -> bool:
         """Whether this run's lease may have ended unnoticed, because the whole process stood still."""
@@ -137,13 +137,13 @@ class Keeper:
             return False
         with self._changed:
             for claim in (*renewal.held, *renewal.cancelled):
-                runs[claim.token].until = asked + self._lease
+                runs[claim].until = asked + self._lease
             for claim in renewal.lost:
-                self._runs.pop(claim.token, None)
+                self._runs.pop(claim, None)
         for claim in renewal.cancelled:
-            runs[claim.token].mark_cancelled()
+            runs[claim].mark_cancelled()
         for claim in renewal.lost:
-            runs[claim.token].mark_lost()
+            runs[claim].mark_lost()
         return True
 
     def write_reports(self, only: Run | None = None) -> None:
@@ -175,7 +175,7 @@ class Keeper:
         with self._changed:
             expired = [run for run in self._runs.values() if run.until <= now]
             for run in expired:
-                del self._runs[run.claim.token]
+                del self._runs[run.claim]
         for run in expired:
             run.mark_lost()
 

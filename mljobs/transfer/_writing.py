@@ -302,9 +302,9 @@ def leases_of(connection: Connection, model: Model, ids: Sequence[UUID]) -> dict
 
     A lease that has run out counts until it is rescued: its worker may yet renew it.
     """
-    leases = model.__leases__
-    columns = (leases.c.job_id, leases.c.worker, leases.c.expires_at)
-    rows = connection.execute(select(*columns).where(leases.c.job_id.in_(ids)))
+    jobs, leases = table_of(model), model.__leases__
+    held = select(jobs.c.id, leases.c.worker, leases.c.expires_at).join(leases, leases.c.token == jobs.c.lease)
+    rows = connection.execute(held.where(jobs.c.id.in_(ids)))
     return {job_id: JobHeldError(job_id, worker, expires_at) for job_id, worker, expires_at in rows}
 
 

@@ -96,7 +96,7 @@ class Prefetcher:
         self._changed = threading.Condition(self._lock)
         self._buffer: deque[Run] = deque()
         self._buffered_at = 0.0
-        self._under_way: dict[int, Run] = {}
+        self._under_way: dict[Claim, Run] = {}
         self._claiming = False
         self._drained = False  # the last claim found less than was asked for: there is hardly more
         self._stopped = False
@@ -150,7 +150,7 @@ class Prefetcher:
                         return True
                     if self._buffer:
                         run = self._buffer.popleft()
-                        self._under_way[run.claim.token] = run
+                        self._under_way[run.claim] = run
                         self._writer.nudge()
                         return run
                 self._writer.nudge()
@@ -178,7 +178,7 @@ class Prefetcher:
     def ended(self, run: Run) -> None:
         """Take note that this run's handler has ended, and its outcome is with the writer."""
         with self._lock:
-            self._under_way.pop(run.claim.token, None)
+            self._under_way.pop(run.claim, None)
             self._ended += 1
             if self._stopped:
                 if not self._under_way and not self._claiming:
@@ -368,7 +368,7 @@ class Prefetcher:
         with self._lock:
             self.abandoned += len(runs)
             for run in runs:
-                self._under_way.pop(run.claim.token, None)
+                self._under_way.pop(run.claim, None)
 
     def close(self) -> None:
         """Stop listening."""

@@ -17,7 +17,7 @@ from mljobs import jobs
 from mljobs.db._failures import database_is_away, first_line
 from mljobs.db._timeouts import answers_within, limit_idle_transaction
 from mljobs.errors import TerminalStateError
-from mljobs.jobs import Outcome
+from mljobs.jobs import Claim, Outcome
 from mljobs.jobs._base import connection_of
 from mljobs.states import MlJobStatus
 from mljobs.store._keeper import Keeper
@@ -66,7 +66,7 @@ class OutcomeWriter:
         self._filled = threading.Event()
         self._closing = threading.Event()
         self._hurry = threading.Event()
-        self._requeued: set[int] = set()
+        self._requeued: set[Claim] = set()
         self._writing = 0
         self._no_writer = threading.Condition()
         self._thread = threading.Thread(target=self._loop, name="mljobs-writer", daemon=True)
@@ -76,7 +76,7 @@ class OutcomeWriter:
 
     def put(self, entry: FinishedRun) -> None:
         """Add what has ended; the next claim writes it. Where none may follow, call ``nudge``."""
-        if entry.run.claim.token in self._requeued:
+        if entry.run.claim in self._requeued:
             return
         (self._waiting if entry.batchable else self._others).append(entry)
 
@@ -97,7 +97,7 @@ class OutcomeWriter:
         # An error means that it ended, or was lost, at the last moment, and has been counted as that.
         results = zip(runs, outcomes, errors, strict=True)
         done = [FinishedRun(run, outcome, None, 0.0) for run, outcome, error in results if error is None]
-        self._requeued.update(entry.run.claim.token for entry in done)
+        self._requeued.update(entry.run.claim for entry in done)
         self._end(done, ["requeued"] * len(done))
 
     # -------------------------------------------------------------------------------- what the thread that writes calls
@@ -183,8 +183,9 @@ class OutcomeWriter:
     def _write_group(self, group: Sequence[FinishedRun]) -> None:
         first = group[0]
         if first.outcome is None:
-            held = not first.run.lost and self._store.release([first.run.claim]) > 0
-            self._end(group, ["cancelled" if held else "lost"])
+            # Of a lost one too: what its target's lock stood for has stopped.
+            held = self._store.release([first.run.claim]) > 0
+            self._end(group, ["cancelled" if held and not first.run.lost else "lost"])
         elif not first.batchable:
             self._write_with_retry(first)
         else:

@@ -183,11 +183,11 @@ class WorkerRun:
                 len(rescue.requeued),
                 len(rescue.failed),
                 len(rescue.released),
-                _named([*rescue.requeued, *rescue.failed, *rescue.released]),
+                _named([*rescue.requeued, *rescue.failed]),
                 extra={
                     "requeued": [str(job_id) for job_id in rescue.requeued],
                     "failed": [str(job_id) for job_id in rescue.failed],
-                    "released": [str(job_id) for job_id in rescue.released],
+                    "released": rescue.released,
                 },
             )
         for job_id, refused in rescue.errors.items():

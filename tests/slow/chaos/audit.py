@@ -39,8 +39,9 @@ _JOB = (
     "error_message",
     "metrics_json",
     "retry_of",
+    "lease",
 )
-_LEASE = ("token", "job_id", "worker", "target_lock")
+_LEASE = ("token", "worker", "target_lock")
 
 
 def _sqlite() -> list[str]:
@@ -90,9 +91,15 @@ class Event:
 
     @property
     def job(self) -> str:
-        """The id of the job that it is about, as hex."""
+        """The id of the job that it is about, as hex; of a lease, which is of several jobs, nothing."""
         row = self.new or self.old or {}
-        return str(row["id" if self.what == "ml_jobs" else "job_id"]).replace("-", "")
+        return str(row["id"]).replace("-", "") if self.what == "ml_jobs" else ""
+
+    @property
+    def claimed(self) -> int | None:
+        """The token under which a claim has just started the job; None where this is no claim."""
+        before, after = ((row or {}).get("lease") for row in (self.old, self.new))
+        return None if self.what != "ml_jobs" or after == before else after
 
 
 def install(engine: Engine) -> None:

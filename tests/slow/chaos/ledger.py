@@ -49,19 +49,19 @@ class Ledger:
         os.write(self._file, f"{word} {job} {token} {os.getpid()} {time.monotonic_ns()}\n".encode())
 
 
-def read(path: Path) -> tuple[dict[int, Call], list[str]]:
-    """Return the calls by token, and what is wrong with the file."""
-    calls: dict[int, Call] = {}
+def read(path: Path) -> tuple[dict[tuple[str, int], Call], list[str]]:
+    """Return the calls by job and token, and what is wrong with the file."""
+    calls: dict[tuple[str, int], Call] = {}
     wrong: list[str] = []
     for line in path.read_text().splitlines():
         word, job, token, process, moment = line.split()
-        key, at = int(token), int(moment)
+        key, at = (job, int(token)), int(moment)
         if word == "B":
             if key in calls:
-                wrong.append(f"token {key} was used for two calls: {calls[key]} and {line}")
-            calls[key] = Call(job, key, int(process), at, None)
-        elif key not in calls or calls[key].ended is not None or calls[key].job != job:
+                wrong.append(f"job and token {key} were used for two calls: {calls[key]} and {line}")
+            calls[key] = Call(*key, int(process), at, None)
+        elif key not in calls or calls[key].ended is not None:
             wrong.append(f"an end without its begin: {line}")
         else:
-            calls[key] = Call(job, key, int(process), calls[key].begun, at)
+            calls[key] = Call(*key, int(process), calls[key].begun, at)
     return calls, wrong

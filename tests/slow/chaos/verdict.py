@@ -27,7 +27,7 @@ class Evidence:
         rows: Every record at the end, by id.
         leases: How many leases are left.
         events: The audit.
-        calls: The ledger, by token.
+        calls: The ledger, by job and token.
         max_attempts: As the workers have it.
     """
 
@@ -35,7 +35,7 @@ class Evidence:
     rows: dict[str, dict[str, Any]]
     leases: int
     events: list[Event]
-    calls: dict[int, Call]
+    calls: dict[tuple[str, int], Call]
     max_attempts: int
     wrong: list[str] = field(default_factory=list)
 
@@ -43,12 +43,23 @@ class Evidence:
         self.by_job: dict[str, list[Event]] = defaultdict(list)
         for event in self.events:
             self.by_job[event.job].append(event)
-        self.leased: dict[int, Event] = {}
-        self.ended: dict[int, Event] = {}
+        self.leased: dict[tuple[str, int], Event] = {}
+        self.locked: dict[int, Event] = {}
+        self.unlocked: dict[int, Event] = {}
         for event in self.events:
-            if event.what == "ml_job_leases":
-                row = event.new or event.old or {}
-                (self.leased if event.op == "INSERT" else self.ended)[row["token"]] = event
+            if event.claimed is not None:
+                self.leased[event.job, event.claimed] = event
+            row = event.new or event.old or {}
+            if event.what == "ml_job_leases" and row["target_lock"] is not None:
+                (self.locked if event.op == "INSERT" else self.unlocked)[row["token"]] = event
+
+    def tokens(self, job: str) -> list[int]:
+        """Return the tokens under which a job was claimed, in order."""
+        return [event.claimed for event in self.by_job[job] if event.claimed is not None]
+
+    def accepted(self) -> set[tuple[str, int]]:
+        """Return job and token of the results that were recorded."""
+        return {(job, token) for job, row in self.rows.items() if (token := accepted_token(row)) is not None}
 
     def says(self, why: str) -> None:
         self.wrong.append(why)
@@ -107,13 +118,13 @@ def _one_life(evidence: Evidence, job: str, row: dict[str, Any]) -> None:
 def _tokens(evidence: Evidence) -> None:
     """Tokens grow with each claim of a job and never come back; attempts count the claims."""
     for job, row in evidence.rows.items():
-        tokens = [e.new["token"] for e in evidence.by_job[job] if e.what == "ml_job_leases" and e.new is not None]
+        tokens = evidence.tokens(job)
         if sorted(set(tokens)) != tokens:
             evidence.says(f"job {job} had tokens {tokens}")
         if row["attempts"] != len(tokens):
             evidence.says(f"job {job} counts {row['attempts']} attempts, but was claimed {len(tokens)} times")
-    inserts = sum(event.what == "ml_job_leases" and event.op == "INSERT" for event in evidence.events)
-    if inserts != len(evidence.leased):
+    made = [e.new["token"] for e in evidence.events if e.what == "ml_job_leases" and e.op == "INSERT" and e.new]
+    if len(made) != len(set(made)):
         evidence.says("a token came back")
 
 
@@ -133,50 +144,45 @@ def _results(evidence: Evidence, counts: Counter[str]) -> None:
     for job, row in evidence.rows.items():
         if row["status"] == "cancelled":
             continue
-        token, events = accepted_token(row), evidence.by_job[job]
-        tokens = [event.new["token"] for event in events if event.what == "ml_job_leases" and event.new is not None]
+        token, tokens = accepted_token(row), evidence.tokens(job)
         last = max(tokens, default=0)
         if token is None:
             counts["jobs failed by the rescue after their last attempt"] += 1
-            counts["jobs failed by the rescue, their handler never called"] += not set(tokens) & set(evidence.calls)
+            counts["jobs failed by the rescue, their handler never called"] += not any(
+                (job, claimed) in evidence.calls for claimed in tokens
+            )
             reason = str(row["error_message"])
             if not reason.startswith("gave up after") or row["attempts"] < evidence.max_attempts:
                 evidence.says(f"job {job} failed after {row['attempts']} attempts: {reason}")
         elif token != last:
             evidence.says(f"job {job} has the result of lease {token}, but {last} held it last")
-        elif token not in evidence.calls or evidence.calls[token].ended is None:
+        elif (job, token) not in evidence.calls or evidence.calls[job, token].ended is None:
             evidence.says(f"job {job} has a result, but its handler did not come to its end")
-        final = max((e for e in events if e.what == "ml_jobs"), key=lambda event: event.n)
-        ended = evidence.ended.get(last)
-        if ended is None or not _together(events, final, ended):
-            evidence.says(f"job {job} ended without its lease in one transaction")
-
-
-def _together(events: list[Event], one: Event, other: Event) -> bool:
-    """Whether two events of a job are of one transaction; on SQLite: next to each other."""
-    if one.tx is not None:
-        return one.tx == other.tx
-    return abs(events.index(one) - events.index(other)) == 1
+        final = evidence.by_job[job][-1]
+        unlocked = evidence.unlocked.get(last)
+        if (final.old or {}).get("lease") != last or (final.new or {}).get("lease") is not None:
+            evidence.says(f"job {job} ended without its lease in one statement")
+        elif last in evidence.locked and (unlocked is None or unlocked.tx != final.tx):
+            evidence.says(f"job {job} ended without its target's lock in one transaction")
 
 
 def _side_effects(evidence: Evidence, counts: Counter[str]) -> None:
     """A handler is called once for a token at most, and only for a lease that was made for this job."""
     calls: Counter[str] = Counter()
-    for token, call in evidence.calls.items():
+    for (job, token), call in evidence.calls.items():
         calls[call.job] += 1
-        lease = evidence.leased.get(token)
-        if lease is None or lease.job != call.job:
+        if (job, token) not in evidence.leased or call.job != job:
             evidence.says(f"a handler ran for job {call.job} under token {token}, which was never given for it")
     for job, number in calls.items():
         if job in evidence.rows and number > evidence.rows[job]["attempts"]:
             evidence.says(f"job {job} had {number} calls in {evidence.rows[job]['attempts']} attempts")
-    accepted = {token for row in evidence.rows.values() if (token := accepted_token(row)) is not None}
+    accepted = evidence.accepted()
     counts["claims"] = len(evidence.leased)
     counts["claims that no handler was called for"] = len(set(evidence.leased) - set(evidence.calls))
     counts["calls of handlers"] = len(evidence.calls)
     counts["calls whose result was recorded"] = len(accepted)
     counts["calls that came to their end, result dropped"] = sum(
-        call.ended is not None and token not in accepted for token, call in evidence.calls.items()
+        call.ended is not None and key not in accepted for key, call in evidence.calls.items()
     )
     counts["jobs whose handler was called more than once"] = sum(number > 1 for number in calls.values())
 
@@ -189,7 +195,7 @@ def _exclusive(evidence: Evidence, counts: Counter[str]) -> None:
     """
     holder: dict[str, int] = {}
     runs: dict[str, list[tuple[Call, bool]]] = defaultdict(list)
-    accepted = {token for row in evidence.rows.values() if (token := accepted_token(row)) is not None}
+    accepted = evidence.accepted()
     for event in evidence.events:
         row = event.new or event.old or {}
         if event.what != "ml_job_leases" or row["target_lock"] is None:
@@ -199,8 +205,9 @@ def _exclusive(evidence: Evidence, counts: Counter[str]) -> None:
             if target in holder:
                 evidence.says(f"target {target} was leased by {token} while {holder[target]} held it")
             holder[target] = token
-            if token in evidence.calls:
-                runs[target].append((evidence.calls[token], token in accepted))
+            (job,) = [of for of, claimed in evidence.leased if claimed == token] or [""]
+            if (job, token) in evidence.calls:
+                runs[target].append((evidence.calls[job, token], (job, token) in accepted))
         elif holder.pop(target, None) != token:
             evidence.says(f"target {target}: lease {token} ended, but did not stand")
     for target, calls in runs.items():

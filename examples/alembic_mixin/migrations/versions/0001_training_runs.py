@@ -63,24 +63,23 @@ def upgrade() -> None:
         batch_op.create_index(batch_op.f('ix_training_runs_failed'), ['created_at', 'id'], unique=False, postgresql_where=sa.text("status = 'failed'"), sqlite_where=sa.text("status = 'failed'"))
         batch_op.create_index(batch_op.f('ix_training_runs_finished'), ['finished_at', 'id'], unique=False, postgresql_where=sa.text('finished_at IS NOT NULL'), sqlite_where=sa.text('finished_at IS NOT NULL'))
         batch_op.create_index(batch_op.f('ix_training_runs_kind'), ['kind', sa.literal_column('priority DESC'), 'created_at', 'id'], unique=False, postgresql_where=sa.text("status = 'queued'"), sqlite_where=sa.text("status = 'queued'"))
+        batch_op.create_index(batch_op.f('ix_training_runs_lease'), ['lease'], unique=False, postgresql_where=sa.text('lease IS NOT NULL'), sqlite_where=sa.text('lease IS NOT NULL'))
         batch_op.create_index(batch_op.f('ix_training_runs_owner_id'), ['owner_id'], unique=False)
         batch_op.create_index(batch_op.f('ix_training_runs_queue'), [sa.literal_column('priority DESC'), 'created_at', 'id'], unique=False, postgresql_where=sa.text("status = 'queued'"), sqlite_where=sa.text("status = 'queued'"))
         batch_op.create_index(batch_op.f('ix_training_runs_retries'), ['retry_of'], unique=False, postgresql_where=sa.text('retry_of IS NOT NULL'), sqlite_where=sa.text('retry_of IS NOT NULL'))
         batch_op.create_index(batch_op.f('ix_training_runs_target'), ['target_name', 'created_at', 'id'], unique=False)
+        batch_op.create_index(batch_op.f('uq_training_runs_exclusive'), ['target_name', 'exclusive'], unique=True, postgresql_where=sa.text('"exclusive" AND status = \'running\''), sqlite_where=sa.text('"exclusive" AND status = \'running\''))
 
     op.create_table('training_runs_leases',
     sa.Column('token', sa.BigInteger().with_variant(sa.Integer(), 'sqlite'), sa.Identity(always=True), nullable=False),
-    sa.Column('job_id', mljobs.types.JobId(), nullable=False),
     sa.Column('worker', sa.Text(), nullable=False),
     sa.Column('acquired_at', mljobs.types.UtcMillis('acquired_at'), nullable=False),
     sa.Column('expires_at', mljobs.types.UtcMillis('expires_at'), nullable=False),
     sa.Column('target_lock', sa.Text(), nullable=True),
-    sa.ForeignKeyConstraint(['job_id'], ['training_runs.id'], name=op.f('fk_training_runs_leases_job_id'), ondelete='CASCADE'),
     sa.PrimaryKeyConstraint('token', name=op.f('pk_training_runs_leases')),
     sqlite_autoincrement=True
     )
     with op.batch_alter_table('training_runs_leases', schema=None) as batch_op:
-        batch_op.create_index(batch_op.f('uq_training_runs_leases_job'), ['job_id'], unique=True)
         batch_op.create_index(batch_op.f('uq_training_runs_leases_target'), ['target_lock'], unique=True, postgresql_where=sa.text('target_lock IS NOT NULL'), sqlite_where=sa.text('target_lock IS NOT NULL'))
 
     op.create_mljobs_guard('training_runs', kinds=['fit', 'tune'], version=1)
@@ -93,14 +92,15 @@ def downgrade() -> None:
     op.drop_mljobs_guard('training_runs')
     with op.batch_alter_table('training_runs_leases', schema=None) as batch_op:
         batch_op.drop_index(batch_op.f('uq_training_runs_leases_target'), postgresql_where=sa.text('target_lock IS NOT NULL'), sqlite_where=sa.text('target_lock IS NOT NULL'))
-        batch_op.drop_index(batch_op.f('uq_training_runs_leases_job'))
 
     op.drop_table('training_runs_leases')
     with op.batch_alter_table('training_runs', schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f('uq_training_runs_exclusive'), postgresql_where=sa.text('"exclusive" AND status = \'running\''), sqlite_where=sa.text('"exclusive" AND status = \'running\''))
         batch_op.drop_index(batch_op.f('ix_training_runs_target'))
         batch_op.drop_index(batch_op.f('ix_training_runs_retries'), postgresql_where=sa.text('retry_of IS NOT NULL'), sqlite_where=sa.text('retry_of IS NOT NULL'))
         batch_op.drop_index(batch_op.f('ix_training_runs_queue'), postgresql_where=sa.text("status = 'queued'"), sqlite_where=sa.text("status = 'queued'"))
         batch_op.drop_index(batch_op.f('ix_training_runs_owner_id'))
+        batch_op.drop_index(batch_op.f('ix_training_runs_lease'), postgresql_where=sa.text('lease IS NOT NULL'), sqlite_where=sa.text('lease IS NOT NULL'))
         batch_op.drop_index(batch_op.f('ix_training_runs_kind'), postgresql_where=sa.text("status = 'queued'"), sqlite_where=sa.text("status = 'queued'"))
         batch_op.drop_index(batch_op.f('ix_training_runs_finished'), postgresql_where=sa.text('finished_at IS NOT NULL'), sqlite_where=sa.text('finished_at IS NOT NULL'))
         batch_op.drop_index(batch_op.f('ix_training_runs_failed'), postgresql_where=sa.text("status = 'failed'"), sqlite_where=sa.text("status = 'failed'"))

@@ -1,0 +1,172 @@
+"""What a claim is: the right to work on a job, under a lease that all jobs of one claim share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from mljobs.errors import InvalidValueError
+from mljobs.jobs._base import Model, owner_of, record
+from mljobs.record._models import MlJob
+
+
+class Lease:
+    """One row of the lease table, as this process knows it: shared by the claims that one statement made.
+
+    Attributes:
+        token: Names the lease in the record of each of its jobs.
+        acquired_at: When it was made, by the database's clock. With the token it names the lease for ever: a token alone
+            could come back, from a restarted sequence or a restored backup.
+        open: Ids of its jobs that this process has not ended; None where another process may have ended some.
+    """
+
+    __slots__ = ("acquired_at", "open", "token")
+
+    def __init__(self, token: int, acquired_at: datetime | None, job_ids: Iterable[UUID] | None) -> None:
+        self.token = token
+        self.acquired_at = acquired_at
+        self.open = None if job_ids is None else set(job_ids)
+
+    def is_left_empty_without(self, job_ids: set[UUID]) -> bool:
+        """Whether no job stays under this lease once these have left it."""
+        return self.open is not None and self.open <= job_ids
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        alone = self.open is not None and len(self.open) == 1
+        return Lease, (self.token, self.acquired_at, self.open if alone else None)
+
+
+class Claim:
+    """The right to work on a job until the lease ends.
+
+    Attributes:
+        token: The fencing token: grows with every claim, never used twice. The jobs of one claim share it.
+        worker: The name that the claim was made under.
+        expires_at: When the lease ends unless it is renewed, UTC.
+        job_id: The id of the claimed job.
+        lease: The lease, shared with the other jobs of the same claim.
+    """
+
+    __slots__ = ("_job", "expires_at", "job_id", "lease", "token", "worker")
+
+    def __init__(
+        self, job: MlJob | UnreadJob, token: int, worker: str, expires_at: datetime, lease: Lease | None = None
+    ) -> None:
+        self._job = job
+        self.job_id = job.id
+        self.token = token
+        self.worker = worker
+        self.expires_at = expires_at
+        self.lease = Lease(token, None, (job.id,)) if lease is None else lease
+
+    @property
+    def job(self) -> MlJob:
+        """The record as it was claimed."""
+        if isinstance(self._job, UnreadJob):
+            self._job = self._job.read()
+        return self._job
+
+    @property
+    def kind(self) -> str:
+        """The kind of the job."""
+        return self._job.kind
+
+    @property
+    def model(self) -> Model:
+        """The mapped class of the job."""
+        return self._job.reader.model if isinstance(self._job, UnreadJob) else type(self._job)
+
+    @property
+    def ended(self) -> bool:
+        """Whether this process has recorded the end of this claim already."""
+        return self.lease.open is not None and self.job_id not in self.lease.open
+
+    def note_end(self) -> None:
+        """Remember that this claim holds its job no more."""
+        if self.lease.open is not None:
+            self.lease.open.discard(self.job_id)
+
+    def until(self, expires_at: datetime) -> Claim:
+        """Return the same claim with another end."""
+        return Claim(self._job, self.token, self.worker, expires_at, self.lease)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Claim, (self.job, self.token, self.worker, self.expires_at, self.lease)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Claim) and (self.token, self.job_id) == (other.token, other.job_id)
+
+    def __hash__(self) -> int:
+        return hash(self.job_id.int)  # hash(job_id) is Python, and several times as slow
+
+    def __repr__(self) -> str:
+        return f"<Claim of job {self.job_id} by {self.worker}, token {self.token}, until {self.expires_at}>"
+
+
+@dataclass(frozen=True, slots=True)
+class RowReader:
+    """What makes records of the rows of a claim.
+
+    Attributes:
+        model: The mapped job class.
+        columns: Where in a row the record is.
+        at_kind: Where its kind is.
+        values: Makes Python values of what the driver gives.
+    """
+
+    model: Model
+    columns: slice
+    at_kind: int
+    values: Callable[[Sequence[Any]], Sequence[Any]]
+
+
+class UnreadJob:
+    """A job that nobody has asked for yet, in its row: a busy worker often needs no more than its id and kind."""
+
+    __slots__ = ("id", "reader", "row")
+
+    def __init__(self, reader: RowReader, row: Sequence[Any], job_id: UUID) -> None:
+        self.reader = reader
+        self.row = row
+        self.id = job_id
+
+    @property
+    def kind(self) -> str:
+        """The token of its kind."""
+        kind: str = self.row[self.reader.at_kind]
+        return kind
+
+    def read(self) -> MlJob:
+        """Return the record."""
+        job: MlJob = record(self.reader.model, self.reader.values(self.row)[self.reader.columns])
+        return job
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """What became of claims whose leases were to be renewed.
+
+    Attributes:
+        held: Still held, with their new ``expires_at``.
+        lost: Gone: rescued, released or requeued. Stop working; nothing that these workers write will be accepted.
+        cancelled: Still held, but the job has been cancelled. Stop working, then ``release``.
+    """
+
+    held: list[Claim]
+    lost: list[Claim]
+    cancelled: list[Claim]
+
+
+def model_of(claims: Iterable[Claim]) -> Model:
+    """Return the one job class of these claims.
+
+    Raises:
+        InvalidValueError: They are of several.
+    """
+    models: set[Model] = {owner_of(model) for model in {claim.model for claim in claims}}
+    if len(models) != 1:
+        raise InvalidValueError("claims", models, "one call takes claims of one model")
+    return models.pop()

@@ -1,0 +1,252 @@
+"""How a worker writes: into a record only while it names the worker's lease.
+
+A write names the job and the token of its lease. The record is the authority: whoever takes a job away sets another lease,
+or none, in the row that the write looks at, and PostgreSQL looks at that row once more when it had to wait for it. That
+the lease is the same one, and not another under a number that came back, is seen from its ``acquired_at``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from mljobs.db._prepared import Prepared
+from mljobs.errors import LeaseLostError, TerminalStateError
+from mljobs.jobs._base import Model, per_model, refusal_and_start, table_of
+from mljobs.jobs._claims import Claim
+from mljobs.jobs._statements import POSTGRES, SQLITE, constant, in_rows, parameter_table, table_parameters
+from mljobs.states import MlJobStatus
+from mljobs.types import JobId
+
+_WANTED, _LEASES = "wanted", "leases"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a write found.
+
+    Attributes:
+        ids: The jobs that were written.
+        tokens: The leases that stood when it began.
+    """
+
+    ids: frozenset[UUID] | set[UUID]
+    tokens: frozenset[int] | set[int]
+
+
+def wanted_table(dialect: str, **columns: Any) -> Any:
+    """Return the parameter table of a write: ``id`` and ``token`` of each claim, and what is to be written."""
+    return parameter_table(_WANTED, dialect, id=JobId(), token=sa.BigInteger(), **columns)
+
+
+def claim_parameters(dialect: str, claims: Sequence[Claim], **columns: Sequence[Any]) -> dict[str, Any]:
+    """Return the parameters of ``wanted_table``."""
+    ids, tokens = [claim.job_id for claim in claims], [claim.token for claim in claims]
+    return table_parameters(_WANTED, dialect, id=ids, token=tokens, **columns)
+
+
+def lease_parameters(dialect: str, claims: Iterable[Claim]) -> dict[str, Any]:
+    """Return the parameters of the leases of these claims, and which of them have no other job, as far as is known."""
+    claims = list(claims)
+    ids = {claim.job_id for claim in claims}
+    leases = {claim.token: claim.lease for claim in claims}
+    return table_parameters(
+        _LEASES,
+        dialect,
+        token=list(leases),
+        acquired_at=[lease.acquired_at for lease in leases.values()],
+        empty=[lease.is_left_empty_without(ids) for lease in leases.values()],
+    )
+
+
+def standing_leases(model: Model, dialect: str) -> sa.Select[Any]:
+    """Return ``token`` and ``empty`` of those leases of ``lease_parameters`` that stand."""
+    leases = model.__leases__.alias("l")
+    asked = parameter_table(
+        _LEASES, dialect, token=sa.BigInteger(), acquired_at=leases.c.acquired_at.type, empty=sa.Boolean()
+    )
+    same = sa.and_(leases.c.token == asked.c.token, leases.c.acquired_at == asked.c.acquired_at)
+    return sa.select(leases.c.token, asked.c.empty).join(asked, same)
+
+
+def holds(jobs: Any, wanted: Any, held: Any, dialect: str) -> list[Any]:
+    """Return the conditions of a write: the record names the lease, and the lease is the same one.
+
+    ``IS NOT DISTINCT FROM`` is ``=`` that no index serves: a plan that finds the jobs by their lease compares all jobs
+    of a claim with all others. That the job is running goes without saying, for no other has a lease.
+
+    Args:
+        jobs: The job table, or an alias.
+        wanted: The ``wanted_table``.
+        held: The ``standing_leases``, as a subquery or CTE.
+        dialect: The dialect's name.
+    """
+    return [
+        jobs.c.id == wanted.c.id,
+        jobs.c.lease.is_not_distinct_from(wanted.c.token),
+        in_rows(wanted.c.token, sa.select(held.c.token), dialect),
+    ]
+
+
+def delete_empty(model: Model, held: Any, written: sa.Select[Any] | None, dialect: str) -> sa.Delete:
+    """Delete the leases that no job names any more.
+
+    Locked in the order of their tokens, as a renewal locks them.
+
+    Args:
+        model: The mapped job class.
+        held: The ``standing_leases``, as a subquery or CTE.
+        written: Ids of jobs that leave their leases in the same statement.
+        dialect: The dialect's name.
+    """
+    leases, others = model.__leases__, table_of(model).alias("o")
+    standing = leases.alias("l")
+    another = sa.exists(1).where(others.c.lease == standing.c.token)
+    if written is not None:
+        another = another.where(others.c.id.not_in(written))
+    tokens = (
+        sa.select(standing.c.token)
+        .join(held, held.c.token == standing.c.token)
+        .where(held.c.empty, ~another)
+        .order_by(standing.c.token)
+    )
+    if dialect == POSTGRES:
+        tokens = tokens.with_for_update(of=standing)
+    return sa.delete(leases).where(in_rows(leases.c.token, tokens, dialect))
+
+
+Write = Callable[[Model, Any, Any, str], sa.Update]
+"""Builds the UPDATE of a write: takes the model, an alias of its table, the CTE of ``standing_leases`` and the dialect."""
+
+
+def in_one(model: Model, write: Write, *, ends: bool) -> Any:
+    """PostgreSQL: write in one statement.
+
+    Args:
+        model: The mapped job class.
+        write: The UPDATE.
+        ends: Whether the jobs leave their leases, and leases that are empty then go.
+
+    Returns:
+        One row: the ids that were written, and the tokens of the leases that stood.
+    """
+    jobs = table_of(model).alias("j")
+    held = standing_leases(model, POSTGRES).cte("held")
+    written = write(model, jobs, held, POSTGRES).returning(jobs.c.id).cte("written")
+    ids, tokens = sa.select(written.c.id), sa.select(held.c.token)
+    statement = sa.select(
+        sa.func.array(ids.scalar_subquery(), type_=sa.ARRAY(JobId())).label("ids"),
+        sa.func.array(tokens.scalar_subquery(), type_=sa.ARRAY(sa.BigInteger())).label("tokens"),
+    )
+    return statement.add_cte(delete_empty(model, held, ids, POSTGRES).cte("released")) if ends else statement
+
+
+def read_answer(row: Sequence[Any]) -> Written:
+    """Return what the row of ``in_one`` says."""
+    ids, tokens = row
+    return Written(frozenset(ids), frozenset(tokens))
+
+
+class FencedWrite:
+    """A write under leases: one statement on PostgreSQL, its parts in turn on SQLite.
+
+    Args:
+        write: The UPDATE.
+        ends: Whether the jobs leave their leases, and leases that are empty then go.
+    """
+
+    def __init__(self, write: Write, *, ends: bool) -> None:
+        self._ends = ends
+        self.statement = per_model(lambda model: Prepared(lambda _: in_one(model, write, ends=ends)))
+        self.part = per_model(lambda model: Prepared(lambda _: _update_part(model, write)))
+
+    def run(self, connection: sa.Connection, model: Model, parameters: dict[str, Any]) -> Written:
+        """Write what the parameters say.
+
+        Args:
+            connection: In SQLite's write lock.
+            model: The mapped job class.
+            parameters: ``claim_parameters`` and ``lease_parameters``, and what else the UPDATE takes.
+        """
+        if connection.dialect.name == POSTGRES:
+            return read_answer(self.statement(model).rows(connection, parameters)[0])
+        tokens = {token for token, _ in standing_statement(model).rows(connection, parameters)}
+        ids = {job_id for (job_id,) in self.part(model).rows(connection, parameters)}
+        if self._ends:
+            delete_statement(model).rows(connection, parameters)
+        return Written(ids, tokens)
+
+
+def _update_part(model: Model, write: Write) -> sa.Update:
+    jobs = table_of(model)
+    return write(model, jobs, standing_leases(model, SQLITE).subquery("held"), SQLITE).returning(jobs.c.id)
+
+
+@per_model
+def standing_statement(model: Model) -> Prepared:
+    """SQLite: the tokens of the leases that stand."""
+    return Prepared(lambda dialect: standing_leases(model, dialect))
+
+
+@per_model
+def delete_statement(model: Model) -> Prepared:
+    """SQLite: delete the leases that are left empty."""
+    return Prepared(
+        lambda dialect: delete_empty(model, standing_leases(model, dialect).subquery("held"), None, dialect)
+    )
+
+
+def explain(
+    connection: sa.Connection, model: Model, claim: Claim, written: Written, wanted: MlJobStatus
+) -> TerminalStateError | LeaseLostError:
+    """Return why a write under ``claim`` found nothing to change: the job was cancelled, or the lease is gone.
+
+    Args:
+        connection: Where to look.
+        model: The mapped job class.
+        claim: Under which the write was tried.
+        written: What it found.
+        wanted: The status that it would have set.
+    """
+    if claim.token in written.tokens and not claim.ended:
+        error, started_at = refusal_and_start(connection, model, claim.job_id, wanted)
+        if isinstance(error, TerminalStateError) and started_at == claim.lease.acquired_at:
+            return error
+    return LeaseLostError(claim.job_id, claim.token)
+
+
+def has_not_stopped(model: Model, jobs: Any) -> Any:
+    """Return the condition that a job was cancelled, and its worker still holds the lease.
+
+    Args:
+        model: The mapped job class.
+        jobs: Its table, or an alias.
+    """
+    still = sa.exists().where(*_held_after_cancel(model.__leases__.alias("still"), jobs))
+    return sa.and_(jobs.c.status == constant(MlJobStatus.CANCELLED), still)
+
+
+def token_of(model: Model, jobs: Any) -> Any:
+    """Return the expression for the lease under which a job runs; or ran, if its worker has not stopped since a cancel.
+
+    Args:
+        model: The mapped job class.
+        jobs: Its table, or an alias.
+    """
+    still = model.__leases__.alias("still")
+    held = sa.select(sa.func.max(still.c.token)).where(*_held_after_cancel(still, jobs)).scalar_subquery()
+    return sa.case((jobs.c.status == constant(MlJobStatus.CANCELLED), held), else_=jobs.c.lease)
+
+
+def _held_after_cancel(leases: Any, jobs: Any) -> list[Any]:
+    """Return the conditions for the lease of a cancelled job, which names none, but says who claimed it, and when."""
+    lock = sa.case((jobs.c.exclusive, jobs.c.target_name), else_=sa.null())
+    return [
+        leases.c.acquired_at == jobs.c.started_at,
+        leases.c.worker == jobs.c.worker,
+        leases.c.target_lock.is_not_distinct_from(lock),
+    ]

@@ -1,0 +1,177 @@
+"""Rescue jobs whose worker fell silent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from mljobs import events
+from mljobs._values import to_member
+from mljobs.db._prepared import Prepared
+from mljobs.jobs._base import (
+    Bind,
+    Model,
+    check_count,
+    connection_of,
+    is_postgres,
+    lock_sqlite,
+    per_model,
+    refresh,
+    table_of,
+    whole_table_of,
+)
+from mljobs.jobs._claims import Claim, Lease
+from mljobs.jobs._finishing import Outcome, one_for_each_job, record_outcomes
+from mljobs.jobs._savepoints import row_by_row
+from mljobs.jobs._statements import POSTGRES, in_rows, moments, now_of
+from mljobs.jobs._transitions import ATTEMPTS_MAX
+from mljobs.record._models import MlJob
+from mljobs.states import MlJobStatus
+
+_BATCH_MAX = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Rescue:
+    """What a rescue did.
+
+    Attributes:
+        requeued: Jobs that are queued again.
+        failed: Jobs that ended as failed, after too many attempts.
+        released: Tokens of forgotten leases, whose jobs were not running any more, that were removed.
+        errors: Jobs that the database refused to change, with what it said. The others were rescued all the same.
+    """
+
+    requeued: list[UUID] = field(default_factory=list)
+    failed: list[UUID] = field(default_factory=list)
+    released: list[int] = field(default_factory=list)
+    errors: dict[UUID, Exception] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.requeued or self.failed or self.released or self.errors)
+
+
+def rescue(
+    session: Bind,
+    *,
+    max_attempts: int = 5,
+    kinds: Iterable[str] | None = None,
+    limit: int = 1000,
+    model: Model = MlJob,
+) -> Rescue:
+    """Requeue running jobs whose lease has expired: progress 0, not started; fail them after ``max_attempts``.
+
+    Decides on what stands at this moment: a lease that was renewed, or a job that was finished or claimed again since,
+    is left alone, and two rescues at once never meet on one job. A job is only ever rescued because its worker is
+    silent, never because it is long; a job that was started by hand has no lease and is never rescued.
+
+    Args:
+        session: The caller's session or connection.
+        max_attempts: A job that was started so often, or more, fails instead, with the reason; 1 to 32,767.
+        kinds: Which may fail so, this one or these; jobs of other kinds are only requeued. None for all.
+        limit: At most so many jobs, and so many forgotten leases, in one call, 1 to 10,000; the longest expired first.
+        model: The mapped job class.
+
+    Returns:
+        What became of each; one job that the database refuses to change does not stop the others.
+    """
+    whole_table_of(model)
+    check_count("max_attempts", max_attempts, ATTEMPTS_MAX)
+    check_count("limit", limit, _BATCH_MAX)
+    connection = connection_of(session, model)
+    if isinstance(kinds, str):
+        kinds = [kinds]
+    may_fail = {to_member(model.__kinds__, "kinds", kind) for kind in (model.__kinds__ if kinds is None else kinds)}
+    parameters = {**moments(), "limit": limit}
+    rescued = Rescue()
+    if not is_postgres(connection):
+        if not _expired_leases(model).rows(connection, parameters):
+            return rescued
+        lock_sqlite(connection, model)
+    jobs = _expired_jobs(model).rows(connection, parameters)
+
+    def put_back(part: Sequence[Any]) -> None:
+        outcomes = one_for_each_job([_outcome(row, max_attempts, may_fail) for row in part])
+        written = record_outcomes(connection, model, outcomes)
+        for outcome in outcomes:
+            if outcome.claim.job_id in written.ids:
+                failed = outcome.status is MlJobStatus.FAILED
+                (rescued.failed if failed else rescued.requeued).append(outcome.claim.job_id)
+
+    if jobs:
+        for row, error in row_by_row(connection, jobs, put_back):
+            rescued.errors[row[0]] = error
+    rescued.released.extend(token for (token,) in _forgotten(model).rows(connection, parameters))
+    refresh(session, model, [*rescued.requeued, *rescued.failed])
+    if rescued.failed and events.subscribed():
+        events.add_finished(session, model, rescued.failed)
+    return rescued
+
+
+def _outcome(row: Sequence[Any], max_attempts: int, may_fail: set[Any]) -> Outcome:
+    """Return what becomes of a job whose lease has expired."""
+    job_id, kind, attempts, token, worker, acquired_at, expires_at = row
+    claim = Claim(MlJob(id=job_id), token, worker, expires_at, Lease(token, acquired_at, ()))
+    if attempts < max_attempts or kind not in may_fail:
+        return Outcome.requeued(claim)
+    moment = f"{expires_at:%Y-%m-%d %H:%M:%S}"
+    reason = f"gave up after {max_attempts} attempts: the lease of worker {worker} expired at {moment} UTC"
+    return Outcome.failed(claim, reason)
+
+
+# ---------------------------------------------------------------------------------------------------- the statements
+
+
+@per_model
+def _expired_leases(model: Model) -> Prepared:
+    """SQLite: whether there is anything to do, before the write lock is taken."""
+    leases = model.__leases__
+    return Prepared(
+        lambda dialect: (
+            sa.select(leases.c.token).where(leases.c.expires_at < now_of(dialect)).limit(sa.literal_column("1"))
+        )
+    )
+
+
+@per_model
+def _expired_jobs(model: Model) -> Prepared:
+    """Return the jobs of expired leases, and lock both; what somebody else has locked is being decided on."""
+
+    def build(dialect: str) -> sa.Select[Any]:
+        jobs, leases = table_of(model).alias("j"), model.__leases__.alias("l")
+        of_job = (jobs.c.id, jobs.c.kind, jobs.c.attempts)
+        of_lease = (leases.c.token, leases.c.worker, leases.c.acquired_at, leases.c.expires_at)
+        return (
+            sa.select(*of_job, *of_lease)
+            .join_from(leases, jobs, jobs.c.lease == leases.c.token)
+            .where(leases.c.expires_at < now_of(dialect))
+            .order_by(leases.c.expires_at, leases.c.token, jobs.c.id)
+            .limit(sa.bindparam("limit", type_=sa.Integer()))
+            .with_for_update(skip_locked=True, key_share=True, of=[leases, jobs])
+        )
+
+    return Prepared(build)
+
+
+@per_model
+def _forgotten(model: Model) -> Prepared:
+    """Delete expired leases that no job names: those of cancelled jobs, and what a dead process left."""
+
+    def build(dialect: str) -> Any:
+        jobs, leases = table_of(model).alias("j"), model.__leases__
+        expired = leases.alias("l")
+        tokens = (
+            sa.select(expired.c.token)
+            .where(expired.c.expires_at < now_of(dialect), ~sa.exists().where(jobs.c.lease == expired.c.token))
+            .order_by(expired.c.expires_at, expired.c.token)
+            .limit(sa.bindparam("limit", type_=sa.Integer()))
+        )
+        if dialect == POSTGRES:
+            tokens = tokens.with_for_update(skip_locked=True, of=expired)
+        return sa.delete(leases).where(in_rows(leases.c.token, tokens, dialect)).returning(leases.c.token)
+
+    return Prepared(build)

@@ -1,0 +1,160 @@
+"""What statements are put together from: constants, the clock, lists and tables as parameters.
+
+The two databases differ in three ways. PostgreSQL takes the time from its own clock, takes a table of parameters as arrays
+side by side, and runs the parts of an operation as one statement. SQLite is given the time, takes a table as JSON, and
+runs the same parts in turn under its write lock.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy.types import NullType, TypeDecorator
+
+from mljobs._values import utc_now
+from mljobs.types import UtcMillis
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Dialect
+    from sqlalchemy.types import TypeEngine
+
+POSTGRES, SQLITE = "postgresql", "sqlite"
+
+NULL: Any = sa.literal_column("NULL", NullType())
+"""NULL without the label that SQLAlchemy gives each of its own."""
+
+
+def constant(value: str | int) -> Any:
+    """Return ``value`` as text of the statement.
+
+    A parameter instead would hide it from the planner: neither database can prove from ``status = $1`` that a partial
+    index serves, and PostgreSQL would plan the prepared statement anew each time.
+    """
+    if isinstance(value, int):
+        return sa.literal_column(str(value), sa.Integer())
+    return sa.literal_column("'" + str(value).replace("'", "''") + "'", sa.String())
+
+
+# ---------------------------------------------------------------------------------------------------------- the clock
+
+
+def now_of(dialect_name: str) -> sa.ColumnElement[Any]:
+    """Return the expression for the present time: PostgreSQL's own clock, on SQLite the parameter ``now``."""
+    if dialect_name == POSTGRES:
+        # Floored: a timestamptz(3) would round up, and a job would start in the future.
+        moment = sa.func.statement_timestamp()
+        return sa.func.date_trunc(constant("milliseconds"), moment, type_=sa.DateTime(timezone=True))
+    return sa.bindparam("now", type_=UtcMillis("now"))
+
+
+def expiry_of(dialect_name: str) -> sa.ColumnElement[Any]:
+    """Return the expression for the end of a lease that begins now and lasts the parameter ``lease``."""
+    if dialect_name == POSTGRES:
+        span = sa.bindparam("lease", type_=sa.Interval())
+        moment = sa.func.statement_timestamp(type_=sa.DateTime(timezone=True)) + span
+        return sa.func.date_trunc(constant("milliseconds"), moment, type_=sa.DateTime(timezone=True))
+    return sa.bindparam("expires", type_=UtcMillis("expires_at"))
+
+
+def moments(lease: float = 0.0) -> dict[str, Any]:
+    """Return the parameters of ``now_of`` and ``expiry_of``, for a lease of so many seconds."""
+    span = timedelta(seconds=lease)
+    now = utc_now()
+    return {"now": now, "lease": span, "expires": now + span}
+
+
+# ------------------------------------------------------------------------------------- lists and tables as parameters
+
+
+class _Json(TypeDecorator[list[Any]]):
+    """A list, or a list of rows, as JSON text for SQLite's ``json_each``; values as their own types store them.
+
+    Args:
+        types: Of the values in a row.
+        rows: Whether each item is a row; otherwise it is one value.
+    """
+
+    impl = sa.Text
+    cache_ok = True
+
+    def __init__(self, types: tuple[TypeEngine[Any], ...], *, rows: bool) -> None:
+        self.types = types
+        self.rows = rows
+        super().__init__()
+
+    def bind_processor(self, dialect: Dialect) -> Callable[[Any], str]:
+        processors = [of.dialect_impl(dialect).bind_processor(dialect) or _unchanged for of in self.types]
+        if not self.rows:
+            (process,) = processors
+            return lambda values: json.dumps([process(value) for value in values])
+        return lambda rows: json.dumps(
+            # A statement may read the first columns only.
+            [[process(value) for process, value in zip(processors, row, strict=False)] for row in rows]
+        )
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+def any_of(column: sa.ColumnElement[Any], name: str, item: TypeEngine[Any], dialect_name: str) -> Any:
+    """Return the condition that ``column`` is in the list parameter ``name``: one text for lists of any length."""
+    if dialect_name == POSTGRES:
+        return column == sa.any_(sa.bindparam(name, type_=sa.ARRAY(item)))
+    items = sa.func.json_each(sa.bindparam(name, type_=_Json((item,), rows=False))).table_valued("value")
+    return column.in_(sa.select(items.c.value))
+
+
+def in_rows(column: sa.ColumnElement[Any], rows: sa.SelectBase, dialect_name: str) -> Any:
+    """Return the condition that ``column`` is in the one column of ``rows``.
+
+    On PostgreSQL an array that is made once, before anything is joined: an IN would be one more join to plan, with
+    estimates of how many rows there are.
+    """
+    if dialect_name == POSTGRES:
+        return column == sa.any_(sa.func.array(rows.scalar_subquery(), type_=sa.ARRAY(column.type)))
+    return column.in_(rows)
+
+
+def parameter_table(name: str, dialect_name: str, **columns: TypeEngine[Any]) -> Any:
+    """Return a table of parameters; see ``table_parameters`` for its values.
+
+    On PostgreSQL each array is a subquery, so that the planner reckons with ten rows whatever an execution brings: a
+    plan for the actual five hundred may join by reading the whole job table.
+
+    Args:
+        name: Of the table; on PostgreSQL each column is a parameter ``<name>_<column>``.
+        dialect_name: The dialect's.
+        **columns: The type of each column.
+    """
+    if dialect_name == POSTGRES:
+        arrays = [
+            sa.select(sa.bindparam(f"{name}_{column}", type_=sa.ARRAY(item))).scalar_subquery()
+            for column, item in columns.items()
+        ]
+        typed = [sa.column(column, item) for column, item in columns.items()]
+        return sa.func.unnest(*arrays).table_valued(*typed).render_derived(name=name)
+    rows = sa.bindparam(name, type_=_Json(tuple(columns.values()), rows=True))
+    item = sa.func.json_each(rows).table_valued("value").c.value
+    return sa.select(
+        *(
+            sa.func.json_extract(item, constant(f"$[{at}]"), type_=of).label(column)
+            for at, (column, of) in enumerate(columns.items())
+        )
+    ).subquery(name)
+
+
+def table_parameters(name: str, dialect_name: str, **columns: Sequence[Any]) -> dict[str, Any]:
+    """Return the parameters of ``parameter_table``, from one list for each column."""
+    if dialect_name == POSTGRES:
+        return {f"{name}_{column}": _or_empty(values) for column, values in columns.items()}
+    return {name: list(zip(*columns.values(), strict=True))}
+
+
+def _or_empty(values: Sequence[Any]) -> list[Any]:
+    """Return ``values``, or an empty list for nothing but None: ``unnest`` fills the shorter list up with NULLs."""
+    return list(values) if values and (values[0] is not None or any(value is not None for value in values)) else []
