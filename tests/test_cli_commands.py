@@ -538,7 +538,7 @@ def test_ctrl_c_ends_a_watch_with_its_outcomes_and_a_wait_with_130(
 
     monkeypatch.setattr(following.time, "sleep", interrupt)
     assert run("watch") == 0
-    assert "nothing runs" in capsys.readouterr().err
+    assert "nothing has finished" in capsys.readouterr().err
     assert run("watch", only(filled, "status:running")) == 130
     assert capsys.readouterr().err == "mljobs: interrupted\n"
 

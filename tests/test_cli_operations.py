@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from inspect import signature
 from typing import Any
 from uuid import UUID
 
 import pytest
 
-from mljobs import AmbiguousIdError, InvalidValueError, MlJob, MlJobStatus, jobs
+from mljobs import AmbiguousIdError, AsyncJobStore, InvalidValueError, JobStore, MlJob, MlJobStatus, jobs
 from mljobs.jobs import Batch
 from tests.worlds import World
 
@@ -134,3 +135,11 @@ def test_holders_are_the_workers_that_hold_leases(world: World) -> None:
     assert [job.status for job in found["gpu-2"].jobs] == [MlJobStatus.RUNNING] * 2
     assert list(found) == ["gpu-1", "gpu-2"]
     assert MlJob is not None
+
+
+@pytest.mark.parametrize("store_class", [JobStore, AsyncJobStore])
+def test_the_help_of_a_stores_method_names_what_its_caller_gives(store_class: Any) -> None:
+    for name in ("find", "submit", "cancel", "claim", "prunable"):
+        names = list(signature(getattr(store_class, name)).parameters)
+        assert names[0] == "self"
+        assert not {"session", "model"} & set(names)

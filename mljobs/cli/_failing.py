@@ -8,7 +8,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from mljobs.cli._output import escaped
 from mljobs.cli._settings import making_tables, settings
-from mljobs.errors import FilterError, MlJobsError
+from mljobs.errors import FilterError, MlJobsError, SchemaError
 
 _EXTRAS = {
     "psycopg_binary": "pip install 'mljobs[binary]'",
@@ -28,10 +28,11 @@ def told(error: Exception) -> tuple[str, int]:
     Args:
         error: What was raised.
     """
-    if isinstance(error, FilterError):
-        return escaped(str(error)), 2
     if isinstance(error, MlJobsError):
-        return escaped(str(error)), 1
+        lines = (
+            str(error).split("\n") if isinstance(error, SchemaError) else [str(error)]
+        )  # each difference has its own
+        return "\n".join(map(escaped, lines)), 2 if isinstance(error, FilterError) else 1
     if isinstance(error, ModuleNotFoundError):
         name = (error.name or "").partition(".")[0]
         return f"{name} is not installed: {_EXTRAS.get(name, 'see the extras of mljobs')}", 1

@@ -216,7 +216,7 @@ class _Following:
     def outcomes_line(self, running: int = 0) -> str:
         """Return how many ended how."""
         parts = [f"{number:,} {status}" for status, number in self.outcomes.items()]
-        return ", ".join([f"{running:,} running"] * bool(running) + parts) or "nothing runs"
+        return ", ".join([f"{running:,} running"] * bool(running) + parts) or "nothing has finished"
 
 
 def _state(job: Any) -> Any:

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager
 from functools import partial, wraps
-from inspect import signature, unwrap
+from inspect import Parameter, Signature, signature, unwrap
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 from sqlalchemy import inspect
@@ -112,6 +112,7 @@ def store_method(
             else:
                 raise error
 
+    run.__signature__ = method_signature(operation)  # type: ignore[attr-defined]
     return cast("Callable[Concatenate[_Connects, P], R]", run)
 
 
@@ -142,6 +143,7 @@ def async_store_method(
                     raise error
                 return cast("R", result)
 
+    run.__signature__ = method_signature(operation)  # type: ignore[attr-defined]
     return cast("Callable[Concatenate[_Runs, P], Coroutine[Any, Any, R]]", run)
 
 
@@ -174,6 +176,13 @@ def source_error(source: object, expected: str) -> InvalidValueError:
     """Return the error for what no store can be made of; it shows the class only, for an engine shows its URL."""
     known = (_ADVICE[base.__name__] for base in type(source).__mro__ if base.__name__ in _ADVICE)
     return InvalidValueError("source", type(source).__name__, next(known, expected))
+
+
+def method_signature(operation: Callable[..., Any]) -> Signature:
+    """Return the signature of the method that runs an operation, for ``help``: its session and model are the store's own."""
+    parameters = list(signature(operation).parameters.values())[1:]
+    itself = Parameter("self", Parameter.POSITIONAL_ONLY)
+    return Signature([itself, *(one for one in parameters if one.name != "model")])
 
 
 def _takes_model(operation: Callable[..., Any]) -> bool:
