@@ -214,7 +214,9 @@ def install_overview(jobs: Table, leases: Table, name: str) -> None:
 def _overview_beside(leases: Table) -> Overview:
     """Return the view beside a table of leases: of a copy the one that reads the copy of the job table."""
     known: Overview = leases.info[_INFO]
-    jobs = next((key.column.table for key in leases.foreign_keys), None)
+    jobs = leases.metadata.tables.get(
+        known.jobs.name if leases.schema is None else f"{leases.schema}.{known.jobs.name}"
+    )
     if known.leases is leases or jobs is None:
         return known
     jobs.info[_INFO] = leases.info[_INFO] = copied = Overview(known.name, jobs, leases)

@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import StaticPool
 
 from mljobs.errors import InvalidValueError, SchemaError
-from mljobs.guards._companions import GUARD_ROLES, companion_names, quoted, schema_of
+from mljobs.guards._companions import GUARD_ROLES, companion_names, leases_of, quoted, schema_of
 from mljobs.guards._overview import overview_of
 from mljobs.schema._hazards import hazards
 
@@ -64,7 +64,7 @@ def differences(connection: Connection, metadata: MetaData) -> list[str]:
             elif not _same(kind, have, definition):
                 problems.append(f"{subject} {_difference(have, definition)}")
         if "mljobs" in table.info and inspect(connection).has_table(
-            table.info["mljobs"].name, schema=schema_of(connection, table.info["mljobs"])
+            leases_of(table).name, schema=schema_of(connection, table)
         ):
             problems += hazards(connection, table)
     return problems
@@ -228,9 +228,7 @@ def _job_tables(metadata: MetaData) -> list[Table]:
     tables = []
     for jobs in metadata.tables.values():
         if "mljobs" in jobs.info:
-            # Not that table itself, which is of another MetaData where this one is a copy.
-            name = jobs.info["mljobs"].name
-            tables += [jobs, metadata.tables[name if jobs.schema is None else f"{jobs.schema}.{name}"]]
+            tables += [jobs, leases_of(jobs)]
     return tables
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from sqlalchemy import Connection, Table, text
 
 from mljobs._fields import NAMES
-from mljobs.guards._companions import qualified_name, schema_of
+from mljobs.guards._companions import leases_of, qualified_name, schema_of
 from mljobs.states import TERMINAL
 
 _FINAL = re.compile("|".join(TERMINAL))
@@ -25,7 +25,7 @@ def hazards(connection: Connection, jobs: Table) -> Iterator[str]:
         yield from _of_postgresql(connection, jobs)
     else:
         yield from _of_sqlite(connection, jobs)
-    leases: Table = jobs.info["mljobs"]
+    leases = leases_of(jobs)
     given = _highest_token(connection, jobs, leases)
     last = _last_token(connection, leases)
     if last is not None and given > last:
