@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from enum import EnumType, StrEnum
 from operator import add, eq, ne, sub
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 from typing import cast as cast_type
 from uuid import UUID
 
@@ -261,25 +261,13 @@ class JsonText(TypeDecorator[str]):
         return f"{type(self).__name__}({self.field!r})"
 
 
-class _CheckOfDialect(sa.CheckConstraint):
-    dialect: ClassVar[str]
+class SqliteCheck(sa.CheckConstraint):
+    """A CHECK for SQLite only: what PostgreSQL's types, or its triggers, check themselves. Migrations of hosts name it."""
 
     def __init__(self, sqltext: str | sa.TextClause, name: str | None = None, **kw: Any) -> None:
         super().__init__(sqltext, name=name, **kw)
-        self.ddl_if(dialect=self.dialect)
+        self.ddl_if(dialect="sqlite")
 
     def _copy(self, *, target_table: sa.Table | None = None, **_: Any) -> Self:
         # SQLAlchemy's own makes a plain CHECK of it, for Table.to_metadata and for Alembic.
         return type(self)(self.sqltext, self.name, table=target_table)  # type: ignore[arg-type]
-
-
-class SqliteCheck(_CheckOfDialect):
-    """A CHECK for SQLite only: what PostgreSQL's types check themselves. Migrations of hosts name it."""
-
-    dialect = "sqlite"
-
-
-class PostgresCheck(_CheckOfDialect):
-    """A CHECK for PostgreSQL only: what is written otherwise on SQLite. Migrations of hosts name it."""
-
-    dialect = "postgresql"

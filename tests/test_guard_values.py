@@ -46,7 +46,7 @@ IN_SQLITE = ["-1", "253402300800000", "1.5", "'tomorrow'", "x'00'", "9e999"]
 def test_a_time_that_no_client_reads_is_refused(engine: Engine, name: str) -> None:
     postgresql = engine.dialect.name == "postgresql"
     for value in IN_POSTGRESQL if postgresql else IN_SQLITE:
-        with pytest.raises(DBAPIError, match="ck_ml_jobs_times"):
+        with pytest.raises(DBAPIError, match=r"ck_ml_jobs_times|times lie in the years"):
             _insert(engine, **{name: value})
     for value in ("'1970-01-01 UTC'", "'9999-12-31 23:59:59.999 UTC'") if postgresql else ("0", "253402300799999"):
         _insert(engine, **{name: value})

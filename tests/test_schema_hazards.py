@@ -78,7 +78,7 @@ ATTRIBUTES = {
     "ALTER TABLE ml_jobs ENABLE REPLICA TRIGGER ml_jobs_guard_after": "state of trigger ml_jobs_guard_after",
     "DROP TRIGGER ml_jobs_guard_nul_spec_json ON ml_jobs": "trigger ml_jobs_guard_nul_spec_json of table ml_jobs is missing",
     "DROP INDEX uq_ml_jobs_exclusive": "index uq_ml_jobs_exclusive of table ml_jobs is missing",
-    "ALTER TABLE ml_jobs DROP CONSTRAINT ck_ml_jobs_times": "check ck_ml_jobs_times of table ml_jobs is missing",
+    "DROP TRIGGER ml_jobs_guard_range ON ml_jobs": "trigger ml_jobs_guard_range of table ml_jobs is missing",
     "CREATE RULE quiet AS ON UPDATE TO ml_jobs DO INSTEAD NOTHING": "rule quiet on table ml_jobs",
     "CREATE TABLE later () INHERITS (ml_jobs)": "table later inherits from ml_jobs",
     "ALTER DATABASE {database} SET mljobs.retention = 'on'": "database {database} has mljobs.retention set to 'on'",

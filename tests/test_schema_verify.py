@@ -80,7 +80,8 @@ HARM_IN_POSTGRESQL = {
     ),
     "column created_at of table ml_jobs is 'timestamp(6) with time zone NOT NULL', "
     "expected 'timestamp(3) with time zone NOT NULL'": "DROP VIEW ml_jobs_overview ;; "
-    "DROP TRIGGER ml_jobs_guard_update ON ml_jobs ;; ALTER TABLE ml_jobs ALTER COLUMN created_at TYPE timestamptz(6)",
+    "DROP TRIGGER ml_jobs_guard_update ON ml_jobs ;; DROP TRIGGER ml_jobs_guard_range ON ml_jobs ;; "
+    "ALTER TABLE ml_jobs ALTER COLUMN created_at TYPE timestamptz(6)",
     "column target_name of table ml_jobs is 'text', expected 'text NOT NULL'": (
         "ALTER TABLE ml_jobs ALTER COLUMN target_name DROP NOT NULL"
     ),
@@ -134,7 +135,7 @@ def test_verify_names_what_differs(
     found = problems(engine)
     assert [problem for problem in found if problem.startswith(sentence)], found
     # Some harm cannot be done alone.
-    with_it = ("trigger ml_jobs_guard_update", "view ml_jobs_overview")
+    with_it = ("trigger ml_jobs_guard_update", "trigger ml_jobs_guard_range", "view ml_jobs_overview")
     assert all(problem.startswith((sentence, *with_it)) for problem in found), found
 
 

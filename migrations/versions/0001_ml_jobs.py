@@ -45,16 +45,14 @@ CREATE TABLE ml_jobs (
   CONSTRAINT ck_ml_jobs_kind CHECK (kind IN ('train', 'backfill', 'feature_refresh', 'drift_compute')),
   CONSTRAINT ck_ml_jobs_status CHECK (status IN ('queued', 'running', 'completed', 'failed', 'cancelled')),
   CONSTRAINT ck_ml_jobs_progress CHECK (progress BETWEEN 0 AND 100),
-  CONSTRAINT ck_ml_jobs_lease CHECK (lease IS NULL OR status = 'running'),
-  CONSTRAINT ck_ml_jobs_attempts CHECK (attempts >= 0),
-  CONSTRAINT ck_ml_jobs_times CHECK (least(created_at, started_at, finished_at, run_after) >= '1970-01-01 UTC' AND greatest(created_at, started_at, finished_at, run_after) < '10000-01-01 UTC')
+  CONSTRAINT ck_ml_jobs_lease CHECK (lease IS NULL OR status = 'running')
 )""",
     "CREATE INDEX ix_ml_jobs_active ON ml_jobs (target_name, kind) WHERE status IN ('queued', 'running')",
     "CREATE INDEX ix_ml_jobs_created ON ml_jobs (created_at, id)",
     "CREATE INDEX ix_ml_jobs_failed ON ml_jobs (created_at, id) WHERE status = 'failed'",
     "CREATE INDEX ix_ml_jobs_finished ON ml_jobs (finished_at, id) WHERE finished_at IS NOT NULL",
-    "CREATE INDEX ix_ml_jobs_lease ON ml_jobs (lease) WHERE lease IS NOT NULL",
     "CREATE INDEX ix_ml_jobs_kind ON ml_jobs (kind, priority DESC, created_at, id) WHERE status = 'queued'",
+    "CREATE INDEX ix_ml_jobs_lease ON ml_jobs (lease) WHERE lease IS NOT NULL",
     "CREATE INDEX ix_ml_jobs_queue ON ml_jobs (priority DESC, created_at, id) WHERE status = 'queued'",
     "CREATE INDEX ix_ml_jobs_retries ON ml_jobs (retry_of) WHERE retry_of IS NOT NULL",
     "CREATE INDEX ix_ml_jobs_target ON ml_jobs (target_name, created_at, id)",
@@ -80,6 +78,10 @@ BEGIN
         HINT = 'TRUNCATE would remove finished records. A test drops the table or rolls back; old records go by prune.';
     END IF;
     RETURN NULL;
+  ELSIF TG_NARGS = 1 AND TG_ARGV[0] = 'range' THEN
+    RAISE EXCEPTION 'mljobs: times lie in the years 1970 to 9999, and attempts are not negative' USING
+      ERRCODE = '23514', CONSTRAINT = 'mljobs_out_of_range', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
+      DETAIL = 'id=' || NEW.id;
   ELSIF TG_NARGS = 1 THEN -- the backslash itself may be escaped
     IF strpos(replace(CASE TG_ARGV[0] WHEN 'spec_json' THEN NEW.spec_json ELSE NEW.metrics_json END::text, '\\\\', ''),
         '\\u0000') > 0 THEN
@@ -118,6 +120,11 @@ EXECUTE FUNCTION ml_jobs_guard()""",
     """\
 CREATE TRIGGER ml_jobs_guard_truncate BEFORE TRUNCATE ON ml_jobs FOR EACH STATEMENT
 EXECUTE FUNCTION ml_jobs_guard()""",
+    """\
+CREATE TRIGGER ml_jobs_guard_range AFTER INSERT OR UPDATE OF created_at, started_at, finished_at, run_after, attempts ON ml_jobs FOR EACH ROW
+WHEN (least(NEW.created_at, NEW.started_at, NEW.finished_at, NEW.run_after) OPERATOR(pg_catalog.<) '1970-01-01 UTC'
+  OR greatest(NEW.created_at, NEW.started_at, NEW.finished_at, NEW.run_after) OPERATOR(pg_catalog.>=) '10000-01-01 UTC' OR NEW.attempts OPERATOR(pg_catalog.<) 0)
+EXECUTE FUNCTION ml_jobs_guard('range')""",
     """\
 CREATE TRIGGER ml_jobs_guard_nul_spec_json AFTER INSERT OR UPDATE OF spec_json ON ml_jobs FOR EACH ROW
 WHEN (pg_catalog.strpos(NEW.spec_json::pg_catalog.text, '\\u0000') OPERATOR(pg_catalog.>) 0)
@@ -229,7 +236,6 @@ CREATE TABLE ml_jobs (
   CONSTRAINT ck_ml_jobs_status CHECK (status IN ('queued', 'running', 'completed', 'failed', 'cancelled')),
   CONSTRAINT ck_ml_jobs_progress CHECK (progress BETWEEN 0 AND 100),
   CONSTRAINT ck_ml_jobs_lease CHECK (lease IS NULL OR status = 'running'),
-  CONSTRAINT ck_ml_jobs_attempts CHECK (attempts >= 0),
   CONSTRAINT ck_ml_jobs_times CHECK ((created_at IS NULL OR typeof(created_at) = 'integer' AND created_at BETWEEN 0 AND 253402300799999) AND (started_at IS NULL OR typeof(started_at) = 'integer' AND started_at BETWEEN 0 AND 253402300799999) AND (finished_at IS NULL OR typeof(finished_at) = 'integer' AND finished_at BETWEEN 0 AND 253402300799999) AND (run_after IS NULL OR typeof(run_after) = 'integer' AND run_after BETWEEN 0 AND 253402300799999)),
   CONSTRAINT ck_ml_jobs_id CHECK (typeof(id) = 'text' AND length(id) = 32 AND id NOT GLOB '*[^0-9a-f]*'),
   CONSTRAINT ck_ml_jobs_retry_of CHECK (retry_of IS NULL OR typeof(retry_of) = 'text' AND length(retry_of) = 32 AND retry_of NOT GLOB '*[^0-9a-f]*'),
@@ -242,8 +248,8 @@ CREATE TABLE ml_jobs (
     "CREATE INDEX ix_ml_jobs_created ON ml_jobs (created_at, id)",
     "CREATE INDEX ix_ml_jobs_failed ON ml_jobs (created_at, id) WHERE status = 'failed'",
     "CREATE INDEX ix_ml_jobs_finished ON ml_jobs (finished_at, id) WHERE finished_at IS NOT NULL",
-    "CREATE INDEX ix_ml_jobs_lease ON ml_jobs (lease) WHERE lease IS NOT NULL",
     "CREATE INDEX ix_ml_jobs_kind ON ml_jobs (kind, priority DESC, created_at, id) WHERE status = 'queued'",
+    "CREATE INDEX ix_ml_jobs_lease ON ml_jobs (lease) WHERE lease IS NOT NULL",
     "CREATE INDEX ix_ml_jobs_queue ON ml_jobs (priority DESC, created_at, id) WHERE status = 'queued'",
     "CREATE INDEX ix_ml_jobs_retries ON ml_jobs (retry_of) WHERE retry_of IS NOT NULL",
     "CREATE INDEX ix_ml_jobs_target ON ml_jobs (target_name, created_at, id)",

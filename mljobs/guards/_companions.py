@@ -4,13 +4,13 @@ The text derives from the transition table and from the columns that the mixin b
 any table, so a host's own table name, schema and ``schema_translate_map`` work. Migrations hold a frozen copy of the
 text, never a call to this module.
 
-PostgreSQL: one function and six triggers. BEFORE UPDATE OF our columns, BEFORE DELETE and BEFORE TRUNCATE refuse early.
+PostgreSQL: one function and seven triggers. BEFORE UPDATE OF our columns, BEFORE DELETE and BEFORE TRUNCATE refuse early.
 AFTER UPDATE looks a second time: a host's own BEFORE trigger may have rewritten columns that are in no SET list. Its
 condition is as short as the first one's, for PostgreSQL reads it anew for each statement; the columns are compared in the
-function, and only of a record that was final. Two AFTER triggers refuse U+0000 in JSON, which no client could read by key;
-a CHECK would be evaluated at each UPDATE, whatever it sets. The function names nothing through the caller's ``search_path``
-and obeys no row policy; conditions and the wake function name their operators. The retention door is
-``SET LOCAL mljobs.retention = 'on'``; it opens DELETE only. See :mod:`mljobs.guards._retention`.
+function, and only of a record that was final. Three AFTER triggers refuse what no client could read: times out of range, and
+U+0000 in JSON. A CHECK would be read and evaluated at each UPDATE, whatever it sets. The function names nothing through the
+caller's ``search_path`` and obeys no row policy; conditions and the wake function name their operators. The retention door
+is ``SET LOCAL mljobs.retention = 'on'``; it opens DELETE only. See :mod:`mljobs.guards._retention`.
 
 SQLite: four triggers, an index and a small table, ``<table>_guard``, with two rows. ``retention`` is the door for deletes.
 ``replace`` answers a question that SQLite's triggers cannot ask: whether the statement that fired them says OR REPLACE,
@@ -40,7 +40,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql.compiler import DDLCompiler
 
-from mljobs._fields import NAMES
+from mljobs._fields import FIELDS, NAMES
 from mljobs.states import TERMINAL, TRANSITIONS
 
 GUARD_VERSION = 1
@@ -52,6 +52,7 @@ TRANSITION_MESSAGE = "mljobs: this state may not follow the present one"
 TERMINAL_CONSTRAINT = "mljobs_terminal_state"
 TRANSITION_CONSTRAINT = "mljobs_illegal_transition"
 NUL_CONSTRAINT = "mljobs_nul_in_json"
+RANGE_CONSTRAINT = "mljobs_out_of_range"
 
 GUARDED_COLUMNS = NAMES
 """The record. Columns that a host adds are its own, and stay writable after the job has finished."""
@@ -95,6 +96,8 @@ _SAME_RECORD = "ROW({})::record *= ROW({})::record".format(
     *(", ".join(f"{row}.{name}" for name in _RECORD) for row in ("OLD", "NEW"))
 )
 _NUL = r"\u0000"
+_TIMES = [field.name for field in FIELDS if field.form == "time"]
+_NEW_TIMES = ", ".join(f"NEW.{name}" for name in _TIMES)
 
 _POSTGRES_FUNCTION = f"""\
 CREATE OR REPLACE FUNCTION {{function}}() RETURNS trigger LANGUAGE plpgsql
@@ -116,6 +119,10 @@ BEGIN
         HINT = 'TRUNCATE would remove finished records. A test drops the table or rolls back; old records go by prune.';
     END IF;
     RETURN NULL;
+  ELSIF TG_NARGS = 1 AND TG_ARGV[0] = 'range' THEN
+    RAISE EXCEPTION 'mljobs: times lie in the years 1970 to 9999, and attempts are not negative' USING
+      ERRCODE = '23514', CONSTRAINT = '{RANGE_CONSTRAINT}', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
+      DETAIL = 'id=' || NEW.id;
   ELSIF TG_NARGS = 1 THEN -- the backslash itself may be escaped
     IF strpos(replace(CASE TG_ARGV[0] WHEN 'spec_json' THEN NEW.spec_json ELSE NEW.metrics_json END::text, '\\\\', ''),
         '{_NUL}') > 0 THEN
@@ -166,13 +173,18 @@ EXECUTE FUNCTION {{function}}()""",
     """\
 CREATE TRIGGER {truncate} BEFORE TRUNCATE ON {table} FOR EACH STATEMENT
 EXECUTE FUNCTION {function}()""",
+    f"""\
+CREATE TRIGGER {{range}} AFTER INSERT OR UPDATE OF {", ".join(_TIMES)}, attempts ON {{table}} FOR EACH ROW
+WHEN (least({_NEW_TIMES}) OPERATOR(pg_catalog.<) '1970-01-01 UTC'
+  OR greatest({_NEW_TIMES}) OPERATOR(pg_catalog.>=) '10000-01-01 UTC' OR NEW.attempts OPERATOR(pg_catalog.<) 0)
+EXECUTE FUNCTION {{function}}('range')""",
     _no_nul("spec_json"),
     _no_nul("metrics_json"),
 )
 _POSTGRES_DROP = (
     *(
         f"DROP TRIGGER IF EXISTS {{{role}}} ON {{table}}"
-        for role in ("nul_metrics_json", "nul_spec_json", "truncate", "delete", "after", "update")
+        for role in ("nul_metrics_json", "nul_spec_json", "range", "truncate", "delete", "after", "update")
     ),
     "DROP FUNCTION IF EXISTS {function}()",
 )
@@ -297,7 +309,7 @@ _TEXTS = {
 }
 
 _TRIGGERS = (
-    "update", "after", "delete", "truncate", "nul_spec_json", "nul_metrics_json", "insert", "key",
+    "update", "after", "delete", "truncate", "range", "nul_spec_json", "nul_metrics_json", "insert", "key",
     "wake_insert", "wake_update", "count_insert", "count_update", "count_delete",
 )  # fmt: skip
 
@@ -305,7 +317,7 @@ _TRIGGERS = (
 IDENTIFIER_MAX = 63
 """PostgreSQL's limit for a name, in bytes."""
 
-GUARD_ROLES = ("update", "after", "delete", "truncate", "nul_spec_json", "nul_metrics_json", "insert", "key")
+GUARD_ROLES = ("update", "after", "delete", "truncate", "range", "nul_spec_json", "nul_metrics_json", "insert", "key")
 """What the triggers of ring 3 refuse, on one database or the other."""
 
 

@@ -47,7 +47,6 @@ def upgrade() -> None:
     sa.Column('worker', mljobs.types.PlainText('worker'), nullable=True),
     sa.Column('lease', sa.BigInteger(), nullable=True),
     sa.Column('owner_id', sa.Integer(), nullable=False),
-    mljobs.types.PostgresCheck("least(created_at, started_at, finished_at, run_after) >= '1970-01-01 UTC' AND greatest(created_at, started_at, finished_at, run_after) < '10000-01-01 UTC'", name=op.f('ck_training_runs_times')),
     mljobs.types.SqliteCheck("(created_at IS NULL OR typeof(created_at) = 'integer' AND created_at BETWEEN 0 AND 253402300799999) AND (started_at IS NULL OR typeof(started_at) = 'integer' AND started_at BETWEEN 0 AND 253402300799999) AND (finished_at IS NULL OR typeof(finished_at) = 'integer' AND finished_at BETWEEN 0 AND 253402300799999) AND (run_after IS NULL OR typeof(run_after) = 'integer' AND run_after BETWEEN 0 AND 253402300799999)", name=op.f('ck_training_runs_times')),
     mljobs.types.SqliteCheck("metrics_json IS NULL OR typeof(metrics_json) = 'text' AND json_valid(metrics_json) AND instr(metrics_json, char(0)) = 0 AND (instr(metrics_json, '\\u0000') = 0 OR instr(replace(metrics_json, '\\\\', ''), '\\u0000') = 0)", name=op.f('ck_training_runs_metrics_json')),
     mljobs.types.SqliteCheck("retry_of IS NULL OR typeof(retry_of) = 'text' AND length(retry_of) = 32 AND retry_of NOT GLOB '*[^0-9a-f]*'", name=op.f('ck_training_runs_retry_of')),
@@ -58,7 +57,6 @@ def upgrade() -> None:
     sa.CheckConstraint("kind IN ('fit', 'tune')", name=op.f('ck_training_runs_kind')),
     sa.CheckConstraint("lease IS NULL OR status = 'running'", name=op.f('ck_training_runs_lease')),
     sa.CheckConstraint("status IN ('queued', 'running', 'completed', 'failed', 'cancelled')", name=op.f('ck_training_runs_status')),
-    sa.CheckConstraint('attempts >= 0', name=op.f('ck_training_runs_attempts')),
     sa.CheckConstraint('progress BETWEEN 0 AND 100', name=op.f('ck_training_runs_progress')),
     sa.ForeignKeyConstraint(['owner_id'], ['users.id'], name=op.f('fk_training_runs_owner_id')),
     sa.PrimaryKeyConstraint('id', name=op.f('pk_training_runs'))
