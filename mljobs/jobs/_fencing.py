@@ -86,7 +86,9 @@ def holds(jobs: Any, wanted: Any, held: Any, dialect: str) -> list[Any]:
         dialect: The dialect's name.
     """
     stands = in_rows(wanted.c.token, sa.select(held.c.token), dialect)
-    if dialect == POSTGRES:  # as an expression of which the planner takes one row in two hundred to be right, so one of ten
+    if (
+        dialect == POSTGRES
+    ):  # as an expression of which the planner takes one row in two hundred to be right, so one of ten
         stands = sa.case((stands, constant(1))) == constant(1)
     return [jobs.c.id == wanted.c.id, jobs.c.lease.is_not_distinct_from(wanted.c.token), stands]
 
