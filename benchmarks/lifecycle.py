@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
-from sqlalchemy import create_engine, event, text
+from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 from uuid_utils.compat import uuid7
@@ -21,8 +21,8 @@ from uuid_utils.compat import uuid7
 from benchmarks.bench import clear, compare, database, rate, report
 from mljobs import JobStore, MlJob
 from mljobs.db._prepared import Prepared, _Compiled
-from mljobs.jobs._claiming import _claim_statement, _progress_statement, _renewal
-from mljobs.jobs._finishing import _finish_statement
+from mljobs.jobs import _finishing, _holding
+from mljobs.jobs._claiming import _claim_statement
 from mljobs.jobs._submitting import _insertion
 from mljobs.record._mixin import MlJobMixin
 
@@ -32,7 +32,7 @@ SPEC_TEXT = '{"model":"gradient boosting","depth":6,"lr":0.05,"features":["age",
 COLUMNS = [column.name for column in MlJob.__table__.columns]
 TYPES = [
     "uuid", "text", "text", "text", "int2", "timestamptz", "timestamptz", "timestamptz", "text", "text", "text",
-    "int2", "int2", "timestamptz", "bool", "uuid",
+    "int2", "int2", "timestamptz", "bool", "uuid", "text", "int8",
 ]  # fmt: skip
 
 
@@ -49,9 +49,48 @@ def sql(prepared: Prepared, store: JobStore) -> str:
     return _Compiled(prepared._statement(store.engine.dialect), store.engine.dialect).text
 
 
+def claimed(rows: list[Any]) -> list[dict[str, Any]]:
+    """Return id, lease and start of each job in the rows of a claim."""
+    at = 2  # behind the number of picked jobs and the end of the leases
+    started, lease = at + COLUMNS.index("started_at"), at + COLUMNS.index("lease")
+    return [{"id": r[at], "token": r[lease], "acquired_at": r[started]} for r in rows if r[at] is not None]
+
+
+def under_leases(jobs: list[dict[str, Any]], *, ends: bool, **values: Any) -> dict[str, Any]:
+    """Return the parameters of a write: each job gets the same values."""
+    leases = {job["token"]: job["acquired_at"] for job in jobs}
+    return {
+        "wanted_id": [job["id"] for job in jobs],
+        "wanted_token": [job["token"] for job in jobs],
+        "leases_token": list(leases),
+        "leases_acquired_at": list(leases.values()),
+        "leases_empty": [ends] * len(leases),
+        **{f"wanted_{name}": [value] * len(jobs) for name, value in values.items()},
+    }
+
+
 def row() -> tuple[Any, ...]:
     now = datetime.now(UTC)
-    return (uuid7(), "train", "spam", "queued", 0, now, None, None, None, SPEC_TEXT, None, 0, 0, None, False, None)
+    return (
+        uuid7(),
+        "train",
+        "spam",
+        "queued",
+        0,
+        now,
+        None,
+        None,
+        None,
+        SPEC_TEXT,
+        None,
+        0,
+        0,
+        None,
+        False,
+        None,
+        None,
+        None,
+    )
 
 
 def submit(url: str) -> None:
@@ -131,20 +170,15 @@ def _store_worker(store: JobStore, batch: int, rounds: int) -> None:
 def _raw_claims(url: str, store: JobStore, batch: int, rounds: int, threads: int) -> None:
     dialect = store.engine.dialect
     claim = _Compiled(_claim_statement(MlJob, "any", batch)._statement(dialect), dialect)
-    finish = _Compiled(_finish_statement(MlJob)._statement(dialect), dialect)
+    finish = _Compiled(_finishing._FINISH.statement(MlJob)._statement(dialect), dialect)
 
     def work() -> None:
         with psycopg.connect(address(url), autocommit=True) as raw:
             for _ in range(rounds):
                 given = {"worker": "w", "lease": timedelta(seconds=60), "limit": batch}
                 rows = raw.execute(claim.text, {**claim.fixed, **given}).fetchall()
-                finished = {
-                    "tokens": [r[0] for r in rows],
-                    "ids": [r[2] for r in rows],
-                    "statuses": ["completed"] * len(rows),
-                    "errors": [None] * len(rows),
-                    "metrics": ['{"auc":0.97}'] * len(rows),
-                }
+                done = {"status": "completed", "error": None, "metrics": '{"auc":0.97}'}
+                finished = under_leases(claimed(rows), ends=True, **done)
                 raw.execute(finish.text, {**finish.fixed, **finished}).fetchall()
 
     _in_threads(work, threads)
@@ -230,8 +264,8 @@ def life(url: str) -> None:
             for prepared in (
                 _insertion(MlJob),
                 _claim_statement(MlJob, "ids", 1),
-                _progress_statement(MlJob),
-                _finish_statement(MlJob),
+                _holding._REPORT.statement(MlJob),
+                _finishing._FINISH.statement(MlJob),
             )
         )
 
@@ -239,12 +273,11 @@ def life(url: str) -> None:
             values = row()
             raw.execute(insertion, dict(zip(COLUMNS, values, strict=True)))
             picked = {"worker": "w", "lease": timedelta(seconds=60), "ids": [values[0]]}
-            ((token, *_),) = raw.execute(claiming, picked).fetchall()
-            held = {"tokens": [token], "ids": [values[0]]}
+            jobs = claimed(raw.execute(claiming, picked).fetchall())
             for step in range(10):
-                raw.execute(progress, {**held, "progress": [step * 10]}).fetchall()
-            done = {**held, "statuses": ["completed"], "errors": [None], "metrics": ['{"auc":0.97}']}
-            raw.execute(finish, done).fetchall()
+                raw.execute(progress, under_leases(jobs, ends=False, progress=step * 10, metrics=None)).fetchall()
+            done = {"status": "completed", "error": None, "metrics": '{"auc":0.97}'}
+            raw.execute(finish, under_leases(jobs, ends=True, **done)).fetchall()
 
         def one_store() -> None:
             job = store.submit("train", "spam", SPEC)
@@ -264,6 +297,13 @@ def life(url: str) -> None:
         report(f"create + 10 progress values + finish, {number} times", compare(rivals))
 
 
+def switch_guard(connection: Connection, verb: str) -> None:
+    """Enable or disable all triggers of the guard."""
+    names = "SELECT tgname FROM pg_trigger WHERE tgrelid = 'ml_jobs'::regclass AND tgname LIKE 'ml_jobs_guard%'"
+    for name in connection.scalars(text(names)).all():
+        connection.execute(text(f"ALTER TABLE ml_jobs {verb} TRIGGER {name}"))
+
+
 def guard(url: str) -> None:
     """A flush of 5,000 changed rows, with hooks and trigger and without either."""
     number = scaled(5000)
@@ -274,8 +314,7 @@ def guard(url: str) -> None:
         from mljobs.guards import _hooks as guards  # noqa: PLC0415
 
         with engine.begin() as connection:
-            verb = "ENABLE" if guarded else "DISABLE"
-            connection.execute(text(f"ALTER TABLE ml_jobs {verb} TRIGGER ml_jobs_guard_update"))
+            switch_guard(connection, "ENABLE" if guarded else "DISABLE")
         if not guarded:
             event.remove(MlJobMixin, "before_update", guards._check_update)
         try:
@@ -290,7 +329,7 @@ def guard(url: str) -> None:
             if not guarded:
                 event.listen(MlJobMixin, "before_update", guards._check_update, propagate=True)
             with engine.begin() as connection:
-                connection.execute(text("ALTER TABLE ml_jobs ENABLE TRIGGER ml_jobs_guard_update"))
+                switch_guard(connection, "ENABLE")
 
     rivals = {"no guard": lambda: flush(guarded=False), "hooks and trigger": lambda: flush(guarded=True)}
     report(f"flush of {number:,} changed rows", compare(rivals), 0.9)
@@ -303,11 +342,13 @@ def heartbeats(url: str) -> None:
         store.submit_many([("train", "t", {}) for _ in range(number)])
         held = store.claim(worker="w", limit=min(number, 10_000))
         with psycopg.connect(address(url), autocommit=True) as raw:
-            statement = _Compiled(_renewal(MlJob)._statement(store.engine.dialect), store.engine.dialect)
-            tokens = [claim.token for claim in held]
+            statement = _Compiled(
+                _holding._renewal_statement(MlJob, True)._statement(store.engine.dialect), store.engine.dialect
+            )
+            jobs = [{"id": c.job_id, "token": c.token, "acquired_at": c.lease.acquired_at} for c in held]
 
             def by_raw() -> float:
-                given = {**statement.fixed, "tokens": tokens, "lease": timedelta(seconds=60)}
+                given = {**statement.fixed, **under_leases(jobs, ends=False), "lease": timedelta(seconds=60)}
                 return rate(number, lambda: raw.execute(statement.text, given).fetchall())
 
             def by_store() -> float:

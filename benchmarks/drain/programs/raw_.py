@@ -7,12 +7,12 @@ from typing import Any
 
 import psycopg
 
-from benchmarks.lifecycle import COLUMNS, row, sql
+from benchmarks.lifecycle import COLUMNS, claimed, row, sql, under_leases
 from mljobs import JobStore, MlJob
 from mljobs.guards._companions import WORKER_LOCK
 from mljobs.jobs._claiming import _claim_statement
 from mljobs.jobs._exchanging import _statement
-from mljobs.jobs._finishing import _finish_statement
+from mljobs.jobs._finishing import _FINISH
 from mljobs.jobs._submitting import _insertion
 
 action, url, *rest = sys.argv[1:]
@@ -20,44 +20,32 @@ store = JobStore(url.replace("postgresql://", "postgresql+psycopg://"))
 WANTED = {"worker": "raw", "lease": timedelta(seconds=60), "kind": "train"}
 
 
-def claims(rows: list[Any]) -> dict[Any, int]:
-    return {row[2]: row[0] for row in rows if row[0] is not None and row[2] is not None}
+def ended(jobs: list[dict[str, Any]]) -> dict[str, Any]:
+    return under_leases(jobs, ends=True, status="completed", error=None, metrics=None)
 
 
 def drain(connection: psycopg.Connection[Any], limit: int) -> None:
-    single = limit == 1
-    fused = sql(_statement(MlJob, "kind", limit if single else 0, single), store)
-    begin = sql(_claim_statement(MlJob, "kind", limit if single else 0), store)
-    held = claims(connection.execute(begin, {**WANTED, "limit": limit}, prepare=True).fetchall())
+    inline = limit if limit == 1 else 0
+    fused = sql(_statement(MlJob, "kind", inline), store)
+    begin = sql(_claim_statement(MlJob, "kind", inline), store)
+    held = claimed(connection.execute(begin, {**WANTED, "limit": limit}, prepare=True).fetchall())
     while held:
-        if single:
-            ((job_id, token),) = held.items()
-            ended = {"token": token, "id": job_id, "status": "completed", "error": None, "metrics": None}
-        else:
-            ended = {
-                "tokens": list(held.values()),
-                "ids": list(held),
-                "statuses": ["completed"] * len(held),
-                "errors": [],
-                "metrics": [],
-            }
-        held = claims(connection.execute(fused, {**WANTED, "limit": limit, **ended}, prepare=True).fetchall())
+        given = {**WANTED, "limit": limit, **ended(held)}
+        held = claimed(connection.execute(fused, given, prepare=True).fetchall())
 
 
 def listen(connection: psycopg.Connection[Any]) -> None:
-    begin, finish = sql(_claim_statement(MlJob, "kind", 1), store), sql(_finish_statement(MlJob, True), store)
+    begin, finish = sql(_claim_statement(MlJob, "kind", 1), store), sql(_FINISH.statement(MlJob), store)
     connection.execute(
         f"SELECT pg_advisory_lock_shared({WORKER_LOCK}, ('ml_jobs'::regclass::oid::bigint & 2147483647)::integer)"
     )
     connection.execute("LISTEN mljobs")
     print("ready", flush=True)
     while True:
-        held = claims(connection.execute(begin, {**WANTED, "limit": 1}, prepare=True).fetchall())
+        held = claimed(connection.execute(begin, {**WANTED, "limit": 1}, prepare=True).fetchall())
         if held:
             print(time.monotonic(), flush=True)
-            ((job_id, token),) = held.items()
-            ended = {"token": token, "id": job_id, "status": "completed", "error": None, "metrics": None}
-            connection.execute(finish, ended, prepare=True).fetchall()
+            connection.execute(finish, ended(held), prepare=True).fetchall()
         else:
             for _ in connection.notifies(timeout=1, stop_after=1):
                 pass
