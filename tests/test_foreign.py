@@ -121,7 +121,7 @@ def test_a_read_only_sqlite_file_is_read_by_asyncio(sqlite_url: str) -> None:
 # --------------------------------------------------------------------------------------------- secrets in what is given
 
 SECRETS = [
-    "postgresql://ann:hunter2@db/app?password=hunter3&sslpassword=hunter4",
+    "postgresql+psycopg://ann:hunter2@db/app?password=hunter3&sslpassword=hunter4",
     "postgresql+psycopg://ann:hunter2@db:port/app",
     "mysql://ann:hunter2@db/app?password=hunter3",
     "postgresql//ann:hunter2@db/app",

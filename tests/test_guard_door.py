@@ -220,7 +220,7 @@ def test_a_prune_on_postgresql_goes_by_the_clock_of_the_database(
         session.commit()
     with JobStore(engine) as store:
         ahead = MlJob().created_at + timedelta(days=9)
-        monkeypatch.setattr("mljobs.jobs._sweeping.utc_now", lambda: ahead)
+        monkeypatch.setattr("mljobs.jobs._pruning.utc_now", lambda: ahead)
         assert store.prune(older_than=timedelta(days=1)) == 0
 
 

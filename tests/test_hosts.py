@@ -118,7 +118,7 @@ def test_a_class_without_the_mixin_is_refused(sqlite_url: str) -> None:
             with engine.connect() as connection, pytest.raises(InvalidValueError) as caught:
                 operation(connection, model)
             assert caught.value.field == "model"
-    with pytest.raises(InvalidValueError, match="run_sync"):
+    with pytest.raises(InvalidValueError, match="expected a Session or a Connection"):
         jobs.claim(object(), worker="w")  # type: ignore[arg-type]
 
 

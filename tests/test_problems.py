@@ -14,6 +14,8 @@ import pytest
 
 import mljobs
 from mljobs import (
+    AmbiguousIdError,
+    FilterError,
     GiveUp,
     InvalidTransitionError,
     InvalidValueError,
@@ -46,6 +48,16 @@ EXAMPLES: list[tuple[MlJobsError, int, dict[str, Any]]] = [
         {"field": "progress", "value": 101, "reason": "expected 0 to 100"},
     ),
     (JobDecodeError("status", "unknown token"), 422, {"field": "status", "reason": "unknown token"}),
+    (
+        FilterError("kind:x", 0, "kind:x", "unknown kind"),
+        422,
+        {"field": "filter", "value": "kind:x", "reason": "unknown kind", "position": 0, "word": "kind:x"},
+    ),
+    (
+        AmbiguousIdError("01", [JOB, JOB]),
+        422,
+        {"field": "id", "value": "01", "reason": AmbiguousIdError("01", [JOB, JOB]).reason},
+    ),
     (JobNotFound(JOB), 404, {"job_id": str(JOB)}),
     (
         TerminalStateError(JOB, MlJobStatus.COMPLETED, MOMENT, {"progress": (100, 50)}),

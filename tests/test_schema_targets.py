@@ -22,6 +22,7 @@ from sqlalchemy.pool import NullPool
 
 from mljobs import InvalidValueError, MlJob, SchemaError, schema
 from mljobs.db._engines import new_engine
+from mljobs.schema import _versions
 from tests.fork_server import forkserver
 from tests.worlds import DRIVERS
 
@@ -109,7 +110,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     more = tmp_path / "broken"
     more.mkdir()
     (more / "9999_breaks.py").write_text(BROKEN)
-    original = schema._config
+    original = _versions._config
 
     def config(connection: Connection | None = None) -> Config:
         made = original(connection)
@@ -117,7 +118,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         made.set_main_option("version_locations", locations)
         return made
 
-    monkeypatch.setattr(schema, "_config", config)
+    monkeypatch.setattr(_versions, "_config", config)
 
 
 @pytest.mark.usefixtures("broken")

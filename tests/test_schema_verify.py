@@ -209,7 +209,7 @@ def test_a_schema_behind_this_release_is_an_error_that_says_upgrade(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     schema.stamp(engine)
-    monkeypatch.setattr(schema, "head", lambda: "9999_later")
+    monkeypatch.setattr("mljobs.schema._versions.head", lambda: "9999_later")
     assert problems(engine) == [
         "the schema is at version 0001_ml_jobs, this release expects 9999_later: run an upgrade"
     ]

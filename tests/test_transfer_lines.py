@@ -128,7 +128,7 @@ def test_extended_lines_and_rows_are_the_same(data: st.DataObject, wire: Any) ->
         "kind": st.sampled_from([each.value for each in MlJobKind]),
         "metrics_json": st.none() | st.sampled_from(["1", "null", ' {"a":\n1}']),
         "progress": st.integers(0, 100),
-        "spec_json": st.sampled_from(["{}", '"\\u0000"']),
+        "spec_json": st.sampled_from(["{}", '"\\u0001"']),
         "started_at": st.none() | millis,
         "status": st.sampled_from([each.value for each in MlJobStatus]),
         "target_name": _texts.map(lambda text: text.replace("\x00", "")),

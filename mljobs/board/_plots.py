@@ -11,7 +11,7 @@ from uuid import UUID
 from markupsafe import Markup
 
 from mljobs.board._charts import FILL, join, nice
-from mljobs.board._format import clock, duration, iso, number, short, short_id
+from mljobs.board._format import clock, duration, iso, number, plain, short, short_id
 from mljobs.jobs import JobSummary
 
 _BEYOND_FIGURES = 1e6
@@ -111,6 +111,7 @@ def _day_ticks(begin: datetime, end: datetime) -> list[datetime]:
 
 def target_chart(points: Sequence[Point], metric: str, *, lower: bool, begin: datetime, end: datetime) -> Markup:
     """Return a metric of each run over time, a line for the best so far, and those that did not complete on a rail."""
+    metric = plain(metric)
     height = 200
     values = [point.value for point in points if point.value is not None]
     low, high = min(values), max(values)

@@ -20,6 +20,8 @@ from typing import Any
 from uuid import UUID
 
 from mljobs.errors import (
+    AmbiguousIdError,
+    FilterError,
     GiveUp,
     InvalidTransitionError,
     InvalidValueError,
@@ -81,6 +83,20 @@ MEANINGS: Mapping[type[MlJobsError], Meaning] = MappingProxyType(
             "This is not a job record",
             "as for an invalid value: the body arrived whole, but is no record",
             {"field": "field", "reason": "reason"},
+        ),
+        FilterError: Meaning(
+            422,
+            "filter-not-understood",
+            "A word of the filter is not understood",
+            "as for an invalid value, with the word and where it stands",
+            {"field": "field", "value": "value", "reason": "reason", "position": "position", "word": "word"},
+        ),
+        AmbiguousIdError: Meaning(
+            422,
+            "ambiguous-id",
+            "Several jobs have an id that begins or ends so",
+            "as for an invalid value: a short id has to be given with more digits",
+            {"field": "field", "value": "value", "reason": "reason"},
         ),
         JobNotFound: Meaning(
             404, "job-not-found", "No such job", "the resource that the request names does not exist", _JOB

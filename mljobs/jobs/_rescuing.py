@@ -27,7 +27,7 @@ from mljobs.jobs._base import (
 from mljobs.jobs._claims import Claim, Lease
 from mljobs.jobs._finishing import Outcome, one_for_each_job, record_outcomes
 from mljobs.jobs._savepoints import row_by_row
-from mljobs.jobs._statements import POSTGRES, in_rows, moments, now_of
+from mljobs.jobs._statements import POSTGRES, constant, in_rows, moments, now_of
 from mljobs.jobs._transitions import ATTEMPTS_MAX
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus
@@ -167,9 +167,11 @@ def _forgotten(model: Model) -> Prepared:
     def build(dialect: str) -> Any:
         jobs, leases = table_of(model).alias("j"), model.__leases__
         expired = leases.alias("l")
+        # A subquery and no NOT EXISTS: that becomes a join, which before ANALYZE reads the whole job table.
+        named = sa.select(constant(1)).where(jobs.c.lease == expired.c.token).limit(sa.literal_column("1"))
         tokens = (
             sa.select(expired.c.token)
-            .where(expired.c.expires_at < now_of(dialect), ~sa.exists().where(jobs.c.lease == expired.c.token))
+            .where(expired.c.expires_at < now_of(dialect), named.scalar_subquery().is_(None))
             .order_by(expired.c.expires_at, expired.c.token)
             .limit(sa.bindparam("limit", type_=sa.Integer()))
         )

@@ -192,7 +192,7 @@ def check_table(cls: type[Any], table: Table) -> None:
                 )
     for key in _unique_keys(table):
         ours = [name for name in key if name in GUARDED_COLUMNS]
-        if ours and ours != ["id"]:
+        if ours and "id" not in ours:  # beside the id no other row has the same values
             raise ModelError(
                 cls,
                 f"its unique key ({', '.join(key)}) names {ours[0]}, so INSERT OR REPLACE of SQLite takes a finished one "  # noqa: S608 - a message

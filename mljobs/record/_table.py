@@ -56,7 +56,7 @@ def _checks(table: sa.Table, kinds: type[StrEnum]) -> list[sa.CheckConstraint]:
         check("times", " AND ".join(_time_in_range(name) for name in _TIMES), SqliteCheck),
         check("id", _hex_digits("id"), SqliteCheck),
         check("retry_of", f"retry_of IS NULL OR {_hex_digits('retry_of')}", SqliteCheck),
-        check("texts", " AND ".join(f"typeof({name}) IN ('text', 'null')" for name in _TEXTS), SqliteCheck),
+        check("texts", " AND ".join(f"({name} IS NULL OR typeof({name}) = 'text')" for name in _TEXTS), SqliteCheck),
         check("numbers", " AND ".join(map(_number_in_range, _NUMBERS)), SqliteCheck),
         check("spec_json", _readable_json("spec_json"), SqliteCheck),
         check("metrics_json", f"metrics_json IS NULL OR {_readable_json('metrics_json')}", SqliteCheck),

@@ -183,9 +183,9 @@ class OutcomeWriter:
     def _write_group(self, group: Sequence[FinishedRun]) -> None:
         first = group[0]
         if first.outcome is None:
-            # Of a lost one too: what its target's lock stood for has stopped.
-            held = self._store.release([first.run.claim]) > 0
-            self._end(group, ["cancelled" if held and not first.run.lost else "lost"])
+            # The job of a lost one stays in its lease: without it no rescue would ever put it back.
+            held = not first.run.lost and self._store.release([first.run.claim]) > 0
+            self._end(group, ["cancelled" if held else "lost"])
         elif not first.batchable:
             self._write_with_retry(first)
         else:

@@ -52,7 +52,7 @@ def upgrade() -> None:
     mljobs.types.SqliteCheck("retry_of IS NULL OR typeof(retry_of) = 'text' AND length(retry_of) = 32 AND retry_of NOT GLOB '*[^0-9a-f]*'", name=op.f('ck_training_runs_retry_of')),
     mljobs.types.SqliteCheck("typeof(id) = 'text' AND length(id) = 32 AND id NOT GLOB '*[^0-9a-f]*'", name=op.f('ck_training_runs_id')),
     mljobs.types.SqliteCheck("typeof(spec_json) = 'text' AND json_valid(spec_json) AND instr(spec_json, char(0)) = 0 AND (instr(spec_json, '\\u0000') = 0 OR instr(replace(spec_json, '\\\\', ''), '\\u0000') = 0)", name=op.f('ck_training_runs_spec_json')),
-    mljobs.types.SqliteCheck("typeof(target_name) IN ('text', 'null') AND typeof(error_message) IN ('text', 'null') AND typeof(worker) IN ('text', 'null')", name=op.f('ck_training_runs_texts')),
+    mljobs.types.SqliteCheck("(target_name IS NULL OR typeof(target_name) = 'text') AND (error_message IS NULL OR typeof(error_message) = 'text') AND (worker IS NULL OR typeof(worker) = 'text')", name=op.f('ck_training_runs_texts')),
     mljobs.types.SqliteCheck('typeof(progress) = \'integer\' AND progress BETWEEN 0 AND 100 AND typeof(attempts) = \'integer\' AND attempts BETWEEN 0 AND 32767 AND typeof(priority) = \'integer\' AND priority BETWEEN -32768 AND 32767 AND typeof("exclusive") = \'integer\' AND "exclusive" BETWEEN 0 AND 1 AND (lease IS NULL OR typeof(lease) = \'integer\')', name=op.f('ck_training_runs_numbers')),
     sa.CheckConstraint("kind IN ('fit', 'tune')", name=op.f('ck_training_runs_kind')),
     sa.CheckConstraint("lease IS NULL OR status = 'running'", name=op.f('ck_training_runs_lease')),
