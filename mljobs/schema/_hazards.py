@@ -99,7 +99,8 @@ def _of_sqlite(connection: Connection, jobs: Table) -> Iterator[str]:
         columns = [row[2] for row in connection.exec_driver_sql(f"PRAGMA {prefix}index_info({quote(name)})")]
         sql = f"SELECT sql FROM {prefix}sqlite_master WHERE type = 'index' AND name = ?"  # noqa: S608 - quoted
         _, _, where = str(connection.exec_driver_sql(sql, (name,)).scalar()).upper().partition(" WHERE ")
-        if set(columns) & set(NAMES) and (not where or _FINAL.search(where.lower())):
+        # Beside the id no other row has the same values.
+        if "id" not in columns and set(columns) & set(NAMES) and (not where or _FINAL.search(where.lower())):
             yield (
                 f"unique index {name} of table {jobs.name} holds finished records: INSERT OR REPLACE deletes them without "
                 "any trigger where recursive_triggers is off; add WHERE status IN ('queued', 'running')"
