@@ -284,7 +284,8 @@ def parallel(axes: Sequence[Axis], runs: Sequence[UUID], names: Mapping[UUID, st
     for at, one in enumerate(axes):
         x = 100 * at / (len(axes) - 1)
         anchor = "" if at == 0 else "e" if at == len(axes) - 1 else "c"
-        name = one.name if len(one.name) <= 14 else f"…{one.name[-13:]}"
+        full = plain(one.name)
+        name = full if len(full) <= 14 else f"…{full[-13:]}"
         parts.append(
             Markup(
                 '<line class="axis" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="{1}"/>'
@@ -295,7 +296,7 @@ def parallel(axes: Sequence[Axis], runs: Sequence[UUID], names: Mapping[UUID, st
                 height,
                 anchor,
                 f"{name} (log)" if one.note == "log" else name,
-                one.name,
+                full,
                 one.high,
                 height + 16,
                 one.low,
