@@ -297,9 +297,9 @@ def parallel(axes: Sequence[Axis], runs: Sequence[UUID], names: Mapping[UUID, st
                 anchor,
                 f"{name} (log)" if one.note == "log" else name,
                 full,
-                one.high,
+                plain(one.high),
                 height + 16,
-                one.low,
+                plain(one.low),
             )
         )
     offsets = _apart(axes, runs, pitch)
@@ -317,7 +317,7 @@ def parallel(axes: Sequence[Axis], runs: Sequence[UUID], names: Mapping[UUID, st
             Markup(
                 '<g class="run" data-row="{}"><title>{}</title><path class="ln wide-hit" d="{d}"/>'
                 '<path class="ln {}" d="{d}"/></g>'
-            ).format(run, names[run], kind, d="M" + "L".join(spots))
+            ).format(run, plain(names[run]), kind, d="M" + "L".join(spots))
         )
     dots = [
         Markup('<circle class="fink" cx="{:.2f}%" cy="{:.1f}" r="3.5"/>').format(
