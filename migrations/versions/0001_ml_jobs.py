@@ -1,4 +1,4 @@
-"""The record and its leases, with the guard, the view and what else stands beside them.
+"""The record, its leases and its workers, with the guard, the view and what else stands beside them.
 
 Frozen SQL: a migration says what was true when it was written, so it imports nothing of mljobs. A test holds the result
 against what the models build today.
@@ -166,6 +166,19 @@ CREATE TABLE ml_job_leases (
 )""",
     "CREATE UNIQUE INDEX uq_ml_job_leases_target ON ml_job_leases (target_lock) WHERE target_lock IS NOT NULL",
     """\
+CREATE TABLE ml_job_workers (
+  name TEXT NOT NULL,
+  host TEXT NOT NULL,
+  pid INTEGER NOT NULL,
+  kinds TEXT NOT NULL,
+  concurrency INTEGER NOT NULL,
+  version TEXT NOT NULL,
+  state TEXT NOT NULL,
+  started_at TIMESTAMP(3) WITH TIME ZONE NOT NULL,
+  last_seen_at TIMESTAMP(3) WITH TIME ZONE NOT NULL,
+  PRIMARY KEY (name)
+)""",
+    """\
 CREATE VIEW ml_jobs_overview AS
 SELECT j.id, j.kind, j.target_name, j.status, j.progress,
   date_trunc('second', greatest(statement_timestamp() - j.created_at, interval '0')) AS age,
@@ -319,6 +332,19 @@ CREATE TABLE ml_job_leases (
 )""",
     "CREATE UNIQUE INDEX uq_ml_job_leases_target ON ml_job_leases (target_lock) WHERE target_lock IS NOT NULL",
     """\
+CREATE TABLE ml_job_workers (
+  name TEXT NOT NULL,
+  host TEXT NOT NULL,
+  pid INTEGER NOT NULL,
+  kinds TEXT NOT NULL,
+  concurrency INTEGER NOT NULL,
+  version TEXT NOT NULL,
+  state TEXT NOT NULL,
+  started_at BIGINT NOT NULL,
+  last_seen_at BIGINT NOT NULL,
+  PRIMARY KEY (name)
+)""",
+    """\
 CREATE VIEW ml_jobs_overview AS
 SELECT id, kind, target_name, status, progress,
   CASE WHEN age >= 172800 THEN (age / 86400) || ' days ' WHEN age >= 86400 THEN '1 day ' ELSE '' END
@@ -372,6 +398,7 @@ FROM (
 
 _DROP_POSTGRESQL = (
     "DROP VIEW ml_jobs_overview",
+    "DROP TABLE ml_job_workers",
     "DROP TABLE ml_job_leases",
     "DROP TABLE ml_jobs",
     "DROP FUNCTION ml_jobs_wake()",
@@ -380,6 +407,7 @@ _DROP_POSTGRESQL = (
 
 _DROP_SQLITE = (
     "DROP VIEW ml_jobs_overview",
+    "DROP TABLE ml_job_workers",
     "DROP TABLE ml_job_leases",
     "DROP TABLE ml_jobs",
     "DROP TABLE ml_jobs_guard",
@@ -394,7 +422,7 @@ def _run(postgresql: tuple[str, ...], sqlite: tuple[str, ...]) -> None:
 
 
 def upgrade() -> None:
-    """Create both tables and all that stands beside them."""
+    """Create the tables and all that stands beside them."""
     _run(_POSTGRESQL, _SQLITE)
 
 

@@ -179,7 +179,7 @@ def _translate(context: ExceptionContext) -> MlJobsError | None:
 
 
 def _missing_table(error: BaseException) -> str | None:
-    """Return the job table, or the table of leases, that a driver says is not there."""
+    """Return the job table, or the table of its leases or workers, that a driver says is not there."""
     if getattr(error, "sqlstate", None) != _UNDEFINED_TABLE and not str(error).startswith(_SQLITE_UNDEFINED):
         return None
     told = str(error).partition("\n")[0]
@@ -188,5 +188,5 @@ def _missing_table(error: BaseException) -> str | None:
 
 
 def _beside(table: Table) -> tuple[str, ...]:
-    leases: Any = table.info.get("mljobs")
-    return (table.name,) if leases is None else (table.name, leases.name)
+    beside: list[Any] = [table.info.get(key) for key in ("mljobs", "mljobs_workers")]
+    return (table.name, *(each.name for each in beside if each is not None))

@@ -22,6 +22,7 @@ By the question they answer:
 - :mod:`~mljobs.jobs._holding`: who works on what now (``renew``, ``look``, ``release``, ``report``, ``set_progress``)
 - :mod:`~mljobs.jobs._finishing`: how it ended (``complete``, ``fail``, ``requeue``, ``cancel``)
 - :mod:`~mljobs.jobs._exchanging`: both at once, for busy workers (``finish_and_claim``)
+- :mod:`~mljobs.jobs._workers`: who works (``workers``)
 - :mod:`~mljobs.jobs._rescuing`: what nobody does any more (``rescue``)
 - :mod:`~mljobs.jobs._pruning`: what is past its time (``prune``)
 
@@ -95,6 +96,7 @@ from mljobs.jobs._summaries import (
 from mljobs.jobs._targets import count_up_to, limit_time, target_jobs, target_names, why_read_only
 from mljobs.jobs._words import Pattern as FilterPattern
 from mljobs.jobs._words import Term as FilterTerm
+from mljobs.jobs._workers import WorkerInfo, WorkerState, workers
 
 __all__ = [
     "DEFAULT_LEASE",
@@ -131,6 +133,8 @@ __all__ = [
     "Stats",
     "SummaryPage",
     "Where",
+    "WorkerInfo",
+    "WorkerState",
     "affected",
     "best",
     "cancel",
@@ -191,6 +195,7 @@ __all__ = [
     "target_names",
     "usual_durations",
     "why_read_only",
+    "workers",
 ]
 
 accept_any_session(globals(), __all__)

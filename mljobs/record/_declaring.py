@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from enum import StrEnum
 from inspect import get_annotations
@@ -227,12 +227,19 @@ def _check_kind(cls: type[Any], kind: TokenType) -> None:
         )
 
 
-def check_lease_name(cls: type[Any], name: str, schema: str | None, tables: Collection[str]) -> None:
-    """Check that nothing else has the name of the lease table.
+def check_companion_name(cls: type[Any], name: str, jobs: Table, holds: str, attribute: str) -> None:
+    """Check that nothing else has the name of a table beside the job table.
+
+    Args:
+        cls: The class.
+        name: The name.
+        jobs: The job table.
+        holds: What the table is to hold.
+        attribute: What names it otherwise.
 
     Raises:
         ModelError: Something has.
     """
-    full = f"{schema}.{name}" if schema else name
-    if full in tables:
-        raise ModelError(cls, f"another class has table {full}, which is to hold its leases: set __lease_tablename__")
+    full = f"{jobs.schema}.{name}" if jobs.schema else name
+    if full in jobs.metadata.tables:
+        raise ModelError(cls, f"another class has table {full}, which is to hold {holds}: set {attribute}")

@@ -24,9 +24,9 @@ from mljobs.guards._hooks import install_hooks, install_triggers, is_expression,
 from mljobs.guards._overview import install_overview
 from mljobs.record import _kv as kv
 from mljobs.record._columns import TYPES, column
-from mljobs.record._declaring import check_body, check_dataclass, check_lease_name, check_mapping, check_table
+from mljobs.record._declaring import check_body, check_companion_name, check_dataclass, check_mapping, check_table
 from mljobs.record._sql import epoch_millis, first_line_of, json_number
-from mljobs.record._table import add_checks_and_indexes, lease_table
+from mljobs.record._table import add_checks_and_indexes, lease_table, worker_table
 from mljobs.record._values import (
     NUMBERS,
     TEXTS,
@@ -46,8 +46,8 @@ KV_NAMES = frozenset(field.name for field in KV_FIELDS)
 class MlJobMixin:
     """The columns, checks and guard of a job record, for a class in the host's own metadata.
 
-    The checks, indexes, the lease table (``<table>_leases``) and the triggers come with the table, whatever
-    ``__table_args__`` says.
+    The checks, indexes, the tables of leases (``<table>_leases``) and of workers (``<table>_workers``), and the triggers
+    come with the table, whatever ``__table_args__`` says.
 
     Source: RedDB's ``MlJob``; ``attempts``, ``priority``, ``run_after``, ``exclusive`` and ``retry_of`` are our own.
     """
@@ -56,6 +56,10 @@ class MlJobMixin:
     """Name of the lease table; ``<table>_leases`` where None."""
     __overview_name__: ClassVar[str | None] = None
     """Name of the view for people with a SQL shell; no view where None. See :mod:`mljobs.guards._overview`."""
+    __worker_tablename__: ClassVar[str | None] = None
+    """Name of the table of workers; ``<table>_workers`` where None."""
+    __workers__: ClassVar[sa.Table]
+    """The table of workers."""
     __leases__: ClassVar[sa.Table]
     """The lease table."""
     __kinds__: ClassVar[type[StrEnum]] = MlJobKind
@@ -441,12 +445,15 @@ def _add_companions(mapper: Mapper[Any], cls: type[MlJobMixin]) -> None:
     kinds: type[StrEnum] = table.c.kind.type.enum
     cls.__kinds__ = kinds
     if "mljobs" in table.info:  # defined once more on the same table, as in a notebook
-        cls.__leases__ = table.info["mljobs"]
+        cls.__leases__, cls.__workers__ = table.info["mljobs"], table.info["mljobs_workers"]
         return
     lease_name = cls.__lease_tablename__ or short_name(f"{table.name}_leases")
-    check_lease_name(cls, lease_name, table.schema, table.metadata.tables)
+    worker_name = cls.__worker_tablename__ or short_name(f"{table.name}_workers")
+    check_companion_name(cls, lease_name, table, "its leases", "__lease_tablename__")
+    check_companion_name(cls, worker_name, table, "its workers", "__worker_tablename__")
     add_checks_and_indexes(table, kinds)
     cls.__leases__ = table.info["mljobs"] = lease_table(table, lease_name)
+    cls.__workers__ = table.info["mljobs_workers"] = worker_table(table, worker_name)
     # Once more when the table is made, for what a host has added to it since.
     sa.event.listen(table, "before_create", lambda created, *_, **__: check_table(cls, created), propagate=True)
     install_triggers(table)

@@ -23,7 +23,7 @@ class Base(DeclarativeBase):
 
 
 metadata = Base.metadata
-"""Our own tables: ``ml_jobs`` and ``ml_job_leases``."""
+"""Our own tables: ``ml_jobs``, ``ml_job_leases`` and ``ml_job_workers``."""
 
 
 class MlJob(MlJobMixin, Base):
@@ -31,6 +31,7 @@ class MlJob(MlJobMixin, Base):
 
     __tablename__ = "ml_jobs"
     __lease_tablename__ = "ml_job_leases"
+    __worker_tablename__ = "ml_job_workers"
     __overview_name__ = "ml_jobs_overview"
     __table_is_migrated_by_mljobs__: ClassVar[bool] = True
 

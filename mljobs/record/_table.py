@@ -1,4 +1,4 @@
-"""What comes with a job table: its checks, its indexes, the table of its leases."""
+"""What comes with a job table: its checks, its indexes, the tables of its leases and of its workers."""
 
 from __future__ import annotations
 
@@ -158,3 +158,21 @@ def lease_table(jobs: sa.Table, name: str) -> sa.Table:
     sa.Index(_name("uq", leases, "target"), leases.c.target_lock, unique=True, postgresql_where=held, sqlite_where=held)
     leases.add_is_dependent_on(jobs)  # no foreign key says so, but a view that comes with the leases reads both
     return leases
+
+
+def worker_table(jobs: sa.Table, name: str) -> sa.Table:
+    """Return the table of the workers that run ``jobs``: one row for each name, small, and of no worth without them."""
+    return sa.Table(
+        name,
+        jobs.metadata,
+        sa.Column("name", sa.Text, primary_key=True),
+        sa.Column("host", sa.Text, nullable=False),
+        sa.Column("pid", sa.Integer, nullable=False),
+        sa.Column("kinds", sa.Text, nullable=False),  # a JSON list
+        sa.Column("concurrency", sa.Integer, nullable=False),
+        sa.Column("version", sa.Text, nullable=False),
+        sa.Column("state", sa.Text, nullable=False),
+        sa.Column("started_at", UtcMillis("started_at"), nullable=False),
+        sa.Column("last_seen_at", UtcMillis("last_seen_at"), nullable=False),
+        schema=jobs.schema,
+    )

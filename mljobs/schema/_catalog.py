@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 VERSION_TABLE = "mljobs_alembic_version"
 """Where Alembic keeps our version."""
 
-OWN_TABLES = frozenset({"ml_jobs", "ml_jobs_guard", "ml_jobs_counts", "ml_job_leases", VERSION_TABLE})
+OWN_TABLES = frozenset({"ml_jobs", "ml_jobs_guard", "ml_jobs_counts", "ml_job_leases", "ml_job_workers", VERSION_TABLE})
 """Every table that our migrations make, on either database; for a host's autogenerate, which must not drop them."""
 
 _Found = dict[tuple[str, str], str]
@@ -224,11 +224,14 @@ def _excerpt(definition: str, start: int) -> str:
 
 
 def _job_tables(metadata: MetaData) -> list[Table]:
-    """Return the job tables, each followed by its lease table."""
+    """Return the job tables, each followed by the tables of its workers and of its leases."""
     tables = []
     for jobs in metadata.tables.values():
         if "mljobs" in jobs.info:
-            tables += [jobs, leases_of(jobs)]
+            # Not those tables themselves, which are of another MetaData where this one is a copy.
+            names = (jobs.info[key].name for key in ("mljobs", "mljobs_workers"))
+            beside = (name if jobs.schema is None else f"{jobs.schema}.{name}" for name in names)
+            tables += [jobs, *(metadata.tables[name] for name in beside if name in metadata.tables)]
     return tables
 
 

@@ -26,7 +26,7 @@ Target = str | URL | Engine | Connection
 """A database: its URL, an engine, or a connection whose transaction is to be used."""
 
 _LOCK = 7_955_930_144_303_215_201  # "mljobs ma" as a number: one upgrade at a time
-_TABLES = ("ml_jobs", "ml_job_leases")
+_TABLES = ("ml_jobs", "ml_job_leases", "ml_job_workers")
 _OLDEST = {"postgresql": (12,), "sqlite": (3, 35)}  # CREATE STATISTICS (mcv); RETURNING
 _alembic = threading.RLock()  # Alembic keeps the migration that runs in globals of its modules
 

@@ -204,6 +204,7 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
     renew = async_store_method(jobs.renew)
     look = async_store_method(jobs.look)
     release = async_store_method(jobs.release)
+    workers = async_store_method(jobs.workers)
     report = async_store_method(jobs.report)
     report_many = async_store_method(jobs.report_many)
     set_progress = async_store_method(jobs.set_progress)

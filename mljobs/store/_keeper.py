@@ -56,6 +56,7 @@ class Keeper:
         clock: A monotonic clock, in seconds.
         every: Seconds between two renewals, each of which also brings back cancels; None for a third of the lease, at
             most 5.
+        on_renewal: Called with each renewal, and as often while there is no lease to renew.
     """
 
     def __init__(
@@ -65,12 +66,14 @@ class Keeper:
         clock: Callable[[], float] = time.monotonic,
         *,
         every: float | None = None,
+        on_renewal: Callable[[], None] | None = None,
     ) -> None:
         self._store = store
         self._lease = lease
         self._patience = answer_seconds(lease)
         self._every = min(lease / 3, _RENEW_SECONDS) if every is None else every
         self._clock = clock
+        self._on_renewal = on_renewal
         self._runs: dict[Claim, Run] = {}
         self._changed = threading.Condition()
         self._closed = False
@@ -95,6 +98,11 @@ class Keeper:
                 self._runs[run.claim] = run
             if self._resting:
                 self._changed.notify_all()
+        self.start()
+
+    def start(self) -> None:
+        """Start the thread, if it does not run yet; the first run to keep does so too."""
+        with self._changed:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="mljobs-keeper", daemon=True)
                 self._thread.start()
@@ -187,16 +195,19 @@ class Keeper:
                     self._changed.wait(max(0.0, min(due - self._clock(), _WRITE_SECONDS)))
                 if not self._runs and not self._closed:  # nothing to keep, so not a tick until there is
                     self._resting = True
-                    self._changed.wait()
+                    self._changed.wait(None if self._on_renewal is None else max(0.0, due - self._clock()))
                     self._resting = False
-                    due = self._clock() + self._every
+                    if self._on_renewal is None:
+                        due = self._clock() + self._every
                 if self._closed:
                     return
             try:
                 self.write_reports()
                 if self._clock() >= due:
-                    pause = self._every if self.renew() else min(self._every, _RETRY_SECONDS)
-                    due = self._clock() + pause
+                    renewed = self.renew()
+                    if renewed and self._on_renewal is not None:
+                        self._on_renewal()
+                    due = self._clock() + (self._every if renewed else min(self._every, _RETRY_SECONDS))
             except Exception:
                 logger.exception("the keeper goes on after an unexpected error")
                 due = self._clock() + self._every

@@ -168,6 +168,7 @@ class JobStore(Transfers, BulkActions, Store):
     renew = store_method(jobs.renew)
     look = store_method(jobs.look)
     release = store_method(jobs.release)
+    workers = store_method(jobs.workers)
     report = store_method(jobs.report)
     report_many = store_method(jobs.report_many)
     set_progress = store_method(jobs.set_progress)

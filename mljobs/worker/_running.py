@@ -18,6 +18,7 @@ from mljobs import jobs
 from mljobs.db._failures import database_is_away, first_line
 from mljobs.db._timeouts import answer_seconds, answers_within, limit_idle_transaction
 from mljobs.jobs._base import connection_of
+from mljobs.jobs._workers import WorkerState
 from mljobs.store._keeper import Keeper
 from mljobs.store._run import Run
 from mljobs.store._store import JobStore
@@ -27,6 +28,7 @@ from mljobs.worker._handlers import Handler
 from mljobs.worker._places import HandlerThreads, LoopPlace, ThreadPlace, WorkerContext
 from mljobs.worker._prefetching import ClaimSettings, Prefetcher
 from mljobs.worker._recording import OutcomeWriter
+from mljobs.worker._registering import Registration
 
 logger = logging.getLogger("mljobs.worker")
 
@@ -58,6 +60,7 @@ class RunSettings:
         loop: Where coroutine functions run; None for a loop of the worker's own.
         grace: Seconds that handlers may go on after the first signal to stop.
         max_attempts: A job whose worker fell silent so often fails.
+        registration: By which the worker is seen.
     """
 
     claims: ClaimSettings
@@ -66,6 +69,7 @@ class RunSettings:
     loop: asyncio.AbstractEventLoop | None
     grace: float
     max_attempts: int
+    registration: Registration
 
 
 class WorkerRun:
@@ -195,6 +199,7 @@ class WorkerRun:
 
     def _wind_up(self) -> float | None:
         """Let handlers end within the grace, put back what is left; return how long the last outcomes may take."""
+        self._settings.registration.state = WorkerState.STOPPING
         self._prefetcher.stop()
         for run in self._prefetcher.under_way():
             run.mark_stopping()

@@ -9,8 +9,9 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from contextvars import copy_context
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
@@ -32,6 +33,7 @@ from mljobs.store._store import JobStore
 from mljobs.worker._finished import Tally
 from mljobs.worker._handlers import Backoff, ErrorTypes, Handler, exponential, make_handler, make_policy
 from mljobs.worker._prefetching import ClaimSettings
+from mljobs.worker._registering import Registration
 from mljobs.worker._running import RunSettings, Signal, Signals, WorkerRun
 
 if TYPE_CHECKING:
@@ -282,16 +284,20 @@ class Worker:
 
     def _run(self, *, until_idle: bool, kinds: Any, loop: asyncio.AbstractEventLoop | None) -> Tally:
         claims = self._claim_settings(kinds, until_idle=until_idle)
-        settings = RunSettings(claims, self.handlers, self.executor, loop, self.grace, self.max_attempts)
         self._check_database()
-        with Keeper(self._store, self.lease) as keeper:
+        seen = Registration(self._store, self.name, claims.kinds, self.concurrency, self.lease)
+        seen.open()
+        claims = replace(claims, worker=seen.name)
+        settings = RunSettings(claims, self.handlers, self.executor, loop, self.grace, self.max_attempts, seen)
+        with closing(seen), Keeper(self._store, self.lease, on_renewal=seen.renew) as keeper:
+            keeper.start()
             run = WorkerRun(self._store, settings, keeper, self._signals)
-            logger.info("worker %s begins: %s, %d at a time", self.name, ", ".join(claims.kinds), self.concurrency)
+            logger.info("worker %s begins: %s, %d at a time", seen.name, ", ".join(claims.kinds), self.concurrency)
             try:
                 error = run.work()
             finally:
                 self.abandoned = run.close()
-            logger.info("worker %s ends: %s", self.name, run.tally)
+            logger.info("worker %s ends: %s", seen.name, run.tally)
         if error is not None:
             raise error
         return run.tally

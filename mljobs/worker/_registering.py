@@ -1,0 +1,86 @@
+"""The row by which a worker can be seen: made before the first claim, kept by the thread that renews leases."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Sequence
+
+from mljobs import __version__
+from mljobs._values import utc_now
+from mljobs.db._failures import CONNECTION_ERRORS, database_is_away, first_line
+from mljobs.db._timeouts import answer_seconds, answers_within
+from mljobs.jobs._workers import WorkerInfo, WorkerState, has_worker_table, register_worker, see_worker
+from mljobs.store._store import JobStore
+
+logger = logging.getLogger("mljobs.worker")
+
+
+class Registration:
+    """A worker's row. Where the database has no table of workers, or the role may not write it, nothing is kept.
+
+    Args:
+        store: Where the jobs are.
+        name: The name that the worker wants.
+        kinds: What it handles.
+        concurrency: How many handlers may run at a time.
+        lease: Seconds of each lease.
+    """
+
+    def __init__(self, store: JobStore, name: str, kinds: Sequence[str], concurrency: int, lease: float) -> None:
+        now = utc_now()
+        self._store = store
+        self._patience = answer_seconds(lease)
+        self._worker = WorkerInfo(
+            name, socket.gethostname(), os.getpid(), tuple(kinds), concurrency, __version__, now, now
+        )
+        self._kept = False
+        self.state = WorkerState.RUNNING
+
+    @property
+    def name(self) -> str:
+        """The name, which no other worker that runs has."""
+        return self._worker.name
+
+    def open(self) -> None:
+        """Make the row."""
+        try:
+            with answers_within(self._patience), self._store.engine.connect() as connection:
+                if not has_worker_table(connection, self._store.model):
+                    return
+            self._register()
+        except CONNECTION_ERRORS as error:
+            if database_is_away(error):
+                raise
+            self._give_up(error)
+
+    def _register(self) -> None:
+        wanted = self._worker.name
+        with self._store.connect() as bind:
+            self._worker = register_worker(bind, self._worker, model=self._store.model)
+        self._kept = True
+        if self.name != wanted:
+            logger.warning("another worker is named %s: this one is %s", wanted, self.name)
+
+    def renew(self) -> None:
+        """Say in one statement that the worker is still there. A database that is away is asked again next time."""
+        if not self._kept:
+            return
+        try:
+            with answers_within(self._patience), self._store.connect(atomic=False) as bind:
+                there = see_worker(bind, self._worker, self.state, model=self._store.model)
+            if not there:  # pruned, or taken over, while this process stood still
+                self._register()
+        except CONNECTION_ERRORS as error:
+            if not database_is_away(error):
+                self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
+        self._kept = False
+        logger.info("this worker is not seen in %s: %s", self._store.model.__workers__.name, first_line(error))
+
+    def close(self) -> None:
+        """Say that the worker is gone."""
+        self.state = WorkerState.GONE
+        self.renew()
