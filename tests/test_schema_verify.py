@@ -202,7 +202,11 @@ def test_verifying_changes_nothing(engine: Engine) -> None:
 def test_an_empty_database_has_every_table_missing(empty_url: str) -> None:
     with pytest.raises(SchemaError) as caught:
         schema.verify(empty_url)
-    assert caught.value.problems == ("table ml_jobs is missing", "table ml_job_leases is missing")
+    assert caught.value.problems == (
+        "table ml_jobs is missing",
+        "table ml_job_leases is missing",
+        "table ml_job_workers is missing",
+    )
 
 
 def test_a_schema_behind_this_release_is_an_error_that_says_upgrade(
@@ -257,7 +261,11 @@ def app(request: pytest.FixtureRequest) -> Iterator[Connection]:
 def test_tables_in_another_schema_are_verified_there(app: Connection) -> None:
     with pytest.raises(SchemaError) as caught:
         schema.verify(app, metadata=AppBase.metadata)
-    assert caught.value.problems == ("table app_jobs is missing", "table app_jobs_leases is missing")
+    assert caught.value.problems == (
+        "table app_jobs is missing",
+        "table app_jobs_leases is missing",
+        "table app_jobs_workers is missing",
+    )
     AppBase.metadata.create_all(app)
     schema.verify(app, metadata=AppBase.metadata)
 

@@ -224,7 +224,7 @@ def _excerpt(definition: str, start: int) -> str:
 
 
 def _job_tables(metadata: MetaData) -> list[Table]:
-    """Return the job tables, each followed by the tables of its workers and of its leases."""
+    """Return the job tables, each followed by the tables of its leases and of its workers."""
     tables = []
     for jobs in metadata.tables.values():
         if "mljobs" in jobs.info:

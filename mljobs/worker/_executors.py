@@ -25,7 +25,7 @@ class ExecutorPlace:
 
     def __init__(self, context: WorkerContext, executor: Executor) -> None:
         self._context = context
-        self._executor = executor
+        self._given = self._executor = executor
         self._in_process = isinstance(executor, ThreadPoolExecutor)
         self._futures: set[Future[Any]] = set()
 
@@ -36,16 +36,19 @@ class ExecutorPlace:
             if self._in_process:
                 future: Future[Any] = self._executor.submit(call_handler, handler.function, run, handler.policy)
             else:
-                store = self._context.store
-                call = RemoteCall(
-                    handler.function, handler.policy, run.claim, store.engine.url, store.model, self._context.lease
-                )
+                call = self._call(run, handler)
                 future = self._executor.submit(run_remote_call, call)
         except BaseException as error:  # noqa: BLE001 - the executor is broken, or closed
             self._broken(run, handler, error)
             return
         self._futures.add(future)
         future.add_done_callback(lambda done: self._ended(done, run, handler, began))
+
+    def _call(self, run: Run, handler: Handler) -> RemoteCall:
+        store = self._context.store
+        return RemoteCall(
+            handler.function, handler.policy, run.claim, store.engine.url, store.model, self._context.lease
+        )
 
     def _ended(self, future: Future[Any], run: Run, handler: Handler, began: float) -> None:
         self._futures.discard(future)

@@ -352,6 +352,11 @@ class Prefetcher:
         if idle:
             self._on_idle()
 
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing more is claimed."""
+        return self._stopped
+
     def under_way(self) -> list[Run]:
         """Return the runs whose handlers have not ended."""
         with self._lock:

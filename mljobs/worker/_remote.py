@@ -6,10 +6,13 @@ through a second channel. The lease is kept by the worker alone, so that it ends
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait as wait_for_sentinels
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -60,6 +63,8 @@ class RemoteCall:
         url: Where the jobs are, password included.
         model: The mapped job class.
         lease: Seconds of the lease.
+        note: A file that says which process runs the handler, while it does; None for none. Only a process of a pool is
+            asked for one, and told to end with its worker.
     """
 
     function: Function
@@ -68,10 +73,27 @@ class RemoteCall:
     url: URL
     model: Model
     lease: float
+    note: str | None = None
+
+    def with_note(self, note: str) -> RemoteCall:
+        """Return the call for a process of a pool."""
+        return replace(self, note=note)
 
 
 def run_remote_call(call: RemoteCall) -> RemoteResult:
     """Call the handler; a function of a module, which every executor can send."""
+    if call.note is None:
+        return _run(call)
+    end_with_parent()
+    note = Path(call.note)
+    note.write_text(str(os.getpid()))
+    try:
+        return _run(call)
+    finally:
+        note.unlink(missing_ok=True)
+
+
+def _run(call: RemoteCall) -> RemoteResult:
     run = Run(call.claim)
     keeper = _keeper_of_this_process(call.url, call.model, call.lease)
     keeper.add(run)
@@ -126,3 +148,20 @@ def _keeper_of_this_process(url: URL, model: Model, lease: float) -> Keeper:
             store = JobStore(url, model=model, **options)
             _keepers[key] = Keeper(_LooksOnly(store), lease, every=_LOOK_SECONDS)
         return _keepers[key]
+
+
+_watched: set[int] = set()
+
+
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone, however that ended."""
+    parent = multiprocessing.parent_process()
+    if parent is None or os.getpid() in _watched:
+        return
+    _watched.add(os.getpid())
+
+    def watch() -> None:
+        wait_for_sentinels([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="mljobs-parent", daemon=True).start()

@@ -8,7 +8,7 @@ import queue
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 from typing import Any
@@ -26,6 +26,7 @@ from mljobs.worker._executors import ExecutorPlace
 from mljobs.worker._finished import Tally
 from mljobs.worker._handlers import Handler
 from mljobs.worker._places import HandlerThreads, LoopPlace, ThreadPlace, WorkerContext
+from mljobs.worker._pools import PoolPlace
 from mljobs.worker._prefetching import ClaimSettings, Prefetcher
 from mljobs.worker._recording import OutcomeWriter
 from mljobs.worker._registering import Registration
@@ -110,7 +111,7 @@ class WorkerRun:
         )
         handlers = [handler for kind, handler in settings.handlers.items() if str(kind) in settings.claims.kinds]
         self._loop = LoopPlace(context, settings.loop) if any(handler.is_async for handler in handlers) else None
-        self._executor = None if settings.executor is None else ExecutorPlace(context, settings.executor)
+        self._executor = None if settings.executor is None else _place_of(context, settings.executor)
         in_threads = self._executor is None and any(not handler.is_async for handler in handlers)
         # Of handlers that run in none of these threads, one thread can start them all.
         number = settings.claims.slots if in_threads else 1
@@ -241,6 +242,12 @@ class WorkerRun:
         self._writer.close()
         self._prefetcher.close()
         return self._prefetcher.abandoned
+
+
+def _place_of(context: WorkerContext, executor: Executor) -> ExecutorPlace:
+    if isinstance(executor, ProcessPoolExecutor):
+        return PoolPlace(context, executor)
+    return ExecutorPlace(context, executor)
 
 
 def _named(ids: Sequence[UUID]) -> str:
