@@ -12,6 +12,7 @@ _NOT_RETRYABLE = ("27", "2F", "38", "39", "54", "55000", "HV")
 of the host raise."""
 _SERIALIZATION = ("40001", "40P01")
 """SQLSTATEs of a transaction that PostgreSQL ended because of another one: it may be run again."""
+_LINE_MAX = 500
 CONNECTION_ERRORS = (DBAPIError, PoolTimeout, OSError)
 """What a call to the database raises when it fails; see ``database_is_away``."""
 
@@ -33,5 +34,20 @@ def may_run_again(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException | str) -> str:
-    """Return the first line of what an error says."""
-    return str(error).partition("\n")[0]
+    """Return the first line of what an error says, for a line of log."""
+    return one_line(str(error).partition("\n")[0])
+
+
+def one_line(text: str, most: int = _LINE_MAX) -> str:
+    """Return a text as one line of log: control characters escaped, and of a long one both ends."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in shortened(text, most)
+    )
+
+
+def shortened(text: str, most: int) -> str:
+    """Return a text of at most ``most`` characters and a few words; of a longer one both ends."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]} ... {len(text) - 2 * half} characters left out ... {text[-half:]}"

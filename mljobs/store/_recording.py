@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from mljobs.db._failures import CONNECTION_ERRORS, database_is_away, first_line
+from mljobs.db._failures import CONNECTION_ERRORS, database_is_away, first_line, shortened
 from mljobs.errors import InvalidValueError, JobCancelled, LeaseLostError, MlJobsError, TerminalStateError
 from mljobs.jobs import Outcome
 from mljobs.states import MlJobStatus
@@ -21,7 +21,8 @@ FIRST_PAUSE = 0.05
 """Seconds before the first new attempt, while the database is away; each further pause is twice as long."""
 LONGEST_PAUSE = 5.0
 _TRACEBACK_FRAMES = 5
-_TRACEBACK_CHARACTERS = 4000
+_SUMMARY_CHARACTERS = 2000
+_TRACEBACK_CHARACTERS = 2000
 _OURS = [Path(__file__).parents[1] / room for room in ("store", "worker")]
 
 
@@ -37,8 +38,9 @@ def failure_text(error: BaseException) -> str:
             ][-_TRACEBACK_FRAMES:]
         )
     ).rstrip()
+    summary, frames = shortened(summary, _SUMMARY_CHARACTERS), shortened(frames, _TRACEBACK_CHARACTERS)
     text = f"{summary}\n{frames}" if frames else summary
-    return text[:_TRACEBACK_CHARACTERS].replace("\x00", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
+    return text.replace("\x00", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
 
 
 def outcome_of(run: Run, error: BaseException | None) -> Outcome | None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mljobs.db._failures import first_line
+from mljobs.db._failures import first_line, one_line, shortened
 from mljobs.jobs import Claim, Outcome
 from mljobs.states import MlJobStatus
 from mljobs.store._run import Run
@@ -69,6 +69,7 @@ class Tally:
         return ", ".join(parts) or "no jobs"
 
 
+_ERROR_MAX = 4000
 _ALARMING = ("failed", "lost")
 
 
@@ -90,7 +91,7 @@ def _log(level: int, entry: FinishedRun, word: str) -> None:
         "job %s %s %s %s%s, attempt %d%s",
         claim.job_id,
         claim.job.kind,
-        claim.job.target_name,
+        one_line(claim.job.target_name),
         word,
         f" after {entry.seconds:.3f} s" if entry.seconds else "",  # unknown of what is put back
         claim.job.attempts,
@@ -102,6 +103,6 @@ def _log(level: int, entry: FinishedRun, word: str) -> None:
             "outcome": word,
             "seconds": entry.seconds or None,
             "attempt": claim.job.attempts,
-            "error": reason,
+            "error": reason and shortened(reason, _ERROR_MAX),
         },
     )

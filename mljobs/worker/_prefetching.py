@@ -23,6 +23,7 @@ from mljobs.db._failures import database_is_away, first_line
 from mljobs.db._timeouts import answer_seconds, answers_within
 from mljobs.jobs import Claim, Outcome
 from mljobs.jobs._claiming import MAX_BATCH
+from mljobs.jobs._submitting import first_active
 from mljobs.store._keeper import Keeper
 from mljobs.store._recording import FIRST_PAUSE, LONGEST_PAUSE
 from mljobs.store._run import Run
@@ -52,6 +53,7 @@ class ClaimSettings:
         ahead: How many jobs to claim ahead of need at most.
         poll: Seconds between two looks at an empty queue, with every notification lost.
         until_idle: Whether to stop when there is nothing to do.
+        until_empty: Whether to stop when no job of these kinds is queued or running, whatever its ``run_after``.
     """
 
     worker: str
@@ -61,6 +63,7 @@ class ClaimSettings:
     ahead: int
     poll: float
     until_idle: bool
+    until_empty: bool = False
 
 
 class Prefetcher:
@@ -289,7 +292,7 @@ class Prefetcher:
         Args:
             recorded: What ``_recorded`` was before the claim that found nothing.
         """
-        if not self._settings.until_idle:
+        if not self._settings.until_idle and not self._settings.until_empty:
             return False
         with self._lock:
             if self._under_way or self._buffer or not self._writer.empty:
@@ -299,10 +302,25 @@ class Prefetcher:
                 return True
             if self._recorded != recorded:
                 return True
+        if self._settings.until_empty and self._any_left():
+            return False
+        with self._lock:
             self._stopped = True
             self._changed.notify_all()
         self._on_idle()
         return True
+
+    def _any_left(self) -> bool:
+        """Whether a job of these kinds waits, for its time or its target, or runs elsewhere."""
+        try:
+            with answers_within(self._patience), self._store.connect(atomic=False) as bind:
+                return (
+                    first_active(bind, self._store.model, self._store.model.kind.in_(self._settings.kinds)) is not None
+                )
+        except Exception as error:
+            if not database_is_away(error):
+                raise
+            return True
 
     def _sleep(self) -> None:
         self._measure()

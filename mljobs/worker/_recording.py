@@ -169,13 +169,13 @@ class OutcomeWriter:
                 elif (
                     not group[0].batchable and group[0].outcome is not None
                 ):  # at its commit: a deferred constraint, say
-                    logger.exception("job %s failed, and its retry could not be submitted", group[0].run.claim.job_id)
+                    _cannot(group[0], "failed, and its retry could not be submitted", error)
                     group[0].retry_refused = True
                     groups.appendleft(group)
                 elif not group[0].refused:
                     groups.appendleft([_as_refused(group[0], error)])
                 else:
-                    logger.exception("job %s: its end could not be recorded", group[0].run.claim.job_id)
+                    _cannot(group[0], "has ended, and that could not be recorded", error)
                     self._end(group, ["lost"])  # its lease will run out, and a rescue decide
             else:
                 groups.popleft()
@@ -283,3 +283,7 @@ def _as_refused(entry: FinishedRun, error: Exception) -> FinishedRun:
     entry.outcome = Outcome.failed(entry.run.claim, reason)
     entry.refused = True
     return entry
+
+
+def _cannot(entry: FinishedRun, what: str, error: Exception) -> None:
+    logger.error("job %s %s: %s", entry.run.claim.job_id, what, first_line(error))

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 from mljobs import jobs
-from mljobs.db._failures import database_is_away
+from mljobs.db._failures import database_is_away, first_line
 from mljobs.errors import InvalidValueError
 from mljobs.jobs import Bind
 from mljobs.jobs._reading import up_to
@@ -37,7 +37,9 @@ def submit_retry(bind: Bind, entry: FinishedRun) -> tuple[Any, float] | None:
     except Exception as error:
         if database_is_away(error):
             raise
-        logger.exception("job %s failed, and its retry could not be submitted", job.id)
+        logger.error(  # noqa: TRY400 - one line; the traceback is ours
+            "job %s failed, and its retry could not be submitted: %s", job.id, first_line(error)
+        )
         return None
     return retry.id, wait
 

@@ -171,7 +171,7 @@ class Worker:
 
         return register
 
-    def run(self, *, until_idle: bool = False, kinds: Any = None) -> Tally:
+    def run(self, *, until_idle: bool = False, until_empty: bool = False, kinds: Any = None) -> Tally:
         """Run jobs until ``stop``, SIGTERM or SIGINT.
 
         The first signal stops claiming, lets handlers finish for ``grace`` seconds, and puts back what is left; the
@@ -179,6 +179,8 @@ class Worker:
 
         Args:
             until_idle: Return as soon as there is nothing to do. Jobs whose ``run_after`` lies ahead are not waited for.
+            until_empty: Return when no job of these kinds is queued or running: what waits for its time is waited for, as
+                retries do, and what other workers run.
             kinds: Only this one, or these, of the kinds that have handlers; None for all.
 
         Returns:
@@ -189,9 +191,9 @@ class Worker:
             SchemaError: The database has no such table; nothing was claimed.
         """
         with self._only_one_run(), self._handling_signals():
-            return self._run(until_idle=until_idle, kinds=kinds, loop=None)
+            return self._run(until_idle=until_idle, until_empty=until_empty, kinds=kinds, loop=None)
 
-    async def run_async(self, *, until_idle: bool = False, kinds: Any = None) -> Tally:
+    async def run_async(self, *, until_idle: bool = False, until_empty: bool = False, kinds: Any = None) -> Tally:
         """Run jobs, coroutine handlers on the present event loop; see ``run``.
 
         Cancelling the awaiting task stops the worker as the first signal does, cancelling it again as the second.
@@ -199,11 +201,12 @@ class Worker:
 
         Args:
             until_idle: As of ``run``.
+            until_empty: As of ``run``.
             kinds: As of ``run``.
         """
         loop = asyncio.get_running_loop()
         with self._only_one_run():
-            run = partial(self._run, until_idle=until_idle, kinds=kinds, loop=loop)
+            run = partial(self._run, until_idle=until_idle, until_empty=until_empty, kinds=kinds, loop=loop)
             # Not a task: a loop that is shut down cancels every task it knows, and this one cannot be.
             work = loop.run_in_executor(None, copy_context().run, run)
             cancelled: asyncio.CancelledError | None = None
@@ -222,7 +225,7 @@ class Worker:
         """Stop as the first signal does; called again, as the second. From any thread; before a run it does nothing."""
         self._signals.put((Signal.STOP, None))
 
-    def _claim_settings(self, kinds: Any, *, until_idle: bool) -> ClaimSettings:
+    def _claim_settings(self, kinds: Any, *, until_idle: bool, until_empty: bool) -> ClaimSettings:
         if not self._handlers:
             raise InvalidValueError("handlers", {}, "the worker has none; use @worker.handles(kind)")
         asked = [kinds] if isinstance(kinds, str) else kinds
@@ -240,6 +243,7 @@ class Worker:
             ahead=self.ahead,
             poll=self.poll,
             until_idle=until_idle,
+            until_empty=until_empty,
         )
 
     def _handled(self, kind: str) -> StrEnum:
@@ -282,8 +286,8 @@ class Worker:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _run(self, *, until_idle: bool, kinds: Any, loop: asyncio.AbstractEventLoop | None) -> Tally:
-        claims = self._claim_settings(kinds, until_idle=until_idle)
+    def _run(self, *, until_idle: bool, until_empty: bool, kinds: Any, loop: asyncio.AbstractEventLoop | None) -> Tally:
+        claims = self._claim_settings(kinds, until_idle=until_idle, until_empty=until_empty)
         self._check_database()
         seen = Registration(self._store, self.name, claims.kinds, self.concurrency, self.lease)
         seen.open()
