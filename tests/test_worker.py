@@ -525,3 +525,49 @@ def test_a_rescue_names_the_jobs(store: JobStore, caplog: pytest.LogCaptureFixtu
     (line,) = [record for record in caplog.records if "fell silent" in record.getMessage()]
     assert str(job.id) in line.getMessage()
     assert line.requeued == [str(job.id)]  # type: ignore[attr-defined]
+
+
+def test_a_line_of_log_is_one_line_whatever_the_target_and_the_error_hold(
+    store: JobStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "mljobs.worker")
+    worker = worker_of(store)
+
+    @worker.handles("train")
+    def train(_run: Run) -> None:
+        raise RuntimeError("begins\x1b[31m " + "x" * 3_000_000 + " ends\nand a second line")
+
+    job = store.submit("train", "spam\n2026-01-01 job ham completed\x1b[2J\u2028")
+    worker.run(until_idle=True)
+    (line,) = [record for record in caplog.records if hasattr(record, "job_id")]
+    message = line.getMessage()
+    assert message.isprintable()
+    assert r"spam\n2026-01-01 job ham completed\x1b[2J\u2028" in message
+    assert r"begins\x1b[31m xxx" in message
+    assert " ends" in message
+    assert len(message) < 1_500
+    assert len(line.error) < 5_000  # type: ignore[attr-defined]
+    error = str(ended(store, job).error_message)
+    assert error.startswith("RuntimeError: begins")
+    assert "characters left out" in error
+    assert " ends\nand a second line\n" in error
+    assert "in train" in error  # the traceback is not pushed out
+    assert len(error) < 5_000
+
+
+def test_until_empty_waits_for_retries_and_until_idle_does_not(store: JobStore) -> None:
+    worker = worker_of(store)
+
+    @worker.handles("train", retries=1, backoff=0.5)
+    def train(run: Run) -> int:
+        if run.job.retry_of is None:
+            raise RuntimeError("the first time")
+        return 1
+
+    store.submit("train", "spam")
+    other = store.submit("backfill", "nobody handles it")
+    assert worker.run(until_idle=True).jobs == {"failed": 1}
+    assert worker.run(until_empty=True).jobs == {"completed": 1}
+    store.submit("train", "spam")
+    assert worker.run(until_empty=True).jobs == {"failed": 1, "completed": 1}
+    assert ended(store, other).status is QUEUED

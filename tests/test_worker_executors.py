@@ -266,25 +266,6 @@ def test_progress_and_cancels_cross_the_border_of_a_process(store: JobStore) -> 
     assert count_leases(store.engine) == 0
 
 
-def test_a_process_that_dies_puts_its_job_back_and_ends_the_worker_with_the_reason(store: JobStore) -> None:
-    with worker_app.pool() as executor:
-        worker = worker_of(store, executor=executor)
-        worker.handles("train")(worker_app.dies)
-        job = store.submit("train", "spam")
-        with pytest.raises(BrokenExecutor):
-            worker.run(until_idle=True)
-    job = ended(store, job)
-    assert (job.status, job.attempts) == (QUEUED, 1)
-    with worker_app.pool() as executor:
-        worker = worker_of(store, executor=executor, max_attempts=2)
-        worker.handles("train")(worker_app.dies)
-        with pytest.raises(BrokenExecutor):
-            worker.run(until_idle=True)
-    job = ended(store, job)
-    assert (job.status, job.attempts) == (FAILED, 2)
-    assert "2 attempts" in str(job.error_message)
-
-
 def test_a_broken_executor_costs_a_job_one_attempt_and_no_more(store: JobStore) -> None:
     class Broken(ThreadPoolExecutor):
         def submit(self, *args: Any, **kw: Any) -> Any:

@@ -193,6 +193,7 @@ def test_every_job_is_run_once_by_two_processes(url: str, store: JobStore) -> No
         (["tests.worker_app:worker", "--name", ""], "expected a name"),
         (["tests.worker_app:missing"], "tests.worker_app has no 'missing'"),
         (["tests.worker_app:not_a_worker"], "not_a_worker is a object, not a Worker"),
+        (["tests.worker_app:make_nothing"], "make_nothing is a object, not a Worker"),
         (["tests.worker_app:without_handlers"], "the worker has none; use @worker.handles(kind)"),
         (["tests.worker_app:worker", "--kind", "drift_compute"], "no handler for it; there are handlers for"),
         (["tests.worker_app:worker", "--kind", "nonsense"], "nonsense"),

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from mljobs import JobStore, Worker
@@ -153,3 +154,38 @@ def raises_what_the_spec_says(run: Run) -> None:
     from mljobs import GiveUp
 
     raise {"KeyError": KeyError, "GiveUp": GiveUp, "OSError": OSError}[run.spec["error"]]("as the spec says")
+
+
+def waits_or_dies(run: Run) -> int:
+    """Of two jobs in two processes: the one takes its process along, the first time, while the other is at work."""
+    begun, died = Path(run.spec["place"]) / "begun", Path(run.spec["place"]) / "died"
+    if run.job.target_name == "good" and not begun.exists():
+        begun.touch()
+        threading.Event().wait()  # until the pool ends this process
+    elif run.job.target_name == "bad" and not died.exists():
+        while not begun.exists():
+            time.sleep(0.02)
+        died.touch()
+        os._exit(3)
+    return os.getpid()
+
+
+def hangs(run: Run) -> None:
+    """Say in which process, and do not listen any more."""
+    say(f"begun {run.job.id.hex} {os.getpid()}")
+    run.report(pid=os.getpid())
+    threading.Event().wait()
+
+
+def make_pooled() -> Worker:
+    """Return a worker whose handlers run in processes; the command takes what makes one, too."""
+    pooled = Worker(
+        JobStore.from_env(), concurrency=2, executor=pool(2), grace=float(os.environ.get("GRACE", "30")), poll=0.1
+    )
+    pooled.handles("train")(hangs)
+    return pooled
+
+
+def make_nothing() -> object:
+    """Return no worker."""
+    return object()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from concurrent.futures import BrokenExecutor
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,6 +32,9 @@ def work(
     concurrency: Annotated[int | None, typer.Option(help="How many handlers run at a time.")] = None,
     kinds: Annotated[list[str] | None, typer.Option("--kind", help="Only this kind; may be given again.")] = None,
     until_idle: Annotated[bool, typer.Option("--until-idle", help="Stop when there is nothing to do.")] = False,
+    until_empty: Annotated[
+        bool, typer.Option("--until-empty", help="Stop when nothing is queued or running; waits for retries too.")
+    ] = False,
     grace: Annotated[float | None, typer.Option(help="Seconds that handlers may go on after the first signal.")] = None,
     name: Annotated[str | None, typer.Option(help="The worker's name for operators.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log only warnings and errors.")] = False,
@@ -50,7 +54,11 @@ def work(
         logging.basicConfig(
             level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
         )
-    tally = found.run(until_idle=until_idle, kinds=kinds)
+    try:
+        tally = found.run(until_idle=until_idle, until_empty=until_empty, kinds=kinds)
+    except BrokenExecutor as error:  # the worker has said why; forty lines of traceback would not say more
+        typer.echo(f"mljobs: the pool of the worker is broken: {str(error).splitlines()[0]}", err=True)
+        raise typer.Exit(1) from error
     if not quiet:
         typer.echo(f"{found.name}: {tally}")
     if found.abandoned:  # handlers that cannot be stopped must not keep the process from ending
@@ -61,15 +69,17 @@ def work(
 
 
 def load_worker(place: str) -> Worker:
-    """Return the worker at ``module:name``.
+    """Return the worker at ``module:name``, or the one that the function there makes.
 
     Raises:
-        InvalidValueError: There is no such module, no such name in it, or it is no worker.
+        InvalidValueError: There is no such module, no such name in it, or it is no worker and makes none.
     """
     from mljobs.errors import InvalidValueError  # noqa: PLC0415 - loads SQLAlchemy
     from mljobs.worker import Worker  # noqa: PLC0415
 
     found = load(place, "worker", "app.jobs:worker")
+    if not isinstance(found, Worker) and callable(found) and not isinstance(found, type):
+        found = found()
     if not isinstance(found, Worker):
         raise InvalidValueError("worker", place, f"{place.partition(':')[2]} is a {type(found).__name__}, not a Worker")
     return found
