@@ -16,7 +16,8 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from mljobs._values import utc_now
 from mljobs.guards._companions import schema_of
-from mljobs.jobs._base import Bind, Model, connection_of, is_postgres, moments, now_of, table_of
+from mljobs.jobs._base import Bind, Model, connection_of, is_postgres, table_of
+from mljobs.jobs._statements import moments, now_of
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus
 
