@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import wraps
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast
 from uuid import UUID
 
 from sqlalchemy import (
@@ -19,6 +19,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.orm import Mapper, Session, selectin_polymorphic
+from typing_extensions import TypeVar
 
 from mljobs._values import to_job_id
 from mljobs.db import _binds
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 Bind = _binds.Bind
 Model = type[MlJobMixin]
+M = TypeVar("M", bound=MlJobMixin, default=MlJob)
+"""The class of the jobs that an operation returns: what ``model`` says, else ``MlJob``."""
 JobRef = UUID | int | str | MlJobMixin
 """What names a job: its id in any accepted form, or the record."""
 
@@ -220,7 +223,7 @@ def id_of(job: JobRef) -> UUID:
     return job.id if identity is None else identity[0]
 
 
-def named(job: JobRef, model: Model) -> tuple[Model, UUID]:
+def named(job: JobRef, model: type[M]) -> tuple[type[M], UUID]:
     """Return the class and the id of the job that is meant: a record is of its own class, whatever the default says.
 
     Args:
@@ -233,7 +236,7 @@ def named(job: JobRef, model: Model) -> tuple[Model, UUID]:
     if isinstance(job, MlJobMixin) and not (isinstance(job, model) or issubclass(model, type(job))):
         if model is not MlJob:
             raise InvalidValueError("job", job, f"it is a {type(job).__name__}, and the model is {model.__name__}")
-        return type(job), id_of(job)
+        return cast("type[M]", type(job)), id_of(job)
     return model, id_of(job)
 
 

@@ -7,7 +7,7 @@ from typing import Unpack
 from sqlalchemy import ColumnElement
 
 from mljobs.errors import InvalidValueError
-from mljobs.jobs._base import Bind, Model, check_count, connection_of, table_of
+from mljobs.jobs._base import Bind, M, check_count, connection_of, table_of
 from mljobs.jobs._filters import Filter, Filters, Where, selection
 from mljobs.jobs._paging import Paging
 from mljobs.jobs._reading import Page, fetch
@@ -28,9 +28,9 @@ def best(
     filter: Filter | str | None = None,  # noqa: A002 - as users say it
     where: Where | None = None,
     scan: bool = False,
-    model: Model = MlJob,
+    model: type[M] = MlJob,  # type: ignore[assignment]
     **fields: Unpack[Filters],
-) -> Page:
+) -> Page[M]:
     """Return the completed jobs on a target that have a metric, the best first; the newest first among equals.
 
     Args:

@@ -20,6 +20,7 @@ from mljobs.errors import TargetLockedError
 from mljobs.jobs._base import (
     Bind,
     JobRef,
+    M,
     Model,
     check_count,
     check_lease,
@@ -71,8 +72,8 @@ def claim(
     kinds: Iterable[str] | None = None,
     limit: int = 1,
     lease: float = DEFAULT_LEASE,
-    model: Model = MlJob,
-) -> list[Claim]:
+    model: type[M] = MlJob,  # type: ignore[assignment]
+) -> list[Claim[M]]:
     """Start queued jobs that nobody holds, the highest priority first, then the oldest.
 
     Each becomes running with progress 0 and one more attempt. Jobs whose ``run_after`` lies ahead wait; of an exclusive
@@ -125,8 +126,8 @@ def claim_one(
     *,
     worker: str,
     lease: float = DEFAULT_LEASE,
-    model: Model = MlJob,
-) -> Claim:
+    model: type[M] = MlJob,  # type: ignore[assignment]
+) -> Claim[M]:
     """Start this job, if it is queued and its target is free; ``run_after`` is not asked.
 
     Args:
@@ -157,10 +158,10 @@ def claim_one(
 # --------------------------------------------------------------------------------------------------------- the claim
 
 
-def _claim(session: Bind, model: Model, which: str, parameters: dict[str, Any], limit: int) -> list[Claim]:
+def _claim(session: Bind, model: Model, which: str, parameters: dict[str, Any], limit: int) -> list[Claim[Any]]:
     connection = connection_of(session, model)
     claim_some = _on_postgres if is_postgres(connection) else _on_sqlite
-    claims: list[Claim] = []
+    claims: list[Claim[Any]] = []
     # A picked job whose exclusive target was taken in the same moment gets no lease: pick again in its place.
     for _ in range(_ROUNDS):
         started, picked = claim_some(session, connection, model, which, {**parameters, "limit": limit - len(claims)})
@@ -172,7 +173,7 @@ def _claim(session: Bind, model: Model, which: str, parameters: dict[str, Any], 
 
 def _on_postgres(
     session: Bind, connection: sa.Connection, model: Model, which: str, parameters: dict[str, Any]
-) -> tuple[list[Claim], int]:
+) -> tuple[list[Claim[Any]], int]:
     statement = _claim_statement(model, which, inline_limit(parameters["limit"]))
     rows, values = unless_target_taken(connection, lambda: statement.fetched(connection, parameters))
     return claims_of(session, model, rows, parameters["worker"], values), rows[0][0]
@@ -180,7 +181,7 @@ def _on_postgres(
 
 def _on_sqlite(
     session: Bind, connection: sa.Connection, model: Model, which: str, parameters: dict[str, Any]
-) -> tuple[list[Claim], int]:
+) -> tuple[list[Claim[Any]], int]:
     """Run the parts of the statement in turn, under the write lock: no target can be taken meanwhile."""
     lock_sqlite(connection, model)
     picked = _pick_statement(model, which, inline_limit(parameters["limit"])).rows(connection, parameters)
@@ -232,7 +233,7 @@ def claims_of(
     rows: Sequence[Sequence[Any]],
     worker: str,
     values: Callable[[Sequence[Any]], Sequence[Any]],
-) -> list[Claim]:
+) -> list[Claim[Any]]:
     """Return claims in the order of the queue; their records are members of the caller's session, if it is one.
 
     Args:

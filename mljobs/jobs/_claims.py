@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Generic
+from typing import cast as typed
 from uuid import UUID
 
 from mljobs.errors import InvalidValueError
-from mljobs.jobs._base import Model, owner_of, record
+from mljobs.jobs._base import M, Model, owner_of, record
 from mljobs.record._models import MlJob
 
 
@@ -39,7 +40,7 @@ class Lease:
         return Lease, (self.token, self.acquired_at, self.open if alone else None)
 
 
-class Claim:
+class Claim(Generic[M]):
     """The right to work on a job until the lease ends.
 
     Attributes:
@@ -53,7 +54,7 @@ class Claim:
     __slots__ = ("_job", "expires_at", "job_id", "lease", "token", "worker")
 
     def __init__(
-        self, job: MlJob | UnreadJob, token: int, worker: str, expires_at: datetime, lease: Lease | None = None
+        self, job: M | UnreadJob, token: int, worker: str, expires_at: datetime, lease: Lease | None = None
     ) -> None:
         self._job = job
         self.job_id = job.id
@@ -63,10 +64,10 @@ class Claim:
         self.lease = Lease(token, None, (job.id,)) if lease is None else lease
 
     @property
-    def job(self) -> MlJob:
+    def job(self) -> M:
         """The record as it was claimed."""
         if isinstance(self._job, UnreadJob):
-            self._job = self._job.read()
+            self._job = typed("M", self._job.read())
         return self._job
 
     @property
@@ -75,9 +76,9 @@ class Claim:
         return self._job.kind
 
     @property
-    def model(self) -> Model:
+    def model(self) -> type[M]:
         """The mapped class of the job."""
-        return self._job.reader.model if isinstance(self._job, UnreadJob) else type(self._job)
+        return typed("type[M]", self._job.reader.model) if isinstance(self._job, UnreadJob) else type(self._job)
 
     @property
     def ended(self) -> bool:
@@ -89,7 +90,7 @@ class Claim:
         if self.lease.open is not None:
             self.lease.open.discard(self.job_id)
 
-    def until(self, expires_at: datetime) -> Claim:
+    def until(self, expires_at: datetime) -> Claim[M]:
         """Return the same claim with another end."""
         return Claim(self._job, self.token, self.worker, expires_at, self.lease)
 
@@ -146,7 +147,7 @@ class UnreadJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Renewal:
+class Renewal(Generic[M]):
     """What became of claims whose leases were to be renewed.
 
     Attributes:
@@ -155,12 +156,12 @@ class Renewal:
         cancelled: Still held, but the job has been cancelled. Stop working, then ``release``.
     """
 
-    held: list[Claim]
-    lost: list[Claim]
-    cancelled: list[Claim]
+    held: list[Claim[M]]
+    lost: list[Claim[M]]
+    cancelled: list[Claim[M]]
 
 
-def model_of(claims: Iterable[Claim]) -> Model:
+def model_of(claims: Iterable[Claim[Any]]) -> Model:
     """Return the one job class of these claims.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from mljobs.db._prepared import Prepared
-from mljobs.jobs._base import Bind, Model, connection_of, is_postgres, per_model
+from mljobs.jobs._base import Bind, M, Model, connection_of, is_postgres, per_model
 from mljobs.jobs._claiming import (
     DEFAULT_LEASE,
     claim,
@@ -33,8 +33,8 @@ def finish_and_claim(
     kinds: Iterable[str] | None = None,
     limit: int = 1,
     lease: float = DEFAULT_LEASE,
-    model: Model = MlJob,
-) -> tuple[list[Exception | None], list[Claim]]:
+    model: type[M] = MlJob,  # type: ignore[assignment]
+) -> tuple[list[Exception | None], list[Claim[M]]]:
     """Record outcomes, each if its lease still holds the job, and claim the next jobs; both or neither.
 
     A target whose exclusive job ends here is free for the next call, not yet for this one.

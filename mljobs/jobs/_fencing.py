@@ -43,13 +43,13 @@ def wanted_table(dialect: str, **columns: Any) -> Any:
     return parameter_table(_WANTED, dialect, id=JobId(), token=sa.BigInteger(), **columns)
 
 
-def claim_parameters(dialect: str, claims: Sequence[Claim], **columns: Sequence[Any]) -> dict[str, Any]:
+def claim_parameters(dialect: str, claims: Sequence[Claim[Any]], **columns: Sequence[Any]) -> dict[str, Any]:
     """Return the parameters of ``wanted_table``."""
     ids, tokens = [claim.job_id for claim in claims], [claim.token for claim in claims]
     return table_parameters(_WANTED, dialect, id=ids, token=tokens, **columns)
 
 
-def lease_parameters(dialect: str, claims: Iterable[Claim]) -> dict[str, Any]:
+def lease_parameters(dialect: str, claims: Iterable[Claim[Any]]) -> dict[str, Any]:
     """Return the parameters of the leases of these claims, and which of them have no other job, as far as is known."""
     claims = list(claims)
     ids = {claim.job_id for claim in claims}
@@ -202,7 +202,7 @@ def delete_statement(model: Model) -> Prepared:
 
 
 def explain(
-    connection: sa.Connection, model: Model, claim: Claim, written: Written, wanted: MlJobStatus
+    connection: sa.Connection, model: Model, claim: Claim[Any], written: Written, wanted: MlJobStatus
 ) -> TerminalStateError | LeaseLostError:
     """Return why a write under ``claim`` found nothing to change: the job was cancelled, or the lease is gone.
 

@@ -14,6 +14,7 @@ from mljobs.db._prepared import Prepared
 from mljobs.jobs._base import (
     Bind,
     JobRef,
+    M,
     Model,
     connection_of,
     is_postgres,
@@ -51,13 +52,13 @@ _QUEUED = MlJobStatus.QUEUED
 class Outcome:
     """How the work on one claim ended. Made by ``completed``, ``failed`` and ``requeued``, so no illegal mix exists."""
 
-    claim: Claim
+    claim: Claim[Any]
     status: MlJobStatus
     error_message: str | None = None
     metrics_json: str | None = None
 
     @classmethod
-    def completed(cls, claim: Claim, metrics: Any = None) -> Outcome:
+    def completed(cls, claim: Claim[Any], metrics: Any = None) -> Outcome:
         """Say that the job is done.
 
         Args:
@@ -71,7 +72,7 @@ class Outcome:
         return cls(claim, _COMPLETED, metrics_json=text)
 
     @classmethod
-    def failed(cls, claim: Claim, error: str | BaseException) -> Outcome:
+    def failed(cls, claim: Claim[Any], error: str | BaseException) -> Outcome:
         """Say that the job failed, with the reason.
 
         Raises:
@@ -80,12 +81,12 @@ class Outcome:
         return cls(claim, _FAILED, error_message=storable_text("error_message", error_text(error)))
 
     @classmethod
-    def requeued(cls, claim: Claim) -> Outcome:
+    def requeued(cls, claim: Claim[Any]) -> Outcome:
         """Say that the job goes back to the queue: progress 0, not started, its attempts still counted."""
         return cls(claim, _QUEUED)
 
 
-def complete(session: Bind, claim: Claim, metrics: Any = None) -> None:
+def complete(session: Bind, claim: Claim[Any], metrics: Any = None) -> None:
     """Complete the job, if this lease still holds it: progress 100, finished now, the lease gone.
 
     Args:
@@ -101,7 +102,7 @@ def complete(session: Bind, claim: Claim, metrics: Any = None) -> None:
     _finish_one(session, Outcome.completed(claim, metrics))
 
 
-def fail(session: Bind, claim: Claim, error: str | BaseException) -> None:
+def fail(session: Bind, claim: Claim[Any], error: str | BaseException) -> None:
     """Fail the job with the reason, if this lease still holds it: finished now, the lease gone.
 
     Args:
@@ -117,7 +118,7 @@ def fail(session: Bind, claim: Claim, error: str | BaseException) -> None:
     _finish_one(session, Outcome.failed(claim, error))
 
 
-def requeue(session: Bind, claim: Claim) -> None:
+def requeue(session: Bind, claim: Claim[Any]) -> None:
     """Put the job back, if this lease still holds it: queued, progress 0, not started, attempts kept, the lease gone.
 
     Args:
@@ -131,7 +132,7 @@ def requeue(session: Bind, claim: Claim) -> None:
     _finish_one(session, Outcome.requeued(claim))
 
 
-def complete_many(session: Bind, claims: Iterable[tuple[Claim, Any]]) -> list[Exception | None]:
+def complete_many(session: Bind, claims: Iterable[tuple[Claim[Any], Any]]) -> list[Exception | None]:
     """Complete many jobs in one statement, each if its lease still holds it; see ``finish_many``.
 
     Args:
@@ -141,7 +142,7 @@ def complete_many(session: Bind, claims: Iterable[tuple[Claim, Any]]) -> list[Ex
     return finish_many(session, [Outcome.completed(claim, metrics) for claim, metrics in claims])
 
 
-def fail_many(session: Bind, claims: Iterable[tuple[Claim, str | BaseException]]) -> list[Exception | None]:
+def fail_many(session: Bind, claims: Iterable[tuple[Claim[Any], str | BaseException]]) -> list[Exception | None]:
     """Fail many jobs in one statement, each if its lease still holds it; see ``finish_many``.
 
     Args:
@@ -151,7 +152,7 @@ def fail_many(session: Bind, claims: Iterable[tuple[Claim, str | BaseException]]
     return finish_many(session, [Outcome.failed(claim, error) for claim, error in claims])
 
 
-def requeue_many(session: Bind, claims: Iterable[Claim]) -> list[Exception | None]:
+def requeue_many(session: Bind, claims: Iterable[Claim[Any]]) -> list[Exception | None]:
     """Put many jobs back in one statement, each if its lease still holds it; see ``finish_many``.
 
     Args:
@@ -183,7 +184,7 @@ def finish_many(session: Bind, outcomes: Iterable[Outcome]) -> list[Exception | 
 
 def one_for_each_job(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Return one outcome for each job, in the order of their ids: of a claim given twice the first."""
-    first: dict[Claim, Outcome] = {}
+    first: dict[Claim[Any], Outcome] = {}
     for outcome in outcomes:
         first.setdefault(outcome.claim, outcome)
     return [first[claim] for claim in newest_by_job(first)]
@@ -239,7 +240,7 @@ def answers(
     return errors
 
 
-def cancel(session: Bind, job: JobRef, *, model: Model = MlJob) -> bool:
+def cancel(session: Bind, job: JobRef, *, model: type[M] = MlJob) -> bool:  # type: ignore[assignment]
     """Cancel the job if it is queued or running; final at once, its worker sees it at its next check.
 
     The lease of a running job stays until its worker has stopped or the lease expires, so that an exclusive target is

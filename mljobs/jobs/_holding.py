@@ -13,6 +13,7 @@ from mljobs.db._prepared import Prepared
 from mljobs.errors import InvalidValueError
 from mljobs.jobs._base import (
     Bind,
+    M,
     Model,
     check_lease,
     connection_of,
@@ -50,12 +51,12 @@ class Report:
         metrics_json: JSON text; None keeps what the record holds.
     """
 
-    claim: Claim
+    claim: Claim[Any]
     progress: int | None = None
     metrics_json: str | None = None
 
     @classmethod
-    def of(cls, claim: Claim, *, progress: int | None = None, metrics: Any = None) -> Report:
+    def of(cls, claim: Claim[Any], *, progress: int | None = None, metrics: Any = None) -> Report:
         """Return a report with its values checked.
 
         Raises:
@@ -65,7 +66,7 @@ class Report:
         return cls(claim, None if progress is None else _percent(progress), text)
 
 
-def renew(session: Bind, claims: Iterable[Claim], *, lease: float = DEFAULT_LEASE) -> Renewal:
+def renew(session: Bind, claims: Iterable[Claim[M]], *, lease: float = DEFAULT_LEASE) -> Renewal[M]:
     """Extend the leases that are still held, and see which of their jobs are, all in one statement.
 
     Args:
@@ -88,7 +89,7 @@ def renew(session: Bind, claims: Iterable[Claim], *, lease: float = DEFAULT_LEAS
     return renewal
 
 
-def look(session: Bind, claims: Iterable[Claim]) -> Renewal:
+def look(session: Bind, claims: Iterable[Claim[M]]) -> Renewal[M]:
     """Say which claims are held, lost and cancelled, as ``renew`` does, and extend no lease.
 
     Args:
@@ -103,7 +104,7 @@ def look(session: Bind, claims: Iterable[Claim]) -> Renewal:
     return renewal
 
 
-def release(session: Bind, claims: Iterable[Claim]) -> int:
+def release(session: Bind, claims: Iterable[Claim[Any]]) -> int:
     """Give claims back without an outcome, once the work on cancelled jobs has stopped.
 
     A job that is still running leaves its lease too, and then no timer rescues that job: requeue it instead.
@@ -118,7 +119,7 @@ def release(session: Bind, claims: Iterable[Claim]) -> int:
     return _end(connection_of(session, model), model, given)
 
 
-def set_progress(session: Bind, claim: Claim, progress: int) -> None:
+def set_progress(session: Bind, claim: Claim[Any], progress: int) -> None:
     """Record the progress of the running job, if this lease still holds it.
 
     Args:
@@ -136,7 +137,7 @@ def set_progress(session: Bind, claim: Claim, progress: int) -> None:
             raise error
 
 
-def set_progress_many(session: Bind, progress: Iterable[tuple[Claim, int]]) -> list[Any]:
+def set_progress_many(session: Bind, progress: Iterable[tuple[Claim[Any], int]]) -> list[Any]:
     """Record the progress of many running jobs in one statement, each if its lease still holds it.
 
     Args:
@@ -149,7 +150,7 @@ def set_progress_many(session: Bind, progress: Iterable[tuple[Claim, int]]) -> l
     return report_many(session, [Report(claim, _percent(value)) for claim, value in progress])
 
 
-def report(session: Bind, claim: Claim, *, progress: int | None = None, metrics: Any = None) -> None:
+def report(session: Bind, claim: Claim[Any], *, progress: int | None = None, metrics: Any = None) -> None:
     """Record progress and metrics of the running job, if this lease still holds it.
 
     Args:
@@ -203,12 +204,12 @@ def report_many(session: Bind, reports: Iterable[Report]) -> list[Any]:
     return errors
 
 
-def newest_by_job(claims: Iterable[Claim]) -> list[Claim]:
+def newest_by_job(claims: Iterable[Claim[Any]]) -> list[Claim[Any]]:
     """Return one claim for each job, in the order of the ids; of several the newest, for no other can hold it.
 
     Writes that wait for each other's records take them in this order.
     """
-    newest: dict[Any, Claim] = {}
+    newest: dict[Any, Claim[Any]] = {}
     for claim in claims:
         known = newest.get(claim.job_id)
         if known is None or (claim.lease.acquired_at, claim.token) > (known.lease.acquired_at, known.token):
@@ -229,8 +230,8 @@ def _percent(value: int) -> int:
 
 
 def _renewal(
-    connection: sa.Connection, model: Model, claims: Sequence[Claim], parameters: dict[str, Any], *, extend: bool
-) -> tuple[Renewal, list[Claim]]:
+    connection: sa.Connection, model: Model, claims: Sequence[Claim[Any]], parameters: dict[str, Any], *, extend: bool
+) -> tuple[Renewal[Any], list[Claim[Any]]]:
     """Return what became of these claims; and those that are lost although their lease stands and has no other job."""
     dialect = connection.dialect.name
     asked = {**parameters, **claim_parameters(dialect, claims), **lease_parameters(dialect, claims)}
@@ -259,7 +260,7 @@ def _renewal(
     return renewal, abandoned
 
 
-def _end(connection: sa.Connection, model: Model, claims: Sequence[Claim]) -> int:
+def _end(connection: sa.Connection, model: Model, claims: Sequence[Claim[Any]]) -> int:
     """Take these jobs out of their leases; return how many claims were still held."""
     if not is_postgres(connection):
         lock_sqlite(connection, model)

@@ -14,6 +14,7 @@ from mljobs.guards._companions import companion_names, qualified_name, schema_of
 from mljobs.jobs._base import (
     Bind,
     JobRef,
+    M,
     Model,
     connection_of,
     is_postgres,
@@ -35,7 +36,7 @@ _SMALL = 50_000  # rows that PostgreSQL counts in a few milliseconds
 
 
 @dataclass(frozen=True, slots=True)
-class Page(Sequence[MlJob]):
+class Page(Sequence[M]):
     """Jobs in order, and where the next page starts.
 
     Attributes:
@@ -45,19 +46,19 @@ class Page(Sequence[MlJob]):
         complete: Whether the page is as full as it can be; otherwise there may be more jobs from ``cursor`` on.
     """
 
-    jobs: tuple[MlJob, ...]
+    jobs: tuple[M, ...]
     cursor: str | None = None
     scanned: int | None = None
     complete: bool = True
 
     @overload
-    def __getitem__(self, index: int) -> MlJob: ...
+    def __getitem__(self, index: int) -> M: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[MlJob]: ...
-    def __getitem__(self, index: int | slice) -> MlJob | Sequence[MlJob]:
+    def __getitem__(self, index: slice) -> Sequence[M]: ...
+    def __getitem__(self, index: int | slice) -> M | Sequence[M]:
         return self.jobs[index]
 
-    def __iter__(self) -> Iterator[MlJob]:
+    def __iter__(self) -> Iterator[M]:
         return iter(self.jobs)
 
     def __len__(self) -> int:
@@ -109,7 +110,7 @@ class Counts(Mapping[tuple[str, str], int]):
         )
 
 
-def get(session: Bind, job: JobRef, *, model: Model = MlJob) -> MlJob:
+def get(session: Bind, job: JobRef, *, model: type[M] = MlJob) -> M:  # type: ignore[assignment]
     """Return the record as the database holds it now.
 
     Args:
@@ -122,7 +123,8 @@ def get(session: Bind, job: JobRef, *, model: Model = MlJob) -> MlJob:
     """
     model, job_id = named(job, model)
     for found in fetch(session, model, [_column(model, "id") == job_id], [], 1):
-        return found
+        present: M = found
+        return present
     raise JobNotFound(job_id)
 
 
@@ -135,9 +137,9 @@ def find(
     limit: int = 50,
     after: str | None = None,
     scan: bool = False,
-    model: Model = MlJob,
+    model: type[M] = MlJob,  # type: ignore[assignment]
     **fields: Unpack[Filters],
-) -> Page:
+) -> Page[M]:
     """Return a page of jobs, by time of creation.
 
     What no index serves (an error's text, say) is looked for among the next 100,000 jobs, and the page says if it
@@ -170,8 +172,8 @@ def history(
     kind: str | Iterable[str] | None = None,
     limit: int = 50,
     after: str | None = None,
-    model: Model = MlJob,
-) -> Page:
+    model: type[M] = MlJob,  # type: ignore[assignment]
+) -> Page[M]:
     """Return what was done on one target, the newest first.
 
     Args:
@@ -185,7 +187,7 @@ def history(
     return find(session, kind=kind, target=target_name, limit=limit, after=after, model=model)
 
 
-def lineage(session: Bind, job: JobRef, *, model: Model = MlJob) -> list[MlJob]:
+def lineage(session: Bind, job: JobRef, *, model: type[M] = MlJob) -> list[M]:  # type: ignore[assignment]
     """Return the job with those that it retries before it, and those that retry it after it; the first attempt first.
 
     Args:
@@ -207,7 +209,7 @@ def lineage(session: Bind, job: JobRef, *, model: Model = MlJob) -> list[MlJob]:
     return line
 
 
-def up_to(session: Bind, job_id: UUID, model: Model) -> list[MlJob]:
+def up_to(session: Bind, job_id: UUID, model: type[M]) -> list[M]:
     """Return the job and those that it retries, the first attempt first.
 
     Raises:
@@ -231,7 +233,7 @@ def counts(
     *,
     where: Where | None = None,
     exact: bool = False,
-    model: Model = MlJob,
+    model: type[M] = MlJob,  # type: ignore[assignment]
     **fields: Unpack[Filters],
 ) -> Counts:
     """Return how many jobs of each kind are in each state, within milliseconds at ten million finished jobs.
@@ -318,7 +320,7 @@ def _column(model: Model, name: str) -> Any:
 
 def fetch(
     bind: Bind, model: Model, where: Sequence[ColumnElement[bool]], order: Sequence[Any] = (), limit: int | None = None
-) -> list[MlJob]:
+) -> list[Any]:
     """Return the jobs for which all of ``where`` holds, each of the class that it is."""
     if isinstance(bind, Connection) and plain(model):
         rows = bind.execute(select(*record_columns(model)).where(*where).order_by(*order).limit(limit))

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, inspect
 from mljobs._fields import FIELDS
 from mljobs._values import to_json_text
 from mljobs.errors import InvalidTransitionError, InvalidValueError
-from mljobs.jobs._base import Bind, JobRef, Model, connection_of, named, plain, session_on, table_of
+from mljobs.jobs._base import Bind, JobRef, M, Model, connection_of, named, plain, session_on, table_of
 from mljobs.jobs._reading import get
 from mljobs.jobs._submitting import first_active, hold_off_others, required_fields, submit
 from mljobs.record._models import MlJob
@@ -30,8 +30,8 @@ def retry(
     unless_active: bool = False,
     again: bool = False,
     another: bool = False,
-    model: Model = MlJob,
-) -> MlJob:
+    model: type[M] = MlJob,  # type: ignore[assignment]
+) -> M:
     """Queue a finished job's work again, as a new record with ``retry_of`` set; the finished one stays what it is.
 
     Kind, target, spec, priority, exclusiveness and a host's own columns are taken over. A job has one queued or running
@@ -81,17 +81,19 @@ def retry(
     if not another:
         live = _live_retry(session, original, model)
         if live is not None:
-            return _of_this_spec(live, spec, spec_json)
+            active: M = _of_this_spec(live, spec, spec_json)
+            return active
     values = _taken_over(original) | {"spec_json": spec_json, "retry_of": original.id}
     if priority is not None:
         values["priority"] = priority
     kind, target = values.pop("kind"), values.pop("target_name")
-    return submit(
+    again_queued: M = submit(
         session, kind, target, run_after=run_after, unless_active=unless_active, model=type(original), **values
     )
+    return again_queued
 
 
-def _live_retry(session: Bind, original: MlJob, model: Model) -> MlJob | None:
+def _live_retry(session: Bind, original: MlJob, model: Model) -> Any:
     """Return the queued or running retry of a job; hold off everybody else who asks until we have committed.
 
     A REPEATABLE READ transaction sees those that were committed before it began.
@@ -100,7 +102,7 @@ def _live_retry(session: Bind, original: MlJob, model: Model) -> MlJob | None:
     return first_active(session, model, table_of(model).c.retry_of == original.id)
 
 
-def _of_this_spec(live: MlJob, spec: Any, spec_json: str) -> MlJob:
+def _of_this_spec(live: MlJob, spec: Any, spec_json: str) -> Any:
     if spec is not None and live.spec_json != spec_json:
         reason = f"job {live.id} is {live.status.token} as its retry, with another spec; another=True queues a second"
         raise InvalidValueError("spec", spec, reason)

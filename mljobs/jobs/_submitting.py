@@ -26,6 +26,7 @@ from mljobs.guards._companions import qualified_name
 from mljobs.guards._errors import duplicate_id_error
 from mljobs.jobs._base import (
     Bind,
+    M,
     Model,
     connection_of,
     is_postgres,
@@ -56,9 +57,9 @@ def submit(
     run_after: datetime | timedelta | None = None,
     exclusive: bool = False,
     unless_active: bool = False,
-    model: Model = MlJob,
+    model: type[M] = MlJob,  # type: ignore[assignment]
     **values: Any,
-) -> MlJob:
+) -> M:
     """Queue a job.
 
     Args:
@@ -83,25 +84,27 @@ def submit(
     special = priority != 0 or exclusive is not False or unless_active or run_after is not None or values
     if not special and plain(model) and isinstance(session, Connection):
         # The frequent case. To build the record by its constructor would cost as much again as to send it.
-        return _add_row(session, model, _row_of_plain(kind, target_name, {} if spec is None else spec))
+        added: M = _add_row(session, model, _row_of_plain(kind, target_name, {} if spec is None else spec))
+        return added
     if spec is not None:
         values["spec"] = spec
     if run_after is not None:
         values["run_after"] = utc_now() + run_after if isinstance(run_after, timedelta) else run_after
     values |= {"kind": kind, "target_name": target_name, "priority": priority, "exclusive": exclusive}
-    job = _made(model, values)
+    job: M = _made(model, values)
     if unless_active:
-        active = _active(session, job, model)
+        active: M | None = _active(session, job, model)
         if active is not None:
             return active
-    return _add(session, job)
+    added_job: M = _add(session, job)
+    return added_job
 
 
 def submit_many(
     session: Bind,
     jobs: Iterable[MlJobMixin | tuple[str, str, Any]],
     *,
-    model: Model = MlJob,
+    model: type[M] = MlJob,  # type: ignore[assignment]
 ) -> int:
     """Queue very many jobs at the speed of COPY, in constant memory, in the caller's transaction.
 
@@ -180,7 +183,7 @@ def _naming_seconds(job_id: UUID | None = None) -> Iterator[None]:
         raise JobExistsError(second.job_id or job_id) from error
 
 
-def _add(given_bind: Bind, job: MlJob) -> MlJob:
+def _add(given_bind: Bind, job: Any) -> Any:
     bind = resolve(given_bind)
     if isinstance(bind, Session):
         alone = not bind.new
@@ -231,7 +234,7 @@ def _checked_tuple(job: Any) -> tuple[str, str, Any]:
     return kind, target_name, {} if spec is None else spec
 
 
-def _add_row(connection: Connection, model: Model, row: tuple[Any, ...]) -> MlJob:
+def _add_row(connection: Connection, model: Model, row: tuple[Any, ...]) -> Any:
     values = dict(zip(table_of(model).columns.keys(), row, strict=True))
     try:
         _insertion(model).rows(connection, values)
@@ -251,7 +254,7 @@ def _insertion(model: Model) -> Prepared:
     )
 
 
-def _active(bind: Bind, job: MlJob, model: Model) -> MlJob | None:
+def _active(bind: Bind, job: Any, model: Model) -> Any:
     """Return the active job of the same kind and target; hold off everybody else who asks until we have committed."""
     connection = connection_of(bind, model)
     table = table_of(model)
@@ -279,7 +282,7 @@ def hold_off_others(connection: Connection, model: Model, *subject: str) -> str 
     return isolation
 
 
-def first_active(bind: Bind, model: Model, *where: Any) -> MlJob | None:
+def first_active(bind: Bind, model: Model, *where: Any) -> Any:
     """Return the first queued or running job of these conditions; None where there is none."""
     table = table_of(model)
     found = (

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack, cast
+from typing import Any, Generic, Self, TypeVar, Unpack, cast
 from weakref import WeakSet
 
 from sqlalchemy import URL, Connection, Engine
@@ -23,8 +23,8 @@ from mljobs.db._connections import begin, engines_of, savepoint
 from mljobs.db._engines import async_url, engine_options, refuse_memory, set_up_connections, sync_url, url_from_env
 from mljobs.db._wake import AsyncChangeListener
 from mljobs.errors import InvalidValueError
-from mljobs.jobs import DEFAULT_LEASE, Bind, Filter, Filters, JobRef, Model, Where, table_of
-from mljobs.jobs._base import plain
+from mljobs.jobs import DEFAULT_LEASE, Bind, Filter, Filters, JobRef, Where, table_of
+from mljobs.jobs._base import M, plain
 from mljobs.jobs._filters import selection
 from mljobs.record._models import MlJob
 from mljobs.store._base import LEASE_GIVEN_BACK, Store, async_store_method, bind_of, read_committed, source_error
@@ -39,6 +39,15 @@ from mljobs.store._following import (
     watch_steps,
 )
 from mljobs.store._keeper import Keeper
+from mljobs.store._methods import (
+    async_claim_method,
+    async_claims_method,
+    async_exchange_method,
+    async_job_method,
+    async_jobs_method,
+    async_page_method,
+    async_renewal_method,
+)
 from mljobs.store._recording import record_end
 from mljobs.store._run import Run, worker_name
 from mljobs.store._store import JobStore
@@ -55,7 +64,7 @@ def new_async_engine(url: str | URL, *, autocommit: bool = False, **options: Any
     return engine
 
 
-class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
+class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
     """Jobs in a database, each operation a transaction of its own, awaited. The same names as ``JobStore``.
 
     Args:
@@ -76,11 +85,11 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
         self,
         source: str | URL | AsyncEngine | AsyncConnection | async_sessionmaker[Any],
         *,
-        model: Model = MlJob,
+        model: type[M] = MlJob,  # type: ignore[assignment]
         keeper_url: str | URL | None = None,
         **options: Any,
     ) -> None:
-        self.model = model
+        self.model: type[M] = model
         self._sessions: async_sessionmaker[Any] | None = None
         self._joined: AsyncConnection | None = None
         self._joined_lock = asyncio.Lock()
@@ -164,16 +173,16 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
             result: R = _detached(operation, session)
         return result
 
-    submit = async_store_method(jobs.submit, atomic="unless_active")
+    submit = async_job_method(jobs.submit, atomic="unless_active")
     submit_many = async_store_method(jobs.submit_many, atomic=True)
-    retry = async_store_method(jobs.retry, atomic=True)
-    get = async_store_method(jobs.get)
-    find = async_store_method(jobs.find)
-    history = async_store_method(jobs.history)
-    lineage = async_store_method(jobs.lineage)
+    retry = async_job_method(jobs.retry, atomic=True)
+    get = async_job_method(jobs.get)
+    find = async_page_method(jobs.find)
+    history = async_page_method(jobs.history)
+    lineage = async_jobs_method(jobs.lineage)
     counts = async_store_method(jobs.counts)
     find_id = async_store_method(jobs.find_id)
-    best = async_store_method(jobs.best)
+    best = async_page_method(jobs.best)
     stats = async_store_method(jobs.stats)
     holders = async_store_method(jobs.holders)
     affected = async_store_method(jobs.affected)
@@ -199,10 +208,10 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
     running_jobs = async_store_method(jobs.running_jobs)
     summaries = async_store_method(jobs.summaries)
     summaries_of = async_store_method(jobs.summaries_of)
-    claim = async_store_method(jobs.claim)
-    claim_one = async_store_method(jobs.claim_one)
-    renew = async_store_method(jobs.renew)
-    look = async_store_method(jobs.look)
+    claim = async_claims_method(jobs.claim)
+    claim_one = async_claim_method(jobs.claim_one)
+    renew = async_renewal_method(jobs.renew)
+    look = async_renewal_method(jobs.look)
     release = async_store_method(jobs.release)
     workers = async_store_method(jobs.workers)
     report = async_store_method(jobs.report)
@@ -216,14 +225,14 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
     requeue = async_store_method(jobs.requeue, committed_errors=LEASE_GIVEN_BACK)
     requeue_many = async_store_method(jobs.requeue_many)
     finish_many = async_store_method(jobs.finish_many)
-    finish_and_claim = async_store_method(jobs.finish_and_claim)
+    finish_and_claim = async_exchange_method(jobs.finish_and_claim)
     cancel = async_store_method(jobs.cancel)
     rescue = async_store_method(jobs.rescue, atomic=True)
 
-    async def wait(self, job: JobRef, timeout: float | None = None, *, poll: float | None = None) -> MlJob:  # noqa: ASYNC109
+    async def wait(self, job: JobRef, timeout: float | None = None, *, poll: float | None = None) -> M:  # noqa: ASYNC109
         """Wait until the job has finished, and return it; see ``JobStore.wait``."""
         steps = wait_steps(job, timeout, poll_seconds(self.engine.dialect.name, poll), self.model)
-        finished: list[MlJob] = []
+        finished: list[M] = []
         async for _ in self._follow(steps, finished):
             pass
         if not finished:
@@ -238,12 +247,12 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
         timeout: float | None = None,
         poll: float | None = None,
         **fields: Unpack[Filters],
-    ) -> AsyncIterator[MlJob]:
+    ) -> AsyncIterator[M]:
         """Yield each job that is added or changes, from now on; see ``JobStore.watch``."""
         chosen = selection(self.model, filter, where, fields)
         return self._follow(watch_steps(chosen, timeout, poll_seconds(self.engine.dialect.name, poll)), [])
 
-    async def _follow(self, steps: FollowSteps, finished: list[MlJob]) -> AsyncIterator[MlJob]:
+    async def _follow(self, steps: FollowSteps, finished: list[M]) -> AsyncIterator[M]:
         answer: Any = None
         polls = self._joined is not None
         async with AsyncChangeListener(self.engine, table_of(self.model), polls=polls) as listener:
@@ -270,7 +279,7 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
     @asynccontextmanager
     async def running(
         self, job: JobRef, *, worker: str | None = None, lease: float = DEFAULT_LEASE
-    ) -> AsyncIterator[Run]:
+    ) -> AsyncIterator[Run[M]]:
         """Run a job by hand; see ``JobStore.running``. The lease lives on while the event loop is blocked.
 
         Raises:
@@ -290,7 +299,9 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store):
                 raise
             await self._record_end(sync_store, keeper, run, None)
 
-    async def _record_end(self, sync_store: JobStore, keeper: Keeper, run: Run, error: BaseException | None) -> None:
+    async def _record_end(
+        self, sync_store: JobStore[Any], keeper: Keeper, run: Run[Any], error: BaseException | None
+    ) -> None:
         finished = sync_store.divert_events()  # callbacks belong on this store's loop, not in that thread
         try:
             await asyncio.to_thread(record_end, sync_store, keeper, run, error)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+M_co = TypeVar("M_co", covariant=True)
 
 LEASE_GIVEN_BACK = (TerminalStateError,)
 """How a finish says that the job was cancelled meanwhile; the lease that it gave back stays given back."""
@@ -58,7 +59,7 @@ class Store(EventSource):
         model: The mapped job class.
     """
 
-    model: Model
+    model: Any
 
     @property
     @abstractmethod
@@ -66,14 +67,20 @@ class Store(EventSource):
         """Where a blocking store on the same database connects."""
 
 
-class _Connects(Protocol):
-    model: Model
+class Connects(Protocol[M_co]):
+    """What an operation needs of a ``JobStore``."""
+
+    @property
+    def model(self) -> type[M_co]: ...
 
     def connect(self, *, atomic: bool = ...) -> AbstractContextManager[Bind]: ...
 
 
-class _Runs(Protocol):
-    model: Model
+class Runs(Protocol[M_co]):
+    """What an operation needs of an ``AsyncJobStore``."""
+
+    @property
+    def model(self) -> type[M_co]: ...
 
     def run(self, operation: Callable[[Bind], R], *, atomic: bool = ...) -> Coroutine[Any, Any, R]: ...
 
@@ -83,7 +90,7 @@ def store_method(
     *,
     atomic: bool | str = False,
     committed_errors: tuple[type[MlJobsError], ...] = (),
-) -> Callable[Concatenate[_Connects, P], R]:
+) -> Callable[Concatenate[Connects[Any], P], R]:
     """Return the method of ``JobStore`` that runs an operation.
 
     Args:
@@ -94,7 +101,7 @@ def store_method(
     takes_model, operation = _takes_model(operation), unwrap(operation)  # the session is the store's own
 
     @wraps(operation)
-    def run(self: _Connects, *args: P.args, **kw: P.kwargs) -> R:
+    def run(self: Connects[Any], *args: P.args, **kw: P.kwargs) -> R:
         if takes_model:
             kw.setdefault("model", self.model)
         pauses = _pauses(args, kw)
@@ -113,7 +120,7 @@ def store_method(
                 raise error
 
     run.__signature__ = method_signature(operation)  # type: ignore[attr-defined]
-    return cast("Callable[Concatenate[_Connects, P], R]", run)
+    return cast("Callable[Concatenate[Connects[Any], P], R]", run)
 
 
 def async_store_method(
@@ -121,12 +128,12 @@ def async_store_method(
     *,
     atomic: bool | str = False,
     committed_errors: tuple[type[MlJobsError], ...] = (),
-) -> Callable[Concatenate[_Runs, P], Coroutine[Any, Any, R]]:
+) -> Callable[Concatenate[Runs[Any], P], Coroutine[Any, Any, R]]:
     """Return the method of ``AsyncJobStore`` that runs an operation; see ``store_method``."""
     takes_model, operation = _takes_model(operation), unwrap(operation)  # the session is the store's own
 
     @wraps(operation)
-    async def run(self: _Runs, *args: P.args, **kw: P.kwargs) -> R:
+    async def run(self: Runs[Any], *args: P.args, **kw: P.kwargs) -> R:
         if takes_model:
             kw.setdefault("model", self.model)
         call = partial(_result_or_error, lambda bind: operation(bind, *args, **kw), committed_errors)
@@ -144,7 +151,7 @@ def async_store_method(
                 return cast("R", result)
 
     run.__signature__ = method_signature(operation)  # type: ignore[attr-defined]
-    return cast("Callable[Concatenate[_Runs, P], Coroutine[Any, Any, R]]", run)
+    return cast("Callable[Concatenate[Runs[Any], P], Coroutine[Any, Any, R]]", run)
 
 
 def _pauses(args: tuple[Any, ...], kw: dict[str, Any]) -> Iterator[float]:

@@ -82,7 +82,7 @@ class AsyncFollower:
             await self._listener.close()
 
 
-FollowSteps = Generator["Read | float | MlJob", Any, Any]
+FollowSteps = Generator["Read | float | Any", Any, Any]
 
 
 def check_seconds(field: str, value: float | None) -> None:

@@ -18,7 +18,6 @@ from mljobs.db._failures import CONNECTION_ERRORS, first_line
 from mljobs.db._timeouts import answer_seconds, answers_within
 from mljobs.errors import TerminalStateError
 from mljobs.jobs import Claim, Outcome, Renewal, Report
-from mljobs.record._models import MlJob
 from mljobs.store._run import Run
 
 logger = logging.getLogger(__name__)
@@ -31,7 +30,7 @@ _RETRY_SECONDS = 0.5
 class LeaseStore(Protocol):
     """What a keeper, and what records outcomes, needs of a store."""
 
-    def renew(self, claims: Iterable[Claim], *, lease: float = ...) -> Renewal:
+    def renew(self, claims: Iterable[Claim[Any]], *, lease: float = ...) -> Renewal[Any]:
         """Extend leases."""
 
     def report_many(self, reports: Iterable[Report]) -> list[Any]:
@@ -40,10 +39,10 @@ class LeaseStore(Protocol):
     def finish_many(self, outcomes: Iterable[Outcome]) -> list[Exception | None]:
         """Write outcomes."""
 
-    def release(self, claims: Iterable[Claim]) -> int:
+    def release(self, claims: Iterable[Claim[Any]]) -> int:
         """Give leases back."""
 
-    def get(self, job: UUID) -> MlJob:
+    def get(self, job: UUID) -> Any:
         """Read a job."""
 
 
@@ -74,17 +73,17 @@ class Keeper:
         self._every = min(lease / 3, _RENEW_SECONDS) if every is None else every
         self._clock = clock
         self._on_renewal = on_renewal
-        self._runs: dict[Claim, Run] = {}
+        self._runs: dict[Claim[Any], Run[Any]] = {}
         self._changed = threading.Condition()
         self._closed = False
         self._resting = False
         self._thread: threading.Thread | None = None
 
-    def add(self, run: Run) -> None:
+    def add(self, run: Run[Any]) -> None:
         """Keep this run's lease from now on."""
         self.add_many([run])
 
-    def add_many(self, runs: Iterable[Run], since: float | None = None) -> None:
+    def add_many(self, runs: Iterable[Run[Any]], since: float | None = None) -> None:
         """Keep the leases of these runs from now on.
 
         Args:
@@ -107,17 +106,17 @@ class Keeper:
                 self._thread = threading.Thread(target=self._loop, name="mljobs-keeper", daemon=True)
                 self._thread.start()
 
-    def remove(self, run: Run) -> None:
+    def remove(self, run: Run[Any]) -> None:
         """Stop keeping this run's lease."""
         self.remove_many([run])
 
-    def remove_many(self, runs: Iterable[Run]) -> None:
+    def remove_many(self, runs: Iterable[Run[Any]]) -> None:
         """Stop keeping the leases of these runs."""
         with self._changed:
             for run in runs:
                 self._runs.pop(run.claim, None)
 
-    def overdue(self, run: Run) -> bool:
+    def overdue(self, run: Run[Any]) -> bool:
         """Whether this run's lease may have ended unnoticed, because the whole process stood still."""
         return run.until <= self._clock()
 
@@ -154,7 +153,7 @@ class Keeper:
             runs[claim].mark_lost()
         return True
 
-    def write_reports(self, only: Run | None = None) -> None:
+    def write_reports(self, only: Run[Any] | None = None) -> None:
         """Write the progress and metrics that are due, of all runs in one statement; of ``only`` whatever is there."""
         now = self._clock()
         with self._changed:

@@ -7,6 +7,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mljobs.db._failures import CONNECTION_ERRORS, database_is_away, first_line, shortened
 from mljobs.errors import InvalidValueError, JobCancelled, LeaseLostError, MlJobsError, TerminalStateError
@@ -43,7 +44,7 @@ def failure_text(error: BaseException) -> str:
     return text.replace("\x00", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
 
 
-def outcome_of(run: Run, error: BaseException | None) -> Outcome | None:
+def outcome_of(run: Run[Any], error: BaseException | None) -> Outcome | None:
     """Return what to record when the work has stopped; None where nothing may be recorded any more.
 
     An exception fails the job. What only asks to stop (``KeyboardInterrupt``, ``SystemExit``, a cancelled coroutine)
@@ -59,7 +60,7 @@ def outcome_of(run: Run, error: BaseException | None) -> Outcome | None:
 
 
 def record_outcome(
-    store: LeaseStore, run: Run, outcome: Outcome, pause: Callable[[float], object] | None = None
+    store: LeaseStore, run: Run[Any], outcome: Outcome, pause: Callable[[float], object] | None = None
 ) -> None:
     """Record the outcome, and go on trying while the database is away, until it is recorded or the lease is lost.
 
@@ -107,7 +108,7 @@ def was_recorded(store: LeaseStore, outcome: Outcome) -> bool:
     return job.status is outcome.status and job.attempts == outcome.claim.job.attempts
 
 
-def record_end(store: LeaseStore, keeper: Keeper, run: Run, error: BaseException | None) -> None:
+def record_end(store: LeaseStore, keeper: Keeper, run: Run[Any], error: BaseException | None) -> None:
     """Record how the work on a run ended."""
     try:
         outcome = outcome_of(run, error)

@@ -8,11 +8,11 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sized
-from typing import Any, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
 from mljobs.errors import InvalidValueError, JobCancelled, LeaseLostError
 from mljobs.jobs import Claim, Outcome, Report
-from mljobs.record._models import MlJob
+from mljobs.jobs._base import M
 from mljobs.states import MlJobStatus
 from mljobs.store._metrics import storable_metrics, unfit_paths
 
@@ -29,7 +29,7 @@ def worker_name() -> str:
     return f"{socket.gethostname()}-{os.getpid()}"
 
 
-class Run:
+class Run(Generic[M]):
     """The work on one claimed job.
 
     Every method may be called from any thread, and none waits for the database.
@@ -45,7 +45,7 @@ class Run:
         "_woken", "_written", "claim", "retryable", "until",
     )  # fmt: skip
 
-    def __init__(self, claim: Claim) -> None:
+    def __init__(self, claim: Claim[M]) -> None:
         self.claim = claim
         self.until = 0.0
         self.retryable = True
@@ -64,7 +64,7 @@ class Run:
         return f"<Run of job {self.claim.job_id}, attempt {self.attempt}, lease {self.claim.token}>"
 
     @property
-    def job(self) -> MlJob:
+    def job(self) -> M:
         """The record as it was claimed."""
         return self.claim.job
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Generic, Self, Unpack
 from weakref import WeakSet
 
 from sqlalchemy import URL, Connection, Engine
@@ -23,13 +23,22 @@ from mljobs.db._connections import ConnectionCache, JoinedConnection, cache_size
 from mljobs.db._engines import new_engine, refuse_memory, url_from_env
 from mljobs.db._wake import ChangeListener
 from mljobs.jobs import DEFAULT_LEASE, Bind, Filter, Filters, JobRef, Model, Where, table_of
-from mljobs.jobs._base import plain
+from mljobs.jobs._base import M, plain
 from mljobs.jobs._filters import selection
 from mljobs.record._models import MlJob
 from mljobs.store._base import LEASE_GIVEN_BACK, Store, bind_of, read_committed, source_error, store_method
 from mljobs.store._bulk import BulkActions
 from mljobs.store._following import Follower, FollowSteps, Read, closed_meanwhile, poll_seconds, wait_steps, watch_steps
 from mljobs.store._keeper import Keeper
+from mljobs.store._methods import (
+    claim_method,
+    claims_method,
+    exchange_method,
+    job_method,
+    jobs_method,
+    page_method,
+    renewal_method,
+)
 from mljobs.store._recording import record_end
 from mljobs.store._run import Run, worker_name
 from mljobs.store._transferring import Transfers
@@ -38,7 +47,7 @@ _CACHE_OWNED = 16
 _CACHE_SHARED = 2  # of a host's pool
 
 
-class JobStore(Transfers, BulkActions, Store):
+class JobStore(Transfers, BulkActions, Store, Generic[M]):
     """Jobs in a database, each operation a transaction of its own. May be shared by threads.
 
     Args:
@@ -55,10 +64,10 @@ class JobStore(Transfers, BulkActions, Store):
         self,
         source: str | URL | Engine | Connection | sessionmaker[Any],
         *,
-        model: Model = MlJob,
+        model: type[M] = MlJob,  # type: ignore[assignment]
         **options: Any,
     ) -> None:
-        self.model = model
+        self.model: type[M] = model
         self._sessions: sessionmaker[Any] | None = None
         self._joined: JoinedConnection | None = None
         self._owned = isinstance(source, str | URL)
@@ -128,16 +137,16 @@ class JobStore(Transfers, BulkActions, Store):
         table, polls = table_of(self.model), self._joined is not None
         return ChangeListener(self.engine, table, workers=workers, polls=polls)
 
-    submit = store_method(jobs.submit, atomic="unless_active")
+    submit = job_method(jobs.submit, atomic="unless_active")
     submit_many = store_method(jobs.submit_many, atomic=True)
-    retry = store_method(jobs.retry, atomic=True)
-    get = store_method(jobs.get)
-    find = store_method(jobs.find)
-    history = store_method(jobs.history)
-    lineage = store_method(jobs.lineage)
+    retry = job_method(jobs.retry, atomic=True)
+    get = job_method(jobs.get)
+    find = page_method(jobs.find)
+    history = page_method(jobs.history)
+    lineage = jobs_method(jobs.lineage)
     counts = store_method(jobs.counts)
     find_id = store_method(jobs.find_id)
-    best = store_method(jobs.best)
+    best = page_method(jobs.best)
     stats = store_method(jobs.stats)
     holders = store_method(jobs.holders)
     affected = store_method(jobs.affected)
@@ -163,10 +172,10 @@ class JobStore(Transfers, BulkActions, Store):
     running_jobs = store_method(jobs.running_jobs)
     summaries = store_method(jobs.summaries)
     summaries_of = store_method(jobs.summaries_of)
-    claim = store_method(jobs.claim)
-    claim_one = store_method(jobs.claim_one)
-    renew = store_method(jobs.renew)
-    look = store_method(jobs.look)
+    claim = claims_method(jobs.claim)
+    claim_one = claim_method(jobs.claim_one)
+    renew = renewal_method(jobs.renew)
+    look = renewal_method(jobs.look)
     release = store_method(jobs.release)
     workers = store_method(jobs.workers)
     report = store_method(jobs.report)
@@ -180,11 +189,11 @@ class JobStore(Transfers, BulkActions, Store):
     requeue = store_method(jobs.requeue, committed_errors=LEASE_GIVEN_BACK)
     requeue_many = store_method(jobs.requeue_many)
     finish_many = store_method(jobs.finish_many)
-    finish_and_claim = store_method(jobs.finish_and_claim)
+    finish_and_claim = exchange_method(jobs.finish_and_claim)
     cancel = store_method(jobs.cancel)
     rescue = store_method(jobs.rescue, atomic=True)
 
-    def wait(self, job: JobRef, timeout: float | None = None, *, poll: float | None = None) -> MlJob:
+    def wait(self, job: JobRef, timeout: float | None = None, *, poll: float | None = None) -> M:
         """Wait until the job has finished, and return it.
 
         Args:
@@ -199,7 +208,7 @@ class JobStore(Transfers, BulkActions, Store):
             MlJobsError: The store was closed meanwhile.
         """
         steps = wait_steps(job, timeout, poll_seconds(self.engine.dialect.name, poll), self.model)
-        result: MlJob | None = _last(self._follow(steps))
+        result: M | None = _last(self._follow(steps))
         if result is None:
             raise closed_meanwhile(job)
         return result
@@ -212,7 +221,7 @@ class JobStore(Transfers, BulkActions, Store):
         timeout: float | None = None,
         poll: float | None = None,
         **fields: Unpack[Filters],
-    ) -> Iterator[MlJob]:
+    ) -> Iterator[M]:
         """Yield each job that is added or changes (state, progress, attempts), from now on.
 
         A job that changes twice between two looks is yielded once, as it is then.
@@ -228,7 +237,7 @@ class JobStore(Transfers, BulkActions, Store):
         chosen = selection(self.model, filter, where, fields)
         return self._follow(watch_steps(chosen, timeout, poll_seconds(self.engine.dialect.name, poll)))
 
-    def _follow(self, steps: FollowSteps) -> Generator[MlJob, None, Any]:
+    def _follow(self, steps: FollowSteps) -> Generator[Any, None, Any]:
         answer: Any = None
         with self.new_listener() as listener:
             follower = Follower(listener)
@@ -252,7 +261,7 @@ class JobStore(Transfers, BulkActions, Store):
                         listener.wait(step)
 
     @contextmanager
-    def running(self, job: JobRef, *, worker: str | None = None, lease: float = DEFAULT_LEASE) -> Iterator[Run]:
+    def running(self, job: JobRef, *, worker: str | None = None, lease: float = DEFAULT_LEASE) -> Iterator[Run[M]]:
         """Run a job by hand: claim it, keep its lease alive from a thread, record how the block ends.
 
         Leaving the block completes the job with ``run.metrics``. An exception fails it, with type, message and a short
@@ -313,7 +322,7 @@ def _detaching(begun: AbstractContextManager[Session], model: Model | None = Non
         session.expunge_all()  # as it is, whatever expire_on_commit says
 
 
-def _last(steps: Generator[MlJob, None, Any]) -> Any:
+def _last(steps: Generator[Any, None, Any]) -> Any:
     """Return what a generator returns."""
     while True:
         try:

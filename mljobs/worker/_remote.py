@@ -19,7 +19,6 @@ from uuid import UUID
 from sqlalchemy import URL
 
 from mljobs.jobs import Claim, Model, Outcome, Renewal, Report
-from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus
 from mljobs.store._keeper import Keeper
 from mljobs.store._run import Run
@@ -110,7 +109,7 @@ def _run(call: RemoteCall) -> RemoteResult:
 class _LooksOnly:
     """A store for the keeper of another process: leases are looked at, not renewed."""
 
-    def __init__(self, store: JobStore) -> None:
+    def __init__(self, store: JobStore[Any]) -> None:
         self._store = store
 
     def renew(self, claims: Iterable[Claim], *, lease: float = 0) -> Renewal:  # noqa: ARG002 - the keeper's own name
@@ -129,7 +128,7 @@ class _LooksOnly:
         """Give leases back."""
         return self._store.release(claims)
 
-    def get(self, job: UUID) -> MlJob:
+    def get(self, job: UUID) -> Any:
         """Read a job."""
         return self._store.get(job)
 
@@ -145,7 +144,7 @@ def _keeper_of_this_process(url: URL, model: Model, lease: float) -> Keeper:
     with _making:
         if key not in _keepers:
             options = {} if url.get_backend_name() == "sqlite" else {"pool_size": 1}
-            store = JobStore(url, model=model, **options)
+            store: JobStore[Any] = JobStore(url, model=model, **options)
             _keepers[key] = Keeper(_LooksOnly(store), lease, every=_LOOK_SECONDS)
         return _keepers[key]
 

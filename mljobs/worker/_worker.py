@@ -16,7 +16,7 @@ from enum import StrEnum
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sqlalchemy import inspect
 
@@ -25,10 +25,10 @@ from mljobs.db._engines import refuse_memory
 from mljobs.errors import InvalidValueError, SchemaError
 from mljobs.guards._companions import schema_of
 from mljobs.jobs import DEFAULT_LEASE, table_of
-from mljobs.jobs._base import check_count, check_lease, check_seconds
+from mljobs.jobs._base import M, check_count, check_lease, check_seconds
 from mljobs.store._base import Store
 from mljobs.store._keeper import Keeper
-from mljobs.store._run import worker_name
+from mljobs.store._run import Run, worker_name
 from mljobs.store._store import JobStore
 from mljobs.worker._finished import Tally
 from mljobs.worker._handlers import Backoff, ErrorTypes, Handler, exponential, make_handler, make_policy
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mljobs.worker")
 
-F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 _CONCURRENCY_MAX = 1000
 _AHEAD_MAX = 10_000
@@ -52,7 +52,7 @@ _ATTEMPTS_MAX = 32_767
 _DEFAULT_BACKOFF = exponential(10, 600)
 
 
-class Worker:
+class Worker(Generic[M]):
     """Runs the jobs of some kinds.
 
     ::
@@ -88,7 +88,7 @@ class Worker:
 
     def __init__(
         self,
-        store: JobStore | AsyncJobStore,
+        store: JobStore[M] | AsyncJobStore[M],
         *,
         concurrency: int = 1,
         executor: Executor | None = None,
@@ -144,7 +144,7 @@ class Worker:
         backoff: float | Backoff = _DEFAULT_BACKOFF,
         retry_on: ErrorTypes | None = None,
         give_up_on: ErrorTypes = (),
-    ) -> Callable[[F], F]:
+    ) -> Callable[[Callable[[Run[M]], T]], Callable[[Run[M]], T]]:
         """Make a function the handler of a kind.
 
         The function takes the ``Run``; what it returns becomes the metrics, None keeps ``run.metrics``. An exception
@@ -165,7 +165,7 @@ class Worker:
         if member in self._handlers:
             raise InvalidValueError("kind", str(member), f"it is handled by {self._handlers[member].name} already")
 
-        def register(function: F) -> F:
+        def register(function: Callable[[Run[M]], T]) -> Callable[[Run[M]], T]:
             self._handlers[member] = make_handler(member, function, retries, backoff, policy)
             return function
 
@@ -247,7 +247,7 @@ class Worker:
         )
 
     def _handled(self, kind: str) -> StrEnum:
-        member = to_member(self._store.model.__kinds__, "kinds", kind)
+        member: StrEnum = to_member(self._store.model.__kinds__, "kinds", kind)
         if member not in self._handlers:
             known = ", ".join(sorted(str(kind) for kind in self._handlers))
             raise InvalidValueError("kinds", str(member), f"no handler for it; there are handlers for {known}")
@@ -312,7 +312,7 @@ class Worker:
             self._store.close()
 
 
-def _blocking_store(store: Any) -> JobStore:
+def _blocking_store(store: Any) -> JobStore[Any]:
     if isinstance(store, JobStore):
         return store
     if not isinstance(store, Store):

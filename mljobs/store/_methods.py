@@ -1,0 +1,70 @@
+"""The methods of stores whose results are of the class of the store, as type checkers see them.
+
+``ParamSpec`` keeps the parameters of an operation and loses that its result is of the class that ``model`` says; for a
+store that is its own class. At run time all of these are ``store_method`` and ``async_store_method``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+
+from mljobs.jobs import Bind, Claim, Page, Renewal
+from mljobs.jobs._base import M
+from mljobs.store._base import Connects, Runs, async_store_method, store_method
+
+P = ParamSpec("P")
+Operation = Callable[Concatenate[Bind, P], Any]
+
+if TYPE_CHECKING:
+
+    def job_method(operation: Operation[P], **options: Any) -> Callable[Concatenate[Connects[M], P], M]: ...
+    def jobs_method(operation: Operation[P], **options: Any) -> Callable[Concatenate[Connects[M], P], list[M]]: ...
+    def page_method(operation: Operation[P], **options: Any) -> Callable[Concatenate[Connects[M], P], Page[M]]: ...
+    def claim_method(operation: Operation[P], **options: Any) -> Callable[Concatenate[Connects[M], P], Claim[M]]: ...
+    def claims_method(
+        operation: Operation[P], **options: Any
+    ) -> Callable[Concatenate[Connects[M], P], list[Claim[M]]]: ...
+    def renewal_method(
+        operation: Operation[P], **options: Any
+    ) -> Callable[Concatenate[Connects[M], P], Renewal[M]]: ...
+    def exchange_method(
+        operation: Operation[P], **options: Any
+    ) -> Callable[Concatenate[Connects[M], P], tuple[list[Exception | None], list[Claim[M]]]]: ...
+    def async_job_method(
+        operation: Operation[P], **options: Any
+    ) -> Callable[Concatenate[Runs[M], P], Coroutine[Any, Any, M]]: ...
+    def async_jobs_method(
+        operation: Operation[P], **options: Any
+    ) -> Callable[Concatenate[Runs[M], P], Coroutine[Any, Any, list[M]]]: ...
+    def async_page_method(
+        operation: Operation[P], **options: Any
+    ) -> Callable[Concatenate[Runs[M], P], Coroutine[Any, Any, Page[M]]]: ...
+    def async_claim_method(
+        operation: Operation[P], **options: Any
+    ) -> Callable[Concatenate[Runs[M], P], Coroutine[Any, Any, Claim[M]]]: ...
+    def async_claims_method(
+        operation: Operation[P], **options: Any
+    ) -> Callable[Concatenate[Runs[M], P], Coroutine[Any, Any, list[Claim[M]]]]: ...
+    def async_renewal_method(
+        operation: Operation[P], **options: Any
+    ) -> Callable[Concatenate[Runs[M], P], Coroutine[Any, Any, Renewal[M]]]: ...
+    def async_exchange_method(
+        operation: Operation[P], **options: Any
+    ) -> Callable[Concatenate[Runs[M], P], Coroutine[Any, Any, tuple[list[Exception | None], list[Claim[M]]]]]: ...
+
+else:
+    job_method = store_method
+    jobs_method = store_method
+    page_method = store_method
+    claim_method = store_method
+    claims_method = store_method
+    renewal_method = store_method
+    exchange_method = store_method
+    async_job_method = async_store_method
+    async_jobs_method = async_store_method
+    async_page_method = async_store_method
+    async_claim_method = async_store_method
+    async_claims_method = async_store_method
+    async_renewal_method = async_store_method
+    async_exchange_method = async_store_method
