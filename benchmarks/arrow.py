@@ -21,7 +21,7 @@ from benchmarks.bench import clear, compare, database, rate, report
 from mljobs import JobStore, MlJob
 from mljobs.db._wire import read_wire
 from mljobs.transfer._arrow import to_arrow
-from tests.history import fill
+from tests.sample_history import fill
 
 JOBS = int(os.environ.get("BENCH_JOBS", "200000"))
 MORE = int(os.environ.get("BENCH_MORE", "2000000"))

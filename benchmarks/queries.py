@@ -13,7 +13,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
 from benchmarks.bench import clear, database
-from tests.history import fill, fixed
+from tests.sample_history import fill, fixed
 from tests.test_queries import PAGE, QUESTIONS, SAMPLE_ID
 
 JOBS = int(os.environ.get("BENCH_JOBS", "1000000"))

@@ -3,14 +3,14 @@
 How to write a fast test:
 
 - Ask for one fixture, and the test runs once for each database: ``url`` (blocking code, two runs), ``empty_url`` (no
-  tables), ``store`` or ``world`` (each driver, five runs; only for what may differ between drivers). For what has nothing
+  tables), ``store`` or ``backend`` (each driver, five runs; only for what may differ between drivers). For what has nothing
   to do with the database take ``sqlite_url``.
 - Do not create databases, servers, virtual environments or wheels: each test's database is fresh already, and most of
   them are old ones that were emptied. A test that changes the schema by DDL costs a new one, a tenth of a second.
 - A short Python command runs through ``python`` (`tests.fork_server`), which forks a process that has imported SQLAlchemy,
   Alembic and mljobs; processes of `multiprocessing` start by ``tests.fork_server.forkserver()``. Only a test of the start
   itself starts Python, which costs half a second.
-- Wait by `tests.processes.until` or an event, never by a sleep; let a lease or a poll that must run out be short.
+- Wait by `tests.waiting.until` or an event, never by a sleep; let a lease or a poll that must run out be short.
 - Import what only one test needs, and takes long to import, in that test.
 """
 
@@ -28,9 +28,9 @@ from sqlalchemy.pool import NullPool
 
 from mljobs import JobStore, metadata
 from tests import postgres
+from tests.backends import DRIVERS, Backend, outside_engine
 from tests.databases import Databases
 from tests.fork_server import ForkServer
-from tests.worlds import DRIVERS, World, outside_engine
 
 
 @pytest.fixture(scope="session")
@@ -127,19 +127,19 @@ def engine(url: str) -> Iterator[Engine]:
 
 
 @pytest.fixture(params=list(DRIVERS))
-def world(request: pytest.FixtureRequest) -> Iterator[World]:
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """A fresh database with the schema, through each driver."""
     name: str = request.param
     plain: str = request.getfixturevalue("postgres_url" if name.startswith("postgresql") else "sqlite_url")
-    made = World(name, make_url(plain).set(drivername=DRIVERS[name]).render_as_string(False), outside_engine(plain))
+    made = Backend(name, make_url(plain).set(drivername=DRIVERS[name]).render_as_string(False), outside_engine(plain))
     yield made
     made.close()
 
 
 @pytest.fixture
-def store(world: World) -> Any:
-    """A store in each world, with a blocking face."""
-    return world.store()
+def store(backend: Backend) -> Any:
+    """A store on each backend, whose methods block."""
+    return backend.store()
 
 
 @pytest.fixture

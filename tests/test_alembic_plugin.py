@@ -31,7 +31,7 @@ from sqlalchemy.pool import NullPool
 
 from mljobs import InvalidValueError, MlJob, MlJobKind, MlJobMixin, TerminalStateError, jobs, kind_column, schema
 from mljobs import metadata as own_metadata
-from tests.histories import History
+from tests.alembic_history import History
 
 NAMING = {
     "ix": "ix_%(column_0_label)s",

@@ -19,8 +19,8 @@ from mljobs import InvalidValueError, JobStore, MlJob, MlJobStatus
 from mljobs._values import from_millis
 from mljobs.guards._companions import GUARDED_COLUMNS
 from mljobs.transfer._arrow import arrow_batches, reader_of, to_arrow
-from tests.host import HostBase, Team, TrainingRun
-from tests.worlds import World
+from tests.backends import Backend
+from tests.host_application import HostBase, Team, TrainingRun
 
 COLUMNS = [name for name in GUARDED_COLUMNS if name != "lease"]
 MOMENT = datetime(2026, 2, 28, 23, 59, 59, 999_000, tzinfo=UTC)
@@ -72,18 +72,18 @@ def _told(value: Any) -> Any:
     return str(value) if isinstance(value, str) else value
 
 
-def test_every_value_comes_through_every_driver_as_it_is(world: World) -> None:
-    held = world.run(_add)
-    table = world.run(to_arrow)
+def test_every_value_comes_through_every_driver_as_it_is(backend: Backend) -> None:
+    held = backend.run(_add)
+    table = backend.run(to_arrow)
     rows = _by_id(table)
     assert len(rows) == len(held)
     for job in held:
         assert rows[job["id"]] == {name: _told(value) for name, value in job.items()}
 
 
-def test_the_types_are_those_that_frames_want(world: World) -> None:
-    world.run(_add)
-    schema = world.run(to_arrow).schema
+def test_the_types_are_those_that_frames_want(backend: Backend) -> None:
+    backend.run(_add)
+    schema = backend.run(to_arrow).schema
     assert schema.names == COLUMNS
     token, moment = pa.dictionary(pa.int8(), pa.string()), pa.timestamp("ms", "UTC")
     for name, wanted in {
@@ -103,19 +103,19 @@ def test_the_types_are_those_that_frames_want(world: World) -> None:
     assert schema.field("finished_at").nullable
 
 
-def test_an_empty_answer_has_the_same_columns(world: World) -> None:
-    empty = world.run(to_arrow)
-    spread = world.run(partial(to_arrow, spread=("spec", "metrics")))
-    batches = world.run(lambda session: arrow_batches(session, spread=("metrics",)).read_all())
-    world.run(_add)
-    assert empty.schema == spread.schema == batches.schema == world.run(to_arrow).schema
+def test_an_empty_answer_has_the_same_columns(backend: Backend) -> None:
+    empty = backend.run(to_arrow)
+    spread = backend.run(partial(to_arrow, spread=("spec", "metrics")))
+    batches = backend.run(lambda session: arrow_batches(session, spread=("metrics",)).read_all())
+    backend.run(_add)
+    assert empty.schema == spread.schema == batches.schema == backend.run(to_arrow).schema
     assert len(empty) == len(batches) == 0
-    assert len(world.run(partial(to_arrow, status="queued", target="nobody"))) == 0
+    assert len(backend.run(partial(to_arrow, status="queued", target="nobody"))) == 0
 
 
-def test_metrics_are_spread_into_columns_of_their_types(world: World) -> None:
-    held = world.run(_add)
-    table = world.run(partial(to_arrow, spread=("metrics",)))
+def test_metrics_are_spread_into_columns_of_their_types(backend: Backend) -> None:
+    held = backend.run(_add)
+    table = backend.run(partial(to_arrow, spread=("metrics",)))
     types = {
         "f1": pa.float64(),
         "rows": pa.float64(),
@@ -141,8 +141,8 @@ def test_metrics_are_spread_into_columns_of_their_types(world: World) -> None:
     assert rows[held[4]["id"]]["metrics_json"] == "[1,2]"
 
 
-def test_the_reader_gives_the_same_in_batches(world: World) -> None:
-    world.run(_add)
+def test_the_reader_gives_the_same_in_batches(backend: Backend) -> None:
+    backend.run(_add)
     options: dict[str, Any] = {"columns": ["id", "status", "finished_at"], "spread": ["metrics", "spec"]}
 
     def read(session: Session) -> tuple[pa.Table, list[int]]:
@@ -150,8 +150,8 @@ def test_the_reader_gives_the_same_in_batches(world: World) -> None:
         batches = list(reader)
         return pa.Table.from_batches(batches, reader.schema), [len(batch) for batch in batches]
 
-    table, sizes = world.run(read)
-    whole = world.run(partial(to_arrow, **options))
+    table, sizes = backend.run(read)
+    whole = backend.run(partial(to_arrow, **options))
     assert sizes == [3, 3, 2]
     assert table.schema.names[:3] == ["id", "status", "finished_at"]
     assert set(table.schema.names) == set(whole.schema.names)
@@ -159,26 +159,26 @@ def test_the_reader_gives_the_same_in_batches(world: World) -> None:
     assert _by_id(table.select(names)) == _by_id(whole.select(names))
 
 
-def test_a_reader_that_is_left_early_frees_its_connection(world: World) -> None:
-    world.run(_add)
+def test_a_reader_that_is_left_early_frees_its_connection(backend: Backend) -> None:
+    backend.run(_add)
 
     def read(session: Session) -> int:
         with reader_of(session, batch=1) as reader:
             first = len(reader.read_next_batch())
         return first + len(to_arrow(session))
 
-    assert world.run(read) == 1 + len(METRICS) + 1
+    assert backend.run(read) == 1 + len(METRICS) + 1
 
 
-def test_the_stores_have_it_too(world: World) -> None:
-    store = world.store()
+def test_the_stores_have_it_too(backend: Backend) -> None:
+    store = backend.store()
     job = store.submit("train", "spam", {"lr": 0.1})
     store.submit("train", "ham")
     store.complete(store.claim_one(job, worker="w"), {"f1": 0.5})
     table = store.to_arrow(status="completed", spread=("metrics",))
     assert table.column("metrics.f1").to_pylist() == [0.5]
     assert table.column("id").to_pylist() == [str(job.id)]
-    if not world.is_async:
+    if not backend.is_async:
         with store.arrow_batches(batch=1, spread=("metrics",)) as reader:
             assert sum(len(batch) for batch in reader) == 2
         with store.arrow_batches(batch=1) as reader:
@@ -206,9 +206,9 @@ def test_a_key_that_comes_between_the_two_readings_is_refused_not_lost(postgres_
                 reader.read_all()
 
 
-def test_ids_may_be_arrows_own_uuids(world: World) -> None:
-    held = world.run(_add)
-    table = world.run(partial(to_arrow, ids="uuid", columns=("id", "retry_of")))
+def test_ids_may_be_arrows_own_uuids(backend: Backend) -> None:
+    held = backend.run(_add)
+    table = backend.run(partial(to_arrow, ids="uuid", columns=("id", "retry_of")))
     assert table.schema.field("id").type == pa.uuid()
     assert {row["id"]: row["retry_of"] for row in table.to_pylist()} == {job["id"]: job["retry_of"] for job in held}
 

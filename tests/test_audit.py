@@ -19,8 +19,8 @@ from sqlalchemy.pool import NullPool
 from mljobs import InvalidValueError, JobStore, MlJob, compare
 from mljobs.transfer import Compared, Difference, DigestLine, check_digest, digest, pruned_note, read_digest
 from mljobs.transfer import _comparing as comparing
+from tests.backends import Backend, outside_engine
 from tests.test_cli import run
-from tests.worlds import World, outside_engine
 
 NOON = datetime(2026, 11, 20, 12, tzinfo=UTC)
 ENDS = ("completed", "failed", "cancelled")
@@ -102,8 +102,8 @@ def test_an_untouched_table_equals_its_export(url: str, name: str, extended: Any
     assert str(done).startswith("11 records: 10 equal, 0 different")
 
 
-def test_what_a_superuser_or_an_editor_of_the_file_did_is_named(world: World, store: Any) -> None:
-    url = world.outside.url.render_as_string(hide_password=False)
+def test_what_a_superuser_or_an_editor_of_the_file_did_is_named(backend: Backend, store: Any) -> None:
+    url = backend.outside.url.render_as_string(hide_password=False)
     ids = put(url, *(finished(number) for number in range(9)))
     store.export_jobs("jobs.ndjson")
     past_the_guard(url, *edits(url, ids))
@@ -213,8 +213,8 @@ def days_of(lines: list[DigestLine]) -> list[tuple[Any, Any]]:
     return [(line.day, line.finished) for line in lines]
 
 
-def test_a_line_for_each_day_the_same_on_every_database_and_driver(world: World, store: Any) -> None:
-    url = world.outside.url.render_as_string(hide_password=False)
+def test_a_line_for_each_day_the_same_on_every_database_and_driver(backend: Backend, store: Any) -> None:
+    url = backend.outside.url.render_as_string(hide_password=False)
     jobs = [
         finished(number, id=UUID(int=1000 - number), error_message="\N{SNOWMAN}\n" if number == 4 else None)
         for number in range(8)
@@ -237,8 +237,8 @@ def test_the_hash_is_that_of_the_lines_of_an_export_in_the_order_of_ids(url: str
     assert line.chain == hashlib.sha256(b"0" * 64 + content.encode()).hexdigest()
 
 
-def test_days_that_were_altered_emptied_or_added_to_are_named(world: World, store: Any) -> None:
-    url = world.outside.url.render_as_string(hide_password=False)
+def test_days_that_were_altered_emptied_or_added_to_are_named(backend: Backend, store: Any) -> None:
+    url = backend.outside.url.render_as_string(hide_password=False)
     ids = put(url, *(finished(number) for number in range(9)), finished(0, finished_at=NOON - timedelta(days=5)))
     kept = [str(line) for line in store.digest()]
     assert store.check_digest(kept).equal == ["2026-11-15", "2026-11-20", "2026-11-21", "2026-11-22"]

@@ -10,7 +10,7 @@ from sqlalchemy import create_engine, text
 
 from mljobs import InvalidValueError, JobStore, MlJob, jobs
 from mljobs._values import utc_now
-from tests.worlds import World
+from tests.backends import Backend
 
 DAY = timedelta(days=1)
 
@@ -72,9 +72,9 @@ def test_a_chain_whose_beginning_was_pruned_and_one_of_unknown_jobs(store: Any) 
     assert store.chain("0199f3c2" + "0" * 24) == []
 
 
-def test_a_chain_that_bites_its_tail_ends(store: Any, world: World) -> None:
+def test_a_chain_that_bites_its_tail_ends(store: Any, backend: Backend) -> None:
     one, two = store.submit("train", "spam"), store.submit("train", "spam")
-    with world.outside.begin() as connection:
+    with backend.outside.begin() as connection:
         table = MlJob.__table__
         for this, that in ((one, two), (two, one)):
             connection.execute(table.update().where(table.c.id == this.id).values(retry_of=that.id))

@@ -1,4 +1,4 @@
-"""Rows by the bulk route: the same values, errors and transactions as by any other, in every world."""
+"""Rows by the bulk route: the same values, errors and transactions as by any other, in every backend."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mljobs.db import _copy
 from mljobs.db._rows import insert_rows
 from mljobs.db._wire import insert_wire, read_wire, wire_of
 from mljobs.jobs import table_of
-from tests.worlds import World
+from tests.backends import Backend
 
 TABLE = MlJob.__table__
 NAMES = [column.name for column in TABLE.columns]
@@ -54,20 +54,20 @@ def row(**values: Any) -> tuple[Any, ...]:
     return tuple(given[name] for name in NAMES)
 
 
-def stored(world: World) -> list[tuple[Any, ...]]:
-    with Session(world.outside) as session:
+def stored(backend: Backend) -> list[tuple[Any, ...]]:
+    with Session(backend.outside) as session:
         return [
             tuple(getattr(job, name) for name in NAMES) for job in session.scalars(select(MlJob).order_by(MlJob.id))
         ]
 
 
-def test_rows_arrive_as_they_are(world: World) -> None:
+def test_rows_arrive_as_they_are(backend: Backend) -> None:
     rows = sorted((row(), row(error_message="x", metrics_json="[]", retry_of=None)), key=lambda values: values[0])
-    assert world.run(lambda session: insert_rows(session.connection(), TABLE, NAMES, iter(rows))) == 2
-    assert stored(world) == rows
+    assert backend.run(lambda session: insert_rows(session.connection(), TABLE, NAMES, iter(rows))) == 2
+    assert stored(backend) == rows
 
 
-def test_a_generator_that_raises_leaves_nothing_and_the_transaction_can_be_rolled_back(world: World) -> None:
+def test_a_generator_that_raises_leaves_nothing_and_the_transaction_can_be_rolled_back(backend: Backend) -> None:
     def half() -> Iterator[tuple[Any, ...]]:
         for _ in range(2500):
             yield row()
@@ -79,22 +79,22 @@ def test_a_generator_that_raises_leaves_nothing_and_the_transaction_can_be_rolle
         session.rollback()
         assert insert_rows(session.connection(), TABLE, NAMES, [row()]) == 1
 
-    world.run(act)
-    assert len(stored(world)) == 1
+    backend.run(act)
+    assert len(stored(backend)) == 1
 
 
-def test_what_was_inserted_goes_with_the_callers_rollback(world: World) -> None:
+def test_what_was_inserted_goes_with_the_callers_rollback(backend: Backend) -> None:
     def act(session: Session) -> None:
         session.add(MlJob(kind="train", target_name="before"))
         session.flush()
         insert_rows(session.connection(), TABLE, NAMES, [row()])
         session.rollback()
 
-    world.run(act)
-    assert stored(world) == []
+    backend.run(act)
+    assert stored(backend) == []
 
 
-def test_a_duplicate_key_is_an_integrity_error(world: World) -> None:
+def test_a_duplicate_key_is_an_integrity_error(backend: Backend) -> None:
     job_id = uuid4()
 
     def act(session: Session) -> None:
@@ -102,7 +102,7 @@ def test_a_duplicate_key_is_an_integrity_error(world: World) -> None:
             insert_rows(session.connection(), TABLE, NAMES, [row(id=job_id), row(id=job_id)])
         session.rollback()
 
-    world.run(act)
+    backend.run(act)
 
 
 @pytest.mark.parametrize(
@@ -116,19 +116,19 @@ def test_a_duplicate_key_is_an_integrity_error(world: World) -> None:
         ("spec_json", 5),
     ],
 )
-def test_a_value_that_no_database_can_hold_is_named(world: World, field: str, value: object) -> None:
+def test_a_value_that_no_database_can_hold_is_named(backend: Backend, field: str, value: object) -> None:
     def act(session: Session) -> None:
         with pytest.raises(InvalidValueError) as caught:
             insert_rows(session.connection(), TABLE, NAMES, [row(), row(**{field: value})])
         assert (caught.value.field, caught.value.value) == (field, value)
         session.rollback()
 
-    world.run(act)
-    assert stored(world) == []
+    backend.run(act)
+    assert stored(backend) == []
 
 
-def test_a_connection_that_breaks_is_an_operational_error_and_is_not_used_again(world: World) -> None:
-    if world.dialect == "sqlite":
+def test_a_connection_that_breaks_is_an_operational_error_and_is_not_used_again(backend: Backend) -> None:
+    if backend.dialect == "sqlite":
         return  # there is no connection to lose
 
     def act(session: Session) -> None:
@@ -137,7 +137,7 @@ def test_a_connection_that_breaks_is_an_operational_error_and_is_not_used_again(
 
         def broken() -> Iterator[tuple[Any, ...]]:
             yield row()
-            with world.outside.connect() as outside:
+            with backend.outside.connect() as outside:
                 outside.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
             for _ in range(5000):
                 yield row()
@@ -147,8 +147,8 @@ def test_a_connection_that_breaks_is_an_operational_error_and_is_not_used_again(
         assert caught.value.connection_invalidated
         session.rollback()
 
-    world.run(act)
-    assert stored(world) == []
+    backend.run(act)
+    assert stored(backend) == []
 
 
 @pytest.fixture(params=["inside", "public"])
@@ -159,7 +159,7 @@ def psycopg(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("psycopg")
-def test_wire_rows_are_what_python_values_are(world: World) -> None:
+def test_wire_rows_are_what_python_values_are(backend: Backend) -> None:
     rows = [row(), row(started_at=datetime(1970, 1, 1, tzinfo=UTC), finished_at=NOW, error_message="", priority=32767)]
 
     def act(session: Session) -> None:
@@ -183,12 +183,12 @@ def test_wire_rows_are_what_python_values_are(world: World) -> None:
         assert {wire.id_out(values[0]) for values in read} == {values[0].hex for values in rows}
         assert {wire.time_out(values[5]) for values in read} == {round(NOW.timestamp() * 1000)}
 
-    world.run(act)
-    assert stored(world) == sorted(rows)
+    backend.run(act)
+    assert stored(backend) == sorted(rows)
 
 
 @pytest.mark.usefixtures("psycopg")
-def test_reading_is_filtered_and_in_parts(world: World) -> None:
+def test_reading_is_filtered_and_in_parts(backend: Backend) -> None:
     def act(session: Session) -> None:
         connection = session.connection()
         insert_rows(connection, TABLE, NAMES, [row(target_name=f"50% off '{number % 2}' \\") for number in range(25)])
@@ -198,12 +198,12 @@ def test_reading_is_filtered_and_in_parts(world: World) -> None:
         assert [len(part) for part in parts] == [5, 5, 2]
         assert {values for part in parts for values in part} == {("50% off '1' \\",)}
 
-    world.run(act)
+    backend.run(act)
 
 
 @pytest.mark.usefixtures("psycopg")
-def test_reading_may_end_early(world: World) -> None:
-    world.run(lambda session: insert_rows(session.connection(), TABLE, NAMES, (row() for _ in range(50))))
+def test_reading_may_end_early(backend: Backend) -> None:
+    backend.run(lambda session: insert_rows(session.connection(), TABLE, NAMES, (row() for _ in range(50))))
 
     def act(session: Session) -> None:
         with closing(read_wire(session.connection(), COLUMNS, [], chunk=3)) as parts:
@@ -211,15 +211,15 @@ def test_reading_may_end_early(world: World) -> None:
         session.rollback()
         assert session.scalar(select(func.count()).select_from(TABLE)) == 50
 
-    world.run(act)
+    backend.run(act)
 
 
 @pytest.mark.usefixtures("psycopg")
-def test_an_error_in_the_middle_of_reading_is_the_databases_own(world: World) -> None:
-    if world.dialect == "sqlite":
+def test_an_error_in_the_middle_of_reading_is_the_databases_own(backend: Backend) -> None:
+    if backend.dialect == "sqlite":
         return  # divides by zero without a word
     rows = [row(target_name="x" * (7 if number == 1500 else 5)) for number in range(3000)]
-    world.run(lambda session: insert_rows(session.connection(), TABLE, NAMES, rows))
+    backend.run(lambda session: insert_rows(session.connection(), TABLE, NAMES, rows))
 
     def act(session: Session) -> None:
         where = [1 / (func.length(TABLE.c.target_name) - 7) < 0]
@@ -232,7 +232,7 @@ def test_an_error_in_the_middle_of_reading_is_the_databases_own(world: World) ->
         with closing(read_wire(session.connection(), COLUMNS, [], chunk=1000)) as parts:
             assert sum(len(part) for part in parts) == 3000
 
-    world.run(act)
+    backend.run(act)
 
 
 def test_a_translated_schema_and_names_that_need_quotes_are_respected(empty_url: str) -> None:

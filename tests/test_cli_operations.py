@@ -11,7 +11,7 @@ import pytest
 
 from mljobs import AmbiguousIdError, AsyncJobStore, InvalidValueError, JobStore, MlJob, MlJobStatus, jobs
 from mljobs.jobs import Batch
-from tests.worlds import World
+from tests.backends import Backend
 
 FIRST = "0199f3c2000070008000000000009d4e"
 SECOND = "0199f3c2000070008000000000009d4f"
@@ -119,8 +119,8 @@ def test_stats_say_by_kind_what_waits_runs_and_finished(store: Any) -> None:
         store.stats(over=timedelta(0))
 
 
-def test_holders_are_the_workers_that_hold_leases(world: World) -> None:
-    store = world.store()
+def test_holders_are_the_workers_that_hold_leases(backend: Backend) -> None:
+    store = backend.store()
     assert store.holders() == []
     store.submit_many([("train", f"t{number}", {}) for number in range(3)])
     store.claim(worker="gpu-2", limit=2)
@@ -129,7 +129,7 @@ def test_holders_are_the_workers_that_hold_leases(world: World) -> None:
     def look(session: Any) -> None:
         assert {holder.worker: holder.held for holder in jobs.holders(session)} == {"gpu-1": 1, "gpu-2": 2}
 
-    world.run(look)
+    backend.run(look)
     found = {holder.worker: holder for holder in store.holders()}
     assert found["gpu-2"].silent == 0
     assert [job.status for job in found["gpu-2"].jobs] == [MlJobStatus.RUNNING] * 2

@@ -29,8 +29,8 @@ from mljobs import (
 )
 from mljobs.events import _delivering as delivering
 from mljobs.jobs import Outcome
-from tests.host import GridRun, HostBase, TrainingRun
-from tests.worlds import World
+from tests.backends import Backend
+from tests.host_application import GridRun, HostBase, TrainingRun
 
 Seen = list[tuple[str, str]]
 
@@ -60,7 +60,7 @@ def _job(target: str, *, running: bool = False) -> MlJob:
 # ------------------------------------------------------------------------------------------------ a session's own ways
 
 
-def test_a_flush_that_finishes_jobs_calls_listeners_once_after_the_commit(world: World, told: Seen) -> None:
+def test_a_flush_that_finishes_jobs_calls_listeners_once_after_the_commit(backend: Backend, told: Seen) -> None:
     def life(session: Session) -> None:
         first, second = _job("a", running=True), _job("b")
         session.add_all([first, second])
@@ -73,13 +73,13 @@ def test_a_flush_that_finishes_jobs_calls_listeners_once_after_the_commit(world:
         session.flush()
         assert told == []
 
-    world.run(life)
+    backend.run(life)
     assert told == [("a", "completed"), ("b", "cancelled")]
-    world.run(lambda session: session.scalars(select(MlJob)).all())
+    backend.run(lambda session: session.scalars(select(MlJob)).all())
     assert len(told) == 2
 
 
-def test_the_record_is_detached_whole_and_as_it_is_in_the_database(world: World) -> None:
+def test_the_record_is_detached_whole_and_as_it_is_in_the_database(backend: Backend) -> None:
     seen: list[MlJob] = []
     on_finished(seen.append)
 
@@ -90,15 +90,15 @@ def test_the_record_is_detached_whole_and_as_it_is_in_the_database(world: World)
         job = session.scalars(select(MlJob)).one()
         job.complete({"f1": 0.9})
 
-    world.run(life)
+    backend.run(life)
     (job,) = seen
     assert inspect(job).detached
     assert not inspect(job).unloaded
     assert (job.metrics, job.progress, job.is_terminal, job.duration_ms is not None) == ({"f1": 0.9}, 100, True, True)
-    assert job.to_json() == world.run(lambda session: jobs.get(session, job).to_json())
+    assert job.to_json() == backend.run(lambda session: jobs.get(session, job).to_json())
 
 
-def test_a_rollback_calls_no_listener(world: World, told: Seen) -> None:
+def test_a_rollback_calls_no_listener(backend: Backend, told: Seen) -> None:
     def life(session: Session) -> None:
         session.add(_job("a", running=True))
         session.commit()
@@ -109,7 +109,7 @@ def test_a_rollback_calls_no_listener(world: World, told: Seen) -> None:
         job = session.scalars(select(MlJob)).one()
         job.fail("boom")
 
-    world.run(life)
+    backend.run(life)
     assert told == [("a", "failed")]
 
     def fails(session: Session) -> None:
@@ -119,11 +119,11 @@ def test_a_rollback_calls_no_listener(world: World, told: Seen) -> None:
         raise RuntimeError("after")
 
     with pytest.raises(RuntimeError):
-        world.run(fails)
+        backend.run(fails)
     assert told == [("a", "failed")]
 
 
-def test_listeners_get_what_a_savepoint_kept_and_not_what_it_rolled_back(world: World, told: Seen) -> None:
+def test_listeners_get_what_a_savepoint_kept_and_not_what_it_rolled_back(backend: Backend, told: Seen) -> None:
     def life(session: Session) -> None:
         for name in "abcdef":
             session.add(_job(name))
@@ -148,11 +148,11 @@ def test_listeners_get_what_a_savepoint_kept_and_not_what_it_rolled_back(world: 
             inner.rollback()
         outer.commit()
 
-    world.run(life)
+    backend.run(life)
     assert sorted(told) == [("a", "cancelled"), ("b", "cancelled"), ("e", "cancelled")]
 
 
-def test_a_failed_flush_in_a_savepoint_calls_no_listener(world: World, told: Seen) -> None:
+def test_a_failed_flush_in_a_savepoint_calls_no_listener(backend: Backend, told: Seen) -> None:
     def life(session: Session) -> None:
         session.add_all([_job("a"), _job("b")])
         session.commit()
@@ -163,11 +163,11 @@ def test_a_failed_flush_in_a_savepoint_calls_no_listener(world: World, told: See
             session.execute(text("UPDATE ml_jobs SET progress = 7 WHERE target_name = 'a'"))
         second.cancel()
 
-    world.run(life)
+    backend.run(life)
     assert told == [("b", "cancelled")]
 
 
-def test_every_operation_in_a_session_that_finishes_a_job_calls_listeners(world: World, told: Seen) -> None:
+def test_every_operation_in_a_session_that_finishes_a_job_calls_listeners(backend: Backend, told: Seen) -> None:
     def life(session: Session) -> None:
         for name in ("complete", "fail", "requeue", "cancel", "lost"):
             jobs.submit(session, "train", name)
@@ -179,14 +179,14 @@ def test_every_operation_in_a_session_that_finishes_a_job_calls_listeners(world:
         assert not jobs.cancel(session, claims["cancel"].job_id)
         session.execute(text("UPDATE ml_job_leases SET expires_at = acquired_at"))
 
-    world.run(life)
+    backend.run(life)
     assert sorted(told) == [("cancel", "cancelled"), ("complete", "completed"), ("fail", "failed")]
     told.clear()
-    world.run(lambda session: jobs.rescue(session, max_attempts=1))
+    backend.run(lambda session: jobs.rescue(session, max_attempts=1))
     assert told == [("lost", "failed")]
 
 
-def test_updates_by_statement_call_listeners(world: World, told: Seen) -> None:
+def test_updates_by_statement_call_listeners(backend: Backend, told: Seen) -> None:
     finished = {"status": MlJobStatus.CANCELLED}
 
     def life(session: Session) -> None:
@@ -204,11 +204,11 @@ def test_updates_by_statement_call_listeners(world: World, told: Seen) -> None:
         session.execute(update(MlJob).where(MlJob.target_name == "left").values(priority=3))
         session.execute(update(MlJob).where(MlJob.target_name == "nobody").values(finished))
 
-    world.run(life)
+    backend.run(life)
     assert sorted(told) == [(name, "cancelled") for name in ("core", "key", "orm", "query")]
 
 
-def test_records_that_are_inserted_finished_call_no_listener(world: World, told: Seen) -> None:
+def test_records_that_are_inserted_finished_call_no_listener(backend: Backend, told: Seen) -> None:
     def life(session: Session) -> None:
         past = _job("past", running=True)
         past.complete()
@@ -217,7 +217,7 @@ def test_records_that_are_inserted_finished_call_no_listener(world: World, told:
         session.add(fresh)
         fresh.complete()  # taken its final state since, so it has finished here
 
-    world.run(life)
+    backend.run(life)
     assert told == [("fresh", "completed")]
 
 
@@ -408,8 +408,8 @@ def test_the_rollback_of_a_savepoint_drops_no_event_from_before_it(url: str, tol
 # ------------------------------------------------------------------------------------------------------------- stores
 
 
-def test_every_operation_of_a_store_that_finishes_a_job_calls_listeners(world: World, told: Seen) -> None:
-    store = world.store()
+def test_every_operation_of_a_store_that_finishes_a_job_calls_listeners(backend: Backend, told: Seen) -> None:
+    store = backend.store()
     for name in ("complete", "fail", "many", "exchanged", "requeue", "cancel", "lost"):
         store.submit("train", name)
     claims = {claim.job.target_name: claim for claim in store.claim(worker="w", limit=7)}
@@ -434,14 +434,14 @@ def test_every_operation_of_a_store_that_finishes_a_job_calls_listeners(world: W
         ("exchanged", "failed"),
     ]
     told.clear()
-    with world.outside.begin() as connection:
+    with backend.outside.begin() as connection:
         connection.execute(text("UPDATE ml_job_leases SET expires_at = acquired_at"))
     assert store.rescue(max_attempts=1).failed
     assert told == [("lost", "failed")]
 
 
-def test_runs_by_hand_call_listeners(world: World, told: Seen) -> None:
-    store = world.store()
+def test_runs_by_hand_call_listeners(backend: Backend, told: Seen) -> None:
+    store = backend.store()
     good, bad = store.submit("train", "good"), store.submit("train", "bad")
 
     async def run(target: AsyncJobStore) -> None:
@@ -451,8 +451,8 @@ def test_runs_by_hand_call_listeners(world: World, told: Seen) -> None:
             async with target.running(bad):
                 _ = 1 / 0
 
-    if world.is_async:
-        world.wait(run(store._target))
+    if backend.is_async:
+        backend.wait(run(store._target))
     else:
         with store.running(good) as work:
             work.metrics = {"f1": 1}
@@ -561,10 +561,10 @@ def test_each_target_gets_its_own_events(url: str) -> None:
     }
 
 
-def test_async_targets_get_their_own_events_and_await_coroutine_functions(world: World) -> None:
-    if not world.is_async:
+def test_async_targets_get_their_own_events_and_await_coroutine_functions(backend: Backend) -> None:
+    if not backend.is_async:
         return _coroutine_functions_need_an_async_target()
-    engine: Any = world.engine
+    engine: Any = backend.engine
     maker = async_sessionmaker(engine)
     heard: list[tuple[str, str]] = []
 
@@ -598,7 +598,7 @@ def test_async_targets_get_their_own_events_and_await_coroutine_functions(world:
         async with store.running(job):
             pass
 
-    world.wait(story())
+    backend.wait(story())
     assert heard == [
         ("maker", "by maker"),
         ("all async", "by maker"),
@@ -635,7 +635,7 @@ def test_a_target_without_events_is_refused(target: Any) -> None:
 
 
 def test_a_callback_that_fails_is_logged_and_the_others_are_called(
-    world: World, caplog: pytest.LogCaptureFixture
+    backend: Backend, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(_job: MlJob) -> None:
         raise RuntimeError("in the callback")
@@ -643,13 +643,13 @@ def test_a_callback_that_fails_is_logged_and_the_others_are_called(
     on_finished(broken)
     heard: list[str] = []
     on_finished(lambda job: heard.append(job.target_name))
-    store = world.store()
+    store = backend.store()
     store.cancel(store.submit("train", "by store"))
 
     def life(session: Session) -> None:
         jobs.cancel(session, jobs.submit(session, "train", "by session"))
 
-    world.run(life)
+    backend.run(life)
     assert heard == ["by store", "by session"]
     assert len(caplog.records) == 2
     assert "broken" in caplog.text

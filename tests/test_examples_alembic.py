@@ -15,7 +15,7 @@ from sqlalchemy.pool import NullPool
 
 from mljobs import schema
 from tests.fork_server import ForkServer
-from tests.installed import ROOT, Installed, install
+from tests.installed_wheel import ROOT, Installed, install
 
 _FINDS_PLUGINS = find_spec("alembic.runtime.plugins") is not None
 

@@ -222,7 +222,7 @@ def test_a_django_site_does_the_same_with_both_orms_in_one_transaction(empty_url
 
 def test_both_orms_share_djangos_transaction(empty_url: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / "tests" / "django_stories.py")],
+        [sys.executable, "-W", "error", str(ROOT / "tests" / "django_transactions.py")],
         cwd=ROOT / "examples" / "django_asgi",
         env={**os.environ, "DATABASE_URL": empty_url, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -16,7 +16,7 @@ from distributed import Client, LocalCluster
 
 from mljobs import JobStore, MlJob, MlJobStatus, Worker
 from tests import worker_app
-from tests.processes import until
+from tests.waiting import until
 
 QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = MlJobStatus
 PAGE = Path(__file__).parent.parent / "docs" / "executors.md"

@@ -18,7 +18,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from mljobs import Filter, FilterError, InvalidValueError, MlJob, MlJobKind, MlJobMixin, MlJobStatus, jobs
 from mljobs.jobs import FilterPattern, FilterTerm
-from tests.worlds import World
+from tests.backends import Backend
 
 NOW = datetime(2026, 11, 26, 12, 0, tzinfo=UTC)
 
@@ -335,7 +335,7 @@ FOUND = {
 }
 
 
-def test_each_word_finds_the_same_on_every_database_by_every_way_in(world: World) -> None:
+def test_each_word_finds_the_same_on_every_database_by_every_way_in(backend: Backend) -> None:
     made: list[MlJob] = []
 
     def act(session: Session) -> None:
@@ -356,7 +356,7 @@ def test_each_word_finds_the_same_on_every_database_by_every_way_in(world: World
         for text, found in ((whole, "0"), (whole[:31], "0"), (f"*{part[-6:]}", "1"), (f"{part[:8]}…{part[-6:]}", "1")):
             assert "".join(names[job.id] for job in jobs.find(session, f"id:{text}")) in (found, "012345"), text
 
-    world.run(act)
+    backend.run(act)
 
 
 def test_what_is_long_ago_is_counted_from_now(store: Any) -> None:

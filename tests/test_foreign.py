@@ -17,7 +17,7 @@ from mljobs.guards._companions import companion_names
 from mljobs.states import MlJobStatus, UnknownKind
 from mljobs.transfer import export_jobs
 from mljobs.transfer._arrow import to_arrow
-from tests.worlds import World
+from tests.backends import Backend
 
 # ------------------------------------------------------------------------------------ a rolling deploy with a new kind
 
@@ -44,9 +44,9 @@ def _queue_a_newer_kind(engine: Engine) -> None:
         jobs.submit(connection, "train", "eggs")
 
 
-def test_a_kind_of_a_newer_release_is_not_claimed_and_stops_nobody(world: World) -> None:
-    _queue_a_newer_kind(world.outside)
-    store = world.store()
+def test_a_kind_of_a_newer_release_is_not_claimed_and_stops_nobody(backend: Backend) -> None:
+    _queue_a_newer_kind(backend.outside)
+    store = backend.store()
     kinds = ["train", "backfill", "feature_refresh", "drift_compute"]
     (claim,) = store.claim(worker="w", kinds=kinds, limit=10)
     assert claim.job.target_name == "eggs"
@@ -60,7 +60,7 @@ def test_a_kind_of_a_newer_release_is_not_claimed_and_stops_nobody(world: World)
     assert counts["distill", "queued"] == 1
     assert counts.total() == 2
     assert store.summaries_of([found["spam"]])[0].kind == "distill"
-    with Session(world.outside) as session:
+    with Session(backend.outside) as session:
         assert export_jobs(session, file := io.BytesIO()) == 2
         assert b'"kind":"distill"' in file.getvalue()
         assert sorted(to_arrow(session).column("kind").to_pylist()) == ["distill", "train"]

@@ -25,8 +25,8 @@ from mljobs import (
     schema,
 )
 from mljobs._fields import NAMES
-from tests.host import HostBase, TrainingRun
-from tests.worlds import World
+from tests.backends import Backend
+from tests.host_application import HostBase, TrainingRun
 
 ID = UUID("01890000000070008000000000000001")
 
@@ -257,7 +257,7 @@ def test_no_statement_of_postgresql_gets_round(finished: Engine, model: Any) -> 
 # ---------------------------------------------------------------------------------------- two exclusive jobs at once
 
 
-def test_a_second_exclusive_job_of_a_target_starts_by_no_route(world: World) -> None:
+def test_a_second_exclusive_job_of_a_target_starts_by_no_route(backend: Backend) -> None:
     def two(session: Session) -> None:
         first, second = (MlJob(kind="train", target_name="spam", exclusive=True) for _ in range(2))
         other = MlJob(kind="train", target_name="spam")
@@ -280,7 +280,7 @@ def test_a_second_exclusive_job_of_a_target_starts_by_no_route(world: World) -> 
         session.refresh(second)
         second.start()
 
-    world.run(two)
+    backend.run(two)
 
 
 def test_an_import_of_a_second_running_exclusive_job_is_told_so(engine: Engine, tmp_path: Any) -> None:

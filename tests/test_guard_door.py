@@ -15,7 +15,7 @@ from sqlalchemy.pool import NullPool
 
 from mljobs import InvalidValueError, JobStore, MlJob, MlJobMixin, TerminalStateError, jobs, schema
 from mljobs.guards import retention
-from tests.worlds import World
+from tests.backends import Backend
 
 ALL_FINISHED = delete(MlJob).where(MlJob.is_terminal)
 
@@ -103,8 +103,8 @@ WAYS_OUT: list[Callable[[Session], None]] = [
 
 
 @pytest.mark.parametrize("leave", WAYS_OUT, ids=lambda way: way.__name__.strip("_"))
-def test_the_door_is_shut_however_the_block_is_left(world: World, leave: Callable[[Session], None]) -> None:
-    world.run(_finish)
+def test_the_door_is_shut_however_the_block_is_left(backend: Backend, leave: Callable[[Session], None]) -> None:
+    backend.run(_finish)
 
     def block(session: Session) -> None:
         leave(session)
@@ -112,13 +112,13 @@ def test_the_door_is_shut_however_the_block_is_left(world: World, leave: Callabl
             _is_shut(session)  # for the rest of the transaction too
         session.rollback()
 
-    world.run(block)
-    _is_shut(world.outside)
-    assert len(world.run(lambda session: session.scalars(select(MlJob)).all())) == 1
-    schema.verify(world.outside)
+    backend.run(block)
+    _is_shut(backend.outside)
+    assert len(backend.run(lambda session: session.scalars(select(MlJob)).all())) == 1
+    schema.verify(backend.outside)
 
 
-def test_what_the_block_deletes_is_gone_and_the_door_shut_in_the_same_transaction(world: World) -> None:
+def test_what_the_block_deletes_is_gone_and_the_door_shut_in_the_same_transaction(backend: Backend) -> None:
     def block(session: Session) -> None:
         with retention(session, MlJob):
             for job in session.scalars(select(MlJob)):
@@ -128,9 +128,9 @@ def test_what_the_block_deletes_is_gone_and_the_door_shut_in_the_same_transactio
         with pytest.raises(TerminalStateError), session.begin_nested():
             session.execute(ALL_FINISHED)
 
-    world.run(_finish)
-    world.run(block)
-    assert len(world.run(lambda session: session.scalars(select(MlJob)).all())) == 1
+    backend.run(_finish)
+    backend.run(block)
+    assert len(backend.run(lambda session: session.scalars(select(MlJob)).all())) == 1
 
 
 def test_nobody_else_finds_the_door_open_whatever_the_block_commits(engine: Engine) -> None:
@@ -143,19 +143,19 @@ def test_nobody_else_finds_the_door_open_whatever_the_block_commits(engine: Engi
     _is_shut(engine)
 
 
-def test_an_update_stays_refused_behind_the_door(world: World) -> None:
-    world.run(_finish)
+def test_an_update_stays_refused_behind_the_door(backend: Backend) -> None:
+    backend.run(_finish)
 
     def block(session: Session) -> None:
         with retention(session, MlJob), pytest.raises(TerminalStateError), session.begin_nested():
             session.execute(text("UPDATE ml_jobs SET progress = 1"))
 
-    world.run(block)
+    backend.run(block)
 
 
-def test_a_connection_without_transactions_is_refused(world: World) -> None:
-    world.run(_finish)
-    apart: Any = world.engine.execution_options(isolation_level="AUTOCOMMIT")
+def test_a_connection_without_transactions_is_refused(backend: Backend) -> None:
+    backend.run(_finish)
+    apart: Any = backend.engine.execution_options(isolation_level="AUTOCOMMIT")
 
     def block(session: Session) -> None:
         with pytest.raises(InvalidValueError, match="AUTOCOMMIT"), retention(session, MlJob):
@@ -169,28 +169,28 @@ def test_a_connection_without_transactions_is_refused(world: World) -> None:
             async with AsyncSession(apart) as session:
                 await session.run_sync(block)
 
-        world.wait(run())
+        backend.wait(run())
     else:
         with Session(apart) as session:
             block(session)
-    _is_shut(world.outside)
+    _is_shut(backend.outside)
 
 
-def test_a_prune_that_the_database_refuses_leaves_the_door_shut(world: World) -> None:
-    world.run(_finish)
-    with world.outside.begin() as connection:
-        job = "uuid" if world.dialect == "postgresql" else "CHAR(32)"
+def test_a_prune_that_the_database_refuses_leaves_the_door_shut(backend: Backend) -> None:
+    backend.run(_finish)
+    with backend.outside.begin() as connection:
+        job = "uuid" if backend.dialect == "postgresql" else "CHAR(32)"
         connection.exec_driver_sql(f"CREATE TABLE keeps (job {job} REFERENCES ml_jobs (id))")
         connection.exec_driver_sql("INSERT INTO keeps SELECT id FROM ml_jobs")
 
     def prune(session: Session) -> None:
-        if world.dialect == "sqlite":
+        if backend.dialect == "sqlite":
             session.execute(text("PRAGMA foreign_keys = ON"))
         assert jobs.prune(session, older_than=timedelta(0)) == 0
         _is_shut(session)
 
-    world.run(prune)
-    _is_shut(world.outside)
+    backend.run(prune)
+    _is_shut(backend.outside)
 
 
 def test_a_door_that_a_crash_left_open_on_sqlite_is_shut_by_the_next_block(sqlite_url: str) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from mljobs import InvalidValueError, JobStore, MlJob
-from tests.worlds import World
+from tests.backends import Backend
 
 _numbers = count(1)
 NUL = r"\u0000"
@@ -117,9 +117,9 @@ def test_a_nul_in_json_is_refused_by_the_database(engine: Engine, name: str) -> 
     ],
 )
 def test_a_nul_in_json_is_refused_where_it_is_written_by_the_path_of_its_key(
-    world: World, value: Any, place: str
+    backend: Backend, value: Any, place: str
 ) -> None:
-    store = world.store()
+    store = backend.store()
     with pytest.raises(InvalidValueError) as refused:
         store.submit("train", "spam", value)
     assert (refused.value.field, place in str(refused.value)) == ("spec", True)
@@ -137,7 +137,7 @@ def test_a_nul_in_json_is_refused_where_it_is_written_by_the_path_of_its_key(
             session.flush()
         session.rollback()
 
-    world.run(by_the_orm)
+    backend.run(by_the_orm)
 
 
 def test_an_import_rejects_the_line_with_a_nul_and_takes_the_others(engine: Engine, tmp_path: Any) -> None:

@@ -50,8 +50,8 @@ from mljobs import (
 from mljobs._values import utc_now
 from mljobs.guards import retention
 from mljobs.types import PlainText
+from tests.backends import Backend, Blocking
 from tests.host_classes import Kind, dataclass_base, in_schema, own_kinds_and_columns, plain
-from tests.worlds import Face, World
 
 
 @pytest.fixture
@@ -297,11 +297,11 @@ def test_a_value_that_a_hosts_column_needs_is_asked_for_by_name(empty: Engine) -
             operation(connection)
 
 
-def test_tenants_work_with_every_driver(world: World) -> None:
+def test_tenants_work_with_every_driver(backend: Backend) -> None:
     """Through each driver, sync and async; a store and a worker serve one tenant."""
-    in_schema(world.outside, "north")
-    engine: Any = world.engine
-    if world.dialect == "sqlite":
+    in_schema(backend.outside, "north")
+    engine: Any = backend.engine
+    if backend.dialect == "sqlite":
         in_schema(getattr(engine, "sync_engine", engine), "north")
 
     class Base(DeclarativeBase):
@@ -311,9 +311,11 @@ def test_tenants_work_with_every_driver(world: World) -> None:
         __tablename__ = "runs"
         owner_id: Mapped[int]
 
-    Base.metadata.create_all(world.outside.execution_options(schema_translate_map={None: "north"}))
+    Base.metadata.create_all(backend.outside.execution_options(schema_translate_map={None: "north"}))
     tenant = engine.execution_options(schema_translate_map={None: "north"})
-    store: Any = Face(AsyncJobStore(tenant, model=Run), world.wait) if world.is_async else JobStore(tenant, model=Run)
+    store: Any = (
+        Blocking(AsyncJobStore(tenant, model=Run), backend.wait) if backend.is_async else JobStore(tenant, model=Run)
+    )
     job = store.submit("train", "x", {"a": 1}, owner_id=3)
     assert store.submit_many([Run(kind="train", target_name="y", owner_id=4)]) == 1
     claims = store.claim(worker="w", limit=5)

@@ -14,18 +14,18 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import NullPool
 
 from mljobs import InvalidValueError, JobStore, LeaseLostError, MlJobStatus, TerminalStateError, jobs, schema
+from tests.backends import Backend
 from tests.fork_server import ForkServer
-from tests.host import GridRun, HostBase, Team, TrainingRun
-from tests.worlds import World
+from tests.host_application import GridRun, HostBase, Team, TrainingRun
 
 
 @pytest.fixture
-def hosted(world: World) -> World:
-    HostBase.metadata.create_all(world.outside)
-    return world
+def hosted(backend: Backend) -> Backend:
+    HostBase.metadata.create_all(backend.outside)
+    return backend
 
 
-def test_a_store_of_a_hosts_class_does_all_that_ours_does(hosted: World) -> None:
+def test_a_store_of_a_hosts_class_does_all_that_ours_does(hosted: Backend) -> None:
     store = hosted.store(model=TrainingRun)
     run = store.submit("train", "spam", {"lr": 1}, note="mine", exclusive=True)
     assert isinstance(run, TrainingRun)
@@ -51,7 +51,7 @@ def test_a_store_of_a_hosts_class_does_all_that_ours_does(hosted: World) -> None
     assert TrainingRun.from_json(run.to_json()).to_json() == run.to_json()
 
 
-def test_a_subclass_comes_back_as_what_it_is(hosted: World) -> None:
+def test_a_subclass_comes_back_as_what_it_is(hosted: Backend) -> None:
     def life(session: Session) -> UUID:
         run = GridRun(kind="train", target_name="grid", points=9, team=Team(id=1))
         session.add(run)

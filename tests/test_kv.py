@@ -36,10 +36,10 @@ from mljobs import (
 from mljobs.transfer import _mapping as mapping_module
 from mljobs.transfer import _redis as redis_module
 from tests import redis_server
-from tests.host import HostBase, TrainingRun
+from tests.backends import Backend
+from tests.host_application import HostBase, TrainingRun
 from tests.leases import expire_leases
 from tests.transfer_jobs import NOW, empty, job, put, queued, stored
-from tests.worlds import World
 
 PREFIX = "red.ml.jobs."
 
@@ -66,29 +66,29 @@ def client(redis_url: str, request: pytest.FixtureRequest) -> Iterator[redis.Red
 
 
 @pytest.mark.parametrize("prefix", ["", PREFIX, "jobs/*[?]\\:"])
-def test_a_dump_and_a_load_keep_every_byte(world: World, store: Any, prefix: str) -> None:
+def test_a_dump_and_a_load_keep_every_byte(backend: Backend, store: Any, prefix: str) -> None:
     jobs = [job(target_name="\N{SNOWMAN}"), queued(), job(status="failed", error_message="x\n")]
-    put(world, *jobs)
+    put(backend, *jobs)
     mapping: dict[str, str] = {"other": "is left alone"}
     assert store.dump_kv(mapping, prefix) == 3
     assert mapping == {"other": "is left alone"} | {prefix + one.id.hex: one.to_json() for one in jobs}
     del mapping["other"]
-    before = stored(world)
-    empty(world)
+    before = stored(backend)
+    empty(backend)
     assert store.load_kv(mapping, prefix=prefix).inserted == 3
-    assert stored(world) == before
+    assert stored(backend) == before
     assert store.load_kv(mapping, prefix).skipped == 3
 
 
-def test_extended_and_filtered_like_an_export(world: World, store: Any) -> None:
+def test_extended_and_filtered_like_an_export(backend: Backend, store: Any) -> None:
     one = queued(priority=4, run_after=NOW)
-    put(world, one, job())
+    put(backend, one, job())
     mapping: dict[str, str] = {}
     seen: list[Any] = []
     assert store.dump_kv(mapping, extended=True, status="queued", progress=seen.append) == 1
     assert json.loads(mapping[one.id.hex])["priority"] == 4
     assert [each.records for each in seen] == [1]
-    empty(world)
+    empty(backend)
     assert store.load_kv(mapping, progress=seen.append).inserted == 1
     assert (store.get(one.id).priority, store.get(one.id).run_after) == (4, NOW)
     with pytest.raises(InvalidValueError, match="no such filter"):
@@ -117,10 +117,10 @@ def test_stores_on_disk_work(sqlite_url: str, make: str) -> None:
     (opened.cache if make == "index" else opened).close()
 
 
-def test_a_load_obeys_the_rules_of_an_import(world: World, store: Any) -> None:
+def test_a_load_obeys_the_rules_of_an_import(backend: Backend, store: Any) -> None:
     finished, live, held = job(), queued(), store.submit("train", "held")
     store.claim_one(held.id, worker="anna")
-    put(world, finished, live)
+    put(backend, finished, live)
     changes = [
         job(id=finished.id, progress=3),
         queued(id=live.id, status="running", started_at=NOW, progress=9),
@@ -137,7 +137,7 @@ def test_a_load_obeys_the_rules_of_an_import(world: World, store: Any) -> None:
     assert store.get(live.id).status is MlJobStatus.QUEUED
 
 
-def test_what_is_no_record_under_the_prefix_is_rejected_with_its_key(world: World, store: Any) -> None:
+def test_what_is_no_record_under_the_prefix_is_rejected_with_its_key(backend: Backend, store: Any) -> None:
     one, other = job(), job()
     mapping: dict[Any, Any] = {
         "p." + one.id.hex.upper(): one.to_json(),
@@ -174,7 +174,7 @@ def test_what_is_no_store_is_refused(sqlite_url: str) -> None:
             store.dump_kv({}, prefix=b"x")  # type: ignore[arg-type]
 
 
-def test_in_a_session_it_is_part_of_the_callers_transaction(world: World) -> None:
+def test_in_a_session_it_is_part_of_the_callers_transaction(backend: Backend) -> None:
     one = job()
 
     def act(session: Session) -> None:
@@ -184,8 +184,8 @@ def test_in_a_session_it_is_part_of_the_callers_transaction(world: World) -> Non
         assert mapping == {one.id.hex: one.to_json()}
         session.rollback()
 
-    world.run(act)
-    assert stored(world) == {}
+    backend.run(act)
+    assert stored(backend) == {}
 
 
 # ---------------------------------------------------------------------------------------------------------- Redis
@@ -193,11 +193,11 @@ def test_in_a_session_it_is_part_of_the_callers_transaction(world: World) -> Non
 
 @pytest.mark.parametrize("prefix", ["", PREFIX, "jobs*[?]\\^:"])
 def test_redis_gets_and_gives_every_byte(
-    world: World, store: Any, client: redis.Redis, prefix: str, monkeypatch: pytest.MonkeyPatch
+    backend: Backend, store: Any, client: redis.Redis, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_module, "_PIPELINE", 40)
     jobs = [job(target_name="\N{SNOWMAN}"), *(queued(target_name=f"t{number}") for number in range(100))]
-    put(world, *jobs)
+    put(backend, *jobs)
     assert store.dump_kv(client, prefix) == len(jobs)
     assert client.dbsize() == len(jobs)
     raw: Any = client.get(prefix + jobs[0].id.hex)
@@ -205,13 +205,13 @@ def test_redis_gets_and_gives_every_byte(
     if prefix:
         client.set("other", "is left alone")
     assert store.load_kv(client, prefix).skipped == len(jobs)
-    before = stored(world)
-    empty(world)
+    before = stored(backend)
+    empty(backend)
     assert store.load_kv(client, prefix).inserted == len(jobs)
-    assert stored(world) == before
+    assert stored(backend) == before
 
 
-def test_redis_values_of_another_kind_are_rejected(world: World, store: Any, client: redis.Redis) -> None:
+def test_redis_values_of_another_kind_are_rejected(backend: Backend, store: Any, client: redis.Redis) -> None:
     one, listed = job(), uuid4().hex
     client.set(one.id.hex, one.to_json())
     client.rpush(listed, "x")
@@ -230,37 +230,37 @@ def test_redis_values_of_another_kind_are_rejected(world: World, store: Any, cli
     assert "\\udcff" in {json.loads(line)["key"] for line in done.rejects.read_text().splitlines()}
 
 
-def test_an_asynchronous_client_works_with_an_async_store(world: World, redis_url: str) -> None:
+def test_an_asynchronous_client_works_with_an_async_store(backend: Backend, redis_url: str) -> None:
     jobs = [job(), queued()]
-    put(world, *jobs)
-    if not world.is_async:
+    put(backend, *jobs)
+    if not backend.is_async:
         client = async_redis.Redis.from_url(redis_url)
-        with JobStore(world.url) as blocking:
+        with JobStore(backend.url) as blocking:
             for act in (blocking.dump_kv, blocking.load_kv):
                 with pytest.raises(InvalidValueError, match="needs AsyncJobStore"):
                     act(client, PREFIX)
         return
 
     async def main() -> None:
-        async with async_redis.Redis.from_url(redis_url) as client, AsyncJobStore(world.url) as store:
+        async with async_redis.Redis.from_url(redis_url) as client, AsyncJobStore(backend.url) as store:
             await client.flushall()
             assert await store.dump_kv(client, PREFIX) == 2
             assert (await store.load_kv(client, PREFIX)).skipped == 2
             with pytest.raises(JobExistsError):
                 await store.load_kv(client, PREFIX, on_conflict="error")
-            empty(world)
+            empty(backend)
             assert (await store.load_kv(client, PREFIX)).inserted == 2
 
-    world.wait(main())
-    assert stored(world) == {one.id: one.to_json() for one in jobs}
+    backend.wait(main())
+    assert stored(backend) == {one.id: one.to_json() for one in jobs}
 
 
 # ------------------------------------------------------------------------------------------------- the table as one
 
 
-def test_the_table_is_a_mapping(world: World) -> None:
+def test_the_table_is_a_mapping(backend: Backend) -> None:
     jobs = sorted((job(target_name=f"t{number}") for number in range(5)), key=lambda one: one.id)
-    put(world, *jobs)
+    put(backend, *jobs)
 
     def act(session: Session) -> None:
         mapping = JobMapping(session, "p.")
@@ -280,11 +280,11 @@ def test_the_table_is_a_mapping(world: World) -> None:
         assert mapping.get("p." + uuid4().hex) is None
         assert repr(mapping) == "<JobMapping of ml_jobs, prefix 'p.'>"
 
-    world.run(act)
+    backend.run(act)
 
 
 def test_what_changes_while_the_mapping_is_read_does_not_disturb_it(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mapping_module, "_PAGE", 2)
 
@@ -300,10 +300,10 @@ def test_what_changes_while_the_mapping_is_read_does_not_disturb_it(
         assert seen == [1, 2, 3, 4, 5, 6, 7]
         assert len(mapping) == 0
 
-    world.run(act)
+    backend.run(act)
 
 
-def test_put_get_delete_list_are_reddbs_contract(world: World) -> None:
+def test_put_get_delete_list_are_reddbs_contract(backend: Backend) -> None:
     one, two = queued(), job()
 
     def act(session: Session) -> None:
@@ -319,13 +319,13 @@ def test_put_get_delete_list_are_reddbs_contract(world: World) -> None:
         mapping.pop(one.id.hex, None)
         assert list(mapping) == [two.id.hex]
 
-    world.run(act)
-    assert stored(world) == {two.id: two.to_json()}
+    backend.run(act)
+    assert stored(backend) == {two.id: two.to_json()}
 
 
-def test_a_finished_key_is_neither_changed_nor_deleted(world: World) -> None:
+def test_a_finished_key_is_neither_changed_nor_deleted(backend: Backend) -> None:
     one = job()
-    put(world, one)
+    put(backend, one)
     key = one.id.hex
 
     def act(session: Session) -> None:
@@ -345,13 +345,13 @@ def test_a_finished_key_is_neither_changed_nor_deleted(world: World) -> None:
                 remove()
         assert mapping[key] == one.to_json()
 
-    world.run(act)
-    assert stored(world) == {one.id: one.to_json()}
+    backend.run(act)
+    assert stored(backend) == {one.id: one.to_json()}
 
 
-def test_a_live_key_moves_along_legal_edges_and_is_its_workers_while_held(world: World, store: Any) -> None:
+def test_a_live_key_moves_along_legal_edges_and_is_its_workers_while_held(backend: Backend, store: Any) -> None:
     free, held = queued(), store.submit("train", "held")
-    put(world, free)
+    put(backend, free)
     store.claim_one(held.id, worker="anna")
 
     def act(session: Session) -> None:
@@ -370,14 +370,14 @@ def test_a_live_key_moves_along_legal_edges_and_is_its_workers_while_held(world:
         with pytest.raises(KeyError):
             del mapping["x"]
 
-    world.run(act)
-    expire_leases(world.outside)
+    backend.run(act)
+    expire_leases(backend.outside)
     store.rescue()
-    world.run(lambda session: JobMapping(session).pop(held.id.hex))
-    assert stored(world).keys() == {free.id}
+    backend.run(lambda session: JobMapping(session).pop(held.id.hex))
+    assert stored(backend).keys() == {free.id}
 
 
-def test_a_key_or_text_that_does_not_fit_is_named(world: World) -> None:
+def test_a_key_or_text_that_does_not_fit_is_named(backend: Backend) -> None:
     one = job()
 
     def act(session: Session) -> None:
@@ -394,14 +394,14 @@ def test_a_key_or_text_that_does_not_fit_is_named(world: World) -> None:
                 mapping["p." + one.id.hex] = text  # type: ignore[assignment]
         assert len(mapping) == 0
 
-    world.run(act)
+    backend.run(act)
     with pytest.raises(InvalidValueError, match="prefix"):
-        world.run(lambda session: JobMapping(session, 5))  # type: ignore[arg-type]
+        backend.run(lambda session: JobMapping(session, 5))  # type: ignore[arg-type]
 
 
-def test_a_dump_into_another_table_is_guarded_too(world: World, store: Any) -> None:
+def test_a_dump_into_another_table_is_guarded_too(backend: Backend, store: Any) -> None:
     one, two = job(), queued()
-    put(world, one, two)
+    put(backend, one, two)
     other = create_engine("sqlite:///other.db", poolclass=NullPool)
     MlJob.metadata.create_all(other)
     with Session(other) as session, session.begin():
@@ -410,7 +410,7 @@ def test_a_dump_into_another_table_is_guarded_too(world: World, store: Any) -> N
         assert store.dump_kv(mapping, PREFIX) == 2
         assert store.load_kv(mapping, PREFIX).skipped == 2
     with Session(other) as session, session.begin():
-        assert {UUID(hex=key): text for key, text in JobMapping(session).items()} == stored(world)
+        assert {UUID(hex=key): text for key, text in JobMapping(session).items()} == stored(backend)
 
 
 def test_a_connection_and_a_hosts_own_class_will_do(empty_url: str) -> None:

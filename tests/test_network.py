@@ -15,8 +15,8 @@ from mljobs.db._engines import engine_options, new_engine
 from mljobs.db._failures import database_is_away
 from mljobs.db._timeouts import answer_seconds, answers_within, limit_idle_transaction, obey_timeouts
 from mljobs.store._run import Run
-from tests.processes import until
 from tests.slow.chaos.proxy import Proxy
+from tests.waiting import until
 
 QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = MlJobStatus
 

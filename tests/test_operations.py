@@ -1,4 +1,4 @@
-"""The operations, through a store, in every world; and in a host's own session."""
+"""The operations, through a store, in every backend; and in a host's own session."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from mljobs import (
     TerminalStateError,
     jobs,
 )
+from tests.backends import Backend
 from tests.leases import count_leases, expire_leases
-from tests.worlds import World
 
 QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = MlJobStatus
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
@@ -81,7 +81,7 @@ def test_unless_active_returns_the_job_that_is_there(store: Any) -> None:
     assert store.submit("train", "spam", unless_active=True).id != first.id
 
 
-def test_an_id_that_exists_is_an_error_that_names_it(store: Any, world: World) -> None:
+def test_an_id_that_exists_is_an_error_that_names_it(store: Any, backend: Backend) -> None:
     first = store.submit("train", "spam")
     for wanted in ({"id": first.id}, {"id": first.id, "priority": 3}, {"id": first.id, "unless_active": True}):
         with pytest.raises(
@@ -91,7 +91,7 @@ def test_an_id_that_exists_is_an_error_that_names_it(store: Any, world: World) -
         assert (caught.value.job_id, caught.value.place) == (first.id, None)
     with pytest.raises(JobExistsError) as caught:
         store.submit_many([("train", "a", None), MlJob(id=first.id, kind="train", target_name="b")])
-    assert caught.value.job_id in ([first.id] if world.dialect == "postgresql" else [first.id, None])
+    assert caught.value.job_id in ([first.id] if backend.dialect == "postgresql" else [first.id, None])
     assert [job.id for job in store.find()] == [first.id]
 
     def in_a_session(session: Session) -> None:
@@ -107,11 +107,11 @@ def test_an_id_that_exists_is_an_error_that_names_it(store: Any, world: World) -
             session.flush()
         session.rollback()
 
-    world.run(in_a_session)
+    backend.run(in_a_session)
 
 
-def test_a_unique_constraint_of_the_host_is_not_reported_as_an_id(store: Any, world: World) -> None:
-    with world.outside.begin() as connection:
+def test_a_unique_constraint_of_the_host_is_not_reported_as_an_id(store: Any, backend: Backend) -> None:
+    with backend.outside.begin() as connection:
         connection.exec_driver_sql("CREATE UNIQUE INDEX host_one ON ml_jobs (target_name)")
     store.submit("train", "spam")
     with pytest.raises(IntegrityError):
@@ -258,11 +258,11 @@ def test_claims_go_by_priority_then_age_and_only_to_kinds_that_are_handled(store
     assert store.claim(worker="w") == []
 
 
-def test_run_after_is_waited_for(store: Any, world: World) -> None:
+def test_run_after_is_waited_for(store: Any, backend: Backend) -> None:
     job = store.submit("train", "later", run_after=timedelta(hours=1))
     assert store.claim(worker="w") == []
-    moment = "0" if world.dialect == "sqlite" else "'2020-01-01'"
-    with world.outside.begin() as connection:
+    moment = "0" if backend.dialect == "sqlite" else "'2020-01-01'"
+    with backend.outside.begin() as connection:
         connection.exec_driver_sql(f"UPDATE ml_jobs SET run_after = {moment}")
     assert [claim.job_id for claim in store.claim(worker="w")] == [job.id]
 
@@ -291,11 +291,13 @@ def test_an_exclusive_target_stays_locked_after_a_cancel_until_its_worker_stops(
     assert len(store.claim(worker="w")) == 1
 
 
-def test_an_exclusive_target_is_free_once_the_lease_of_a_cancelled_job_has_expired(store: Any, world: World) -> None:
+def test_an_exclusive_target_is_free_once_the_lease_of_a_cancelled_job_has_expired(
+    store: Any, backend: Backend
+) -> None:
     first, _ = (store.submit("train", "spam", exclusive=True) for _ in range(2))
     (claim,) = store.claim(worker="w")
     store.cancel(first.id)
-    expire_leases(world.outside)
+    expire_leases(backend.outside)
     assert store.rescue().released == [claim.token]
     assert len(store.claim(worker="w")) == 1
 
@@ -344,14 +346,14 @@ def test_the_token_grows_with_every_claim_and_never_comes_back(store: Any) -> No
     assert seen == sorted(set(seen))
 
 
-def test_renew_says_what_is_held_lost_and_cancelled(store: Any, world: World) -> None:
+def test_renew_says_what_is_held_lost_and_cancelled(store: Any, backend: Backend) -> None:
     for number in range(4):
         store.submit("train", f"t{number}")
     held, lost, cancelled, put_back = store.claim(worker="w", limit=4, lease=5)
     store.requeue(lost)
     store.cancel(cancelled.job_id)
-    with world.outside.begin() as connection:
-        name = put_back.job_id.hex if world.dialect == "sqlite" else str(put_back.job_id)
+    with backend.outside.begin() as connection:
+        name = put_back.job_id.hex if backend.dialect == "sqlite" else str(put_back.job_id)
         connection.exec_driver_sql(f"UPDATE ml_jobs SET status = 'queued', lease = NULL WHERE id = '{name}'")
     renewal = store.renew([held, lost, cancelled, put_back], lease=600)
     assert tokens(renewal.held) == [held.token]
@@ -362,10 +364,10 @@ def test_renew_says_what_is_held_lost_and_cancelled(store: Any, world: World) ->
     assert {claim.job_id for claim in store.claim(worker="v", limit=9)} == {lost.job_id, put_back.job_id}
 
 
-def test_an_expired_lease_that_nobody_took_can_still_be_renewed(store: Any, world: World) -> None:
+def test_an_expired_lease_that_nobody_took_can_still_be_renewed(store: Any, backend: Backend) -> None:
     store.submit("train", "spam")
     (claim,) = store.claim(worker="w")
-    expire_leases(world.outside)
+    expire_leases(backend.outside)
     assert tokens(store.renew([claim]).held) == [claim.token]
     assert not store.rescue()
 
@@ -386,7 +388,7 @@ def test_progress_clamps_goes_back_and_is_checked(store: Any) -> None:
 # ---------------------------------------------------------------------------------------------------------- finishing
 
 
-def test_each_outcome_sets_all_that_belongs_to_it(store: Any, world: World) -> None:
+def test_each_outcome_sets_all_that_belongs_to_it(store: Any, backend: Backend) -> None:
     for number in range(3):
         store.submit("train", f"t{number}")
     done, failed, back = store.claim(worker="w", limit=3)
@@ -403,7 +405,7 @@ def test_each_outcome_sets_all_that_belongs_to_it(store: Any, world: World) -> N
     assert job.finished_at is not None
     job = store.get(back.job_id)
     assert (job.status, job.progress, job.started_at, job.finished_at, job.attempts) == (QUEUED, 0, None, None, 1)
-    assert count_leases(world.outside) == 0
+    assert count_leases(backend.outside) == 0
 
 
 LATE: dict[str, Callable[[Any, Any], Any]] = {
@@ -416,10 +418,12 @@ LATE: dict[str, Callable[[Any, Any], Any]] = {
 
 @pytest.mark.parametrize("write", LATE)
 @pytest.mark.parametrize("next_state", ["queued", "claimed", "completed", "cancelled", "deleted"])
-def test_a_late_worker_gets_an_error_and_writes_nothing(store: Any, world: World, write: str, next_state: str) -> None:
+def test_a_late_worker_gets_an_error_and_writes_nothing(
+    store: Any, backend: Backend, write: str, next_state: str
+) -> None:
     store.submit("train", "spam")
     (late,) = store.claim(worker="slow")
-    expire_leases(world.outside)
+    expire_leases(backend.outside)
     assert store.rescue().requeued == [late.job_id]
     if next_state in ("claimed", "completed"):
         (claim,) = store.claim(worker="quick")
@@ -428,7 +432,7 @@ def test_a_late_worker_gets_an_error_and_writes_nothing(store: Any, world: World
     elif next_state == "cancelled":
         store.cancel(late.job_id)
     elif next_state == "deleted":
-        with world.outside.begin() as connection:
+        with backend.outside.begin() as connection:
             connection.exec_driver_sql("DELETE FROM ml_jobs")
     before = [job.to_json() for job in store.find()]
     with pytest.raises(LeaseLostError):
@@ -450,7 +454,7 @@ def test_a_worker_whose_job_was_cancelled_gets_an_error_and_changes_nothing(stor
 
 
 @pytest.mark.parametrize("end", ["complete", "fail", "requeue"])
-def test_a_finish_refused_by_a_cancel_gives_the_lease_back_once(store: Any, world: World, end: str) -> None:
+def test_a_finish_refused_by_a_cancel_gives_the_lease_back_once(store: Any, backend: Backend, end: str) -> None:
     def act() -> None:
         arguments = ["why"] if end == "fail" else []
         getattr(store, end)(claim, *arguments)
@@ -458,10 +462,10 @@ def test_a_finish_refused_by_a_cancel_gives_the_lease_back_once(store: Any, worl
     first, second = (store.submit("train", "spam", exclusive=True) for _ in range(2))
     (claim,) = store.claim(worker="w")
     store.cancel(claim.job_id)
-    assert count_leases(world.outside) == 1
+    assert count_leases(backend.outside) == 1
     with pytest.raises(TerminalStateError, match="is cancelled"):
         act()
-    assert count_leases(world.outside) == 0
+    assert count_leases(backend.outside) == 0
     with pytest.raises(LeaseLostError):
         act()
     (following,) = store.claim(worker="w")
@@ -510,10 +514,10 @@ def test_finish_and_claim_leaves_everything_as_it_was_when_an_argument_is_wrong(
     assert store.get(claim.job_id).status is RUNNING
 
 
-def test_a_rescue_fails_only_the_kinds_it_was_given(store: Any, world: World) -> None:
+def test_a_rescue_fails_only_the_kinds_it_was_given(store: Any, backend: Backend) -> None:
     train, backfill = store.submit("train", "spam"), store.submit("backfill", "spam")
     store.claim(worker="w", limit=2)
-    expire_leases(world.outside)
+    expire_leases(backend.outside)
     rescue = store.rescue(max_attempts=1, kinds=["train"])
     assert (rescue.failed, rescue.requeued) == ([train.id], [backfill.id])
 
@@ -577,18 +581,18 @@ def test_cancel_of_a_missing_job_is_an_error(store: Any) -> None:
 # ------------------------------------------------------------------------------------------- in the caller's session
 
 
-def test_in_a_session_an_operation_is_part_of_its_transaction(world: World) -> None:
+def test_in_a_session_an_operation_is_part_of_its_transaction(backend: Backend) -> None:
     def undone(session: Session) -> None:
         job = jobs.submit(session, "train", "spam")
         assert job in session
         jobs.submit_many(session, [("train", "more", {})])
         session.rollback()
 
-    world.run(undone)
-    assert world.run(lambda session: len(jobs.find(session))) == 0
+    backend.run(undone)
+    assert backend.run(lambda session: len(jobs.find(session))) == 0
 
 
-def test_in_a_session_instances_show_what_an_operation_changed(world: World) -> None:
+def test_in_a_session_instances_show_what_an_operation_changed(backend: Backend) -> None:
     def life(session: Session) -> None:
         job = MlJob(kind="train", target_name="spam")
         session.add(job)  # pending: the operation writes it first
@@ -606,12 +610,12 @@ def test_in_a_session_instances_show_what_an_operation_changed(world: World) -> 
         assert jobs.prune(session, older_than=timedelta(0)) == 2
         assert session.scalars(select(MlJob)).all() == []
 
-    world.run(life)
+    backend.run(life)
 
 
-def test_unless_active_refuses_a_transaction_that_cannot_see(world: World) -> None:
-    if world.dialect == "sqlite":  # where the write lock comes first, so it always sees
-        world.run(lambda session: jobs.submit(session, "train", "spam", unless_active=True))
+def test_unless_active_refuses_a_transaction_that_cannot_see(backend: Backend) -> None:
+    if backend.dialect == "sqlite":  # where the write lock comes first, so it always sees
+        backend.run(lambda session: jobs.submit(session, "train", "spam", unless_active=True))
         return
 
     def attempt(session: Session) -> None:
@@ -620,24 +624,24 @@ def test_unless_active_refuses_a_transaction_that_cannot_see(world: World) -> No
             jobs.submit(session, "train", "spam", unless_active=True)
         assert caught.value.field == "unless_active"
 
-    world.run(attempt)
+    backend.run(attempt)
 
 
-def test_editing_an_unrelated_field_writes_only_that_field(world: World) -> None:
-    world.run(lambda session: session.add(MlJob(kind="train", target_name="spam")))
+def test_editing_an_unrelated_field_writes_only_that_field(backend: Backend) -> None:
+    backend.run(lambda session: session.add(MlJob(kind="train", target_name="spam")))
 
     def edit(session: Session) -> None:
         job = session.scalars(select(MlJob)).one()
-        with world.outside.begin() as connection:
+        with backend.outside.begin() as connection:
             connection.exec_driver_sql("UPDATE ml_jobs SET status = 'running'")
         job.priority = 5
         session.flush()
         session.expire(job)
         assert (job.status, job.priority) == (RUNNING, 5)
 
-    if world.dialect == "sqlite":
-        world.run(lambda session: session.execute(text("SELECT 1")))
-    world.run(edit)
+    if backend.dialect == "sqlite":
+        backend.run(lambda session: session.execute(text("SELECT 1")))
+    backend.run(edit)
 
 
 def test_a_record_that_is_handed_in_says_of_which_class_it_is(empty_url: str) -> None:

@@ -24,7 +24,7 @@ from sqlalchemy.pool import NullPool
 from mljobs import InvalidValueError, MlJob, metadata
 from mljobs._values import EPOCH, to_millis
 from mljobs.record._sql import time_bucket
-from tests.history import TARGETS, Job, Lease, fill, fixed
+from tests.sample_history import TARGETS, Job, Lease, fill, fixed
 
 PAGE = Path(__file__).parent.parent / "docs" / "queries.md"
 JOBS = 100_000

@@ -16,8 +16,8 @@ from mljobs.jobs import Claim
 from mljobs.store._keeper import Keeper
 from mljobs.store._run import Run
 from tests import worker_app
-from tests.processes import until
-from tests.worlds import World
+from tests.backends import Backend
+from tests.waiting import until
 
 _, RUNNING, COMPLETED, FAILED, CANCELLED = MlJobStatus
 
@@ -42,8 +42,8 @@ def worker_of(store: Any, **options: Any) -> Worker:
 # ---------------------------------------------------------------------------------------------------- the operation
 
 
-def test_progress_and_metrics_are_recorded_under_the_lease_and_each_alone_keeps_the_other(world: World) -> None:
-    store = world.store()
+def test_progress_and_metrics_are_recorded_under_the_lease_and_each_alone_keeps_the_other(backend: Backend) -> None:
+    store = backend.store()
     job = store.submit("train", "spam")
     (claim,) = store.claim(worker="w")
     store.report(claim, progress=10, metrics={"loss": 0.5})
@@ -58,8 +58,8 @@ def test_progress_and_metrics_are_recorded_under_the_lease_and_each_alone_keeps_
     assert store.get(job.id).metrics == {"loss": 0.4}
 
 
-def test_a_report_of_a_cancelled_job_is_refused_and_nothing_is_written(world: World) -> None:
-    store = world.store()
+def test_a_report_of_a_cancelled_job_is_refused_and_nothing_is_written(backend: Backend) -> None:
+    store = backend.store()
     job = store.submit("train", "spam")
     (claim,) = store.claim(worker="w")
     store.report(claim, metrics={"loss": 0.5})

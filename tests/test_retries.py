@@ -23,7 +23,7 @@ from mljobs import (
 )
 from mljobs.store._run import Run
 from tests import worker_app
-from tests.worlds import World
+from tests.backends import Backend
 
 QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = MlJobStatus
 
@@ -50,16 +50,16 @@ def finished(store: Any, status: str = "failed", **values: Any) -> MlJob:
 # ------------------------------------------------------------------------------------------------------------ by hand
 
 
-def test_a_retry_may_have_another_spec_and_keeps_the_rest(world: World) -> None:
-    store = world.store()
+def test_a_retry_may_have_another_spec_and_keeps_the_rest(backend: Backend) -> None:
+    store = backend.store()
     job = finished(store, priority=3, exclusive=True)
     again = store.retry(job.id, spec={"lr": 0.01})
     assert (again.spec, again.priority, again.exclusive, again.retry_of) == ({"lr": 0.01}, 3, True, job.id)
     assert store.get(job.id).spec == {"lr": 0.1}
 
 
-def test_a_job_has_one_live_retry_unless_another_is_asked_for(world: World) -> None:
-    store = world.store()
+def test_a_job_has_one_live_retry_unless_another_is_asked_for(backend: Backend) -> None:
+    store = backend.store()
     job = finished(store)
     first = store.retry(job.id)
     assert store.retry(job.id).id == first.id
@@ -98,8 +98,8 @@ def test_two_that_retry_at_once_get_one_retry(store: JobStore) -> None:
     assert len(set(ids)) == 1
 
 
-def test_a_completed_job_is_only_done_again_when_that_is_said(world: World) -> None:
-    store = world.store()
+def test_a_completed_job_is_only_done_again_when_that_is_said(backend: Backend) -> None:
+    store = backend.store()
     job = finished(store, "completed")
     with pytest.raises(InvalidTransitionError, match="again=True") as caught:
         store.retry(job.id)
@@ -116,8 +116,8 @@ def test_a_retry_in_a_session_sees_what_the_session_has_retried(store: JobStore)
         assert jobs.retry(session, job.id) is first
 
 
-def test_lineage_tells_what_came_before_and_after(world: World) -> None:
-    store = world.store()
+def test_lineage_tells_what_came_before_and_after(backend: Backend) -> None:
+    store = backend.store()
     first = finished(store)
     second = store.retry(first.id)
     store.cancel(second.id)

@@ -19,7 +19,7 @@ from pytest_alembic.runner import runner
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.pool import NullPool
 
-from tests.histories import History
+from tests.alembic_history import History
 from tests.test_alembic_plugin import models
 
 ROOT = Path(__file__).parent.parent

@@ -1,4 +1,4 @@
-"""Every way to write a row, in every world: a finished job refuses it, and is byte for byte what it was."""
+"""Every way to write a row, in every backend: a finished job refuses it, and is byte for byte what it was."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from sqlalchemy.util import await_only
 from mljobs import MlJob, MlJobStatus, TerminalStateError
 from mljobs.guards import translate_error
 from mljobs.guards._companions import GUARD_ROLES
-from tests.host import GridRun, HostBase, Team, TrainingRun
+from tests.backends import DRIVERS, Backend
+from tests.host_application import GridRun, HostBase, Team, TrainingRun
 from tests.postgres import Server
-from tests.worlds import DRIVERS, World
 
 JOBS = MlJob.__table__
 ID = "01890000000070008000000000000001"
@@ -391,8 +391,8 @@ def _finish(session: Session) -> None:
     job.complete({"f1": 0.9})
 
 
-def _snapshot(world: World) -> list[Any]:
-    with world.outside.connect() as connection:
+def _snapshot(backend: Backend) -> list[Any]:
+    with backend.outside.connect() as connection:
         rows = connection.exec_driver_sql("SELECT ml_jobs.* FROM ml_jobs ORDER BY id").all()
     return [tuple(row) for row in rows]
 
@@ -405,11 +405,11 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("world", "name"), WAYS, indirect=["world"])
-def test_a_finished_job_refuses_every_route(world: World, name: str) -> None:
+@pytest.mark.parametrize(("backend", "name"), WAYS, indirect=["backend"])
+def test_a_finished_job_refuses_every_route(backend: Backend, name: str) -> None:
     way = ROUTES[name]
-    world.run(_finish)
-    before = _snapshot(world)
+    backend.run(_finish)
+    before = _snapshot(backend)
     job_id = UUID(ID)
 
     def attempt(session: Session) -> None:
@@ -422,8 +422,8 @@ def test_a_finished_job_refuses_every_route(world: World, name: str) -> None:
         session.rollback()
         assert session.scalars(select(MlJob)).one().status is MlJobStatus.COMPLETED  # and from the rollback
 
-    world.run(attempt)
-    assert _snapshot(world) == before
+    backend.run(attempt)
+    assert _snapshot(backend) == before
 
 
 def test_the_docs_name_every_route_and_what_stops_it() -> None:
@@ -436,20 +436,20 @@ def test_the_docs_name_every_route_and_what_stops_it() -> None:
 # -------------------------------------------------------------------------------- routes that need a stage of their own
 
 
-def _spoil(world: World, first: Callable[[Session], Any]) -> None:
-    before = _snapshot(world)
+def _spoil(backend: Backend, first: Callable[[Session], Any]) -> None:
+    before = _snapshot(backend)
 
     def attempt(session: Session) -> None:
         with pytest.raises(TerminalStateError):
             first(session)
         session.rollback()
 
-    world.run(attempt)
-    assert _snapshot(world) == before
+    backend.run(attempt)
+    assert _snapshot(backend) == before
 
 
-def test_a_stale_object_that_another_transaction_finished_is_refused(world: World) -> None:
-    world.run(lambda session: session.add(MlJob(id=ID, kind="train", target_name="spam", status="running")))
+def test_a_stale_object_that_another_transaction_finished_is_refused(backend: Backend) -> None:
+    backend.run(lambda session: session.add(MlJob(id=ID, kind="train", target_name="spam", status="running")))
 
     def stale(session: Session) -> None:
         job = session.get_one(MlJob, UUID(ID))
@@ -457,19 +457,19 @@ def test_a_stale_object_that_another_transaction_finished_is_refused(world: Worl
         session.expire_on_commit = False
         job.target_name  # noqa: B018 - loads it
         session.commit()
-        with world.outside.begin() as connection:
+        with backend.outside.begin() as connection:
             connection.exec_driver_sql("UPDATE ml_jobs SET status = 'cancelled'")
-        finished = _snapshot(world)
+        finished = _snapshot(backend)
         job.progress = 60
         with pytest.raises(TerminalStateError):
             session.flush()
         session.rollback()
-        assert _snapshot(world) == finished
+        assert _snapshot(backend) == finished
 
-    world.run(stale)
+    backend.run(stale)
 
 
-def test_a_job_completed_and_changed_again_in_one_session_is_refused(world: World) -> None:
+def test_a_job_completed_and_changed_again_in_one_session_is_refused(backend: Backend) -> None:
     def again(session: Session) -> None:
         job = MlJob(kind="train", target_name="spam")
         session.add(job)
@@ -483,12 +483,12 @@ def test_a_job_completed_and_changed_again_in_one_session_is_refused(world: Worl
             session.flush()
         session.rollback()
 
-    world.run(again)
+    backend.run(again)
 
 
-def test_make_transient_and_add_cannot_take_the_place_of_a_finished_job(world: World) -> None:
-    world.run(_finish)
-    before = _snapshot(world)
+def test_make_transient_and_add_cannot_take_the_place_of_a_finished_job(backend: Backend) -> None:
+    backend.run(_finish)
+    before = _snapshot(backend)
 
     def attempt(session: Session) -> None:
         job = session.get_one(MlJob, UUID(ID))
@@ -499,25 +499,25 @@ def test_make_transient_and_add_cannot_take_the_place_of_a_finished_job(world: W
             session.flush()
         session.rollback()
 
-    world.run(attempt)
-    assert _snapshot(world) == before
+    backend.run(attempt)
+    assert _snapshot(backend) == before
 
 
-def test_copy_cannot_take_the_place_of_a_finished_job(world: World) -> None:
+def test_copy_cannot_take_the_place_of_a_finished_job(backend: Backend) -> None:
     from mljobs import jobs
 
-    world.run(_finish)
-    before = _snapshot(world)
+    backend.run(_finish)
+    before = _snapshot(backend)
     with pytest.raises(Exception, match=r"(?i)unique|duplicate|terminal"):
-        world.run(jobs.submit_many, [MlJob(id=ID, kind="train", target_name="other")])
-    assert _snapshot(world) == before
+        backend.run(jobs.submit_many, [MlJob(id=ID, kind="train", target_name="other")])
+    assert _snapshot(backend) == before
 
 
-def test_a_shell_of_the_database_is_refused(world: World, request: pytest.FixtureRequest) -> None:
-    world.run(_finish)
-    before = _snapshot(world)
-    url = world.outside.url
-    if world.dialect == "sqlite":
+def test_a_shell_of_the_database_is_refused(backend: Backend, request: pytest.FixtureRequest) -> None:
+    backend.run(_finish)
+    before = _snapshot(backend)
+    url = backend.outside.url
+    if backend.dialect == "sqlite":
         script = f"import sqlite3; sqlite3.connect({url.database!r}).execute('UPDATE ml_jobs SET progress = 1')"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     else:
@@ -534,7 +534,7 @@ def test_a_shell_of_the_database_is_refused(world: World, request: pytest.Fixtur
         assert "DETAIL:  id=01890000-0000-7000-8000-000000000001 status=completed" in done.stderr
     assert done.returncode != 0
     assert "mljobs: record is in a terminal state" in done.stderr
-    assert _snapshot(world) == before
+    assert _snapshot(backend) == before
 
 
 OTHER_ROUTES = {
@@ -568,9 +568,9 @@ OTHER_ROUTES = {
 
 
 @pytest.fixture
-def hosted(world: World) -> World:
-    HostBase.metadata.create_all(world.outside)
-    return world
+def hosted(backend: Backend) -> Backend:
+    HostBase.metadata.create_all(backend.outside)
+    return backend
 
 
 def _finish_run(session: Session, kind: type[TrainingRun] = TrainingRun) -> None:
@@ -582,7 +582,7 @@ def _finish_run(session: Session, kind: type[TrainingRun] = TrainingRun) -> None
     run.complete()
 
 
-def test_a_hosts_own_columns_stay_writable_on_a_finished_job(hosted: World) -> None:
+def test_a_hosts_own_columns_stay_writable_on_a_finished_job(hosted: Backend) -> None:
     hosted.run(_finish_run)
 
     def change(session: Session) -> None:
@@ -604,7 +604,7 @@ def test_a_hosts_own_columns_stay_writable_on_a_finished_job(hosted: World) -> N
     assert tuple(row) == ("by SQL", "completed")
 
 
-def test_a_hosts_table_guards_the_record_itself(hosted: World) -> None:
+def test_a_hosts_table_guards_the_record_itself(hosted: Backend) -> None:
     hosted.run(_finish_run)
 
     def change(session: Session) -> None:
@@ -620,7 +620,7 @@ def test_a_hosts_table_guards_the_record_itself(hosted: World) -> None:
     hosted.run(change)
 
 
-def test_a_joined_subclass_is_guarded_and_its_own_table_is_the_hosts(hosted: World) -> None:
+def test_a_joined_subclass_is_guarded_and_its_own_table_is_the_hosts(hosted: Backend) -> None:
     hosted.run(_finish_run, GridRun)
 
     def change(session: Session) -> None:
@@ -639,19 +639,19 @@ def test_a_joined_subclass_is_guarded_and_its_own_table_is_the_hosts(hosted: Wor
     hosted.run(change)
 
 
-def test_an_insert_that_yields_to_a_finished_job_is_legal(world: World) -> None:
-    world.run(_finish)
-    before = _snapshot(world)
+def test_an_insert_that_yields_to_a_finished_job_is_legal(backend: Backend) -> None:
+    backend.run(_finish)
+    before = _snapshot(backend)
 
     def yield_to_it(session: Session) -> None:
-        if world.dialect == "sqlite":
+        if backend.dialect == "sqlite":
             session.execute(text(f"INSERT OR IGNORE INTO ml_jobs {_ROW}"))
-        maker = postgresql.insert if world.dialect == "postgresql" else sqlite.insert
+        maker = postgresql.insert if backend.dialect == "postgresql" else sqlite.insert
         values = {"id": UUID(ID), "kind": "train", "target_name": "x", "spec_json": "{}"}
         session.execute(maker(MlJob).values(**values).on_conflict_do_nothing())  # type: ignore[operator]
 
-    world.run(yield_to_it)
-    assert _snapshot(world) == before
+    backend.run(yield_to_it)
+    assert _snapshot(backend) == before
 
 
 def test_replacing_a_job_that_has_not_finished_is_legal(sqlite_url: str) -> None:
@@ -663,26 +663,26 @@ def test_replacing_a_job_that_has_not_finished_is_legal(sqlite_url: str) -> None
     connection.close()
 
 
-def test_a_finished_job_may_be_inserted(world: World) -> None:
-    world.run(
+def test_a_finished_job_may_be_inserted(backend: Backend) -> None:
+    backend.run(
         lambda session: session.execute(
             insert(MlJob).values(kind="train", target_name="old", spec_json="{}", status="failed", progress=literal(30))
         )
     )
-    assert _snapshot(world)[0][3] == "failed"
+    assert _snapshot(backend)[0][3] == "failed"
 
 
 # ------------------------------------------------------------------------------------------- each ring by itself
 
 
-def test_the_hooks_alone_refuse_early(world: World) -> None:
-    world.run(_finish)
-    with world.outside.begin() as connection:
+def test_the_hooks_alone_refuse_early(backend: Backend) -> None:
+    backend.run(_finish)
+    with backend.outside.begin() as connection:
         for trigger in GUARD_ROLES:
             name = f"ml_jobs_guard_{trigger}"
             statement = f"DROP TRIGGER IF EXISTS {name}"
-            connection.exec_driver_sql(statement + (" ON ml_jobs" if world.dialect == "postgresql" else ""))
-    before = _snapshot(world)
+            connection.exec_driver_sql(statement + (" ON ml_jobs" if backend.dialect == "postgresql" else ""))
+    before = _snapshot(backend)
     for name, way in ROUTES.items():
         if way.stopped_by == HOOK:
 
@@ -691,15 +691,15 @@ def test_the_hooks_alone_refuse_early(world: World) -> None:
                     way.write(session, UUID(ID))
                 session.rollback()
 
-            world.run(attempt)
-            assert _snapshot(world) == before, name
+            backend.run(attempt)
+            assert _snapshot(backend) == before, name
 
 
 PAIRS = [(old, new) for old in MlJobStatus for new in MlJobStatus if old is not new]
 
 
 @pytest.mark.parametrize(("old", "new"), PAIRS)
-def test_every_edge_is_judged_alike_by_hook_and_trigger(world: World, old: MlJobStatus, new: MlJobStatus) -> None:
+def test_every_edge_is_judged_alike_by_hook_and_trigger(backend: Backend, old: MlJobStatus, new: MlJobStatus) -> None:
     from mljobs import InvalidTransitionError
 
     expected = None if old.can_become(new) else TerminalStateError if old.is_terminal else InvalidTransitionError
@@ -711,7 +711,7 @@ def test_every_edge_is_judged_alike_by_hook_and_trigger(world: World, old: MlJob
         session.scalars(select(MlJob)).one().status = new
         session.flush()
 
-    world.run(lambda session: session.add(MlJob(id=ID, kind="train", target_name="spam", status=old)))
+    backend.run(lambda session: session.add(MlJob(id=ID, kind="train", target_name="spam", status=old)))
     for write in (by_trigger, by_hook):
 
         def attempt(session: Session, write: Callable[[Session], None] = write) -> None:
@@ -722,4 +722,4 @@ def test_every_edge_is_judged_alike_by_hook_and_trigger(world: World, old: MlJob
                     write(session)
             session.rollback()
 
-        world.run(attempt)
+        backend.run(attempt)

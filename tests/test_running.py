@@ -16,31 +16,31 @@ from mljobs.jobs import Claim, Outcome
 from mljobs.store._keeper import Keeper
 from mljobs.store._recording import record_outcome
 from mljobs.store._run import Run
+from tests.backends import Backend
 from tests.leases import expire_leases
-from tests.worlds import World
 
 
 @contextmanager
-def _entered(world: World, store: Any, job: Any, **options: Any) -> Any:
-    """Enter ``store.running`` as this world does."""
-    if not world.is_async:
+def _entered(backend: Backend, store: Any, job: Any, **options: Any) -> Any:
+    """Enter ``store.running`` as this backend does."""
+    if not backend.is_async:
         with store.running(job, **options) as run:
             yield run
         return
     manager = store._target.running(job, **options)
-    run = world.wait(manager.__aenter__())
+    run = backend.wait(manager.__aenter__())
     try:
         yield run
     except BaseException as error:
-        if not world.wait(manager.__aexit__(type(error), error, error.__traceback__)):
+        if not backend.wait(manager.__aexit__(type(error), error, error.__traceback__)):
             raise
     else:
-        world.wait(manager.__aexit__(None, None, None))
+        backend.wait(manager.__aexit__(None, None, None))
 
 
-def test_leaving_the_block_completes_the_job_with_its_metrics(world: World, store: Any) -> None:
+def test_leaving_the_block_completes_the_job_with_its_metrics(backend: Backend, store: Any) -> None:
     job = store.submit("train", "spam", {"epochs": 3})
-    with _entered(world, store, job) as run:
+    with _entered(backend, store, job) as run:
         assert store.get(job.id).status is MlJobStatus.RUNNING
         assert (run.spec, run.attempt, run.job.id) == ({"epochs": 3}, 1, job.id)
         for _ in run.track(range(3)):
@@ -50,9 +50,9 @@ def test_leaving_the_block_completes_the_job_with_its_metrics(world: World, stor
     assert (job.status, job.progress, job.metrics) == (MlJobStatus.COMPLETED, 100, {"f1": 0.9})
 
 
-def test_an_exception_fails_the_job_with_its_reason_and_goes_on(world: World, store: Any) -> None:
+def test_an_exception_fails_the_job_with_its_reason_and_goes_on(backend: Backend, store: Any) -> None:
     job = store.submit("train", "spam")
-    with pytest.raises(ZeroDivisionError), _entered(world, store, job) as run:
+    with pytest.raises(ZeroDivisionError), _entered(backend, store, job) as run:
         run.progress(40)
         _ = 1 / 0
     job = store.get(job.id)
@@ -72,17 +72,17 @@ def test_what_only_asks_to_stop_puts_the_job_back(sqlite_url: str, error: type[B
         assert (job.status, job.attempts) == (MlJobStatus.QUEUED, 1)
 
 
-def test_metrics_that_json_cannot_hold_fail_the_job(world: World, store: Any) -> None:
+def test_metrics_that_json_cannot_hold_fail_the_job(backend: Backend, store: Any) -> None:
     job = store.submit("train", "spam")
-    with pytest.raises(InvalidValueError), _entered(world, store, job) as run:
+    with pytest.raises(InvalidValueError), _entered(backend, store, job) as run:
         run.metrics = {"loss": float("nan")}
     assert store.get(job.id).status is MlJobStatus.FAILED
 
 
-def test_a_cancel_stops_the_work_at_its_next_check(world: World, store: Any) -> None:
+def test_a_cancel_stops_the_work_at_its_next_check(backend: Backend, store: Any) -> None:
     job = store.submit("train", "spam", exclusive=True)
     reached: list[int] = []
-    with pytest.raises(JobCancelled), _entered(world, store, job, lease=0.3) as run:
+    with pytest.raises(JobCancelled), _entered(backend, store, job, lease=0.3) as run:
         store.cancel(job.id)
         with pytest.raises(JobCancelled):
             run.sleep(30)  # the keeper brings it
@@ -93,17 +93,17 @@ def test_a_cancel_stops_the_work_at_its_next_check(world: World, store: Any) -> 
     assert len(store.claim(worker="next")) == 1  # the target is free at once
 
 
-def test_a_cancel_that_the_handler_did_not_check_for_is_raised_at_the_end(world: World, store: Any) -> None:
+def test_a_cancel_that_the_handler_did_not_check_for_is_raised_at_the_end(backend: Backend, store: Any) -> None:
     job = store.submit("train", "spam")
-    with pytest.raises(JobCancelled), _entered(world, store, job):
+    with pytest.raises(JobCancelled), _entered(backend, store, job):
         store.cancel(job.id)
     assert store.get(job.id).status is MlJobStatus.CANCELLED
 
 
-def test_a_lost_lease_is_an_error_and_nothing_is_written(world: World, store: Any) -> None:
+def test_a_lost_lease_is_an_error_and_nothing_is_written(backend: Backend, store: Any) -> None:
     job = store.submit("train", "spam")
-    with pytest.raises(LeaseLostError), _entered(world, store, job) as run:
-        expire_leases(world.outside)
+    with pytest.raises(LeaseLostError), _entered(backend, store, job) as run:
+        expire_leases(backend.outside)
         store.rescue()
         (claim,) = store.claim(worker="quick")
         store.complete(claim, {"quick": True})
@@ -111,11 +111,11 @@ def test_a_lost_lease_is_an_error_and_nothing_is_written(world: World, store: An
     assert store.get(job.id).metrics == {"quick": True}
 
 
-def test_the_lease_is_kept_while_the_work_blocks(world: World, store: Any) -> None:
+def test_the_lease_is_kept_while_the_work_blocks(backend: Backend, store: Any) -> None:
     job = store.submit("train", "spam")
-    with _entered(world, store, job, lease=0.5):  # noqa: SIM117 - the reason stands between
+    with _entered(backend, store, job, lease=0.5):  # noqa: SIM117 - the reason stands between
         # Nothing of ours runs in this thread, the event loop's own, until the lease has been renewed.
-        with world.outside.connect() as connection:
+        with backend.outside.connect() as connection:
             first = connection.exec_driver_sql("SELECT expires_at FROM ml_job_leases").scalar_one()
             pause = threading.Event()
             for _ in range(200):
@@ -315,11 +315,11 @@ def test_wait_returns_a_finished_job_and_times_out_on_others(store: Any) -> None
         store.wait(job, timeout=-1)
 
 
-def test_wait_wakes_when_somebody_else_finishes_the_job(world: World, store: Any) -> None:
+def test_wait_wakes_when_somebody_else_finishes_the_job(backend: Backend, store: Any) -> None:
     job = store.submit("train", "spam")
 
     def finish() -> None:
-        with world.outside.begin() as connection:
+        with backend.outside.begin() as connection:
             connection.exec_driver_sql("UPDATE ml_jobs SET status = 'cancelled'")
 
     timer = threading.Timer(0.2, finish)
@@ -328,26 +328,26 @@ def test_wait_wakes_when_somebody_else_finishes_the_job(world: World, store: Any
     timer.join()
 
 
-def test_waiting_works_with_every_notification_lost(world: World, store: Any) -> None:
-    if world.dialect == "postgresql":
-        with world.outside.begin() as connection:
+def test_waiting_works_with_every_notification_lost(backend: Backend, store: Any) -> None:
+    if backend.dialect == "postgresql":
+        with backend.outside.begin() as connection:
             connection.exec_driver_sql("DROP TRIGGER ml_jobs_wake_update ON ml_jobs")
-    test_wait_wakes_when_somebody_else_finishes_the_job(world, store)
+    test_wait_wakes_when_somebody_else_finishes_the_job(backend, store)
 
 
-def test_watch_yields_what_changes_and_ends_in_time(world: World, store: Any) -> None:
+def test_watch_yields_what_changes_and_ends_in_time(backend: Backend, store: Any) -> None:
     old = store.submit("train", "old")
     seen: list[tuple[str, str]] = []
     started = threading.Event()
 
     def act() -> None:
         started.wait(30)
-        with world.outside.begin() as connection:
+        with backend.outside.begin() as connection:
             connection.exec_driver_sql("UPDATE ml_jobs SET status = 'running'")
 
     actor = threading.Thread(target=act)
     actor.start()
-    if world.is_async:
+    if backend.is_async:
 
         async def collect() -> None:
             async for job in store._target.watch(timeout=20, poll=0.05):
@@ -364,7 +364,7 @@ def test_watch_yields_what_changes_and_ends_in_time(world: World, store: Any) ->
             started.set()
             await task
 
-        world.wait(main())
+        backend.wait(main())
     else:
         watch = store.watch(timeout=20, poll=0.05)
         threading.Timer(0.3, started.set).start()

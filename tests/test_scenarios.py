@@ -14,14 +14,14 @@ from mljobs import MlJob, MlJobStatus
 from mljobs.jobs import _claiming as claiming
 from mljobs.jobs import _pruning, _statements
 from mljobs.jobs._statements import moments
+from tests.backends import Backend
 from tests.leases import expire_leases
-from tests.worlds import World
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_a_retry_that_collides_leaves_the_first_job_in_its_final_state(world: World, store: Any) -> None:
-    with world.outside.begin() as connection:
+def test_a_retry_that_collides_leaves_the_first_job_in_its_final_state(backend: Backend, store: Any) -> None:
+    with backend.outside.begin() as connection:
         connection.exec_driver_sql(
             "CREATE UNIQUE INDEX host_one_queued ON ml_jobs (target_name) WHERE status = 'queued'"
         )
@@ -34,20 +34,20 @@ def test_a_retry_that_collides_leaves_the_first_job_in_its_final_state(world: Wo
     assert store.get(first.id).status is MlJobStatus.FAILED
 
 
-def test_a_lost_exclusive_job_does_not_block_its_own_rescue(world: World, store: Any) -> None:
+def test_a_lost_exclusive_job_does_not_block_its_own_rescue(backend: Backend, store: Any) -> None:
     job = store.submit("train", "spam", exclusive=True)
     (late,) = store.claim(worker="lost")
-    expire_leases(world.outside)
+    expire_leases(backend.outside)
     assert store.rescue().requeued == [job.id]
     (claim,) = store.claim(worker="next")
     assert claim.token > late.token
     store.complete(claim)
 
 
-def test_rescuing_a_kind_that_one_does_not_handle_only_requeues_it(world: World, store: Any) -> None:
+def test_rescuing_a_kind_that_one_does_not_handle_only_requeues_it(backend: Backend, store: Any) -> None:
     job = store.submit("drift_compute", "spam")
     store.claim(worker="other", kinds=["drift_compute"])
-    expire_leases(world.outside)
+    expire_leases(backend.outside)
     assert store.claim(worker="trainer", kinds=["train"]) == []
     assert store.rescue().requeued == [job.id]
     assert store.claim(worker="trainer", kinds=["train"]) == []
@@ -73,28 +73,28 @@ def test_a_clock_that_jumps_does_not_lose_a_lease(postgres_url: str, monkeypatch
         assert finished < tomorrow
 
 
-def _plan(world: World, connection: Any, statement: Any, parameters: dict[str, Any]) -> str:
+def _plan(backend: Backend, connection: Any, statement: Any, parameters: dict[str, Any]) -> str:
     from mljobs.db._prepared import _Compiled
 
     compiled = _Compiled(statement._statement(connection.dialect), connection.dialect)
-    explain = "EXPLAIN " if world.dialect == "postgresql" else "EXPLAIN QUERY PLAN "
+    explain = "EXPLAIN " if backend.dialect == "postgresql" else "EXPLAIN QUERY PLAN "
     rows = connection.exec_driver_sql(explain + compiled.text, compiled.parameters(parameters))
     return "\n".join(str(row) for row in rows)
 
 
-def test_claiming_reads_the_partial_index_of_the_queue(world: World) -> None:
-    if world.is_async:  # the plan is the database's, whatever the driver
-        assert world.name
+def test_claiming_reads_the_partial_index_of_the_queue(backend: Backend) -> None:
+    if backend.is_async:  # the plan is the database's, whatever the driver
+        assert backend.name
         return
     parameters = {**moments(60), "worker": "w", "limit": 10}
-    with world.outside.begin() as connection:
-        if world.dialect == "postgresql":
+    with backend.outside.begin() as connection:
+        if backend.dialect == "postgresql":
             connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
             connection.exec_driver_sql("SET LOCAL enable_bitmapscan = off")
-            plan = _plan(world, connection, claiming._claim_statement(MlJob, "any", 10), parameters)
+            plan = _plan(backend, connection, claiming._claim_statement(MlJob, "any", 10), parameters)
             assert "Seq Scan on ml_jobs" not in plan
         else:
-            plan = _plan(world, connection, claiming._pick_statement(MlJob, "any", 10), parameters)
+            plan = _plan(backend, connection, claiming._pick_statement(MlJob, "any", 10), parameters)
             assert "USE TEMP B-TREE" not in plan  # in the index's own order
     assert "ix_ml_jobs_queue" in plan
 

@@ -23,8 +23,8 @@ from sqlalchemy.pool import NullPool
 from mljobs import InvalidValueError, MlJob, SchemaError, schema
 from mljobs.db._engines import new_engine
 from mljobs.schema import _versions
+from tests.backends import DRIVERS
 from tests.fork_server import forkserver
-from tests.worlds import DRIVERS
 
 ASYNC = {name: driver for name, driver in DRIVERS.items() if "-" in name}
 

@@ -19,7 +19,7 @@ from mljobs import MlJob, MlJobLease, MlJobMixin, SchemaError, TerminalStateErro
 from mljobs.alembic_plugin import _rebuilding as rebuilding
 from mljobs.errors import InvalidValueError
 from mljobs.guards._overview import overview_ddl
-from tests.host import HostBase
+from tests.host_application import HostBase
 from tests.postgres import Server
 
 HARM_IN_SQLITE = {

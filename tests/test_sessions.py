@@ -39,8 +39,8 @@ from mljobs import (
 from mljobs.guards import retention
 from mljobs.transfer import export_jobs, import_jobs
 from mljobs.transfer._arrow import to_arrow
-from tests.processes import until
-from tests.worlds import Face, World
+from tests.backends import Backend, Blocking
+from tests.waiting import until
 
 
 class Base(DeclarativeBase):
@@ -183,17 +183,17 @@ def test_the_session_may_be_given_by_name(jobsdb: Engine) -> None:
 # --------------------------------------------------------------- a store in the transaction of a host's connection
 
 
-def _in_a_transaction(world: World, work: Any, *, commit: bool) -> None:
+def _in_a_transaction(backend: Backend, work: Any, *, commit: bool) -> None:
     """Call ``work(store, run)`` with a store that joins the transaction of a connection, and end that."""
-    if isinstance(world.engine, Engine):
-        with world.engine.connect() as connection:
+    if isinstance(backend.engine, Engine):
+        with backend.engine.connect() as connection:
             work(JobStore(connection), connection.execute)
             (connection.commit if commit else connection.rollback)()
         return
 
     async def run() -> None:
-        async with world.engine.connect() as connection:
-            store = Face(AsyncJobStore(connection), await_only)
+        async with backend.engine.connect() as connection:
+            store = Blocking(AsyncJobStore(connection), await_only)
 
             async def execute(statement: Any) -> Any:
                 return await connection.execute(statement)
@@ -201,11 +201,11 @@ def _in_a_transaction(world: World, work: Any, *, commit: bool) -> None:
             await greenlet_spawn(work, store, lambda statement: await_only(execute(statement)))
             await (connection.commit() if commit else connection.rollback())
 
-    world.wait(run())
+    backend.wait(run())
 
 
 @pytest.mark.parametrize("end", ["commit", "rollback"])
-def test_a_store_on_a_connection_is_part_of_its_transaction(world: World, end: str) -> None:
+def test_a_store_on_a_connection_is_part_of_its_transaction(backend: Backend, end: str) -> None:
     commit = end == "commit"
     ids: list[Any] = []
 
@@ -222,14 +222,14 @@ def test_a_store_on_a_connection_is_part_of_its_transaction(world: World, end: s
         assert execute(select(MlJob.status).where(MlJob.id == job.id)).scalar_one() is MlJobStatus.COMPLETED
         assert store.counts().total() == 4
 
-    _in_a_transaction(world, work, commit=commit)
-    with Session(world.outside) as session:
+    _in_a_transaction(backend, work, commit=commit)
+    with Session(backend.outside) as session:
         assert len(jobs.find(session)) == (4 if commit else 0)
         if commit:
             assert jobs.get(session, ids[0]).status is MlJobStatus.COMPLETED
 
 
-def test_what_a_store_on_a_connection_finishes_is_told_when_the_host_commits(world: World) -> None:
+def test_what_a_store_on_a_connection_finishes_is_told_when_the_host_commits(backend: Backend) -> None:
     finished: list[Any] = []
 
     def work(store: Any, _execute: Any) -> None:
@@ -239,7 +239,7 @@ def test_what_a_store_on_a_connection_finishes_is_told_when_the_host_commits(wor
 
     for commit in (False, True):
         listening: list[Any] = []
-        _in_a_transaction(world, work, commit=commit)
+        _in_a_transaction(backend, work, commit=commit)
         listening[0].remove()
         assert [job.status for job in finished] == ([MlJobStatus.CANCELLED] if commit else [])
 
@@ -329,13 +329,13 @@ def test_a_statement_that_met_another_one_is_run_again(postgres_url: str) -> Non
     engine.dispose()
 
 
-def test_closing_a_store_ends_a_watch_and_leaves_no_connection(world: World) -> None:
-    store = world.store()
+def test_closing_a_store_ends_a_watch_and_leaves_no_connection(backend: Backend) -> None:
+    store = backend.store()
     store.submit("train", "spam")
     connections = text(
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     )
-    if isinstance(world.engine, Engine):
+    if isinstance(backend.engine, Engine):
         ended: list[bool] = []
 
         def watch() -> None:
@@ -345,7 +345,7 @@ def test_closing_a_store_ends_a_watch_and_leaves_no_connection(world: World) -> 
 
         with pytest.raises(MlJobsError, match="the store was closed"), ThreadPoolExecutor() as pool:
             watcher, waiter = pool.submit(watch), pool.submit(store.wait, store.find()[0].id, poll=300)
-            until(lambda: _listening(world, store, 2))
+            until(lambda: _listening(backend, store, 2))
             paused = store.watch(poll=0.01)
             store.submit("train", "eggs")
             threading.Timer(0.1, lambda: store.submit("train", "ham")).start()
@@ -361,23 +361,23 @@ def test_closing_a_store_ends_a_watch_and_leaves_no_connection(world: World) -> 
             inner = store._target
             watcher = asyncio.create_task(_collect(inner.watch(poll=300)))
             waiter = asyncio.create_task(inner.wait((await inner.find())[0].id, poll=300))
-            while not _listening(world, inner, 2):  # noqa: ASYNC110 - nothing tells of it
+            while not _listening(backend, inner, 2):  # noqa: ASYNC110 - nothing tells of it
                 await asyncio.sleep(0.01)
             await inner.close()
             assert await asyncio.wait_for(watcher, 60) == []
             with pytest.raises(MlJobsError, match="the store was closed"):
                 await asyncio.wait_for(waiter, 60)
 
-        world.wait(follow())
-    if world.dialect == "postgresql":
-        with world.outside.connect() as connection:
+        backend.wait(follow())
+    if backend.dialect == "postgresql":
+        with backend.outside.connect() as connection:
             until(lambda: connection.scalar(connections) == 0)
 
 
-def _listening(world: World, store: Any, watches: int) -> bool:
+def _listening(backend: Backend, store: Any, watches: int) -> bool:
     listeners = [follower._listener for follower in store._followers]
     connected = all(listener._connection is not None for listener in listeners)
-    return len(listeners) == watches and (connected or world.dialect == "sqlite")
+    return len(listeners) == watches and (connected or backend.dialect == "sqlite")
 
 
 async def _collect(watch: Any) -> list[Any]:

@@ -21,8 +21,8 @@ from mljobs import AsyncJobStore, InvalidValueError, JobStore, MlJob, MlJobStatu
 from mljobs.db._engines import async_url, sync_url, url_from_env
 from mljobs.db._wake import AsyncChangeListener, ChangeListener
 from mljobs.jobs._base import connection_of
-from tests.processes import until
-from tests.worlds import DRIVERS
+from tests.backends import DRIVERS
+from tests.waiting import until
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ from tests.worlds import DRIVERS
         ("sqlite+aiosqlite:///x.db", "sqlite", "sqlite+aiosqlite"),
     ],
 )
-def test_a_url_gets_the_driver_that_its_world_needs(given: str, blocking: str, awaited: str) -> None:
+def test_a_url_gets_the_driver_that_its_store_needs(given: str, blocking: str, awaited: str) -> None:
     assert (sync_url(given).drivername, async_url(given).drivername) == (blocking, awaited)
 
 

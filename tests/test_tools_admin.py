@@ -20,7 +20,7 @@ from starlette_admin.contrib.sqla import ModelView
 
 from mljobs import MlJob, MlJobLease, MlJobMixin, MlJobStatus
 from mljobs.contrib.starlette_admin import JobView
-from tests.worlds import World
+from tests.backends import Backend
 
 Client = httpx.AsyncClient
 
@@ -86,10 +86,10 @@ class LeaseAdmin(SqlAdminView, model=MlJobLease):
     column_list = "__all__"
 
 
-def test_sqladmin_lists_shows_edits_and_shows_why_a_finished_job_stays(world: World) -> None:
-    finished, queued = world.run(lambda session: tuple(job.id for job in _jobs(session)))
+def test_sqladmin_lists_shows_edits_and_shows_why_a_finished_job_stays(backend: Backend) -> None:
+    finished, queued = backend.run(lambda session: tuple(job.id for job in _jobs(session)))
     app = Starlette()
-    admin = SqlAdmin(app, world.engine)
+    admin = SqlAdmin(app, backend.engine)
     admin.add_view(JobAdmin)
     admin.add_view(LeaseAdmin)
 
@@ -126,13 +126,13 @@ def test_sqladmin_lists_shows_edits_and_shows_why_a_finished_job_stays(world: Wo
         new = {"kind": "backfill", "target_name": "new", "spec_json": "{}"}
         assert (await client.post("/admin/ml-job/create", data=new)).status_code == 200
 
-    if isinstance(world.engine, AsyncEngine):
-        world.wait(_visit(app, story))
+    if isinstance(backend.engine, AsyncEngine):
+        backend.wait(_visit(app, story))
     else:
         asyncio.run(_visit(app, story))
-    assert _loaded(world.outside, finished).progress == 100
-    assert _loaded(world.outside, queued).priority == 7
-    with Session(world.outside) as session:
+    assert _loaded(backend.outside, finished).progress == 100
+    assert _loaded(backend.outside, queued).priority == 7
+    with Session(backend.outside) as session:
         (created,) = session.query(MlJob).filter_by(target_name="new")
         assert (created.status, created.kind) == (MlJobStatus.QUEUED, "backfill")
 
@@ -195,10 +195,10 @@ def _starlette_admin(engine: Any, *views: ModelView) -> Starlette:
     return app
 
 
-def test_starlette_admin_lists_shows_edits_and_shows_why_a_finished_job_stays(world: World) -> None:
-    finished, queued = world.run(lambda session: tuple(job.id for job in _jobs(session)))
-    before = _loaded(world.outside, queued)
-    app = _starlette_admin(world.engine, JobView(MlJob), ModelView(MlJobLease))
+def test_starlette_admin_lists_shows_edits_and_shows_why_a_finished_job_stays(backend: Backend) -> None:
+    finished, queued = backend.run(lambda session: tuple(job.id for job in _jobs(session)))
+    before = _loaded(backend.outside, queued)
+    app = _starlette_admin(backend.engine, JobView(MlJob), ModelView(MlJobLease))
 
     async def story(client: Client) -> None:
         page = await client.get("/admin/ml-job/list")
@@ -243,15 +243,15 @@ def test_starlette_admin_lists_shows_edits_and_shows_why_a_finished_job_stays(wo
         new = {**blank, "kind": "backfill", "status": "queued", "target_name": "new", "spec_json": "{}"}
         assert (await client.post("/admin/ml-job/create", data=new)).status_code == 200
 
-    if isinstance(world.engine, AsyncEngine):
-        world.wait(_visit(app, story))
+    if isinstance(backend.engine, AsyncEngine):
+        backend.wait(_visit(app, story))
     else:
         asyncio.run(_visit(app, story))
-    assert _loaded(world.outside, finished).progress == 100
-    after = _loaded(world.outside, queued)
+    assert _loaded(backend.outside, finished).progress == 100
+    after = _loaded(backend.outside, queued)
     assert (after.priority, after.created_at, after.retry_of) == (7, before.created_at, finished)
     assert str(after.run_after) == "2030-01-01 12:00:00+00:00"
-    with Session(world.outside) as session:
+    with Session(backend.outside) as session:
         assert session.query(MlJob).filter_by(target_name="new").one().status is MlJobStatus.QUEUED
 
 

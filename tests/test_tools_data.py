@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from mljobs import MlJob, MlJobStatus
-from tests.worlds import World
+from tests.backends import Backend
 
 COLUMNS = [column.name for column in MlJob.__table__.columns]
 
@@ -68,18 +68,18 @@ def test_pandas_reads_what_a_query_works_out(engine: Engine, ids: tuple[UUID, UU
     assert pd.api.types.is_timedelta64_dtype(frame["took"])
 
 
-def test_pandas_reads_through_an_async_engine(world: World) -> None:
-    world.run(_jobs)
-    if isinstance(world.engine, AsyncEngine):
+def test_pandas_reads_through_an_async_engine(backend: Backend) -> None:
+    backend.run(_jobs)
+    if isinstance(backend.engine, AsyncEngine):
 
         async def read() -> pd.DataFrame:
-            assert isinstance(world.engine, AsyncEngine)
-            async with world.engine.connect() as connection:
+            assert isinstance(backend.engine, AsyncEngine)
+            async with backend.engine.connect() as connection:
                 return await connection.run_sync(lambda sync: pd.read_sql(select(MlJob), sync))
 
-        frame = world.wait(read())
+        frame = backend.wait(read())
     else:
-        frame = pd.read_sql(select(MlJob), world.engine)
+        frame = pd.read_sql(select(MlJob), backend.engine)
     assert set(frame["target_name"]) == {"spam", "ham"}
 
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from mljobs import MlJob, MlJobStatus, TerminalStateError
 from mljobs._values import utc_now
-from tests.worlds import Face, World
+from tests.backends import Backend, Blocking
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "The declarative_mixin decorator")  # advanced-alchemy 1.12 on SQLAlchemy 2.1
@@ -29,22 +29,22 @@ class AsyncJobs(SQLAlchemyAsyncRepository[MlJob]):
 
 
 @pytest.fixture
-def session(world: World) -> Any:
-    """A session with a blocking face."""
-    if isinstance(world.engine, AsyncEngine):
-        made = AsyncSession(world.engine, expire_on_commit=False)
-        yield Face(made, world.wait)
-        world.wait(made.close())
+def session(backend: Backend) -> Any:
+    """A session whose methods block."""
+    if isinstance(backend.engine, AsyncEngine):
+        made = AsyncSession(backend.engine, expire_on_commit=False)
+        yield Blocking(made, backend.wait)
+        backend.wait(made.close())
     else:
-        with Session(world.engine, expire_on_commit=False) as blocking:
+        with Session(backend.engine, expire_on_commit=False) as blocking:
             yield blocking
 
 
 @pytest.fixture
-def jobs(world: World, session: Any) -> Any:
-    """A repository with a blocking face."""
-    if isinstance(session, Face):
-        return Face(AsyncJobs(session=session._target), world.wait)
+def jobs(backend: Backend, session: Any) -> Any:
+    """A repository whose methods block."""
+    if isinstance(session, Blocking):
+        return Blocking(AsyncJobs(session=session._target), backend.wait)
     return Jobs(session=session)
 
 

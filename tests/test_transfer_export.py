@@ -34,14 +34,14 @@ from mljobs.record import _kv as codec_module
 from mljobs.transfer import Imported
 from mljobs.transfer import _files as files_module
 from mljobs.transfer._rows import NAMES
+from tests.backends import Backend
 from tests.transfer_jobs import NOW, empty, job, put, queued, stored
-from tests.worlds import World
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def rows_in(world: World) -> list[tuple[Any, ...]]:
-    with Session(world.outside) as session:
+def rows_in(backend: Backend) -> list[tuple[Any, ...]]:
+    with Session(backend.outside) as session:
         return [
             tuple(getattr(one, name) for name in NAMES) for one in session.scalars(select(MlJob).order_by(MlJob.id))
         ]
@@ -55,26 +55,26 @@ def _in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 # ------------------------------------------------------------------------------------------------------------- export
 
 
-def test_an_export_holds_the_bytes_of_to_json(world: World, store: Any) -> None:
+def test_an_export_holds_the_bytes_of_to_json(backend: Backend, store: Any) -> None:
     jobs = [
         job(target_name='"\\\t\N{SNOWMAN}\U0001f4a9\x7f', error_message="", spec_json=' {"a":\t[1, 2.50]}\n'),
         queued(),
         job(status="failed", error_message="boom\n", metrics_json=None, started_at=None),
     ]
-    put(world, *jobs)
+    put(backend, *jobs)
     assert store.export_jobs("jobs.ndjson") == 3
     assert sorted(Path("jobs.ndjson").read_bytes().splitlines(keepends=True)) == sorted(
         one.to_json().encode() + b"\n" for one in jobs
     )
 
 
-def test_an_empty_table_makes_an_empty_file(world: World, store: Any) -> None:
+def test_an_empty_table_makes_an_empty_file(backend: Backend, store: Any) -> None:
     assert store.export_jobs("jobs.ndjson") == 0
     assert Path("jobs.ndjson").read_bytes() == b""
     assert store.import_jobs("jobs.ndjson").total == 0
 
 
-def test_the_filters_are_those_of_find(world: World, store: Any) -> None:
+def test_the_filters_are_those_of_find(backend: Backend, store: Any) -> None:
     jobs = [
         job(kind=kind, status=status, target_name=target, created_at=NOW + timedelta(hours=hours), error_message=error)
         for hours, (kind, status, target, error) in enumerate(
@@ -86,7 +86,7 @@ def test_the_filters_are_those_of_find(world: World, store: Any) -> None:
             ]
         )
     ]
-    put(world, *jobs)
+    put(backend, *jobs)
     for filters in (
         {"kind": "train"},
         {"kind": ["train", "backfill"], "status": "failed"},
@@ -115,7 +115,7 @@ def test_a_filter_that_does_not_exist_or_fit_is_named_and_no_file_is_made(
     assert not Path("jobs.ndjson").exists()
 
 
-def test_an_extended_export_and_its_import_lose_nothing(world: World, store: Any) -> None:
+def test_an_extended_export_and_its_import_lose_nothing(backend: Backend, store: Any) -> None:
     first = job(target_name="\N{SNOWMAN}", spec_json='"\\ud83d\\ude00 \U0001f600"')
     jobs = [
         first,
@@ -133,13 +133,13 @@ def test_an_extended_export_and_its_import_lose_nothing(world: World, store: Any
         queued(status="running", started_at=NOW, progress=7, attempts=1),
         job(created_at=datetime(9999, 12, 31, 23, 59, 59, 999000, tzinfo=UTC)),
     ]
-    put(world, *jobs)
-    before = rows_in(world)
+    put(backend, *jobs)
+    before = rows_in(backend)
     assert len(before) == len(jobs)
     store.export_jobs("jobs.ndjson.gz", extended=True)
-    empty(world)
+    empty(backend)
     assert store.import_jobs("jobs.ndjson.gz") == Imported(inserted=len(jobs))
-    assert rows_in(world) == before
+    assert rows_in(backend) == before
     again = store.import_jobs("jobs.ndjson.gz", on_conflict="update")
     assert again == Imported(skipped=len(jobs))
     with gzip.open("jobs.ndjson.gz") as file:
@@ -147,12 +147,12 @@ def test_an_extended_export_and_its_import_lose_nothing(world: World, store: Any
             assert codec_module.encode(codec_module.decode(line)) + "\n" in {one.to_json() + "\n" for one in jobs}
 
 
-def test_what_happens_meanwhile_is_not_in_an_export(world: World, store: Any) -> None:
-    put(world, *(job() for _ in range(2500)))
+def test_what_happens_meanwhile_is_not_in_an_export(backend: Backend, store: Any) -> None:
+    put(backend, *(job() for _ in range(2500)))
     file = io.BytesIO()
 
-    assert store.export_jobs(file, progress=lambda _: put(world, job())) == 2500
-    assert len(stored(world)) > 2500
+    assert store.export_jobs(file, progress=lambda _: put(backend, job())) == 2500
+    assert len(stored(backend)) > 2500
 
 
 def test_a_session_that_is_exporting_says_so_instead_of_waiting_for_itself(postgres_url: str) -> None:

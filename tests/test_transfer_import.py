@@ -35,10 +35,10 @@ from mljobs.transfer import _importing as importing
 from mljobs.transfer import _lines as lines
 from mljobs.transfer import _writing as writing
 from mljobs.transfer._rows import NAMES, SHARED
-from tests.host import HostBase, TrainingRun
+from tests.backends import Backend
+from tests.host_application import HostBase, TrainingRun
 from tests.leases import expire_leases
 from tests.transfer_jobs import NOW, VECTORS, job, put, queued, stored
-from tests.worlds import World
 
 
 def ndjson(*jobs: MlJob | bytes | str) -> io.BytesIO:
@@ -56,11 +56,11 @@ def _in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 # ------------------------------------------------------------------------------------------------------------- import
 
 
-def test_an_equal_finished_record_is_skipped_and_another_refused(world: World, store: Any) -> None:
+def test_an_equal_finished_record_is_skipped_and_another_refused(backend: Backend, store: Any) -> None:
     one = job()
-    put(world, one)
+    put(backend, one)
     other = job(id=one.id, metrics_json="{}")
-    before = stored(world)
+    before = stored(backend)
     for on_conflict in ("skip", "update"):
         done = store.import_jobs(ndjson(one, other), on_conflict=on_conflict)
         assert (done.skipped, done.refused, done.total) == (1, 1, 2)
@@ -69,12 +69,12 @@ def test_an_equal_finished_record_is_skipped_and_another_refused(world: World, s
         assert "is completed and cannot change" in problem.reason
         kept = json.loads(Path("import.rejects.ndjson").read_text())
         assert kept == {"line": 2, "field": "metrics", "reason": problem.reason, "raw": other.to_json()}
-    assert stored(world) == before
+    assert stored(backend) == before
 
 
-def test_every_difference_of_a_finished_record_is_seen(world: World, store: Any) -> None:
+def test_every_difference_of_a_finished_record_is_seen(backend: Backend, store: Any) -> None:
     one = job(attempts=2, priority=1)
-    put(world, one)
+    put(backend, one)
     extended = io.BytesIO()
     store.export_jobs(extended, extended=True)
     line = json.loads(extended.getvalue())
@@ -121,23 +121,23 @@ def test_update_moves_along_legal_edges_only(url: str, old: MlJobStatus, new: Ml
         assert store.get(one.id).to_json() == (other if legal else one).to_json()
 
 
-def test_skip_leaves_a_live_record_as_it_is(world: World, store: Any) -> None:
+def test_skip_leaves_a_live_record_as_it_is(backend: Backend, store: Any) -> None:
     one = queued()
-    put(world, one)
+    put(backend, one)
     assert store.import_jobs(ndjson(job(id=one.id))).skipped == 1
-    assert stored(world)[one.id] == one.to_json()
+    assert stored(backend)[one.id] == one.to_json()
 
 
-def test_update_keeps_what_a_line_does_not_say(world: World, store: Any) -> None:
+def test_update_keeps_what_a_line_does_not_say(backend: Backend, store: Any) -> None:
     one = queued(priority=5, attempts=2, exclusive=True)
-    put(world, one)
+    put(backend, one)
     line = {**json.loads(queued(id=one.id, target_name="x").to_json()), "priority": 7}
     assert store.import_jobs(ndjson(json.dumps(line)), on_conflict="update").updated == 1
     now = store.get(one.id)
     assert (now.target_name, now.priority, now.attempts, now.exclusive) == ("x", 7, 2, True)
 
 
-def test_a_job_that_a_worker_holds_is_not_changed_under_it(world: World, store: Any) -> None:
+def test_a_job_that_a_worker_holds_is_not_changed_under_it(backend: Backend, store: Any) -> None:
     one = store.submit("train", "spam")
     (claim,) = store.claim(worker="anna")
     other = job(id=one.id, created_at=one.created_at)
@@ -145,34 +145,34 @@ def test_a_job_that_a_worker_holds_is_not_changed_under_it(world: World, store: 
         done = store.import_jobs(ndjson(other), on_conflict="update")
         assert (done.refused, done.updated) == (1, 0)
         assert "is held by worker 'anna'" in done.problems[0].reason
-        expire_leases(world.outside)  # the second time: it may yet renew
+        expire_leases(backend.outside)  # the second time: it may yet renew
     store.complete(claim, {"mine": 1})
     assert store.get(one.id).metrics == {"mine": 1}
 
 
-def test_error_stops_at_the_first_existing_record_and_nothing_is_imported(world: World, store: Any) -> None:
+def test_error_stops_at_the_first_existing_record_and_nothing_is_imported(backend: Backend, store: Any) -> None:
     one = job()
-    put(world, one)
+    put(backend, one)
     with pytest.raises(JobExistsError, match="of line 2 exists already") as caught:
         store.import_jobs(ndjson(job(), one, job()), on_conflict="error")
     assert caught.value.job_id == one.id
-    assert stored(world).keys() == {one.id}
+    assert stored(backend).keys() == {one.id}
     twice = job()
     with pytest.raises(JobExistsError, match="of line 2"):
         store.import_jobs(ndjson(twice, twice), on_conflict="error")
-    assert stored(world).keys() == {one.id}
+    assert stored(backend).keys() == {one.id}
     assert store.import_jobs(ndjson(twice, b"x"), on_conflict="error").inserted == 1
 
 
-def test_error_names_the_first_line_not_the_first_row(world: World, store: Any) -> None:
+def test_error_names_the_first_line_not_the_first_row(backend: Backend, store: Any) -> None:
     there = sorted((job() for _ in range(4)), key=lambda one: one.id)
-    put(world, *there)
+    put(backend, *there)
     with pytest.raises(JobExistsError, match="of line 1 exists already") as caught:
         store.import_jobs(ndjson(*reversed(there)), on_conflict="error")
     assert caught.value.job_id == there[-1].id
 
 
-def test_running_records_are_queued_again_when_asked(world: World, store: Any) -> None:
+def test_running_records_are_queued_again_when_asked(backend: Backend, store: Any) -> None:
     one = queued(status="running", started_at=NOW, progress=40)
     assert store.import_jobs(ndjson(one)).inserted == 1
     assert store.get(one.id).status is MlJobStatus.RUNNING
@@ -185,7 +185,7 @@ def test_running_records_are_queued_again_when_asked(world: World, store: Any) -
     assert {claim.job_id for claim in store.claim(worker="w", limit=5)} == {one.id, two.id}
 
 
-def test_a_bad_line_is_kept_and_does_not_stop_the_run(world: World, store: Any) -> None:
+def test_a_bad_line_is_kept_and_does_not_stop_the_run(backend: Backend, store: Any) -> None:
     good = [job() for _ in range(3)]
     bad = [
         (b"\xff{}", None, "not UTF-8"),
@@ -239,7 +239,7 @@ def test_the_rejects_of_an_earlier_run_do_not_outlive_their_cause(full: JobStore
     assert not Path("in.ndjson.rejects.ndjson").exists()
 
 
-def test_what_a_line_ends_with_and_begins_with_does_not_matter(world: World, store: Any) -> None:
+def test_what_a_line_ends_with_and_begins_with_does_not_matter(backend: Backend, store: Any) -> None:
     one, two, three = job(), job(), job()
     data = (
         b"\xef\xbb\xbf"
@@ -250,10 +250,10 @@ def test_what_a_line_ends_with_and_begins_with_does_not_matter(world: World, sto
         + three.to_json().encode()
     )
     assert store.import_jobs(io.BytesIO(data)) == Imported(inserted=3)
-    assert stored(world) == {each.id: each.to_json() for each in (one, two, three)}
+    assert stored(backend) == {each.id: each.to_json() for each in (one, two, three)}
 
 
-def test_records_in_other_forms_that_reddb_reads_are_read(world: World, store: Any) -> None:
+def test_records_in_other_forms_that_reddb_reads_are_read(backend: Backend, store: Any) -> None:
     one = job(progress=100)
     loose = json.dumps(
         {
@@ -265,24 +265,24 @@ def test_records_in_other_forms_that_reddb_reads_are_read(world: World, store: A
         ensure_ascii=True,
     )
     assert store.import_jobs(ndjson(loose)).inserted == 1
-    assert stored(world) == {one.id: one.to_json()}
+    assert stored(backend) == {one.id: one.to_json()}
     assert store.import_jobs(ndjson(loose, one)).skipped == 2
 
 
-def test_of_one_id_the_first_line_counts(world: World, store: Any) -> None:
+def test_of_one_id_the_first_line_counts(backend: Backend, store: Any) -> None:
     one = queued()
     loose = json.dumps(json.loads(one.to_json()))
     later = job(id=one.id, status="cancelled", target_name="later")
     done = store.import_jobs(ndjson(loose, one, later, one, job(id=one.id)), on_conflict="update")
     assert (done.inserted, done.skipped, done.updated, done.refused) == (1, 1, 1, 2)
-    assert stored(world)[one.id] == later.to_json()
+    assert stored(backend)[one.id] == later.to_json()
     assert [problem.line for problem in done.problems] == [4, 5]
     done = store.import_jobs(ndjson(*(job(id=UUID(int=5)) for _ in range(3))))
     assert (done.inserted, done.skipped) == (1, 2)
 
 
 def test_very_long_lines_are_kept_without_being_in_memory(
-    world: World, store: Any, monkeypatch: pytest.MonkeyPatch
+    backend: Backend, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lines, "BLOCK", 1000)
     monkeypatch.setattr(importing, "batches", lambda read, on_long: lines.batches(read, on_long, longest=5000))
@@ -294,25 +294,25 @@ def test_very_long_lines_are_kept_without_being_in_memory(
     kept = [json.loads(text) for text in Path("import.rejects.ndjson").read_text().splitlines()]
     assert [each["line"] for each in kept] == [2, 4, 5]
     assert all(base64.b64decode(each["raw_base64"]) == long for each in kept)
-    assert stored(world).keys() == {fits.id, after.id, last.id}
+    assert stored(backend).keys() == {fits.id, after.id, last.id}
     assert store.import_jobs(io.BytesIO(long)).rejected == 1
 
 
-def test_a_line_of_megabytes_is_a_record_like_any_other(world: World, store: Any) -> None:
+def test_a_line_of_megabytes_is_a_record_like_any_other(backend: Backend, store: Any) -> None:
     one = job(spec_json=json.dumps({"blob": "x" * 3_000_000}))
     assert store.import_jobs(ndjson(one, job())).inserted == 2
-    assert stored(world)[one.id] == one.to_json()
+    assert stored(backend)[one.id] == one.to_json()
 
 
-def test_what_only_the_database_refuses_is_rejected_alone(world: World, store: Any) -> None:
-    with world.outside.begin() as connection:
+def test_what_only_the_database_refuses_is_rejected_alone(backend: Backend, store: Any) -> None:
+    with backend.outside.begin() as connection:
         connection.exec_driver_sql("CREATE UNIQUE INDEX host_own ON ml_jobs (target_name) WHERE kind = 'backfill'")
     jobs = [job(target_name=f"t{number % 8}", kind="backfill" if number < 12 else "train") for number in range(30)]
     done = store.import_jobs(ndjson(*jobs))
     assert (done.inserted, done.rejected) == (26, 4)
     assert [problem.line for problem in done.problems] == [9, 10, 11, 12]
     assert all("the database refuses it" in problem.reason for problem in done.problems)
-    assert stored(world).keys() == {one.id for number, one in enumerate(jobs) if not 8 <= number < 12}
+    assert stored(backend).keys() == {one.id for number, one in enumerate(jobs) if not 8 <= number < 12}
     again = store.import_jobs(ndjson(*jobs))
     assert (again.skipped, again.rejected) == (26, 4)
 
@@ -381,18 +381,18 @@ def test_an_import_takes_what_from_json_takes_line_by_line(url: str, seed: int) 
     engine.dispose()
 
 
-def test_an_update_that_only_the_database_refuses_does_not_stop_the_run(world: World, store: Any) -> None:
-    with world.outside.begin() as connection:
+def test_an_update_that_only_the_database_refuses_does_not_stop_the_run(backend: Backend, store: Any) -> None:
+    with backend.outside.begin() as connection:
         connection.exec_driver_sql("CREATE UNIQUE INDEX host_own ON ml_jobs (target_name) WHERE kind = 'backfill'")
     jobs = [queued(target_name=f"t{number}", kind="backfill") for number in range(9)]
-    put(world, *jobs)
+    put(backend, *jobs)
     lines_of_all = [json.loads(one.to_json()) | {"progress": 7} for one in jobs]
     lines_of_all[4]["target"] = "t0"
     done = store.import_jobs(ndjson(*map(json.dumps, lines_of_all)), on_conflict="update")
     assert (done.updated, done.rejected) == (8, 1)
     assert [problem.line for problem in done.problems] == [5]
     assert "the database refuses it" in done.problems[0].reason
-    assert [json.loads(stored(world)[one.id])["progress"] for one in jobs] == [7] * 4 + [0] + [7] * 4
+    assert [json.loads(stored(backend)[one.id])["progress"] for one in jobs] == [7] * 4 + [0] + [7] * 4
 
 
 def test_an_import_goes_on_where_row_security_forbids_copy(postgres_url: str) -> None:
@@ -448,7 +448,7 @@ def test_an_input_without_a_name_leaves_alone_what_another_has_left(
 
 
 def test_an_interrupted_import_can_be_run_again_and_ends_the_same(
-    world: World, store: Any, monkeypatch: pytest.MonkeyPatch
+    backend: Backend, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lines, "BATCH_LINES", 10)
     monkeypatch.setattr(lines, "BLOCK", 2000)
@@ -461,20 +461,20 @@ def test_an_interrupted_import_can_be_run_again_and_ends_the_same(
 
     with pytest.raises(KeyboardInterrupt):
         store.import_jobs("in.ndjson", progress=stop)
-    assert 20 <= len(stored(world)) < 60
+    assert 20 <= len(stored(backend)) < 60
     seen = []
     done = store.import_jobs("in.ndjson", progress=seen.append)
     assert (done.inserted + done.skipped, done.rejected) == (60, 1)
-    assert stored(world) == {one.id: one.to_json() for one in jobs}
+    assert stored(backend) == {one.id: one.to_json() for one in jobs}
     assert len(seen) > 3
     assert seen[-1].records == 61
     assert seen[-1].read == seen[-1].size == Path("in.ndjson").stat().st_size
     assert len(Path("in.ndjson.rejects.ndjson").read_bytes().splitlines()) == 1
 
 
-def test_in_a_session_it_is_part_of_the_callers_transaction(world: World) -> None:
+def test_in_a_session_it_is_part_of_the_callers_transaction(backend: Backend) -> None:
     one, two = job(), queued()
-    put(world, two)
+    put(backend, two)
     later = job(id=two.id, status="cancelled")
 
     def undone(session: Session) -> None:
@@ -483,8 +483,8 @@ def test_in_a_session_it_is_part_of_the_callers_transaction(world: World) -> Non
         assert import_jobs(session, ndjson(one, later), on_conflict="update").updated == 1
         session.rollback()
 
-    world.run(undone)
-    assert stored(world).keys() == {two.id}
+    backend.run(undone)
+    assert stored(backend).keys() == {two.id}
 
     def kept(session: Session) -> None:
         held = session.get_one(MlJob, two.id)
@@ -496,8 +496,8 @@ def test_in_a_session_it_is_part_of_the_callers_transaction(world: World) -> Non
         assert export_jobs(session, file) == 2
         assert one.to_json().encode() in file.getvalue()
 
-    world.run(kept)
-    assert stored(world).keys() == {one.id, two.id}
+    backend.run(kept)
+    assert stored(backend).keys() == {one.id, two.id}
 
 
 def test_a_connection_will_do(url: str) -> None:

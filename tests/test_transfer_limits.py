@@ -15,8 +15,8 @@ import pytest
 from mljobs import JobStore, TransferError
 from mljobs.transfer import _lines as lines
 from mljobs.transfer import _rejects as rejects
+from tests.backends import Backend
 from tests.transfer_jobs import job, put, stored
-from tests.worlds import World
 
 
 @pytest.fixture(autouse=True)
@@ -25,17 +25,17 @@ def _in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_an_export_writes_its_import_takes_however_long_a_record_is(
-    world: World, store: Any, monkeypatch: pytest.MonkeyPatch
+    backend: Backend, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lines, "BLOCK", 1000)
     monkeypatch.setattr(lines, "SURE_LINE", 2000)
     long = job(spec_json=json.dumps({"blob": "x" * 9000}))
-    put(world, long)
+    put(backend, long)
     store.export_jobs("jobs.ndjson.gz")
     assert store.import_jobs("jobs.ndjson.gz").skipped == 1
     other = job(spec_json=json.dumps({"blob": "y" * 9000}))
     assert store.import_jobs(io.BytesIO(other.to_json().encode())).inserted == 1
-    assert stored(world)[other.id] == other.to_json()
+    assert stored(backend)[other.id] == other.to_json()
 
 
 def test_an_archive_that_expands_without_end_to_no_record_is_kept_in_part(

@@ -28,8 +28,8 @@ from mljobs.jobs import table_of
 from mljobs.record import _kv as codec_module
 from mljobs.transfer import _lines as lines
 from mljobs.transfer._rows import IDS, NAMES, SHARED, RejectedLineError, _make_exactly, line_maker, row_maker
+from tests.backends import Backend
 from tests.transfer_jobs import NOW, VECTORS, job
-from tests.worlds import World
 
 
 @pytest.fixture(autouse=True)
@@ -175,14 +175,14 @@ def test_lines_are_cut_where_they_end_whatever_the_blocks(
     assert sorted(found) == list(range(1, len(expected) + 1))
 
 
-def test_rows_that_python_values_made_are_exported_alike(world: World, store: Any) -> None:
+def test_rows_that_python_values_made_are_exported_alike(backend: Backend, store: Any) -> None:
     def act(session: Session) -> None:
         table = table_of(MlJob)
         names = [column.name for column in table.columns]
         one = job(attempts=1)
         insert_rows(session.connection(), table, names, [[getattr(one, name) for name in names]])
 
-    world.run(act)
+    backend.run(act)
     file = io.BytesIO()
     store.export_jobs(file)
     assert json.loads(file.getvalue())["created_at"] == (NOW - from_millis(0)) // timedelta(milliseconds=1)

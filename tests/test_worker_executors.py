@@ -22,10 +22,10 @@ from mljobs import (
 from mljobs.store._run import Run
 from mljobs.worker._remote import RemoteResult
 from tests import worker_app
+from tests.backends import Backend
 from tests.leases import count_leases
-from tests.processes import until
+from tests.waiting import until
 from tests.workers import ended, worker_of
-from tests.worlds import World
 
 QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = MlJobStatus
 
@@ -79,19 +79,19 @@ def test_plain_and_async_handlers_live_in_one_worker(store: JobStore) -> None:
     assert worker.run(until_idle=True).jobs == {"completed": 3, "failed": 3}
 
 
-def test_a_worker_runs_on_the_loop_of_an_application(world: World) -> None:
-    url = world.url
+def test_a_worker_runs_on_the_loop_of_an_application(backend: Backend) -> None:
+    url = backend.url
 
     async def main() -> Any:
         there = asyncio.get_running_loop()
-        source: Any = AsyncJobStore(url) if world.is_async else JobStore(url)
+        source: Any = AsyncJobStore(url) if backend.is_async else JobStore(url)
         worker = worker_of(source, concurrency=2)
 
         @worker.handles("train")
         async def train(run: Run) -> bool:
             return asyncio.get_running_loop() is there
 
-        with Session(world.outside) as session, session.begin():
+        with Session(backend.outside) as session, session.begin():
             session.add_all([MlJob(kind="train", target_name=f"t{n}") for n in range(4)])
         tally = await worker.run_async(until_idle=True)
         closing = source.close()
@@ -101,7 +101,7 @@ def test_a_worker_runs_on_the_loop_of_an_application(world: World) -> None:
         return tally
 
     assert asyncio.run(main()).jobs == {"completed": 4}
-    with JobStore(str(world.outside.url.render_as_string(hide_password=False))) as store:
+    with JobStore(str(backend.outside.url.render_as_string(hide_password=False))) as store:
         assert [job.metrics for job in store.find()] == [True] * 4
 
 

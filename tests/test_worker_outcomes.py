@@ -18,7 +18,7 @@ from mljobs import (
 )
 from mljobs.store._run import Run
 from tests.leases import count_leases, expire_leases
-from tests.processes import until
+from tests.waiting import until
 from tests.workers import ended, fail, worker_of
 
 QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = MlJobStatus

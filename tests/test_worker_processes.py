@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import select
 
 from mljobs import JobStore, MlJob, MlJobStatus
-from tests.processes import WorkerProcess
+from tests.worker_process import WorkerProcess
 
 QUEUED, _, COMPLETED, FAILED, _ = MlJobStatus
 

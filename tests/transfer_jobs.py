@@ -14,7 +14,7 @@ from mljobs import (
     MlJob,
     metadata,
 )
-from tests.worlds import World
+from tests.backends import Backend
 
 VECTORS = Path(__file__).parent / "vectors" / "kv_records.jsonl"
 
@@ -42,16 +42,16 @@ def queued(**values: Any) -> MlJob:
     return MlJob(**{"kind": "train", "target_name": "spam", "created_at": NOW, **values})
 
 
-def stored(world: World) -> dict[UUID, str]:
-    with Session(world.outside) as session:
+def stored(backend: Backend) -> dict[UUID, str]:
+    with Session(backend.outside) as session:
         return {one.id: one.to_json() for one in session.scalars(select(MlJob))}
 
 
-def empty(world: World) -> None:
-    metadata.drop_all(world.outside)
-    metadata.create_all(world.outside)
+def empty(backend: Backend) -> None:
+    metadata.drop_all(backend.outside)
+    metadata.create_all(backend.outside)
 
 
-def put(world: World, *jobs: MlJob) -> None:
-    with Session(world.outside, expire_on_commit=False) as session, session.begin():
+def put(backend: Backend, *jobs: MlJob) -> None:
+    with Session(backend.outside, expire_on_commit=False) as session, session.begin():
         session.add_all(jobs)

@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
+from typing import Any
 
 from sqlalchemy import Engine
+
+PATIENCE = 60.0
+"""Seconds after which what was waited for will not come."""
+
+
+def until(what: Callable[[], Any], *, patience: float = PATIENCE) -> Any:
+    """Wait until ``what`` returns something true, and return that."""
+    pause = threading.Event()
+    end = time.monotonic() + patience
+    while not (found := what()):
+        assert time.monotonic() < end, f"waited {patience} s in vain"
+        pause.wait(0.02)
+    return found
 
 
 def until_blocked(engine: Engine) -> None:

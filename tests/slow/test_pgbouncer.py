@@ -27,8 +27,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from mljobs import JobStore, MlJob, MlJobStatus, TerminalStateError, Worker, schema
+from tests.backends import Backend, outside_engine
 from tests.postgres import _free_port, _unprivileged
-from tests.worlds import World, outside_engine
 
 SERVER_CONNECTIONS = 3
 CLIENTS = 8
@@ -88,9 +88,9 @@ def pooled_url(pooler: int, postgres_url: str) -> str:
 
 
 @pytest.fixture(params=["postgresql", "postgresql-psycopg-async"])
-def world(request: pytest.FixtureRequest, pooled_url: str, postgres_url: str) -> Iterator[World]:
+def backend(request: pytest.FixtureRequest, pooled_url: str, postgres_url: str) -> Iterator[Backend]:
     driver = "postgresql+psycopg" if request.param == "postgresql" else "postgresql+psycopg_async"
-    made = World(
+    made = Backend(
         request.param, make_url(pooled_url).set(drivername=driver).render_as_string(False), outside_engine(postgres_url)
     )
     yield made
@@ -126,12 +126,12 @@ def _everything(store: Any, target: str) -> None:
     assert not store.cancel(job)
 
 
-def test_every_operation_works_more_often_than_drivers_wait_before_they_prepare(world: World) -> None:
-    store = world.store()
+def test_every_operation_works_more_often_than_drivers_wait_before_they_prepare(backend: Backend) -> None:
+    store = backend.store()
     for turn in range(8):
         _everything(store, f"t{turn}")
     assert store.prune(older_than=timedelta(0)) == 24
-    assert _advisory_locks(world.outside) == 0
+    assert _advisory_locks(backend.outside) == 0
 
 
 def test_many_clients_at_once_share_a_few_server_processes(pooled_url: str, postgres_url: str) -> None:
@@ -156,31 +156,31 @@ def test_unless_active_queues_one_job_for_many_who_ask_at_once(pooled_url: str) 
         assert len(ids) == 1
 
 
-def test_a_job_run_by_hand_is_seen_by_who_waits_and_who_watches(world: World) -> None:
-    store = world.store()
+def test_a_job_run_by_hand_is_seen_by_who_waits_and_who_watches(backend: Backend) -> None:
+    store = backend.store()
     job = store.submit("train", "spam")
-    with JobStore(world.url) as runner, runner.running(job) as run:
+    with JobStore(backend.url) as runner, runner.running(job) as run:
         for _ in run.track(range(3)):
             pass
         run.metrics = {"f1": 1}
     assert store.wait(job, timeout=30, poll=0.05).status is MlJobStatus.COMPLETED
     other = store.submit("train", "ham")
-    finish = threading.Thread(target=_finish, args=(world.url, other))
+    finish = threading.Thread(target=_finish, args=(backend.url, other))
 
-    if world.is_async:
+    if backend.is_async:
 
         async def wait() -> Any:
             waiting = asyncio.ensure_future(store._target.wait(other, timeout=60, poll=0.05))
             finish.start()
             return await waiting
 
-        found = world.wait(wait())
+        found = backend.wait(wait())
     else:
         finish.start()
         found = store.wait(other, timeout=60, poll=0.05)
     finish.join(60)
     assert found.status is MlJobStatus.COMPLETED
-    assert _advisory_locks(world.outside) == 0
+    assert _advisory_locks(backend.outside) == 0
 
 
 def _finish(url: str, job: MlJob) -> None:

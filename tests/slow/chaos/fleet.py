@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from tests.processes import freeze
+from tests.worker_process import freeze
 
 ROOT = Path(__file__).parents[3]
 _REFUSED = 1

@@ -13,9 +13,9 @@ from sqlalchemy.exc import DBAPIError
 
 from mljobs import JobStore, MlJobsError
 from tests.postgres import Cluster
-from tests.processes import can_write
 from tests.slow.chaos.fleet import Fleet, Member
 from tests.slow.chaos.proxy import Proxy
+from tests.worker_process import can_write
 
 logger = logging.getLogger("chaos")
 

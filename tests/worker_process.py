@@ -8,28 +8,15 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 from mljobs import JobStore
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 60.0
-"""Seconds after which what was waited for will not come."""
-
-
-def until(what: Callable[[], Any], *, patience: float = PATIENCE) -> Any:
-    """Wait until ``what`` returns something true, and return that."""
-    pause = threading.Event()
-    end = time.monotonic() + patience
-    while not (found := what()):
-        assert time.monotonic() < end, f"waited {patience} s in vain"
-        pause.wait(0.02)
-    return found
 
 
 class WorkerProcess:

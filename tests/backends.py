@@ -1,7 +1,7 @@
-"""The worlds in which every promise must hold: two databases, five drivers, sync and async, behind one face.
+"""The backends that every test of the operations runs on: two databases, five drivers, blocking and async.
 
-A test is written once, as blocking code. In an async world its session functions run through ``run_sync`` and its store
-is an ``AsyncJobStore`` whose coroutines are run to their end, all on one event loop.
+A test is written once, as blocking code. On an async backend its session functions run through ``run_sync``, and its store
+is an ``AsyncJobStore`` whose coroutines run to their end, all on one event loop.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DRIVERS = {
 }
 
 
-class Face:
+class Blocking:
     """An async object seen as a blocking one."""
 
     def __init__(self, target: Any, run: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
@@ -50,13 +50,13 @@ class Face:
 
 
 @dataclass
-class World:
+class Backend:
     """One database through one driver.
 
     Attributes:
         name: Database and driver.
-        url: With the driver of this world.
-        outside: A blocking engine on the same database, to look from elsewhere.
+        url: With the driver of this backend.
+        outside: A blocking engine on the same database, for what another process would do.
     """
 
     name: str
@@ -75,7 +75,7 @@ class World:
 
     @property
     def is_async(self) -> bool:
-        """Whether this world runs on an event loop."""
+        """Whether it runs on an event loop."""
         return self.name.count("-") > 0
 
     @property
@@ -100,17 +100,17 @@ class World:
             return result
 
     def wait(self, coroutine: Coroutine[Any, Any, R]) -> R:
-        """Run a coroutine to its end on this world's loop."""
+        """Run a coroutine to its end on the event loop of this backend."""
         assert self._runner is not None
         return self._runner.run(coroutine)
 
     def store(self, **options: Any) -> Any:
-        """Return a store with a blocking face."""
+        """Return a store whose methods block."""
         if not self.is_async:
             store = JobStore(self.url, **options)
             self._stores.append(store)
             return store
-        face = Face(AsyncJobStore(self.url, **options), self.wait)
+        face = Blocking(AsyncJobStore(self.url, **options), self.wait)
         self._stores.append(face)
         return face
 
