@@ -20,8 +20,8 @@ from mljobs.jobs import WorkerInfo, WorkerState
 from mljobs.jobs._workers import SILENT_AFTER, register_worker, see_worker
 from mljobs.store._keeper import Keeper
 from mljobs.store._run import Run
-from tests.processes import until
-from tests.worlds import World
+from tests.backends import Backend
+from tests.worker_process import until
 
 RUNNING, STOPPING, GONE = WorkerState
 WORKERS = MlJob.__workers__
@@ -201,10 +201,10 @@ def test_a_row_that_is_removed_while_its_worker_runs_is_made_again(store: JobSto
     thread.join(60)
 
 
-def test_workers_are_seen_in_a_session_too(world: World) -> None:
-    store = world.store()
+def test_workers_are_seen_in_a_session_too(backend: Backend) -> None:
+    store = backend.store()
     assert store.workers() == []
-    with sa.orm.Session(world.outside) as session, session.begin():
+    with sa.orm.Session(backend.outside) as session, session.begin():
         register_worker(session, info())
         (seen,) = jobs.workers(session)
     assert store.workers() == [seen]
