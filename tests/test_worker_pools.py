@@ -15,7 +15,8 @@ import pytest
 from mljobs import JobStore, MlJobStatus
 from mljobs.worker import _pools
 from tests import worker_app
-from tests.processes import WorkerProcess, until
+from tests.waiting import until
+from tests.worker_process import WorkerProcess
 from tests.workers import worker_of
 
 QUEUED, RUNNING, COMPLETED, FAILED, _ = MlJobStatus

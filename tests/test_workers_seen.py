@@ -21,7 +21,7 @@ from mljobs.jobs._workers import SILENT_AFTER, register_worker, see_worker
 from mljobs.store._keeper import Keeper
 from mljobs.store._run import Run
 from tests.backends import Backend
-from tests.worker_process import until
+from tests.waiting import until
 
 RUNNING, STOPPING, GONE = WorkerState
 WORKERS = MlJob.__workers__
