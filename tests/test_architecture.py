@@ -26,6 +26,7 @@ ROOMS = [
     ("transfer",),
     ("alembic_plugin",),
     ("contrib",),
+    ("testing",),
     ("board",),
     ("cli", "__main__"),
 ]

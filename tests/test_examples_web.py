@@ -243,7 +243,7 @@ def test_the_django_sites_own_tests_pass_in_the_test_database_that_django_makes(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "Ran 2 tests" in done.stderr
+    assert "Ran 3 tests" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------ FastAPI

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from django.test import TestCase
 
-from mljobs import jobs
-from mljobs.contrib.django import session
+from mljobs import JobStore, Run, Worker, jobs
+from mljobs.contrib.django import connection, database_url, session
+from mljobs.testing import run_jobs
 from uploads.models import Upload
+
+worker = Worker(JobStore(database_url()))  # as a module of yours has it, with the handlers
+
+
+@worker.handles("train")
+def train(run: Run) -> dict[str, int]:
+    """Train, for these tests."""
+    return {"rows": run.spec["rows"]}
 
 
 class UploadTest(TestCase):
@@ -20,6 +29,13 @@ class UploadTest(TestCase):
         upload = Upload.objects.get()
         with session() as mljobs_session:
             self.assertEqual(jobs.get(mljobs_session, upload.job_id).spec, {"lr": 0.1})
+
+    def test_what_an_upload_queues_is_trained(self) -> None:
+        self.client.post("/uploads", {"path": "emails.csv", "spec": {"rows": 10}}, content_type="application/json")
+        with connection() as lent:  # Django's own, in the transaction of this test
+            store = JobStore(lent)
+            self.assertEqual(run_jobs(store, worker), {"completed": 1})
+            self.assertEqual(store.get(Upload.objects.get().job_id).metrics, {"rows": 10})
 
     def test_a_finished_job_cannot_be_cancelled(self) -> None:
         with session() as mljobs_session:
