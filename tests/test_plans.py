@@ -16,7 +16,7 @@ from mljobs.jobs import _exchanging, _fencing, _finishing, _holding, _rescuing
 from mljobs.jobs._claims import Claim
 from tests.sql_text import compiled
 
-_FINISHED, _CLAIMED, _QUEUED = 1500, 300, 200
+_FINISHED, _CLAIMED, _QUEUED = 2000, 100, 100
 
 
 def _filled(url: str, *, analyzed: bool) -> list[Claim]:

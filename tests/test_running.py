@@ -338,12 +338,12 @@ def test_waiting_works_with_every_notification_lost(backend: Backend, store: Any
 def test_watch_yields_what_changes_and_ends_in_time(backend: Backend, store: Any) -> None:
     old = store.submit("train", "old")
     seen: list[tuple[str, str]] = []
-    started = threading.Event()
+    over = threading.Event()
 
     def act() -> None:
-        started.wait(30)
-        with backend.outside.begin() as connection:
-            connection.exec_driver_sql("UPDATE ml_jobs SET status = 'running'")
+        while not over.wait(0.05):  # until the watch, which begins with its first look, has seen it
+            with backend.outside.begin() as connection:
+                connection.exec_driver_sql("UPDATE ml_jobs SET status = 'running', progress = progress + 1")
 
     actor = threading.Thread(target=act)
     actor.start()
@@ -358,20 +358,14 @@ def test_watch_yields_what_changes_and_ends_in_time(backend: Backend, store: Any
         def _collect(job: Any) -> None:
             seen.append((job.target_name, job.status.token))
 
-        async def main() -> None:
-            task = asyncio.create_task(collect())
-            await asyncio.sleep(0.3)
-            started.set()
-            await task
-
-        backend.wait(main())
+        backend.wait(collect())
     else:
         watch = store.watch(timeout=20, poll=0.05)
-        threading.Timer(0.3, started.set).start()
         for job in watch:
             seen.append((job.target_name, job.status.token))
             break
         watch.close()
+    over.set()
     actor.join()
     assert seen == [(old.target_name, "running")]
 
