@@ -270,6 +270,8 @@ def test_a_job_table_that_goes_takes_its_view_along_and_comes_back_whole(
     class Run(MlJobMixin, Base):
         __tablename__ = "training_runs"
         __overview_name__ = "Training seen"
+        __overview_columns__ = ("owner",)
+        owner: Mapped[str | None]
         __table_args__ = (CheckConstraint("kind <> 'a rule' OR target_name <> 'x'", name="a_rule"),)
 
         kind: Mapped[Kind] = kind_column(Kind)
@@ -281,7 +283,10 @@ def test_a_job_table_that_goes_takes_its_view_along_and_comes_back_whole(
     before, after = made.split("def downgrade")
     dropped = "op.drop_mljobs_overview('Training seen', 'training_runs', 'training_runs_leases')"
     assert before.index(dropped) < before.index("op.drop_table(")
-    assert "op.create_mljobs_overview('Training seen'" in after
+    again = (
+        "'Training seen', 'training_runs', 'training_runs_leases', workers='training_runs_workers', columns=['owner'])"
+    )
+    assert f"op.create_mljobs_overview({again}" in after
     assert "kinds=['fit', 'score']" in after
     assert set(inspect(empty).get_table_names()) == {"alembic_version"}
     assert not inspect(empty).get_view_names()
@@ -378,7 +383,7 @@ def test_our_own_models_in_a_hosts_metadata_list_are_made_like_its_own(
     made = host.migrate()
     assert "op.create_mljobs_guard('ml_jobs'" in made
     assert str([kind.value for kind in MlJobKind]) in made
-    assert "op.create_mljobs_overview('ml_jobs_overview', 'ml_jobs', 'ml_job_leases')" in made
+    assert "create_mljobs_overview('ml_jobs_overview', 'ml_jobs', 'ml_job_leases', workers='ml_job_workers')" in made
     schema.verify(empty)
     host.check()
     host.downgrade()

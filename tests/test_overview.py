@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, inspect, text, update
-from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool
 
-from mljobs import JobStore, MlJob, MlJobLease, MlJobMixin, SchemaError, schema
+from mljobs import JobStore, MlJob, MlJobLease, MlJobMixin, ModelError, SchemaError, kind_column, schema
 from mljobs._values import utc_now
 from mljobs.errors import InvalidValueError
-from mljobs.guards._overview import overview_ddl
+from mljobs.guards._overview import Overview, overview_ddl, view_ddl
+from mljobs.jobs import WorkerInfo, WorkerState
+from mljobs.jobs._workers import register_worker, see_worker
 
 
 def _row(engine: Engine, job_id: Any) -> Any:
@@ -38,6 +42,16 @@ def _add(engine: Engine, **values: Any) -> Any:
         session.add(job)
         session.commit()
         return job.id
+
+
+def _register(store: JobStore, *kinds: str) -> WorkerInfo:
+    now = utc_now()
+    with store.connect() as bind:
+        return register_worker(bind, WorkerInfo("w", "host", 7, kinds, 1, "1.0", now, now))
+
+
+def _notes(engine: Engine, jobs: Iterable[MlJob]) -> list[str | None]:
+    return [_row(engine, job.id).note for job in jobs]
 
 
 def _end_lease(engine: Engine, when: datetime) -> None:
@@ -100,9 +114,19 @@ def test_a_queued_job_says_what_it_waits_for(engine: Engine) -> None:
         store.claim(worker="gpu-1")
         behind = store.submit("train", "spam", exclusive=True)
         later = store.submit("train", "ham", run_after=timedelta(hours=1))
-        free = store.submit("train", "ham")
-    notes = [_row(engine, job.id).note for job in (behind, later, free)]
-    assert notes == ["its target is taken", "not before run_after", None]
+        free, other = store.submit("train", "ham"), store.submit("backfill", "ham")
+        jobs = (behind, later, free, other)
+        assert _notes(engine, jobs) == ["its target is taken", "not before run_after", *["no worker is running"] * 2]
+        worker = _register(store, "train", "drift_compute")
+        assert _notes(engine, jobs)[2:] == [None, "no worker handles this kind"]
+        with store.connect() as bind:
+            see_worker(bind, worker, WorkerState.STOPPING)
+        assert _notes(engine, jobs)[2:] == ["no worker is running"] * 2
+        _register(store, "backfill")
+        assert _notes(engine, jobs)[2:] == ["no worker handles this kind", None]
+        with store.engine.begin() as connection:
+            connection.execute(update(MlJob.__workers__).values(last_seen_at=utc_now() - timedelta(seconds=65)))
+        assert _notes(engine, jobs)[2:] == ["no worker is running"] * 2
     assert _text(_row(engine, later.id).queue_wait) == "00:00:00"
 
 
@@ -129,9 +153,18 @@ class HostBase(DeclarativeBase):
     """Of a host that wants a view too."""
 
 
+class OddKind(StrEnum):
+    PLAIN = "train"
+    QUOTED = 'a "train" \u00e9\\'
+
+
 class Run(MlJobMixin, HostBase):
     __tablename__ = "odd runs"
     __overview_name__ = "odd runs seen"
+    __overview_columns__ = ("the owner", "note_")
+    kind: Mapped[OddKind] = kind_column(OddKind)
+    owner: Mapped[str | None] = mapped_column("the owner")
+    note_: Mapped[str | None]
 
 
 class Plain(MlJobMixin, HostBase):
@@ -151,7 +184,8 @@ def test_a_hosts_class_has_a_view_only_if_it_names_one(host: Engine) -> None:
     schema.verify(host, metadata=HostBase.metadata)
     with host.begin() as connection:
         connection.execute(Run.__table__.insert(), {"kind": "train", "target_name": "a", "spec_json": "{}"})
-        assert connection.execute(text('SELECT status, note FROM "odd runs seen"')).all() == [("queued", None)]
+        seen = text('SELECT status, note FROM "odd runs seen"')
+        assert connection.execute(seen).all() == [("queued", "no worker is running")]
     with host.begin() as connection:
         for statement in overview_ddl(Run.__table__, host.dialect.name, create=False):
             connection.execute(statement)
@@ -165,3 +199,56 @@ def test_the_view_goes_with_its_tables(host: Engine) -> None:
     HostBase.metadata.drop_all(host)
     assert inspect(host).get_view_names() == []
     HostBase.metadata.create_all(host)
+
+
+def test_a_view_shows_the_columns_of_the_hosts_own_that_its_class_names(host: Engine) -> None:
+    with JobStore(host, model=Run) as store:
+        job = store.submit("train", "spam", owner="ann", note_="mine")
+    with host.connect() as connection:
+        row = connection.execute(text('SELECT id, "the owner", note_ FROM "odd runs seen"')).one()
+    assert str(row.id).replace("-", "") == job.id.hex
+    assert row[1:] == ("ann", "mine")
+
+
+def test_a_view_shows_no_column_that_is_not_there_and_none_under_the_name_of_ours() -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    with pytest.raises(ModelError, match="__overview_columns__ name salary, which is no column of its own"):
+
+        class Bad(MlJobMixin, Base):
+            __tablename__ = "bad_runs"
+            __overview_name__ = "bad"
+            __overview_columns__ = ("salary",)
+
+    with pytest.raises(InvalidValueError, match="the view has a column of this name already"):
+        Overview("seen", Run.__table__, Run.__leases__, columns=("note",))
+
+
+def test_a_kind_with_quotes_is_not_taken_for_the_one_inside(host: Engine) -> None:
+    with JobStore(host, model=Run) as store:
+        store.submit(OddKind.PLAIN, "a")
+        now = utc_now()
+        with store.connect() as bind:
+            for name, state in (("w", WorkerState.RUNNING), ("x", WorkerState.GONE)):
+                kinds = ('a "train" \u00e9\\',) if name == "w" else ("train",)
+                worker = register_worker(bind, WorkerInfo(name, "h", 7, kinds, 1, "1", now, now), model=Run)
+                see_worker(bind, worker, state, model=Run)
+        store.submit(OddKind.QUOTED, "b")
+    with host.connect() as connection:
+        rows = connection.execute(text('SELECT target_name, note FROM "odd runs seen" ORDER BY 1')).all()
+    assert rows == [("a", "no worker handles this kind"), ("b", None)]
+
+
+def test_a_view_without_a_table_of_workers_says_nothing_of_them(host: Engine) -> None:
+    older = Overview("odd runs seen", Run.__table__, Run.__leases__)
+    with host.begin() as connection:
+        for create in (False, True):
+            for statement in view_ddl(older, host.dialect.name, create=create):
+                connection.execute(statement)
+        connection.execute(text('DROP TABLE "odd runs_workers"'))
+    with JobStore(host, model=Run) as store:
+        store.submit("train", "spam")
+        assert store.workers() == []
+    with host.connect() as connection:
+        assert connection.execute(text('SELECT note FROM "odd runs seen"')).all() == [(None,)]

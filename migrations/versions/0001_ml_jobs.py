@@ -200,6 +200,10 @@ SELECT j.id, j.kind, j.target_name, j.status, j.progress,
       AND (EXISTS (SELECT 1 FROM ml_job_leases h WHERE h.target_lock = j.target_name)
       OR EXISTS (SELECT 1 FROM ml_jobs r WHERE r.target_name = j.target_name AND r."exclusive"
         AND r.status = 'running')) THEN 'its target is taken'
+    WHEN j.status = 'queued' AND NOT EXISTS (SELECT 1 FROM ml_job_workers w
+      WHERE w.state = 'running' AND w.last_seen_at >= statement_timestamp() - interval '60 seconds') THEN 'no worker is running'
+    WHEN j.status = 'queued' AND NOT EXISTS (SELECT 1 FROM ml_job_workers w
+      WHERE w.state = 'running' AND w.last_seen_at >= statement_timestamp() - interval '60 seconds' AND strpos(w.kinds, to_json(j.kind::text)::text) > 0) THEN 'no worker handles this kind'
   END AS note,
   j.attempts, j.priority, j.created_at, j.started_at, j.finished_at, j.run_after,
   CASE WHEN j.finished_at >= j.started_at
@@ -364,6 +368,10 @@ SELECT id, kind, target_name, status, progress,
       AND (EXISTS (SELECT 1 FROM ml_job_leases h WHERE h.target_lock = v.target_name)
       OR EXISTS (SELECT 1 FROM ml_jobs r WHERE r.target_name = v.target_name AND r."exclusive"
         AND r.status = 'running')) THEN 'its target is taken'
+    WHEN v.status = 'queued' AND NOT EXISTS (SELECT 1 FROM ml_job_workers w
+      WHERE w.state = 'running' AND w.last_seen_at >= now - 60000) THEN 'no worker is running'
+    WHEN v.status = 'queued' AND NOT EXISTS (SELECT 1 FROM ml_job_workers w
+      WHERE w.state = 'running' AND w.last_seen_at >= now - 60000 AND instr(w.kinds, json_quote(v.kind)) > 0) THEN 'no worker handles this kind'
   END AS note,
   attempts, priority,
   strftime('%Y-%m-%d %H:%M:%S', created_at / 1000, 'unixepoch') || printf('.%03d', created_at % 1000) AS created_at,

@@ -152,10 +152,10 @@ def _drop_overviews_first(connection: Connection, upgrade: Any, schemas: Iterabl
     """Drop the views that read a table that goes: PostgreSQL would not let it go, SQLite would leave them broken."""
     gone = {_place(found) for found in upgrade.ops if isinstance(found, ops.DropTableOp)}
     upgrade.ops[:0] = [
-        DropMljobsOverviewOp(view, name, leases, schema=schema)
+        DropMljobsOverviewOp(found, schema=schema)
         for schema in (schemas if gone else ())
-        for view, name, leases in overviews_of(connection, schema)
-        if not gone.isdisjoint({(schema, name), (schema, leases)})
+        for found in overviews_of(connection, schema)
+        if not gone.isdisjoint({(schema, name) for name in found.reads})
     ]
 
 
@@ -264,7 +264,7 @@ def _add_missing_overview(connection: Connection, upgrade: Any, table: Table, sc
     if overview is None or overview.name in {*inspect(connection).get_view_names(schema=schema)} - dropped:
         return
     log.info("Detected that the view %r is missing", overview.name)
-    upgrade.ops.append(CreateMljobsOverviewOp(overview.name, table.name, overview.leases.name, schema=table.schema))
+    upgrade.ops.append(CreateMljobsOverviewOp(overview, schema=table.schema))
 
 
 def _changed_names(upgrade: Any, schema: str | None, name: str) -> set[str]:

@@ -80,7 +80,7 @@ def _take_views(connection: Connection, table: Table, prefix: str) -> list[str]:
     from mljobs.schema._catalog import overviews_of  # noqa: PLC0415 - when this is loaded, Alembic is not whole yet
 
     texts = dict(definitions(connection, table.schema, "view"))
-    taken = [view for view, *read in overviews_of(connection, table.schema) if table.name in read]
+    taken = [found.name for found in overviews_of(connection, table.schema) if table.name in found.reads]
     for view in taken:
         connection.exec_driver_sql(f"DROP VIEW {prefix}{connection.dialect.identifier_preparer.quote(view)}")
     return [texts[view] for view in taken]

@@ -15,10 +15,9 @@ from mljobs.guards._overview import Overview, OverviewDDL, view_ddl
 
 
 class _OverviewOperation(MigrateOperation):
-    def __init__(self, view_name: str, table_name: str, lease_table_name: str, *, schema: str | None = None) -> None:
-        self.view_name = view_name
-        self.table_name = table_name
-        self.lease_table_name = lease_table_name
+    def __init__(self, overview: Overview, *, schema: str | None = None) -> None:
+        self.overview = overview
+        self.view_name = overview.name
         self.schema = schema
 
     def statements(self, dialect_name: str, *, create: bool) -> Sequence[OverviewDDL]:
@@ -27,19 +26,25 @@ class _OverviewOperation(MigrateOperation):
         Raises:
             InvalidValueError: mljobs does not know the dialect.
         """
-        jobs, leases = (
-            Table(name, MetaData(), schema=self.schema) for name in (self.table_name, self.lease_table_name)
-        )
-        found = view_ddl(Overview(self.view_name, jobs, leases), dialect_name, create=create)
+        found = view_ddl(self.overview, dialect_name, create=create)
         if not found:
             raise InvalidValueError("dialect", dialect_name, "mljobs knows postgresql and sqlite")
         return found
 
     def arguments(self) -> str:
         """Return what a migration's text gives."""
-        names = (self.view_name, self.table_name, self.lease_table_name)
+        names = (self.view_name, self.overview.jobs.name, self.overview.leases.name)
         schema = [f"schema={str(self.schema)!r}"] if self.schema else []
         return ", ".join([*(repr(str(name)) for name in names), *schema])
+
+
+def _overview(
+    view: str, jobs: str, leases: str, *, schema: str | None, workers: str | None = None, columns: Sequence[str] = ()
+) -> Overview:
+    """Return the view that these names say."""
+    table, held = (Table(name, MetaData(), schema=schema) for name in (jobs, leases))
+    seen = None if workers is None else Table(workers, MetaData(), schema=schema)
+    return Overview(view, table, held, seen, tuple(columns))
 
 
 @Operations.register_operation("create_mljobs_overview")
@@ -55,6 +60,8 @@ class CreateMljobsOverviewOp(_OverviewOperation):
         lease_table_name: str,
         *,
         schema: str | None = None,
+        workers: str | None = None,
+        columns: Sequence[str] = (),
     ) -> None:
         """Make the view beside a job table, for people with a SQL shell; one of this name is replaced.
 
@@ -63,13 +70,29 @@ class CreateMljobsOverviewOp(_OverviewOperation):
             view_name: What ``__overview_name__`` says.
             table_name: The job table.
             lease_table_name: The table of its leases.
-            schema: Where all three are; None for the default.
+            schema: Where all of them are; None for the default.
+            workers: The table of its workers; None: the view does not say where no worker is.
+            columns: The host's own columns that the view shows, as ``__overview_columns__`` says.
         """
-        operations.invoke(cls(view_name, table_name, lease_table_name, schema=schema))
+        operations.invoke(
+            cls(
+                _overview(view_name, table_name, lease_table_name, schema=schema, workers=workers, columns=columns),
+                schema=schema,
+            )
+        )
+
+    def arguments(self) -> str:
+        """Return what a migration's text gives."""
+        found = [super().arguments()]
+        if self.overview.workers is not None:
+            found.append(f"workers={str(self.overview.workers.name)!r}")
+        if self.overview.columns:
+            found.append(f"columns={[str(name) for name in self.overview.columns]!r}")
+        return ", ".join(found)
 
     def reverse(self) -> MigrateOperation:
         """Return the way back."""
-        return DropMljobsOverviewOp(self.view_name, self.table_name, self.lease_table_name, schema=self.schema)
+        return DropMljobsOverviewOp(self.overview, schema=self.schema)
 
     def to_diff_tuple(self) -> tuple[Any, ...]:
         """Return how ``alembic check`` and ``compare_metadata`` tell it."""
@@ -99,11 +122,11 @@ class DropMljobsOverviewOp(_OverviewOperation):
             lease_table_name: The table of its leases.
             schema: Where all three are; None for the default.
         """
-        operations.invoke(cls(view_name, table_name, lease_table_name, schema=schema))
+        operations.invoke(cls(_overview(view_name, table_name, lease_table_name, schema=schema), schema=schema))
 
     def reverse(self) -> MigrateOperation:
         """Return the way back."""
-        return CreateMljobsOverviewOp(self.view_name, self.table_name, self.lease_table_name, schema=self.schema)
+        return CreateMljobsOverviewOp(self.overview, schema=self.schema)
 
     def to_diff_tuple(self) -> tuple[Any, ...]:
         """Return how ``alembic check`` and ``compare_metadata`` tell it."""

@@ -24,6 +24,8 @@ from mljobs.states import TERMINAL, MlJobStatus
 _FINISHED = ", ".join(f"'{status}'" for status in TERMINAL)
 _QUEUED, _RUNNING = MlJobStatus.QUEUED, MlJobStatus.RUNNING
 _ERROR_SHOWN = 200
+SILENT_SECONDS = 60
+"""A worker that was not seen for so long is gone. It says that it is there every five seconds, or oftener."""
 
 _NOTE = f"""\
 CASE
@@ -34,8 +36,28 @@ CASE
     WHEN {{j}}status = '{_QUEUED}' AND {{j}}{{exclusive}}
       AND (EXISTS (SELECT 1 FROM {{{{leases}}}} h WHERE h.target_lock = {{j}}target_name)
       OR EXISTS (SELECT 1 FROM {{{{jobs}}}} r WHERE r.target_name = {{j}}target_name AND r."exclusive"
-        AND r.status = '{_RUNNING}')) THEN 'its target is taken'
+        AND r.status = '{_RUNNING}')) THEN 'its target is taken'{{{{no_worker}}}}
   END AS note"""
+
+# A worker is there if it runs and was seen lately; one that lets its last jobs end claims no more. A kind stands in the JSON
+# list of a worker's kinds as it is quoted: inside a longer token its quotes would be escaped.
+_NO_WORKER = f"""
+    WHEN {{job}}.status = '{_QUEUED}' AND NOT EXISTS (SELECT 1 FROM {{workers}} w
+      WHERE w.state = 'running' AND w.last_seen_at >= {{since}}) THEN 'no worker is running'
+    WHEN {{job}}.status = '{_QUEUED}' AND NOT EXISTS (SELECT 1 FROM {{workers}} w
+      WHERE w.state = 'running' AND w.last_seen_at >= {{since}} AND {{handles}}) THEN 'no worker handles this kind'"""
+_NO_WORKER_WORDS = {
+    "postgresql": {
+        "job": "j",
+        "since": f"statement_timestamp() - interval '{SILENT_SECONDS} seconds'",
+        "handles": "strpos(w.kinds, to_json(j.kind::text)::text) > 0",
+    },
+    "sqlite": {
+        "job": "v",
+        "since": f"now - {SILENT_SECONDS * 1000}",
+        "handles": "instr(w.kinds, json_quote(v.kind)) > 0",
+    },
+}
 
 # When the lease ends under which a record runs; or ran, if it was cancelled and its worker has not stopped: then the record
 # names no lease any more, but still says when it was claimed, and by whom.
@@ -67,7 +89,7 @@ SELECT j.id, j.kind, j.target_name, j.status, j.progress,
   CASE WHEN j.finished_at >= j.started_at
     THEN (extract(epoch FROM j.finished_at - j.started_at) * 1000)::bigint END AS duration_ms,
   j.retry_of,
-  left(split_part(j.error_message, chr(10), 1), {_ERROR_SHOWN}) AS error
+  left(split_part(j.error_message, chr(10), 1), {_ERROR_SHOWN}) AS error{{columns}}
 FROM {{jobs}} j CROSS JOIN LATERAL (SELECT {_ENDS.format(same="IS NOT DISTINCT FROM")} AS ends_at) l"""
 
 # Since PostgreSQL 15 a view may read with the rights of whoever asks; otherwise it would pass row security by.
@@ -109,7 +131,7 @@ SELECT id, kind, target_name, status, progress,
   {_moment("run_after")},
   duration_ms, retry_of,
   substr(error_message, 1,
-    min(coalesce(nullif(instr(error_message, char(10)), 0) - 1, {_ERROR_SHOWN}), {_ERROR_SHOWN})) AS error
+    min(coalesce(nullif(instr(error_message, char(10)), 0) - 1, {_ERROR_SHOWN}), {_ERROR_SHOWN})) AS error{{columns}}
 FROM (
   SELECT *,
     max(now - created_at, 0) / 1000 AS age,
@@ -119,7 +141,7 @@ FROM (
     CASE WHEN finished_at >= started_at THEN finished_at - started_at END AS duration_ms
   FROM (
     SELECT j.id, j.kind, j.target_name, j.status, j.progress, j.attempts, j.priority, j."exclusive",
-      j.created_at, j.started_at, j.finished_at, j.run_after, j.retry_of, j.error_message, j.worker,
+      j.created_at, j.started_at, j.finished_at, j.run_after, j.retry_of, j.error_message, j.worker{{columns}},
       {_ENDS.format(same="IS")} AS expires_at,
       CAST(strftime('%s', 'now') AS INTEGER) * 1000 + CAST(substr(strftime('%f', 'now'), 4) AS INTEGER) AS now
     FROM {{jobs}} j
@@ -139,13 +161,59 @@ _TEXTS = {
 _INFO = "mljobs_overview"
 
 
+VIEW_COLUMNS = frozenset(
+    {
+        *(
+            "id",
+            "kind",
+            "target_name",
+            "status",
+            "progress",
+            "age",
+            "queue_wait",
+            "duration",
+            "worker",
+            "lease_ends_at",
+        ),
+        *(
+            "stuck",
+            "note",
+            "attempts",
+            "priority",
+            "created_at",
+            "started_at",
+            "finished_at",
+            "run_after",
+            "duration_ms",
+        ),
+        *("retry_of", "error", "error_message", "exclusive", "expires_at", "ends_at", "now"),
+    }
+)
+"""The columns that a view has without a host's, and those that its text needs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """A view: its name, and the tables that it reads."""
+    """A view: its name, the tables that it reads, and the host's own columns of the job table that it shows.
+
+    Without a table of workers the view says nothing about them.
+    """
 
     name: str
     jobs: Table
     leases: Table
+    workers: Table | None = None
+    columns: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for column in self.columns:
+            if column in VIEW_COLUMNS:
+                raise InvalidValueError("columns", column, "the view has a column of this name already")
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The names of the tables that it reads."""
+        return frozenset(table.name for table in (self.jobs, self.leases, self.workers) if table is not None)
 
 
 class OverviewDDL(ExecutableDDLElement):
@@ -165,10 +233,16 @@ def _render(element: OverviewDDL, compiler: DDLCompiler, **_: object) -> str:
     prefix = f"{preparer.quote_schema(schema)}." if schema else ""
     # SQLite: a view reads from the schema that it is in, and may name no other.
     inside = "" if compiler.dialect.name == "sqlite" else prefix
+    no_worker = ""
+    if overview.workers is not None:
+        words = _NO_WORKER_WORDS[compiler.dialect.name]
+        no_worker = _NO_WORKER.format(**words, workers=inside + preparer.quote(overview.workers.name))
     return element.text.format(
         view=prefix + preparer.quote(overview.name),
         jobs=inside + preparer.quote(overview.jobs.name),
         leases=inside + preparer.quote(overview.leases.name),
+        no_worker=no_worker,
+        columns="".join(f", {preparer.quote(column)}" for column in overview.columns),
     )
 
 
@@ -195,9 +269,10 @@ def view_ddl(overview: Overview, dialect_name: str, *, create: bool = True) -> S
     return [OverviewDDL(overview, text) for text in _TEXTS.get((dialect_name, create), ())]
 
 
-def install_overview(jobs: Table, leases: Table, name: str) -> None:
+def install_overview(overview: Overview) -> None:
     """Create the view with the tables and drop it with them, where a host uses ``metadata.create_all``."""
-    jobs.info[_INFO] = leases.info[_INFO] = Overview(name, jobs, leases)
+    leases = overview.leases
+    overview.jobs.info[_INFO] = leases.info[_INFO] = overview
 
     # The listeners go with a copy by Table.to_metadata, whose view reads the copies.
     @event.listens_for(leases, "after_create", propagate=True)
@@ -214,10 +289,16 @@ def install_overview(jobs: Table, leases: Table, name: str) -> None:
 def _overview_beside(leases: Table) -> Overview:
     """Return the view beside a table of leases: of a copy the one that reads the copy of the job table."""
     known: Overview = leases.info[_INFO]
-    jobs = leases.metadata.tables.get(
-        known.jobs.name if leases.schema is None else f"{leases.schema}.{known.jobs.name}"
-    )
-    if known.leases is leases or jobs is None:
+    if known.leases is leases:
         return known
-    jobs.info[_INFO] = leases.info[_INFO] = copied = Overview(known.name, jobs, leases)
+
+    def beside(table: Table) -> Table | None:
+        return leases.metadata.tables.get(table.name if leases.schema is None else f"{leases.schema}.{table.name}")
+
+    jobs = beside(known.jobs)
+    if jobs is None:
+        return known
+    workers = None if known.workers is None else beside(known.workers)
+    copied = Overview(known.name, jobs, leases, workers, known.columns)
+    jobs.info[_INFO] = leases.info[_INFO] = copied
     return copied

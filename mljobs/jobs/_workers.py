@@ -16,13 +16,13 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from mljobs._values import utc_now
 from mljobs.guards._companions import schema_of
+from mljobs.guards._overview import SILENT_SECONDS
 from mljobs.jobs._base import Bind, Model, connection_of, is_postgres, table_of
 from mljobs.jobs._statements import moments, now_of
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus
 
-SILENT_AFTER = timedelta(seconds=60)
-"""A worker that was not seen for so long is gone. It says that it is there every five seconds, or oftener."""
+SILENT_AFTER = timedelta(seconds=SILENT_SECONDS)
 _KEPT = timedelta(days=1)
 _NAMES_TRIED = 1000
 
@@ -139,7 +139,7 @@ def _registration(connection: sa.Connection, model: Model, worker: WorkerInfo) -
         "name": worker.name,
         "host": worker.host,
         "pid": worker.pid,
-        "kinds": json.dumps(worker.kinds),
+        "kinds": json.dumps(worker.kinds, ensure_ascii=False),  # as the view looks for them
         "concurrency": worker.concurrency,
         "version": worker.version,
         "state": WorkerState.RUNNING.value,

@@ -6,6 +6,7 @@ outcome is one method, which sets every field that belongs to it, so no illegal 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import is_dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -14,19 +15,17 @@ from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.ext.hybrid import hybrid_method, hybrid_property
-from sqlalchemy.orm import Mapped, Mapper, validates
+from sqlalchemy.orm import Mapped, validates
 
 from mljobs._fields import FIELDS, KV_FIELDS
 from mljobs._values import MAX_PROGRESS, from_json_text, to_json_text, to_millis, utc_now
 from mljobs.errors import InvalidTransitionError, InvalidValueError, TerminalStateError
-from mljobs.guards._companions import short_name
-from mljobs.guards._hooks import install_hooks, install_triggers, is_expression, remember_start
-from mljobs.guards._overview import install_overview
+from mljobs.guards._hooks import install_hooks, is_expression, remember_start
 from mljobs.record import _kv as kv
-from mljobs.record._columns import TYPES, column
-from mljobs.record._declaring import check_body, check_companion_name, check_dataclass, check_mapping, check_table
+from mljobs.record._columns import column
+from mljobs.record._companions import add_companions
+from mljobs.record._declaring import check_body
 from mljobs.record._sql import epoch_millis, first_line_of, json_number
-from mljobs.record._table import add_checks_and_indexes, lease_table, worker_table
 from mljobs.record._values import (
     NUMBERS,
     TEXTS,
@@ -56,6 +55,8 @@ class MlJobMixin:
     """Name of the lease table; ``<table>_leases`` where None."""
     __overview_name__: ClassVar[str | None] = None
     """Name of the view for people with a SQL shell; no view where None. See :mod:`mljobs.guards._overview`."""
+    __overview_columns__: ClassVar[Sequence[str]] = ()
+    """The columns of the class's own that the view shows, by their names in the database."""
     __worker_tablename__: ClassVar[str | None] = None
     """Name of the table of workers; ``<table>_workers`` where None."""
     __workers__: ClassVar[sa.Table]
@@ -433,29 +434,4 @@ _AT_CONSTRUCTION = tuple(
 )
 
 
-@sa.event.listens_for(MlJobMixin, "after_mapper_constructed", propagate=True)
-def _add_companions(mapper: Mapper[Any], cls: type[MlJobMixin]) -> None:
-    """Give a newly mapped table its checks, indexes, leases and triggers, once."""
-    table = mapper.local_table
-    if not isinstance(table, sa.Table) or (mapper.inherits is not None and not mapper.concrete):
-        return  # a subclass that shares the table, or has one of its own beside it
-    check_dataclass(cls)  # once more, for what a decorator has made of it
-    check_mapping(cls, mapper, TYPES)
-    table.info["mljobs_model"] = cls
-    kinds: type[StrEnum] = table.c.kind.type.enum
-    cls.__kinds__ = kinds
-    if "mljobs" in table.info:  # defined once more on the same table, as in a notebook
-        cls.__leases__, cls.__workers__ = table.info["mljobs"], table.info["mljobs_workers"]
-        return
-    lease_name = cls.__lease_tablename__ or short_name(f"{table.name}_leases")
-    worker_name = cls.__worker_tablename__ or short_name(f"{table.name}_workers")
-    check_companion_name(cls, lease_name, table, "its leases", "__lease_tablename__")
-    check_companion_name(cls, worker_name, table, "its workers", "__worker_tablename__")
-    add_checks_and_indexes(table, kinds)
-    cls.__leases__ = table.info["mljobs"] = lease_table(table, lease_name)
-    cls.__workers__ = table.info["mljobs_workers"] = worker_table(table, worker_name)
-    # Once more when the table is made, for what a host has added to it since.
-    sa.event.listen(table, "before_create", lambda created, *_, **__: check_table(cls, created), propagate=True)
-    install_triggers(table)
-    if cls.__overview_name__ is not None:
-        install_overview(table, cls.__leases__, cls.__overview_name__)
+sa.event.listen(MlJobMixin, "after_mapper_constructed", add_companions, propagate=True)

@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, NestedTransaction, create_engine, inspect, text
+from sqlalchemy import Connection, MetaData, NestedTransaction, Table, create_engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import StaticPool
 
 from mljobs.errors import InvalidValueError, SchemaError
 from mljobs.guards._companions import GUARD_ROLES, companion_names, leases_of, quoted, schema_of
-from mljobs.guards._overview import overview_of
+from mljobs.guards._overview import VIEW_COLUMNS, Overview, overview_of
 from mljobs.schema._hazards import hazards
 
 if TYPE_CHECKING:
-    from sqlalchemy import Inspector, MetaData, Table
+    from sqlalchemy import Inspector
 
 VERSION_TABLE = "mljobs_alembic_version"
 """Where Alembic keeps our version."""
@@ -122,8 +122,8 @@ def guarded_tables(connection: Connection, schema: str | None) -> set[str]:
     return {table for table, trigger in triggers if trigger in guards[table]}
 
 
-def overviews_of(connection: Connection, schema: str | None) -> list[tuple[str, str, str]]:
-    """Return the overviews that stand in a schema, by any name: the view, its job table and the table of its leases."""
+def overviews_of(connection: Connection, schema: str | None) -> list[Overview]:
+    """Return the overviews that stand in a schema, by any name."""
     seen = inspect(connection)
     found = []
     for view in seen.get_view_names(schema=schema):
@@ -133,14 +133,20 @@ def overviews_of(connection: Connection, schema: str | None) -> list[tuple[str, 
         read = [name for name in seen.get_table_names(schema=schema) if _names(text_of, name)]
         jobs = [name for name in read if _has(seen, name, schema, _RECORD_COLUMNS)]
         leases = [name for name in read if _has(seen, name, schema, _LEASE_COLUMNS)]
+        workers = [name for name in read if _has(seen, name, schema, _WORKER_COLUMNS)]
         if jobs and leases:
-            found.append((view, jobs[0], leases[0]))
+            table, held = (Table(name, MetaData(), schema=schema) for name in (jobs[0], leases[0]))
+            seen_by = Table(workers[0], MetaData(), schema=schema) if workers else None
+            columns = [column["name"] for column in seen.get_columns(view, schema=schema)]
+            own = tuple(name for name in columns if name not in VIEW_COLUMNS)
+            found.append(Overview(view, table, held, seen_by, own))
     return found
 
 
 _OVERVIEW_COLUMNS = ("queue_wait", "lease_ends_at", "stuck", "note", "duration_ms")
 _RECORD_COLUMNS = frozenset({"spec_json", "target_name"})
 _LEASE_COLUMNS = frozenset({"token", "acquired_at", "target_lock"})
+_WORKER_COLUMNS = frozenset({"kinds", "concurrency", "last_seen_at"})
 
 
 def _has(seen: Inspector, name: str, schema: str | None, columns: frozenset[str]) -> bool:
@@ -236,7 +242,7 @@ def _job_tables(metadata: MetaData) -> list[Table]:
 
 
 def _with_references(tables: Iterable[Table]) -> list[Table]:
-    """Return the tables and those that their foreign keys need, job tables first: the view beside the leases reads both."""
+    """Return the tables and those that their foreign keys need, leases last: the view beside them reads the others."""
     needed: dict[Table, None] = {}
     waiting = list(tables)
     while waiting:
@@ -244,7 +250,7 @@ def _with_references(tables: Iterable[Table]) -> list[Table]:
         if table not in needed:
             needed[table] = None
             waiting += [key.column.table for key in table.foreign_keys]
-    return sorted(needed, key=lambda table: "spec_json" not in table.c)  # a copy by to_metadata does not say so
+    return sorted(needed, key=lambda table: "target_lock" in table.c)  # a copy by to_metadata does not say so
 
 
 def _create(connection: Connection, tables: Iterable[Table], schema: str | None) -> None:
