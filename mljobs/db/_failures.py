@@ -7,6 +7,8 @@ import sqlite3
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from mljobs.guards._errors import plan_is_outdated
+
 _NOT_RETRYABLE = ("27", "2F", "38", "39", "54", "55000", "HV")
 """SQLSTATEs that psycopg calls operational and that no wait mends: limits of the program, and what triggers and functions
 of the host raise."""
@@ -29,8 +31,10 @@ def database_is_away(error: BaseException) -> bool:
 
 
 def may_run_again(error: BaseException) -> bool:
-    """Whether the transaction met another one (serialization, deadlock), and may be run again from its beginning."""
-    return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) in _SERIALIZATION
+    """Whether the transaction met another one (serialization, deadlock) or a migration, and may be run again at once."""
+    if not isinstance(error, DBAPIError):
+        return False
+    return getattr(error.orig, "sqlstate", None) in _SERIALIZATION or plan_is_outdated(error)
 
 
 def first_line(error: BaseException | str) -> str:

@@ -14,6 +14,7 @@ from sqlalchemy.engine import Engine
 from mljobs.errors import (
     TRUNCATED,
     InvalidTransitionError,
+    InvalidValueError,
     JobExistsError,
     MlJobsError,
     TargetLockedError,
@@ -74,7 +75,19 @@ def translate_error(error: BaseException | None) -> MlJobsError | None:
             return InvalidTransitionError(job_id, status, known)
         if _is_second_holder(seen):
             return TargetLockedError(None)
+        if _is_too_long(seen):
+            return InvalidValueError("target_name", "...", _TOO_LONG)
     return None
+
+
+def _is_too_long(error: BaseException) -> bool:
+    """Whether PostgreSQL cannot index the name of a target."""
+    index = _source(error, "constraint_name") or ""
+    return getattr(error, "sqlstate", None) == _LIMIT_EXCEEDED and any(
+        _source(error, "table_name") == table.name
+        and index in {each.name for each in table.indexes if "target_name" in each.columns}
+        for table in _known_tables()
+    )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -162,6 +175,13 @@ _POOLER = (
     "See docs/pgbouncer.md."
 )
 _UNDEFINED_TABLE = "42P01"
+_LIMIT_EXCEEDED = "54000"
+_TOO_LONG = "it is longer than PostgreSQL can index: a name of a target has about 2,600 bytes at most there"
+_READ_ONLY_TRANSACTION = "25006"
+_NOT_SUPPORTED = "0A000"
+_REVALIDATE = "RevalidateCachedQuery"
+"""PostgreSQL's function that says "cached plan must not change result type"; the words are of the server's language."""
+_OUTDATED_IN_ASYNCPG = "InvalidCachedStatementError"
 _SQLITE_UNDEFINED = "no such table: "
 _NO_TABLE = "mljobs: there is no table {}: run `mljobs upgrade`, or your own migrations"
 _CONSTRAINTS = frozenset({TERMINAL_CONSTRAINT, TRANSITION_CONSTRAINT})
@@ -175,7 +195,32 @@ def _translate(context: ExceptionContext) -> MlJobsError | None:
         error.add_note(_POOLER)
     if error is not None and (missing := _missing_table(context.original_exception)):
         error.add_note(_NO_TABLE.format(missing))
+    if plan_is_outdated(context.original_exception) or _became_read_only(context):
+        context.is_disconnect = True  # on this connection, and on those like it, no later attempt would do better
+    if getattr(context.original_exception, "sqlstate", None) == _LIMIT_EXCEEDED and error is not None:
+        error.add_note(f"mljobs: {_TOO_LONG}")  # above 8 kB PostgreSQL does not say which index
     return translate_error(context.original_exception)
+
+
+def plan_is_outdated(error: BaseException | None) -> bool:
+    """Whether a statement was refused, unrun, because a migration has changed the type of a column since it was prepared.
+
+    Args:
+        error: What SQLAlchemy or a driver raised.
+    """
+    return any(
+        _source(seen, "source_function") == _REVALIDATE or type(seen).__name__ == _OUTDATED_IN_ASYNCPG
+        for seen in _causes(error)
+        if getattr(seen, "sqlstate", None) == _NOT_SUPPORTED
+    )
+
+
+def _became_read_only(context: ExceptionContext) -> bool:
+    """Whether a write met a server that was made read-only, a standby after a failover say, where none was asked for."""
+    if getattr(context.original_exception, "sqlstate", None) != _READ_ONLY_TRANSACTION:
+        return False
+    connection = context.connection
+    return connection is None or not connection.get_execution_options().get("postgresql_readonly")
 
 
 def _missing_table(error: BaseException) -> str | None:

@@ -9,13 +9,15 @@ from uuid import UUID
 
 from sqlalchemy import ColumnElement, exists, select
 
-from mljobs.errors import InvalidValueError, MlJobsError
+from mljobs.db._binds import resolve
+from mljobs.errors import InvalidValueError
 from mljobs.jobs._base import Bind, Model, connection_of, is_postgres, lock_sqlite, table_of, whole_table_of
 from mljobs.jobs._filters import Filter, Filters, Selection, Where, selection
 from mljobs.jobs._finishing import cancel
 from mljobs.jobs._paging import Paging
 from mljobs.jobs._reading import Counts, counts
 from mljobs.jobs._retrying import retry
+from mljobs.jobs._savepoints import row_by_row
 from mljobs.record._models import MlJob
 from mljobs.states import ACTIVE, MlJobStatus
 
@@ -167,10 +169,10 @@ def _each(session: Bind, chosen: Selection, batch: int, after: str | None, act: 
     found = Paging(session, chosen, "oldest", batch).find(read, after=after, scan=False)
     done: list[UUID] = []
     errors: dict[UUID, Exception] = {}
-    for row in found.jobs:
-        try:
-            if act(row.id):
-                done.append(row.id)
-        except MlJobsError as error:
-            errors[row.id] = error
+
+    def act_on(rows: Sequence[Any]) -> None:
+        done.extend([row.id for row in rows if act(row.id)])
+
+    for row, error in row_by_row(resolve(session), found.jobs, act_on):
+        errors[row.id] = error
     return Batch(tuple(done), errors, found.cursor)

@@ -13,6 +13,8 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import Boolean, TypeDecorator, TypeEngine
 
+from mljobs.record._sql import where_json_is_readable
+
 _MAX_SQLITE_INT: Final = 2**63 - 1
 
 
@@ -105,26 +107,26 @@ def _word_of_text(element: JsonWord, compiler: SQLCompiler, **kw: Any) -> str:
     return _at(element, compiler, "type", **kw)
 
 
-def _postgres_path(element: FunctionElement[Any], compiler: SQLCompiler, **kw: Any) -> tuple[str, str]:
+def _at_path(element: FunctionElement[Any], compiler: SQLCompiler, wanted: str, **kw: Any) -> str:
+    """Return PostgreSQL's expression, in which ``{kind}`` is what is at the path, and ``{text}`` its text."""
     column, path, *_ = element.clauses
     json, keys = compiler.process(column, **kw), f"CAST({compiler.process(path, **kw)} AS text[])"
-    return f"json_typeof({json} #> {keys})", f"{json} #>> {keys}"
+    kind, text = f"json_typeof({json} #> {keys})", f"{json} #>> {keys}"
+    return where_json_is_readable(json, wanted.replace("{kind}", kind).replace("{text}", text))
 
 
 @compiles(JsonNumber, "postgresql")
 def _number_of_json(element: JsonNumber, compiler: SQLCompiler, **kw: Any) -> str:
-    kind, text = _postgres_path(element, compiler, **kw)
     # A number that numeric cannot hold would end the whole query: it counts as none.
-    return f"CASE WHEN {kind} = 'number' AND {text} !~ '[eE][-+]?[0-9]{{4}}' THEN CAST({text} AS numeric) END"
+    fits = "{kind} = 'number' AND {text} !~ '[eE][-+]?[0-9]{4}'"
+    return _at_path(element, compiler, f"CASE WHEN {fits} THEN CAST({{text}} AS numeric) END", **kw)
 
 
 @compiles(JsonText, "postgresql")
 def _text_of_json(element: JsonText, compiler: SQLCompiler, **kw: Any) -> str:
-    kind, text = _postgres_path(element, compiler, **kw)
-    return f"CASE WHEN {kind} = 'string' THEN {text} END"
+    return _at_path(element, compiler, "CASE WHEN {kind} = 'string' THEN {text} END", **kw)
 
 
 @compiles(JsonWord, "postgresql")
 def _word_of_json(element: JsonWord, compiler: SQLCompiler, **kw: Any) -> str:
-    kind, text = _postgres_path(element, compiler, **kw)
-    return f"CASE {kind} WHEN 'boolean' THEN {text} ELSE {kind} END"
+    return _at_path(element, compiler, "CASE {kind} WHEN 'boolean' THEN {text} ELSE {kind} END", **kw)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import sqlalchemy as sa
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
 from mljobs.errors import MlJobsError
 
@@ -14,25 +15,25 @@ _NO_PRIVILEGE = "42501"
 
 
 def row_by_row(
-    connection: sa.Connection, rows: Sequence[Any], sweep: Callable[[Sequence[Any]], None]
+    bind: Session | Connection, rows: Sequence[Any], sweep: Callable[[Sequence[Any]], None]
 ) -> Iterator[tuple[Any, Exception]]:
     """Sweep all rows at once; if the database refuses, one by one, yielding those that it refuses."""
-    error = _attempt(connection, rows, sweep)
+    error = _attempt(bind, rows, sweep)
     if error is None:
         return
     if len(rows) == 1:
         yield rows[0], error
         return
     for row in rows:
-        error = _attempt(connection, [row], sweep)
+        error = _attempt(bind, [row], sweep)
         if error is not None:
             yield row, error
 
 
 def _attempt(
-    connection: sa.Connection, rows: Sequence[Any], sweep: Callable[[Sequence[Any]], None]
+    bind: Session | Connection, rows: Sequence[Any], sweep: Callable[[Sequence[Any]], None]
 ) -> Exception | None:
-    savepoint = connection.begin_nested()
+    savepoint: Any = bind.begin_nested()
     try:
         sweep(rows)
     except (DBAPIError, MlJobsError) as error:

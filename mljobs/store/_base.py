@@ -113,7 +113,7 @@ def store_method(
                     except committed_errors as refused:
                         error = refused
             except DBAPIError as failure:
-                if (pause := next(pauses, None)) is None or not may_run_again(failure):
+                if (pause := next(pauses, None)) is None or not _may_run_again(self, failure):
                     raise
                 time.sleep(pause)
             else:
@@ -142,7 +142,7 @@ def async_store_method(
             try:
                 result, error = await self.run(call, atomic=_is_atomic(atomic, kw))
             except DBAPIError as failure:
-                if (pause := next(pauses, None)) is None or not may_run_again(failure):
+                if (pause := next(pauses, None)) is None or not _may_run_again(self, failure):
                     raise
                 await asyncio.sleep(pause)
             else:
@@ -163,6 +163,12 @@ def _pauses(args: tuple[Any, ...], kw: dict[str, Any]) -> Iterator[float]:
         return
     for attempt in range(_ATTEMPTS):
         yield random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt))  # noqa: S311 - spread, no secret
+
+
+def _may_run_again(store: object, failure: DBAPIError) -> bool:
+    """Whether the transaction may be run again; a host's own, in which the store works, ends with its connection."""
+    in_a_hosts = getattr(store, "_joined", None) is not None
+    return may_run_again(failure) and not (in_a_hosts and failure.connection_invalidated)
 
 
 def bind_of(session: Any, model: Model) -> object:
