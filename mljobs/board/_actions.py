@@ -94,11 +94,8 @@ def _to(viewer: Viewer, path: str) -> Response:
 async def theme(request: Request) -> Response:
     """Keep whether the board is light or dark, in its one cookie."""
     _, viewer, form = await _form(request, Access.READ)
-    back = form.one("back", "/")
-    root = viewer.url.root
-    inside = back == root or back.startswith(f"{root}/")
-    safe = inside and not back.startswith("//") and "\\" not in back and back.isprintable()
-    answer = RedirectResponse(back if safe else viewer.url(""), 303)
+    back = form.one("back")
+    answer = RedirectResponse(back if viewer.url.leads_here(back) else viewer.url(""), 303)
     chosen = form.one("theme")
     if chosen in ("light", "dark"):
         answer.set_cookie(

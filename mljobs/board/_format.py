@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from markupsafe import Markup
+from mljobs.board._html import Html
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86_400
 _LONG = 2 * _DAY
@@ -77,7 +77,7 @@ def clock(moment: datetime, shape: str = "hms") -> str:
     return text[:-3] if shape.endswith("f") else text
 
 
-def when(moment: datetime | None, shape: str = "hms", *, zone: bool = False, empty: str = "") -> Markup:
+def when(moment: datetime | None, shape: str = "hms", *, zone: bool = False, empty: str = "") -> Html:
     """Return a ``<time>``: UTC, which the script turns into the viewer's zone; all of it in its title.
 
     Args:
@@ -87,20 +87,20 @@ def when(moment: datetime | None, shape: str = "hms", *, zone: bool = False, emp
         empty: What to show instead of no time.
     """
     if moment is None:
-        return Markup('<span class="dim">{}</span>').format(empty) if empty else Markup("")
+        return Html('<span class="dim">{}</span>').format(empty) if empty else Html("")
     shown = clock(moment, shape) + (" UTC" if zone else "")
-    return Markup('<time datetime="{}" title="{} UTC" data-f="{}"{}>{}</time>').format(
-        iso(moment), clock(moment, "fullf"), shape, Markup(" data-z") if zone else "", shown
+    return Html('<time datetime="{}" title="{} UTC" data-f="{}"{}>{}</time>').format(
+        iso(moment), clock(moment, "fullf"), shape, Html(" data-z") if zone else "", shown
     )
 
 
-def ago(moment: datetime | None, now: datetime) -> Markup:
+def ago(moment: datetime | None, now: datetime) -> Html:
     """Return how long ago a time is, as a ``<time>``."""
     if moment is None:
-        return Markup("")
+        return Html("")
     seconds = (now - moment).total_seconds()
     shown = f"{short(seconds)} ago" if seconds >= 0 else f"in {short(-seconds)}"
-    return Markup('<time datetime="{}" title="{} UTC">{}</time>').format(iso(moment), clock(moment, "fullf"), shown)
+    return Html('<time datetime="{}" title="{} UTC">{}</time>').format(iso(moment), clock(moment, "fullf"), shown)
 
 
 def short_id(job_id: UUID) -> str:
@@ -119,11 +119,6 @@ def size(number: int) -> str:
         if number_in < 1000:
             return f"{number_in:.1f} {unit}" if number_in < 10 else f"{number} {unit}"
     return f"{number} GB"
-
-
-def plain(text: str) -> str:
-    r"""Return text with each character that has no shape written out: ``\x1b[31m`` instead of a colour."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def number(value: float) -> str:
@@ -167,7 +162,7 @@ def literal(value: Any) -> str:
         case Numeral():
             return str(value)
         case str():
-            return plain(json.dumps(value[:_TEXT_SHOWN], ensure_ascii=False)) + (
+            return json.dumps(value[:_TEXT_SHOWN], ensure_ascii=False) + (
                 f" … {len(value):,} characters" if len(value) > _TEXT_SHOWN else ""
             )
         case None | bool():
@@ -222,16 +217,16 @@ def _level(value: Any, path: str, depth: int, left: list[int]) -> tuple[Node, ..
 def _node(key: str, item: Any, path: str, depth: int, left: list[int]) -> Node:
     if isinstance(item, dict) and item and depth < _DEPTH_SHOWN:
         word = "key" if len(item) == 1 else "keys"
-        return Node(plain(key), "", path, f"{len(item)} {word}", _level(item, path, depth + 1, left), leaf=False)
+        return Node(key, "", path, f"{len(item)} {word}", _level(item, path, depth + 1, left), leaf=False)
     if isinstance(item, list) and depth < _DEPTH_SHOWN:
         flat = all(not isinstance(one, dict | list) for one in item)
         text = literal(item) if flat else ""
         if flat and len(item) <= 8 and len(text) <= 80:
-            return Node(plain(key), text, path, leaf=False)
+            return Node(key, text, path, leaf=False)
         head = ", ".join(literal(one) for one in item[:3]) if flat else ""
         note = f"{len(item):,} items" + (f": {head[:80]} …" if head else "")
-        return Node(plain(key), "", path, note, _level(item, path, depth + 1, left), leaf=False)
-    return Node(plain(key), literal(item), path)
+        return Node(key, "", path, note, _level(item, path, depth + 1, left), leaf=False)
+    return Node(key, literal(item), path)
 
 
 # -------------------------------------------------------------------------------------------------------- tracebacks
@@ -278,7 +273,6 @@ _LIBRARIES = (
 
 def failure(text: str) -> Failure:
     """Return an error's first line, its frames, and what is none."""
-    text = plain(text)
     lines = text.split("\n")
     parts: list[Frames] = []
     rest: list[str] = []

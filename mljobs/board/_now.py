@@ -8,12 +8,11 @@ from datetime import datetime, timedelta
 from itertools import groupby
 from typing import Any
 
-from markupsafe import Markup
-
 from mljobs import jobs
 from mljobs._values import utc_now
 from mljobs.board._charts import Column, bar
-from mljobs.board._format import duration, plain, short, when
+from mljobs.board._format import duration, short, when
+from mljobs.board._html import Html
 from mljobs.jobs import Bind, Finished, JobSummary, Model, Queue
 from mljobs.states import MlJobStatus
 
@@ -90,7 +89,7 @@ class RunningRow:
     """A running job in the table."""
 
     job: JobSummary
-    bar: Markup
+    bar: Html
     elapsed: str
     late: bool
     ends: datetime | None
@@ -105,7 +104,7 @@ class Trouble:
 
     mark: str
     job: JobSummary
-    why: Markup
+    why: Html
     since: str
 
 
@@ -208,7 +207,7 @@ def _row(job: JobSummary, usual: float | None, now: datetime) -> RunningRow:
     if 0 < job.progress < 100 and not silent:
         ends = now + timedelta(seconds=elapsed * (100 - job.progress) / job.progress)
     tick = min(100.0, 100 * elapsed / usual) if usual else None
-    label = f"{plain(job.target_name[:80])}, {job.progress} per cent" + (", its worker is silent" if silent else "")
+    label = f"{job.target_name[:80]}, {job.progress} per cent" + (", its worker is silent" if silent else "")
     return RunningRow(
         job=job,
         bar=bar(job.progress, tick, fill="fwarn" if silent else "frun", label=label),
@@ -225,8 +224,8 @@ def _troubles(snapshot: Snapshot, now: datetime) -> list[Trouble]:
     found = []
     for job in snapshot.running:
         if job.expires_at is not None and job.expires_at < now:
-            why = Markup("worker {} is silent; its lease ended {}").format(
-                plain(job.worker or ""), when(job.expires_at, "hms", zone=True)
+            why = Html("worker {} is silent; its lease ended {}").format(
+                job.worker or "", when(job.expires_at, "hms", zone=True)
             )
             found.append(Trouble("silent", job, why, duration(now - job.expires_at)))
     found.sort(key=lambda trouble: trouble.job.expires_at or now)
@@ -235,18 +234,18 @@ def _troubles(snapshot: Snapshot, now: datetime) -> list[Trouble]:
         if usual and job.started_at:
             elapsed = (now - job.started_at).total_seconds()
             if elapsed > _SLOW * usual and elapsed > 60:
-                why = Markup("runs {:.1f} times as long as usual (median of the last 20: {})").format(
+                why = Html("runs {:.1f} times as long as usual (median of the last 20: {})").format(
                     elapsed / usual, short(usual)
                 )
                 found.append(Trouble("slow", job, why, duration(elapsed)))
     for job, holder in snapshot.around.held:
         ready = job.run_after or job.created_at
         if ready <= now:
-            why = Markup("queued; its target is taken by {} (exclusive)").format(plain(holder))
+            why = Html("queued; its target is taken by {} (exclusive)").format(holder)
             found.append(Trouble("held", job, why, duration(now - ready)))
     for job in snapshot.around.not_stopped:
-        tail = Markup("; it holds the target until {}") if job.exclusive else Markup("; its lease ends {}")
-        why = Markup("{}, but {} has not stopped").format(job.status, plain(job.worker or ""))
+        tail = Html("; it holds the target until {}") if job.exclusive else Html("; its lease ends {}")
+        why = Html("{}, but {} has not stopped").format(job.status, job.worker or "")
         why += tail.format(when(job.expires_at, "hms", zone=True))
         found.append(Trouble("cancelled", job, why, duration(now - job.finished_at) if job.finished_at else ""))
     return found

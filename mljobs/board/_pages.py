@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
-from markupsafe import Markup
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,6 +19,7 @@ from mljobs.board._access import Access
 from mljobs.board._backend import DatabaseAway
 from mljobs.board._charts import columns
 from mljobs.board._format import duration, failure, leaves, literal, parsed, short, size, tree
+from mljobs.board._html import Html
 from mljobs.board._now import NowView, running_row, view
 from mljobs.board._plots import gantt
 from mljobs.board._query import Asked
@@ -74,7 +74,7 @@ async def now(request: Request) -> Response:
         if kept is None:
             raise
         return _now_away(request, site, viewer, view(kept))
-    parts = {name: Markup(html) for name, html in now_parts(site, shown, viewer.url).items()}  # noqa: S704 - rendered
+    parts = {name: Html(html) for name, html in now_parts(site, shown, viewer.url).items()}
     read_only = await site.why_read_only(viewer)
     return site.page(
         request,
@@ -92,7 +92,7 @@ async def now(request: Request) -> Response:
 
 
 def _now_away(request: Request, site: Site, viewer: Viewer, shown: NowView) -> Response:
-    parts = {name: Markup(html) for name, html in now_parts(site, shown, viewer.url).items()}  # noqa: S704 - rendered
+    parts = {name: Html(html) for name, html in now_parts(site, shown, viewer.url).items()}
     return site.page(
         request,
         viewer,
@@ -345,12 +345,12 @@ async def job(request: Request) -> Response:
         stream="" if final and one.token is None else viewer.url("events", view="job", id=str(one.id)),
         read_only=read_only,
         job=one,
-        parts={name: Markup(html) for name, html in parts.items()},  # noqa: S704 - rendered with everything escaped
+        parts={name: Html(html) for name, html in parts.items()},
         failure=failure(one.error) if one.error else None,
         error_cut=len(one.error or "") >= _ERROR_WHOLE,
         same=found["same"],
         same_url=viewer.url("jobs", q=f"status:failed error:{quoted((one.error or '').partition(chr(10))[0][:80])}"),
-        spec=Markup(spec),  # noqa: S704 - rendered with everything escaped
+        spec=Html(spec),
         final=final,
         may_cancel=not final and read_only is None and viewer.access.may(Access.CANCEL),
         may_retry=final and read_only is None and viewer.access.may(Access.RETRY),

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from markupsafe import Markup
-
 from mljobs.board._charts import FILL, join, nice
-from mljobs.board._format import clock, duration, iso, number, plain, short, short_id
+from mljobs.board._format import clock, duration, iso, number, short, short_id
+from mljobs.board._html import Html
 from mljobs.jobs import JobSummary
 
 _BEYOND_FIGURES = 1e6
@@ -25,7 +24,7 @@ class Stay:
     """How long one record of a chain waited and ran, and its bar on the axis of all."""
 
     job: JobSummary
-    svg: Markup
+    svg: Html
     waited: float | None
     ran: float | None
 
@@ -47,26 +46,26 @@ def gantt(chain: Sequence[JobSummary], now: datetime) -> tuple[list[Stay], datet
         parts = []
         if ready > job.created_at:
             parts.append(
-                Markup('<line class="axis dash" x1="{:.2f}%" x2="{:.2f}%" y1="8" y2="8"/>').format(
+                Html('<line class="axis dash" x1="{:.2f}%" x2="{:.2f}%" y1="8" y2="8"/>').format(
                     x(job.created_at), x(min(ready, start))
                 )
             )
         waited = (start - ready).total_seconds()
         if waited > 0:
             parts.append(
-                Markup('<rect class="fcan" x="{:.2f}%" y="4.5" width="{:.2f}%" height="7"/>').format(
+                Html('<rect class="fcan" x="{:.2f}%" y="4.5" width="{:.2f}%" height="7"/>').format(
                     x(ready), max(x(start) - x(ready), 0.3)
                 )
             )
         ran = (over - start).total_seconds() if job.started_at else None
         if ran is not None:
             parts.append(
-                Markup('<rect class="{}" x="{:.2f}%" y="4" width="{:.2f}%" height="8"/>').format(
+                Html('<rect class="{}" x="{:.2f}%" y="4" width="{:.2f}%" height="8"/>').format(
                     FILL[job.status], x(start), max(x(over) - x(start), 0.4)
                 )
             )
         label = f"waited {duration(waited)}" + (f", ran {duration(ran)}" if ran is not None else "")
-        svg = Markup('<svg class="plot" height="16" role="img" aria-label="{}">{}</svg>').format(label, join(parts))
+        svg = Html('<svg class="plot" height="16" role="img" aria-label="{}">{}</svg>').format(label, join(parts))
         stays.append(Stay(job, svg, max(waited, 0.0), ran))
     return stays, begin, end
 
@@ -109,9 +108,8 @@ def _day_ticks(begin: datetime, end: datetime) -> list[datetime]:
     return [first + width * at for at in range(int((end - first) / width) + 1)] if first <= end else []
 
 
-def target_chart(points: Sequence[Point], metric: str, *, lower: bool, begin: datetime, end: datetime) -> Markup:
+def target_chart(points: Sequence[Point], metric: str, *, lower: bool, begin: datetime, end: datetime) -> Html:
     """Return a metric of each run over time, a line for the best so far, and those that did not complete on a rail."""
-    metric = plain(metric)
     height = 200
     values = [point.value for point in points if point.value is not None]
     low, high = min(values), max(values)
@@ -131,7 +129,7 @@ def target_chart(points: Sequence[Point], metric: str, *, lower: bool, begin: da
     digits = max(0, -math.floor(math.log10(step)))
     while line <= high:
         parts.append(
-            Markup(
+            Html(
                 '<line class="grid" x1="0" x2="100%" y1="{0:.0f}.5" y2="{0:.0f}.5"/>'
                 '<text class="e" x="-6" y="{1:.0f}">{2}</text>'
             ).format(
@@ -149,7 +147,7 @@ def target_chart(points: Sequence[Point], metric: str, *, lower: bool, begin: da
         for at, point in enumerate(best)
     )
     parts.append(
-        Markup(
+        Html(
             '<svg viewBox="0 0 1000 {0}" width="100%" height="{0}" preserveAspectRatio="none">'
             '<path class="ln" d="{1}H1000"/></svg>'
         ).format(height, path)
@@ -159,42 +157,42 @@ def target_chart(points: Sequence[Point], metric: str, *, lower: bool, begin: da
         for point in points
     ]
     parts.append(_best_mark(best[-1], metric, x(best[-1].at), y(best[-1].value or 0)))
-    parts.append(Markup('<line class="axis" x1="0" x2="100%" y1="{0}.5" y2="{0}.5"/>').format(height))
+    parts.append(Html('<line class="axis" x1="0" x2="100%" y1="{0}.5" y2="{0}.5"/>').format(height))
     shape = "hm" if end - begin < timedelta(days=2) else "md"
     for tick in _day_ticks(begin, end):
         place = x(tick)
         anchor = "c" if 3 < place < 97 else "" if place <= 3 else "e"
         parts.append(
-            Markup(
+            Html(
                 '<line class="axis" x1="{0:.2f}%" x2="{0:.2f}%" y1="{1}" y2="{2}"/>'
                 '<text class="{3}" x="{0:.2f}%" y="{4}" data-t="{5}" data-f="{6}">{7}</text>'
             ).format(place, height, height + 4, anchor, height + 18, iso(tick), shape, clock(tick, shape))
         )
     label = f"{metric} of {len(values)} runs, from {number(values[0])} to a best of {number(best[-1].value or 0)}"
-    return Markup('<svg class="plot" height="{}" role="group" aria-label="{}">{}</svg>').format(
+    return Html('<svg class="plot" height="{}" role="group" aria-label="{}">{}</svg>').format(
         height, label, join(parts)
     )
 
 
-def _mark_of(point: Point, metric: str, x: float, y: float | None, height: int) -> Markup:
+def _mark_of(point: Point, metric: str, x: float, y: float | None, height: int) -> Html:
     if y is None:
         title = f"{point.job.status}, {clock(point.at, 'full')} UTC"
-        inner = Markup('<svg x="{:.2f}%" y="{}" width="10" height="10" class="m {}"><use href="#{}"/></svg>').format(
+        inner = Html('<svg x="{:.2f}%" y="{}" width="10" height="10" class="m {}"><use href="#{}"/></svg>').format(
             x, height - 14, point.job.status, point.job.status
         )
-        return Markup('<a href="{}" class="pt" data-row="{}" tabindex="-1"><title>{}</title>{}</a>').format(
+        return Html('<a href="{}" class="pt" data-row="{}" tabindex="-1"><title>{}</title>{}</a>').format(
             point.url, point.job.id, title, inner
         )
     title = f"{metric} {number(point.value or 0)}, {clock(point.at, 'full')} UTC"
-    return Markup(
+    return Html(
         '<a href="{}" class="pt" data-row="{}" tabindex="-1"><title>{}</title>'
         '<circle class="hit" cx="{:.2f}%" cy="{:.1f}" r="9"/><circle class="fq" cx="{:.2f}%" cy="{:.1f}" r="3.2"/></a>'
     ).format(point.url, point.job.id, title, x, y, x, y)
 
 
-def _best_mark(point: Point, metric: str, x: float, y: float) -> Markup:
+def _best_mark(point: Point, metric: str, x: float, y: float) -> Html:
     left = x > 14
-    return Markup(
+    return Html(
         '<circle class="ring" cx="{0:.2f}%" cy="{1:.1f}" r="6.5"/><circle class="fink" cx="{0:.2f}%" cy="{1:.1f}" r="3.2"/>'
         '<text class="t1 {2}" x="{0:.2f}%" dx="{3}" y="{4:.0f}">best {5}<title>{6}</title></text>'
     ).format(
@@ -208,7 +206,7 @@ def _best_mark(point: Point, metric: str, x: float, y: float) -> Markup:
     )
 
 
-def took_chart(points: Sequence[Point], *, begin: datetime, end: datetime) -> Markup:
+def took_chart(points: Sequence[Point], *, begin: datetime, end: datetime) -> Html:
     """Return how long each run took, on the same axis of time."""
     height = 44
     longest = max((point.took or 0 for point in points), default=0) or 1
@@ -221,18 +219,16 @@ def took_chart(points: Sequence[Point], *, begin: datetime, end: datetime) -> Ma
         x = min(100 * (point.at - begin).total_seconds() / span, 99.3)
         title = f"{duration(point.took)}, {point.job.status}"
         parts.append(
-            Markup(
+            Html(
                 '<rect class="{}" x="{:.2f}%" y="{:.1f}" width="{:.2f}%" height="{:.1f}"><title>{}</title></rect>'
             ).format(
                 FILL.get(point.job.status, "fq"), x, height - tall, max(min(0.9, 60 / len(points)), 0.15), tall, title
             )
         )
-    parts.append(Markup('<text class="e" x="100%" y="-6">at most {}</text>').format(short(longest)))
-    parts.append(Markup('<line class="axis" x1="0" x2="100%" y1="{0}.5" y2="{0}.5"/>').format(height))
+    parts.append(Html('<text class="e" x="100%" y="-6">at most {}</text>').format(short(longest)))
+    parts.append(Html('<line class="axis" x1="0" x2="100%" y1="{0}.5" y2="{0}.5"/>').format(height))
     label = f"How long {len(points)} runs took, at most {short(longest)}"
-    return Markup('<svg class="plot" height="{}" role="img" aria-label="{}">{}</svg>').format(
-        height, label, join(parts)
-    )
+    return Html('<svg class="plot" height="{}" role="img" aria-label="{}">{}</svg>').format(height, label, join(parts))
 
 
 # ----------------------------------------------------------------------------------------------------------- compare
@@ -270,7 +266,7 @@ def word_axis(name: str, values: Mapping[UUID, str]) -> Axis:
     return Axis(name, f"{len(words)} values", words[0][:12], words[-1][:12], places)
 
 
-def parallel(axes: Sequence[Axis], runs: Sequence[UUID], names: Mapping[UUID, str]) -> Markup:
+def parallel(axes: Sequence[Axis], runs: Sequence[UUID], names: Mapping[UUID, str]) -> Html:
     """Return a line for each run over all axes; the first of ``runs`` is the best. Lines that overlap are set apart.
 
     Args:
@@ -284,10 +280,10 @@ def parallel(axes: Sequence[Axis], runs: Sequence[UUID], names: Mapping[UUID, st
     for at, one in enumerate(axes):
         x = 100 * at / (len(axes) - 1)
         anchor = "" if at == 0 else "e" if at == len(axes) - 1 else "c"
-        full = plain(one.name)
+        full = one.name
         name = full if len(full) <= 14 else f"…{full[-13:]}"
         parts.append(
-            Markup(
+            Html(
                 '<line class="axis" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="{1}"/>'
                 '<text class="t1 {2}" x="{0:.2f}%" y="-24">{3}<title>{4}</title></text>'
                 '<text class="{2}" x="{0:.2f}%" y="-8">{5}</text><text class="{2}" x="{0:.2f}%" y="{6}">{7}</text>'
@@ -297,9 +293,9 @@ def parallel(axes: Sequence[Axis], runs: Sequence[UUID], names: Mapping[UUID, st
                 anchor,
                 f"{name} (log)" if one.note == "log" else name,
                 full,
-                plain(one.high),
+                one.high,
                 height + 16,
-                plain(one.low),
+                one.low,
             )
         )
     offsets = _apart(axes, runs, pitch)
@@ -314,20 +310,20 @@ def parallel(axes: Sequence[Axis], runs: Sequence[UUID], names: Mapping[UUID, st
             continue
         kind = "one" if rank == 0 else "top" if rank < 4 else "grey"
         lines.append(
-            Markup(
+            Html(
                 '<g class="run" data-row="{}"><title>{}</title><path class="ln wide-hit" d="{d}"/>'
                 '<path class="ln {}" d="{d}"/></g>'
-            ).format(run, plain(names[run]), kind, d="M" + "L".join(spots))
+            ).format(run, names[run], kind, d="M" + "L".join(spots))
         )
     dots = [
-        Markup('<circle class="fink" cx="{:.2f}%" cy="{:.1f}" r="3.5"/>').format(
+        Html('<circle class="fink" cx="{:.2f}%" cy="{:.1f}" r="3.5"/>').format(
             100 * at / (len(axes) - 1), inset + inner * (1 - one.places[runs[0]]) + offsets[at][runs[0]]
         )
         for at, one in enumerate(axes)
         if runs[0] in one.places
     ]
     label = f"Parallel coordinates of {len(runs)} runs over {len(axes)} axes; the table below has the same values"
-    return Markup(
+    return Html(
         '<svg class="plot" height="{0}" role="img" aria-label="{1}">{2}'
         '<svg class="runs" viewBox="0 0 1000 {0}" width="100%" height="{0}" preserveAspectRatio="none">{3}</svg>{4}</svg>'
     ).format(height, label, join(parts), join(lines), join(dots))

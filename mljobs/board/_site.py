@@ -14,12 +14,14 @@ from urllib.parse import quote, urlencode
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
+from starlette.types import Scope
 
 from mljobs._values import utc_now
 from mljobs.board._access import Access, Authorize, Tokens, access_of
 from mljobs.board._backend import Backend
 from mljobs.board._charts import cell
-from mljobs.board._format import ago, clock, duration, iso, literal, plain, short, short_id, size, when
+from mljobs.board._format import ago, clock, duration, iso, literal, short, short_id, size, when
+from mljobs.board._html import shown, verbatim
 from mljobs.board._hub import Hub
 
 THEME = "mljobs-theme"
@@ -40,12 +42,16 @@ def quoted(text: str) -> str:
 
 @cache
 def templates() -> Environment:
-    """Return the templates, with everything escaped."""
+    """Return the templates, with everything escaped, and each character that has no shape written out."""
     made = Environment(
-        loader=PackageLoader("mljobs.board"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("mljobs.board"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=shown,
     )
     made.filters |= {
-        "plain": plain,
+        "verbatim": verbatim,
         "cut": cut,
         "short_id": short_id,
         "size": size,
@@ -80,6 +86,17 @@ class Links:
         pairs = [(name, value) for name, value in query.items() if value not in (None, "", [])]
         tail = f"?{urlencode(pairs, doseq=True)}" if pairs else ""
         return f"{quote(self.root)}/{quote(path)}{tail}"
+
+    def here(self, scope: Scope) -> str:
+        """Return the address that was asked for; some servers leave the mount out of the path."""
+        path = scope.get("path", "/").removeprefix(self.root) if self.root else scope.get("path", "/")
+        query = scope.get("query_string", b"").decode("latin-1")
+        return self(path.lstrip("/")) + (f"?{query}" if query else "")
+
+    def leads_here(self, address: str) -> bool:
+        """Whether an address that a form brings is one of this board's."""
+        begins = address.startswith(f"{quote(self.root)}/") and not address.startswith("//")
+        return begins and "\\" not in address and address.isprintable() and ".." not in address
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +181,6 @@ class Site:
             **values: For the template.
         """
         theme = request.cookies.get(THEME)
-        query = request.scope.get("query_string", b"").decode("latin-1")
-        here_url = request.scope.get("path", "/") + (f"?{query}" if query else "")
         shared = {
             "site": self,
             "url": viewer.url,
@@ -175,7 +190,7 @@ class Site:
             "now": utc_now(),
             "here": here,
             "heading": heading,
-            "here_url": here_url,
+            "here_url": viewer.url.here(request.scope),
             "stream": stream,
             "last": last,
             "read_only": read_only,
