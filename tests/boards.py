@@ -12,6 +12,8 @@ from starlette.testclient import TestClient
 from mljobs import JobStore, MlJob
 from mljobs._values import utc_now
 from mljobs.board import Access, create_app
+from mljobs.jobs import WorkerInfo, WorkerState
+from mljobs.jobs._workers import register_worker, see_worker
 
 BASE = "http://testserver"
 FORM = {"Sec-Fetch-Site": "same-origin", "Content-Type": "application/x-www-form-urlencoded"}
@@ -25,6 +27,18 @@ def ended(store: Any, status: str, *, target: str = "spam", took: float = 60, ag
     kind, spec = values.pop("kind", "train"), values.pop("spec", None)
     job: MlJob = store.submit(kind, target, spec, status=status, attempts=1, **values)
     return job
+
+
+def worker(
+    store: JobStore, name: str, *kinds: str, state: WorkerState = WorkerState.RUNNING, concurrency: int = 2
+) -> None:
+    """Let a worker be seen, as one that runs writes itself down."""
+    now = utc_now()
+    with store.connect() as bind:
+        known = register_worker(
+            bind, WorkerInfo(name, "host-1", 7, kinds, concurrency, "1.0", now, now), model=store.model
+        )
+        see_worker(bind, known, state, model=store.model)
 
 
 ERROR = """\
@@ -71,6 +85,8 @@ def history(store: JobStore) -> Made:
     (claim,) = [store.claim_one(running, worker="gpu-1", lease=600)]
     store.set_progress(claim, 40)
     store.claim_one(silent, worker="gpu-2", lease=0.001)
+    worker(store, "gpu-1", "train")
+    worker(store, "cpu-1", "backfill", "drift_compute")
     cancelled = store.submit("train", "ham")
     store.cancel(cancelled)
     queued = store.submit("backfill", "events", {}, exclusive=True, priority=3)

@@ -11,7 +11,8 @@ import pytest
 from mljobs import JobStore, MlJobStatus
 from mljobs._values import utc_now
 from mljobs.board import _digits
-from mljobs.board._demo import History, Live, failures
+from mljobs.board._demo import History, failures
+from mljobs.board._live import Live
 from mljobs.cli._app import run
 from tests.boards import client
 

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -23,10 +23,10 @@ from mljobs.board._actions import body_of
 from mljobs.board._compared import TEXT_READ, compared, lower_is_better
 from mljobs.board._format import iso, literal, numeric
 from mljobs.board._openapi import document
-from mljobs.board._overview import workers_of
 from mljobs.board._query import MOST_TEXT
 from mljobs.board._runs import ids_of
 from mljobs.board._site import Site, Viewer
+from mljobs.board._workers import WorkerRow
 from mljobs.contrib.problems import MEDIA_TYPE, status_of
 from mljobs.contrib.problems import body_of as problem_body
 from mljobs.errors import InvalidValueError, MlJobsError
@@ -91,12 +91,12 @@ async def _json(request: Request) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- records
 
 
+def _moment(value: datetime | None) -> str | None:
+    return iso(value) if value is not None else None
+
+
 def record(job: Any) -> dict[str, Any]:
     """Return a job as JSON: what ``mljobs.contrib.pydantic.MlJobRead`` is."""
-
-    def moment(value: Any) -> str | None:
-        return iso(value) if value is not None else None
-
     found = {
         "id": str(job.id),
         "kind": str(job.kind),
@@ -104,9 +104,9 @@ def record(job: Any) -> dict[str, Any]:
         "status": str(job.status),
         "is_terminal": job.is_terminal,
         "progress": job.progress,
-        "created_at": moment(job.created_at),
-        "started_at": moment(job.started_at),
-        "finished_at": moment(job.finished_at),
+        "created_at": _moment(job.created_at),
+        "started_at": _moment(job.started_at),
+        "finished_at": _moment(job.finished_at),
         "created_at_ms": job.created_at_ms,
         "started_at_ms": job.started_at_ms,
         "finished_at_ms": job.finished_at_ms,
@@ -116,7 +116,7 @@ def record(job: Any) -> dict[str, Any]:
         "metrics": _json_of(job.metrics_json),
         "attempts": job.attempts,
         "priority": job.priority,
-        "run_after": moment(job.run_after),
+        "run_after": _moment(job.run_after),
         "exclusive": job.exclusive,
         "retry_of": str(job.retry_of) if job.retry_of is not None else None,
     }
@@ -207,7 +207,7 @@ def _summary(job: jobs.JobSummary) -> dict[str, Any]:
         "status": str(job.status),
     }
     known |= {name: getattr(job, name) for name in names}
-    known |= {name: iso(at) if (at := getattr(job, name)) is not None else None for name in times}
+    known |= {name: _moment(getattr(job, name)) for name in times}
     return known | {"retry_of": str(job.retry_of) if job.retry_of else None}
 
 
@@ -287,14 +287,22 @@ def _spread(one: jobs.Spread | None) -> dict[str, Any] | None:
 
 
 async def workers(request: Request) -> Response:
-    """Return who holds a lease."""
+    """Return who works, the silent ones first, as the page shows it."""
     site, _ = await _viewer(request)
     snapshot = await site.hub.snapshot()
-    rows = workers_of([*snapshot.running, *snapshot.around.not_stopped], utc_now())
-    return _answer({"workers": [
-        {"worker": row.name, "jobs": row.held, "kinds": row.kinds.split(", "), "silent_seconds": row.silent,
-         "lease_seconds_left": row.left} for row in rows
-    ]})  # fmt: skip
+
+    def shown(row: WorkerRow) -> dict[str, Any]:
+        return {
+            "worker": row.name, "state": row.state, "jobs": row.held, "concurrency": row.concurrency,
+            "kinds": list(row.kinds), "host": row.host, "pid": row.pid, "version": row.version,
+            "started_at": _moment(row.started_at), "last_seen_at": _moment(row.last_seen_at),
+            "silent_seconds": row.silent, "lease_seconds_left": row.left,
+        }  # fmt: skip
+
+    moment = utc_now()
+    return _answer(
+        {"workers": [shown(row) for row in snapshot.workers(moment)], "unhandled": snapshot.unhandled(moment)}
+    )
 
 
 async def compare(request: Request) -> Response:

@@ -1,25 +1,17 @@
-"""``mljobs board --demo``: a believable history of some weeks, and workers that go on while one looks.
-
-The failures are real: the code below is run, and fails. So is the training of the target ``digits``.
-"""
+"""``mljobs board --demo``: a believable history of some weeks. The failures are real: the code below is run, and fails."""
 
 from __future__ import annotations
 
 import linecache
 import math
 import random
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy.orm import Session
-
 from mljobs._values import to_millis, utc_now
-from mljobs.errors import MlJobsError
-from mljobs.jobs import Claim
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobKind, MlJobStatus
 from mljobs.store._recording import failure_text
@@ -27,10 +19,10 @@ from mljobs.store._store import JobStore
 
 JOBS = 5_000
 _WEEKS = 6
-_SEED = 20_261
+SEED = 20_261
 _QUICK = 500
 _T, _B, _R, _D = MlJobKind.TRAIN, MlJobKind.BACKFILL, MlJobKind.FEATURE_REFRESH, MlJobKind.DRIFT_COMPUTE
-_WORKERS = [f"gpu-a1-{number}" for number in (2228, 2230, 2231, 2234)] + [
+WORKERS = [f"gpu-a1-{number}" for number in (2228, 2230, 2231, 2234)] + [
     "gpu-b2-0417",
     "cpu-c1-0093",
     "cpu-c1-0094",
@@ -56,7 +48,7 @@ class Work:
     fails: float = 0.035
 
 
-_WORKS = [
+WORKS = [
     Work(_T, "spam_classifier", 2_000, 0.9, 0.9405, 0.09),
     Work(_T, "fraud_gbm", 3_300, 0.8, 0.871, 0.07),
     Work(_T, "churn_xgb", 1_500, 0.8, 0.823),
@@ -159,16 +151,16 @@ class History:
     def __init__(self, now: datetime) -> None:
         self.now = now
         self.begin = now - timedelta(weeks=_WEEKS)
-        self._random = random.Random(_SEED)  # noqa: S311 - the same history each time
+        self._random = random.Random(SEED)  # noqa: S311 - the same history each time
         self._failures = failures()
         self._params: dict[str, dict[str, Any]] = {}
 
     def records(self, number: int = JOBS) -> Iterator[MlJob]:
         """Yield about so many finished jobs, with the last hour and the last day well filled."""
-        recent, shares = number // 16, [work.share for work in _WORKS]
-        quick = [work for work in _WORKS if work.usual < _QUICK]
+        recent, shares = number // 16, [work.share for work in WORKS]
+        quick = [work for work in WORKS if work.usual < _QUICK]
         hour = self.now - timedelta(minutes=75)
-        moments = [(self._moment(), self._random.choices(_WORKS, shares)[0]) for _ in range(number - recent)]
+        moments = [(self._moment(), self._random.choices(WORKS, shares)[0]) for _ in range(number - recent)]
         moments += [
             (self._whole(hour + self._random.random() * timedelta(minutes=74)), self._random.choice(quick))
             for _ in range(recent // 3)
@@ -244,7 +236,7 @@ class History:
             attempts=5 if lost else 2 if rnd.random() < 0.04 else 1,
             priority=rnd.choice([0, 0, 0, 5, 9]) if work.kind is _T else 0,
             exclusive=work.kind is _T and work.target in ("churn_xgb", "fraud_gbm"),
-            worker=rnd.choice(_WORKERS[:5] if work.kind is _T else _WORKERS[5:]),
+            worker=rnd.choice(WORKERS[:5] if work.kind is _T else WORKERS[5:]),
         )
 
     def _id(self, moment: datetime) -> UUID:
@@ -301,130 +293,3 @@ class History:
 def fill(store: JobStore, now: datetime | None = None) -> None:
     """Write the history."""
     store.submit_many(History(now or utc_now()).records())
-
-
-# -------------------------------------------------------------------------------------------------------------- live
-
-
-class Live:
-    """Workers that go on while one looks, in threads of this process.
-
-    Args:
-        store: Where.
-        pace: Seconds between two steps of the simulated workers.
-    """
-
-    def __init__(self, store: JobStore, pace: float = 1.0) -> None:
-        self._store = store
-        self._pace = pace
-        self._stop = threading.Event()
-        self._random = random.Random(_SEED)  # noqa: S311
-        self._history = History(utc_now())
-        self._held: dict[str, tuple[Claim, Work, float]] = {}
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._simulate, self._train)]
-
-    def start(self) -> None:
-        """Put what runs and waits into the table, then work."""
-        self._scene()
-        for thread in self._threads:
-            thread.start()
-
-    def stop(self) -> None:
-        """Stop, and wait until it has."""
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(10)
-
-    def _scene(self) -> None:
-        running = [(_WORKS[0], 62, "gpu-a1-2231"), (_WORKS[2], 91, "gpu-a1-2231"), (_WORKS[3], 47, "gpu-a1-2234"),
-                   (_WORKS[7], 38, "cpu-c1-0093"), (_WORKS[9], 73, "cpu-c1-0094"), (_WORKS[10], 29, "cpu-c1-0093"),
-                   (_WORKS[12], 55, "cpu-c2-0007")]  # fmt: skip
-        for work, percent, worker in running:
-            self._begin(work, worker, percent, work.usual * percent / 100)
-        self._begin(_WORKS[4], "gpu-b2-0417", 71, _WORKS[4].usual * 3.1)
-        self._begin(_WORKS[1], "gpu-b2-0419", 38, 3_421, silent=True)
-        self._by_hand()
-        for work, count, priority in (
-            (_WORKS[2], 1, 9),
-            (_WORKS[1], 2, 5),
-            (_WORKS[4], 4, 0),
-            (_WORKS[10], 11, 0),
-            (_WORKS[13], 3, 0),
-        ):
-            for _ in range(count):
-                ago = timedelta(seconds=self._random.randrange(30, 4_000))
-                self._store.submit(
-                    work.kind, work.target, self._history.spec(work), priority=priority, created_at=utc_now() - ago,
-                    exclusive=work.target == "churn_xgb",
-                )  # fmt: skip
-        self._store.submit(_B, "user_events", {"batch": 512}, run_after=timedelta(hours=2))
-
-    def _begin(self, work: Work, worker: str, percent: int, elapsed: float, *, silent: bool = False) -> None:
-        created = utc_now() - timedelta(seconds=elapsed + self._random.randrange(5, 200))
-        job = self._store.submit(
-            work.kind, work.target, self._history.spec(work), created_at=created, exclusive=work.target == "churn_xgb"
-        )
-        claim = self._store.claim_one(job, worker=worker, lease=0.001 if silent else 60)
-        with Session(self._store.engine) as session, session.begin():
-            found = session.get_one(MlJob, job.id)
-            found.started_at = utc_now() - timedelta(seconds=elapsed)
-            found.progress = percent
-        if not silent:
-            self._held[worker + work.target] = (claim, work, float(percent))
-
-    def _by_hand(self) -> None:
-        started = utc_now() - timedelta(seconds=6_011)
-        self._store.submit(_T, "ltv_regressor", {"algorithm": "ridge"}, status=MlJobStatus.RUNNING, created_at=started,
-                           started_at=started, progress=20, attempts=1)  # fmt: skip
-
-    def _simulate(self) -> None:
-        while not self._stop.wait(self._pace):
-            try:
-                self._step()
-            except MlJobsError:
-                continue
-
-    def _step(self) -> None:
-        self._store.renew([claim for claim, _, _ in self._held.values()], lease=60)
-        for key, (claim, work, before) in list(self._held.items()):
-            percent = before + self._pace * 100 / work.usual * (1 if work.usual > 600 else 2)
-            self._held[key] = claim, work, percent
-            try:
-                if percent >= 100:
-                    del self._held[key]
-                    self._end(claim, work)
-                else:
-                    self._store.set_progress(claim, int(percent))
-            except MlJobsError:
-                self._held.pop(key, None)
-        if len(self._held) < 9:
-            self._take()
-
-    def _end(self, claim: Claim, work: Work) -> None:
-        if self._random.random() < 0.08:
-            self._store.fail(claim, self._random.choice(failures()))
-        else:
-            self._store.complete(claim, self._history.metrics(work, claim.job.spec, utc_now()))
-
-    def _take(self) -> None:
-        for claim in self._store.claim(worker=self._random.choice(_WORKERS), kinds=[_T, _R, _D], limit=1, lease=60):
-            known = [work for work in _WORKS if (work.kind, work.target) == (claim.job.kind, claim.job.target_name)]
-            self._held[str(claim.job_id)] = claim, known[0] if known else _WORKS[9], 0.0
-        work = self._random.choice([work for work in _WORKS if work.usual < 1_000])
-        if self._random.random() < 0.5:
-            self._store.submit(work.kind, work.target, self._history.spec(work))
-
-    def _train(self) -> None:
-        """Train a real classifier again and again, each time with other parameters."""
-        try:
-            from mljobs.board import _digits  # noqa: PLC0415 - an extra
-        except ImportError:
-            return
-        while not self._stop.is_set():
-            job = self._store.submit(_T, _digits.TARGET, _digits.spec(self._random))
-            try:
-                with self._store.running(job, worker="this-process") as run:
-                    _digits.train(run, self._stop)
-            except Exception:  # noqa: BLE001 - recorded with the job, which is what it is for
-                self._stop.wait(5)
-            self._stop.wait(4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -13,7 +14,8 @@ from mljobs._values import utc_now
 from mljobs.board._charts import Column, bar
 from mljobs.board._format import duration, short, when
 from mljobs.board._html import Html
-from mljobs.jobs import Bind, Finished, JobSummary, Model, Queue
+from mljobs.board._workers import WorkerRow, read_workers, unhandled, workers_of
+from mljobs.jobs import Bind, Finished, JobSummary, Model, Queue, WorkerInfo
 from mljobs.states import MlJobStatus
 
 RUNNING_SHOWN = 200
@@ -34,6 +36,7 @@ class Surroundings:
     not_stopped: list[JobSummary]
     waits_p95: dict[str, float]
     any_jobs: bool
+    workers: list[WorkerInfo] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,15 @@ class Snapshot:
     running: list[JobSummary]
     usual: dict[tuple[str, str], float]
     around: Surroundings
+
+    def workers(self, moment: datetime) -> list[WorkerRow]:
+        """Return who works, the silent ones first."""
+        return workers_of(self.around.workers, [*self.running, *self.around.not_stopped], moment)
+
+    def unhandled(self, moment: datetime) -> dict[str, str]:
+        """Return why jobs wait, for each kind that no worker takes; none where that is not known."""
+        queued = {kind.kind: kind.oldest for kind in self.around.queue.kinds}
+        return unhandled(queued, self.workers(moment), moment) if self.around.workers is not None else {}
 
 
 def read_running(bind: Bind, model: Model) -> list[JobSummary]:
@@ -73,6 +85,7 @@ def read_surroundings(bind: Bind, model: Model, waits: dict[str, float] | None) 
         held=jobs.held_in_queue(bind, model=model),
         not_stopped=jobs.held_after_end(bind, model=model),
         waits_p95=waits,
+        workers=read_workers(bind, model, now),
         any_jobs=bool(minutes or queue.kinds) or jobs.count_up_to(bind, 1, model=model) > 0,
     )
 
@@ -100,12 +113,13 @@ class RunningRow:
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """What needs attention: a sentence with a reason and a time."""
+    """What needs attention: a sentence with a reason and a time, of a job or of a kind."""
 
     mark: str
-    job: JobSummary
+    job: JobSummary | None
     why: Html
     since: str
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +132,7 @@ class NowView:
     troubles: list[Trouble]
     more_troubles: int
     silent: int
+    expired: int
     ready: int
     delayed: int
     held: int
@@ -126,6 +141,8 @@ class NowView:
     failed: int
     columns: list[Column]
     around: Surroundings
+    workers: list[WorkerRow]
+    unhandled: dict[str, str]
     late_kinds: frozenset[str] = field(default_factory=frozenset)
 
     @property
@@ -139,6 +156,14 @@ class NowView:
         return max((kind.ready for kind in self.around.queue.kinds), default=0) or 1
 
     @property
+    def workers_said(self) -> str:
+        """How many workers do what, in words."""
+        number = Counter(row.state for row in self.workers)
+        return ", ".join(
+            f"{number[state]} {state}" for state in ("busy", "idle", "stopping", "silent") if number[state]
+        )
+
+    @property
     def idle(self) -> bool:
         """Whether nothing runs, waits or has ever been."""
         return not self.rows and not self.around.any_jobs
@@ -147,6 +172,7 @@ class NowView:
 def view(snapshot: Snapshot) -> NowView:
     """Return the snapshot as the page shows it."""
     now, around = snapshot.at, snapshot.around
+    workers = snapshot.workers(now)
     rows = [_row(job, snapshot.usual.get((str(job.kind), job.target_name)), now) for job in snapshot.running]
     troubles = _troubles(snapshot, now)
     by_minute = _columns(around.minutes, _minute(now) - 59 * _MINUTE, _MINUTE, 60)
@@ -157,7 +183,8 @@ def view(snapshot: Snapshot) -> NowView:
         more_running=len(rows) > RUNNING_SHOWN,
         troubles=troubles[:_ATTENTION_SHOWN],
         more_troubles=max(0, len(troubles) - _ATTENTION_SHOWN),
-        silent=sum(bool(row.silent) for row in rows),
+        silent=sum(row.state == "silent" for row in workers),
+        expired=sum(bool(row.silent) for row in rows),
         ready=sum(kind.ready for kind in around.queue.kinds),
         delayed=sum(kind.delayed for kind in around.queue.kinds),
         held=sum(kind.held for kind in around.queue.kinds),
@@ -166,6 +193,8 @@ def view(snapshot: Snapshot) -> NowView:
         failed=sum(one.failed for one in by_minute),
         columns=by_minute,
         around=around,
+        workers=workers,
+        unhandled=snapshot.unhandled(now),
         late_kinds=frozenset(
             kind.kind
             for kind in around.queue.kinds
@@ -228,7 +257,12 @@ def _troubles(snapshot: Snapshot, now: datetime) -> list[Trouble]:
                 job.worker or "", when(job.expires_at, "hms", zone=True)
             )
             found.append(Trouble("silent", job, why, duration(now - job.expires_at)))
-    found.sort(key=lambda trouble: trouble.job.expires_at or now)
+    found.sort(key=lambda trouble: (trouble.job and trouble.job.expires_at) or now)
+    waiting = {depth.kind: depth for depth in snapshot.around.queue.kinds}
+    for kind, reason in snapshot.unhandled(now).items():
+        depth = waiting[kind]
+        why = Html("{:,} queued; {}").format(depth.ready, reason)
+        found.append(Trouble("slow", None, why, duration(now - depth.oldest) if depth.oldest else "", kind))
     for job in snapshot.running:
         usual = snapshot.usual.get((str(job.kind), job.target_name))
         if usual and job.started_at:

@@ -16,7 +16,7 @@ from mljobs._values import utc_now
 from mljobs.board._charts import columns, log_axis, log_ticks, spread
 from mljobs.board._now import columns_of
 from mljobs.board._site import Site
-from mljobs.jobs import Bind, Finished, JobSummary, KindDurations, Model, Spread
+from mljobs.jobs import Bind, Finished, KindDurations, Model, Spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +73,6 @@ class FinishedKept:
         ]
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerRow:
-    """A worker that holds leases."""
-
-    name: str
-    held: int
-    kinds: str
-    longest: float
-    silent: float | None
-    left: float | None
-
-
 async def overview(request: Request) -> Response:
     """Show how things go: what finished when, how long jobs take and wait, why they fail, who works."""
     site: Site = request.app.state.site
@@ -133,7 +121,8 @@ async def overview(request: Request) -> Response:
         reasons=found["reasons"].reasons[:12],
         reasons_complete=found["reasons"].complete,
         failures=sum(reason.jobs for reason in found["reasons"].reasons),
-        workers=workers_of([*snapshot.running, *snapshot.around.not_stopped], moment),
+        workers=snapshot.workers(moment),
+        registered=snapshot.around.workers is not None,
     )
 
 
@@ -146,19 +135,3 @@ def _spreads(kinds: Sequence[KindDurations], which: str) -> dict[str, Any]:
     found: list[tuple[str, Spread]] = [(kind.kind, one) for kind in kinds if (one := getattr(kind, which)) is not None]
     low, high = log_axis([one for _, one in found])
     return {"rows": [(kind, one, spread(one, low, high)) for kind, one in found], "ticks": log_ticks(low, high)}
-
-
-def workers_of(running: Sequence[JobSummary], moment: datetime) -> list[WorkerRow]:
-    """Return who holds a lease, the silent ones first."""
-    held: dict[str, list[JobSummary]] = {}
-    for job in running:
-        if job.worker is not None and job.expires_at is not None:
-            held.setdefault(job.worker, []).append(job)
-    rows = []
-    for name, own in held.items():
-        ends = min(job.expires_at for job in own if job.expires_at)
-        left = (ends - moment).total_seconds()
-        longest = max(((moment - job.started_at).total_seconds() for job in own if job.started_at), default=0.0)
-        kinds = ", ".join(sorted({str(job.kind) for job in own}))
-        rows.append(WorkerRow(name, len(own), kinds, longest, -left if left < 0 else None, left if left >= 0 else None))
-    return sorted(rows, key=lambda row: (row.silent is None, -(row.silent or 0), row.name))

@@ -26,16 +26,19 @@ from mljobs.board._query import Asked
 from mljobs.board._site import Links, Site, Viewer, quoted
 from mljobs.errors import InvalidValueError
 from mljobs.jobs import Bind, JobSummary
+from mljobs.states import MlJobStatus
 
 _SPEC_KEYS = 4
 _TEXT_WHOLE = 200_000
 _ERROR_WHOLE = 20_000
 _COUNTED = 10_000
+_AROUND_OLDEST = 5.0
 
 NOW_PARTS = {
     "figures": "now_figures.html",
     "attention": "now_attention.html",
     "running-jobs": "now_running.html",
+    "workers": "now_workers.html",
     "minutes": "now_minutes.html",
     "queue": "now_queue.html",
     "next": "now_next.html",
@@ -253,9 +256,18 @@ def read_job(bind: Bind, model: Any, job_id: UUID) -> dict[str, Any] | None:
 
 
 def job_parts(
-    site: Site, url: Links, job: JobSummary, chain: Sequence[JobSummary], usual: float | None
+    site: Site, url: Links, job: JobSummary, chain: Sequence[JobSummary], usual: float | None, *, unhandled: str
 ) -> dict[str, str]:
-    """Return the parts of a job's page that change while it is not finished, by the id of their element."""
+    """Return the parts of a job's page that change while it is not finished, by the id of their element.
+
+    Args:
+        site: The board.
+        url: Its addresses.
+        job: The job.
+        chain: All records of the same work.
+        usual: How long such a job usually takes; None where that is not known.
+        unhandled: Why no worker takes jobs of its kind; empty where one does.
+    """
     moment = utc_now()
     stays, begin, end = gantt(chain or [job], moment)
     row = running_row(job, usual, moment)
@@ -264,6 +276,7 @@ def job_parts(
         "job": job,
         "row": row,
         "usual": usual,
+        "unhandled": unhandled,
         "stays": stays,
         "begin": begin,
         "end": end,
@@ -307,7 +320,17 @@ async def render_job(site: Site, url: Links, job_id: UUID) -> dict[str, str]:
         return found, jobs.chain(bind, job_id, model=model)
 
     found, chain = await site.backend.read(read)
-    return job_parts(site, url, found[0], chain, site.hub.usual_of(found[0])) if found else {}
+    if not found:
+        return {}
+    usual, unhandled = site.hub.usual_of(found[0]), await unhandled_of(site, found[0])
+    return job_parts(site, url, found[0], chain, usual, unhandled=unhandled)
+
+
+async def unhandled_of(site: Site, job: JobSummary) -> str:
+    """Return why no worker takes jobs like this one that waits; empty where one does, or it does not wait."""
+    if job.status is not MlJobStatus.QUEUED:
+        return ""
+    return (await site.hub.snapshot(oldest=_AROUND_OLDEST)).unhandled(utc_now()).get(str(job.kind), "")
 
 
 async def job(request: Request) -> Response:
@@ -319,7 +342,7 @@ async def job(request: Request) -> Response:
     if found is None:
         raise HTTPException(404, "There is no job with this id. It may have been pruned.")
     one: JobSummary = found["job"]
-    parts = job_parts(site, viewer.url, one, found["chain"], found["usual"])
+    parts = job_parts(site, viewer.url, one, found["chain"], found["usual"], unhandled=await unhandled_of(site, one))
     read_only = await site.why_read_only(viewer)
     final = one.status.is_terminal
 

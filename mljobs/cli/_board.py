@@ -44,7 +44,8 @@ def board(
 
     from mljobs import schema  # noqa: PLC0415 - loads SQLAlchemy
     from mljobs.board import Access, create_app  # noqa: PLC0415
-    from mljobs.board._demo import Live, fill  # noqa: PLC0415
+    from mljobs.board._demo import fill  # noqa: PLC0415
+    from mljobs.board._live import Live  # noqa: PLC0415
     from mljobs.errors import InvalidValueError  # noqa: PLC0415
     from mljobs.store._store import JobStore  # noqa: PLC0415
 

@@ -50,6 +50,7 @@ class WorkerInfo:
         last_seen_at: When it last said that it is there, UTC.
         state: Running, stopping or gone.
         jobs: The ids of the running jobs that it holds.
+        silent: Whether it was not seen for 60 seconds without having said that it ends; it is gone then.
     """
 
     name: str
@@ -62,6 +63,7 @@ class WorkerInfo:
     last_seen_at: datetime
     state: WorkerState = WorkerState.RUNNING
     jobs: tuple[UUID, ...] = ()
+    silent: bool = False
 
 
 def workers(session: Bind, *, gone: bool = False, model: Model = MlJob) -> list[WorkerInfo]:
@@ -91,7 +93,8 @@ def workers(session: Bind, *, gone: bool = False, model: Model = MlJob) -> list[
 
 
 def _info(row: Any, held: Sequence[UUID]) -> WorkerInfo:
-    silent = row.last_seen_at < row.now - SILENT_AFTER
+    state = WorkerState(row.state)
+    silent = state is not WorkerState.GONE and row.last_seen_at < row.now - SILENT_AFTER
     return WorkerInfo(
         name=row.name,
         host=row.host,
@@ -101,8 +104,9 @@ def _info(row: Any, held: Sequence[UUID]) -> WorkerInfo:
         version=row.version,
         started_at=row.started_at,
         last_seen_at=row.last_seen_at,
-        state=WorkerState.GONE if silent else WorkerState(row.state),
+        state=WorkerState.GONE if silent else state,
         jobs=tuple(held),
+        silent=silent,
     )
 
 
