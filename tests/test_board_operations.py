@@ -233,3 +233,25 @@ def test_a_statement_that_takes_too_long_is_ended(postgres_url: str) -> None:
         assert isinstance(connection.scalar(text("SHOW statement_timeout")), str)
         with pytest.raises(Exception, match="statement timeout"):
             connection.execute(text("SELECT pg_sleep(30)"))
+
+
+def test_jobs_are_paged_by_their_end_both_ways_and_what_has_not_finished_is_left_out(store: Any) -> None:
+    made = [
+        ended(store, "completed" if n % 2 else "failed", ago=100 * (n * 7 % 5) + n, took=n + 1).id for n in range(5)
+    ]
+    by_end = [made[n] for n in sorted(range(5), key=lambda n: 100 * (n * 7 % 5) + n)]
+    store.submit("train", "waits")
+    for order, expected in (("last_finished", by_end), ("first_finished", by_end[::-1])):
+        first = store.summaries(order=order, limit=2)
+        second = store.summaries(order=order, limit=2, after=first.cursor)
+        third = store.summaries(order=order, limit=2, after=second.cursor)
+        assert [job.id for page in (first, second, third) for job in page.jobs] == expected
+        assert third.cursor is None
+        assert [job.id for job in store.find(order=order)] == expected
+        with pytest.raises(InvalidValueError, match="not a cursor"):
+            store.summaries(order="newest", after=first.cursor)
+    failed = [one for one in by_end if made.index(one) % 2 == 0]
+    assert [job.id for job in store.summaries("status:failed target:spam", order="last_finished").jobs] == failed
+    assert store.summaries("status:queued", order="last_finished").jobs == ()
+    with pytest.raises(InvalidValueError, match="order"):
+        store.find(order="sideways")

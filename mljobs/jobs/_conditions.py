@@ -36,6 +36,7 @@ from mljobs._values import to_member
 from mljobs.errors import InvalidValueError
 from mljobs.jobs._base import Model, per_model, table_of
 from mljobs.jobs._expressions import Glob, JsonNumber, JsonText, JsonWord, Number
+from mljobs.jobs._statements import in_active_state
 from mljobs.jobs._words import Form, Operator, Pattern, Term, Value, written
 from mljobs.record._sql import epoch_millis
 from mljobs.states import ACTIVE, MlJobStatus
@@ -160,8 +161,15 @@ Reach = Literal["index", "narrow", "none"]
 pass, or each job has to be looked at."""
 
 
-def reach_of(term: Term) -> Reach:
-    """Return how the jobs that pass a term are found."""
+def reach_of(term: Term, *, by_end: bool = False) -> Reach:
+    """Return how the jobs that pass a term are found.
+
+    Args:
+        term: Of a filter.
+        by_end: Whether they are wanted in the order of end, not of creation.
+    """
+    if by_end:
+        return "index" if term.name == "finished" else "narrow" if reach_of(term) == "index" else "none"
     if term.name in ("created", "retry_of"):
         return "index"
     if term.name == "target" and all(isinstance(value, Pattern) and value.exact is not None for value in term.values):
@@ -195,9 +203,10 @@ def condition_of(term: Term, model: Model, now: datetime) -> ColumnElement[bool]
         raise InvalidValueError(term.name, term.values, f"no such filter; there are {', '.join(known)}")
     if field.form == "token" and field.name in ("kind", "status"):
         enum = model.__kinds__ if field.name == "kind" else MlJobStatus
-        found: ColumnElement[bool] = _column(model, field).in_(
-            [to_member(enum, field.name, value) for value in term.values]
-        )
+        members = [to_member(enum, field.name, value) for value in term.values]
+        found: ColumnElement[bool] = _column(model, field).in_(members)
+        if field.name == "status" and len(members) == 1 and members[0] in ACTIVE:
+            return and_(*in_active_state(table_of(model), MlJobStatus(members[0])))
         return found
     make = _MAKERS[field.form]
     return or_(false(), *[make(term, field, model, value, now) for value in term.values])

@@ -199,12 +199,18 @@ class Selection:
         """Return all conditions, with times counted from now."""
         return [*self.filter.conditions(self.model), *self.where]
 
-    def divided(self) -> tuple[list[ColumnElement[bool]], list[ColumnElement[bool]], list[ColumnElement[bool]]]:
-        """Return the conditions by how jobs that pass them are found: by index, by index if few pass, by looking."""
+    def divided(
+        self, *, by_end: bool = False
+    ) -> tuple[list[ColumnElement[bool]], list[ColumnElement[bool]], list[ColumnElement[bool]]]:
+        """Return the conditions by how jobs that pass them are found: by index, by index if few pass, by looking.
+
+        Args:
+            by_end: Whether they are wanted in the order of end, not of creation.
+        """
         now = utc_now()
         parts: dict[str, list[ColumnElement[bool]]] = {"index": [], "narrow": [], "none": [*self.where]}
         for term in self.filter.terms:
-            parts[reach_of(term)].append(condition_of(term, self.model, now))
+            parts[reach_of(term, by_end=by_end)].append(condition_of(term, self.model, now))
         return parts["index"], parts["narrow"], parts["none"]
 
     def __bool__(self) -> bool:

@@ -13,7 +13,7 @@ from mljobs.errors import InvalidValueError
 from mljobs.jobs._base import Bind, Model, check_count, connection_of, table_of
 from mljobs.jobs._paging import MAX_PAGE
 from mljobs.jobs._queue import queue_depths
-from mljobs.jobs._statements import constant
+from mljobs.jobs._statements import in_active_state
 from mljobs.jobs._statistics import Spread, durations
 from mljobs.jobs._summaries import JobSummary, held_after_end, summaries_of
 from mljobs.record._models import MlJob
@@ -85,7 +85,7 @@ def stats(session: Bind, *, over: timedelta = timedelta(days=1), model: Model = 
     since = now - over
     queue = queue_depths(session, model=model)
     times = durations(session, since=since, model=model)
-    running = select(table.c.kind, func.count()).where(table.c.status == constant(MlJobStatus.RUNNING))
+    running = select(table.c.kind, func.count()).where(*in_active_state(table, MlJobStatus.RUNNING))
     runs = {str(kind): number for kind, number in connection.execute(running.group_by(table.c.kind))}
     ended = select(table.c.kind, table.c.status, func.count()).where(table.c.finished_at >= since)
     ends: Counter[tuple[str, MlJobStatus]] = Counter()

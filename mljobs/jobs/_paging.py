@@ -1,4 +1,4 @@
-"""Pages of jobs in the order of creation, and how far one looks for them: never through all of a large table unasked."""
+"""Pages of jobs in the order of creation or of end, and how far one looks: never through all of a large table unasked."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Final, Literal, get_args
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, func, literal, select, tuple_
 
 from mljobs._values import from_millis, to_job_id, to_millis
 from mljobs.errors import InvalidValueError
-from mljobs.jobs._base import Bind, check_count, connection_of, table_of
+from mljobs.jobs._base import Bind, check_count, connection_of, is_postgres, table_of
 from mljobs.jobs._filters import Selection
+from mljobs.states import ACTIVE
 
 MAX_PAGE = 10_000
 """The most jobs on one page."""
@@ -23,9 +24,12 @@ WINDOWS = (1000, 9000, 90_000)
 """Jobs that are looked at in one statement, one after the other."""
 _FEW = 10_000  # jobs that are sorted in a few milliseconds
 
-Order = Literal["newest", "oldest"]
+Order = Literal["newest", "oldest", "last_finished", "first_finished"]
+"""By creation, or by end, which leaves out what has not finished."""
+ORDERS: Final = get_args(Order)
+_DOWNWARDS: Final = ("newest", "last_finished")
 Place = tuple[datetime, UUID]
-"""Where a job stands in the order: its creation and its id."""
+"""Where a job stands in the order: its creation, or its end, and its id."""
 Reader = Callable[[Sequence[ColumnElement[bool]], Sequence[Any], int], list[Any]]
 """Reads what passes conditions, in an order, at most so many."""
 
@@ -46,21 +50,33 @@ class Paging:
     Args:
         session: The caller's session or connection.
         chosen: Which jobs.
-        order: ``"newest"`` or ``"oldest"`` first.
+        order: See ``Order``.
         limit: At most so many jobs, 1 to 10,000.
     """
 
     def __init__(self, session: Bind, chosen: Selection, order: Order = "newest", limit: int = 1) -> None:
         check_count("limit", limit, MAX_PAGE)
-        if order not in ("newest", "oldest"):
-            raise InvalidValueError("order", order, "expected 'newest' or 'oldest'")
+        if order not in ORDERS:
+            raise InvalidValueError("order", order, f"expected {' or '.join(map(repr, ORDERS))}")
         table = table_of(chosen.model)
         self._session = session
         self._chosen = chosen
         self._order = order
         self._limit = limit
-        self._key = (table.c.created_at, table.c.id)
-        self._by = [column.desc() if order == "newest" else column.asc() for column in self._key]
+        self._by_end = order.endswith("finished")
+        self._key: tuple[Any, Any] = (table.c.finished_at if self._by_end else table.c.created_at, table.c.id)
+        at_work = any(term.name == "status" and set(term.values) <= set(ACTIVE) for term in chosen.filter.terms)
+        if at_work and not is_postgres(connection_of(session, chosen.model)):
+            self._sort_few()  # SQLite would look for them among all that finished
+
+    @property
+    def _by(self) -> list[Any]:
+        return [column.desc() if self._order in _DOWNWARDS else column.asc() for column in self._key]
+
+    def _sort_few(self) -> None:
+        """Order by expressions that no index has: few jobs pass, and by an index in this order all would be looked at."""
+        moment, job_id = self._key
+        self._key = (func.coalesce(moment, moment, type_=moment.type), func.coalesce(job_id, job_id, type_=job_id.type))
 
     def find(self, read: Reader, *, after: str | None, scan: bool) -> Found:
         """Return the page.
@@ -86,8 +102,11 @@ class Paging:
         Args:
             sort_all: Take what is only served where few jobs pass as served.
         """
-        served, narrow, looked_at = self._chosen.divided()
-        if narrow and (sort_all or self._few([*served, *narrow])):
+        served, narrow, looked_at = self._chosen.divided(by_end=self._by_end)
+        if narrow and self._few([*served, *narrow]):
+            self._sort_few()
+            return [*served, *narrow], looked_at
+        if narrow and sort_all:
             return [*served, *narrow], looked_at
         return served, [*narrow, *looked_at]
 
@@ -106,7 +125,7 @@ class Paging:
         return Found(kept, cursor, scanned)
 
     def _few(self, where: Sequence[ColumnElement[bool]]) -> bool:
-        some = select(self._key[1]).where(*where).limit(_FEW + 1).subquery()
+        some = select(table_of(self._chosen.model).c.id).where(*where).limit(_FEW + 1).subquery()
         number: int = (
             connection_of(self._session, self._chosen.model)
             .execute(select(func.count()).select_from(some))
@@ -144,8 +163,10 @@ class Paging:
     def _between(self, start: Place | None, end: Place | None) -> list[ColumnElement[bool]]:
         """Return the conditions for what comes after ``start`` and up to ``end``."""
         here = tuple_(*self._key)
-        newest = self._order == "newest"
+        newest = self._order in _DOWNWARDS
         bounds: list[ColumnElement[bool]] = []
+        if self._by_end:
+            bounds.append(table_of(self._chosen.model).c.finished_at.is_not(None))
         if start is not None:
             bounds.append(here < self._there(start) if newest else here > self._there(start))
         if end is not None:
@@ -153,22 +174,22 @@ class Paging:
         return bounds
 
     def _there(self, place: Place) -> Any:
-        created_at, job_id = self._key
-        return tuple_(literal(place[0], created_at.type), literal(place[1], job_id.type))
+        moment, job_id = self._key
+        return tuple_(literal(place[0], moment.type), literal(place[1], job_id.type))
 
 
 def cursor_of(job: Any, order: Order) -> str:
     """Return where the page after this job starts; of a record or a summary."""
-    return _cursor(job.created_at, job.id, order)
+    return _cursor(job.finished_at if order.endswith("finished") else job.created_at, job.id, order)
 
 
-def _cursor(created_at: datetime, job_id: UUID, order: Order) -> str:
-    parts = json.dumps([order[0], to_millis(created_at), job_id.hex], separators=(",", ":"))
+def _cursor(moment: datetime, job_id: UUID, order: Order) -> str:
+    parts = json.dumps([order[0], to_millis(moment), job_id.hex], separators=(",", ":"))
     return base64.urlsafe_b64encode(parts.encode()).decode().rstrip("=")
 
 
 def read_cursor(cursor: str, order: Order) -> Place:
-    """Return the creation time and id that a cursor holds.
+    """Return the time and id that a cursor holds.
 
     Raises:
         InvalidValueError: It is none, or of another order.

@@ -13,7 +13,7 @@ from mljobs._values import utc_now
 from mljobs.jobs._base import Bind, Model, check_count, connection_of, table_of
 from mljobs.jobs._claiming import queued_jobs
 from mljobs.jobs._paging import MAX_PAGE
-from mljobs.jobs._statements import constant, moments
+from mljobs.jobs._statements import constant, in_active_state, moments
 from mljobs.jobs._summaries import JobSummary, summaries_of
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus
@@ -118,13 +118,15 @@ def held_in_queue(session: Bind, *, limit: int = 20, model: Model = MlJob) -> li
     check_count("limit", limit, MAX_PAGE)
     table, leases = table_of(model), model.__leases__
     connection = connection_of(session, model)
-    statement = (
-        select(table.c.id, leases.c.worker)
+    # From the few locks to their targets' jobs, sorted after: in the order of creation SQLite would read all that finished.
+    waiting = (
+        select(table.c.id, table.c.created_at, leases.c.worker)
         .join(leases, leases.c.target_lock == table.c.target_name)
-        .where(table.c.status == constant(MlJobStatus.QUEUED), table.c.exclusive)
-        .order_by(table.c.created_at, table.c.id)
-        .limit(limit)
+        .where(*in_active_state(table, MlJobStatus.QUEUED), table.c.exclusive)
+        .limit(_QUEUE_READ)
+        .subquery()
     )
+    statement = select(waiting.c.id, waiting.c.worker).order_by(waiting.c.created_at, waiting.c.id).limit(limit)
     holders: dict[UUID, str] = {row[0]: row[1] for row in connection.execute(statement)}
     jobs = summaries_of(connection, holders, text=0, model=model)
     return [(job, holders[job.id]) for job in jobs]

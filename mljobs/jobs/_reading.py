@@ -149,7 +149,7 @@ def find(
         session: The caller's session or connection; in a session the jobs are members of it.
         filter: A :class:`~mljobs.Filter`, or its text: ``"status:failed created:<2h"``.
         where: SQLAlchemy expressions of one's own beside it.
-        order: ``"newest"`` or ``"oldest"`` first.
+        order: ``"newest"`` or ``"oldest"`` first, by creation; ``"last_finished"`` or ``"first_finished"``, by end.
         limit: At most so many jobs, 1 to 10,000.
         after: The ``cursor`` of the page before; pages stay in step while jobs come and go.
         scan: Look at all jobs, however long it takes.

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.types import NullType, TypeDecorator
 
 from mljobs._values import utc_now
+from mljobs.states import ACTIVE, MlJobStatus
 from mljobs.types import UtcMillis
 
 if TYPE_CHECKING:
@@ -37,6 +38,15 @@ def constant(value: str | int) -> Any:
     if isinstance(value, int):
         return sa.literal_column(str(value), sa.Integer())
     return sa.literal_column("'" + str(value).replace("'", "''") + "'", sa.String())
+
+
+def in_active_state(table: Any, status: MlJobStatus) -> list[sa.ColumnElement[bool]]:
+    """Return the conditions that jobs are queued, or running, so that the index of both serves.
+
+    SQLite takes a partial index only where its own condition stands in the statement.
+    """
+    both = table.c.status.in_([constant(state) for state in ACTIVE])
+    return [both, table.c.status == constant(status)]
 
 
 # ---------------------------------------------------------------------------------------------------------- the clock
