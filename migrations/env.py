@@ -24,10 +24,8 @@ def _url() -> str:
 
 
 def _include_object(_object: object, name: str | None, kind: str, *_: object) -> bool:
-    # Alembic before 1.17 misses the IDENTITY of the token on SQLite, which has none. Before 1.18 our plugin, which knows
-    # that an index is the guard's, is not asked.
-    guards = (kind, name) == ("index", "ml_jobs_guard_blobs")
-    return not (guards or (kind == "column" and name == "token" and context.get_context().dialect.name == "sqlite"))
+    # Alembic before 1.17 misses the IDENTITY of the token on SQLite, which has none.
+    return not (kind == "column" and name == "token" and context.get_context().dialect.name == "sqlite")
 
 
 def _configure(**options: object) -> None:

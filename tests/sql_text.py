@@ -40,7 +40,8 @@ def statements() -> Mapping[str, Mapping[str, list[Prepared]]]:
     pick = [_claiming._pick_statement(MlJob, "any", 10)]
     begin = [*pick, _claiming._lease_statement(MlJob), _claiming._start_statement(MlJob)]
     finish = [*standing, _finishing._FINISH.part(MlJob), *release]
-    rescue = [_rescuing._expired_jobs(MlJob)]
+    expired = [_rescuing._expired_jobs(MlJob)]
+    orphaned = [_rescuing._orphaned_jobs(MlJob)]
     cancel = [_finishing._cancellation(MlJob)]
     submit = [_submitting._insertion(MlJob)]
     return {
@@ -59,8 +60,20 @@ def statements() -> Mapping[str, Mapping[str, list[Prepared]]]:
             "SQLite": [*finish, *begin],
         },
         "rescue": {
-            "PostgreSQL": [*rescue, _finishing._FINISH.statement(MlJob), _rescuing._forgotten(MlJob)],
-            "SQLite": [*rescue, *finish, _rescuing._forgotten(MlJob)],
+            "PostgreSQL": [
+                *expired,
+                _finishing._FINISH.statement(MlJob),
+                *orphaned,
+                _rescuing._FINISH_ORPHANED.statement(MlJob),
+                _rescuing._forgotten(MlJob),
+            ],
+            "SQLite": [
+                *expired,
+                *finish,
+                *orphaned,
+                _rescuing._FINISH_ORPHANED.part(MlJob),
+                _rescuing._forgotten(MlJob),
+            ],
         },
         "cancel": {"PostgreSQL": cancel, "SQLite": cancel},
         "submit": {"PostgreSQL": submit, "SQLite": submit},

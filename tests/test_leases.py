@@ -7,12 +7,13 @@ import threading
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, select, update
+from sqlalchemy import Engine, create_engine, delete, select, update
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from mljobs import JobStore, LeaseLostError, MlJob, MlJobLease, MlJobStatus, TargetLockedError, TerminalStateError, jobs
-from mljobs.jobs import Claim
+from mljobs.jobs import Claim, _rescuing
+from mljobs.jobs._finishing import record_outcomes
 from tests.waiting import until_blocked
 
 _SECONDS = 60
@@ -105,6 +106,51 @@ def test_of_several_jobs_under_one_expired_lease_each_is_rescued_and_the_limit_h
         assert len(_leases(store)) == 1
         assert len(store.rescue(limit=3).requeued) == 1
         assert _leases(store) == []
+
+
+@pytest.mark.parametrize("how", ["DELETE FROM ml_job_leases", "TRUNCATE ml_job_leases RESTART IDENTITY"])
+def test_a_job_whose_lease_was_deleted_by_hand_is_rescued_and_its_workers_late_write_lands_nowhere(
+    url: str, how: str
+) -> None:
+    if url.startswith("sqlite"):  # which has no TRUNCATE: the numbering is set back
+        how = "DELETE FROM ml_job_leases" + ("; UPDATE sqlite_sequence SET seq = 0" if "RESTART" in how else "")
+    with JobStore(url) as store:
+        claims = _claimed(store, 3)
+        store.complete(claims[0])
+        with store.engine.begin() as connection:
+            for statement in how.split("; "):
+                connection.exec_driver_sql(statement)
+        zombie = claims[1]
+        assert store.renew([zombie]).lost == [zombie]
+        assert len(store.rescue(limit=1).requeued) == 1
+        assert store.rescue(max_attempts=1).failed == [claims[2].job_id]
+        assert "the lease of worker w was deleted" in store.get(claims[2].job_id).error_message
+        assert not store.rescue()
+        with pytest.raises(LeaseLostError):
+            store.complete(zombie, {"late": True})
+        (again,) = store.claim(worker="v")
+        if "RESTART" in how or "seq" in how:
+            assert again.token == zombie.token
+        assert again.job_id == zombie.job_id
+        for write in (store.complete, store.requeue):
+            with pytest.raises(LeaseLostError):
+                write(zombie)
+        store.complete(again, {"late": False})
+        assert store.get(again.job_id).metrics == {"late": False}
+
+
+def test_a_rescue_of_a_deleted_lease_leaves_a_job_that_was_claimed_meanwhile(postgres_url: str) -> None:
+    with JobStore(postgres_url) as store:
+        (lost,) = _claimed(store, 1)
+        with store.engine.begin() as connection:
+            connection.execute(delete(MlJobLease))
+        old = _rescuing._outcome((lost.job_id, "train", 1, lost.token, "w", lost.lease.acquired_at, None), 5, set())
+        store.rescue()
+        (again,) = store.claim(worker="v")
+        with store.engine.begin() as connection:
+            written = record_outcomes(connection, MlJob, [old], _rescuing._FINISH_ORPHANED)
+        assert written.ids == frozenset()
+        store.complete(again)
 
 
 # --------------------------------------------------------------------------------------------- what an older claim can do

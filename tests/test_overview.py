@@ -92,6 +92,10 @@ def test_a_running_job_shows_its_worker_and_is_stuck_once_that_is_silent(engine:
     assert (bool(row.stuck), row.note) == (True, "its worker is silent")
     with engine.connect() as connection:
         assert connection.scalar(text("SELECT count(*) FROM ml_jobs_overview WHERE stuck")) == 1
+    with engine.begin() as connection:
+        connection.execute(text("DELETE FROM ml_job_leases"))
+    row = _row(engine, job.id)
+    assert (bool(row.stuck), row.note) == (False, "its lease was deleted")
 
 
 def test_a_job_started_by_hand_is_not_stuck_and_says_why(engine: Engine) -> None:

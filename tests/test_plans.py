@@ -19,12 +19,12 @@ from tests.sql_text import compiled
 _FINISHED, _CLAIMED, _QUEUED = 2000, 100, 100
 
 
-def _filled(url: str, *, analyzed: bool) -> list[Claim]:
+def _filled(url: str, *, analyzed: bool, claimed: int = _CLAIMED) -> list[Claim]:
     with JobStore(url) as store:
         done = [MlJob(kind="train", target_name=f"t{at}", status="failed") for at in range(_FINISHED)]
         store.submit_many(done)
-        store.submit_many([("train", f"t{at}", {}) for at in range(_CLAIMED + _QUEUED)])
-        claims = store.claim(worker="w", limit=_CLAIMED)
+        store.submit_many([("train", f"t{at}", {}) for at in range(claimed + _QUEUED)])
+        claims = store.claim(worker="w", limit=claimed)
     if analyzed:
         engine = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
         with engine.connect() as connection:
@@ -91,13 +91,24 @@ def test_a_write_under_leases_finds_its_records_one_by_one_by_their_ids(postgres
 def test_no_statement_of_leases_reads_the_whole_job_table(postgres_url: str, analyzed: bool) -> None:  # noqa: FBT001
     claims = _filled(postgres_url, analyzed=analyzed)
     held = {**_fencing.claim_parameters("postgresql", claims), **_fencing.lease_parameters("postgresql", claims)}
+    outcomes = [jobs.Outcome.requeued(claim) for claim in claims]
     asked: list[tuple[Any, dict[str, Any]]] = [
         (_holding._renewal_statement(MlJob, True), {**held, "lease": timedelta(seconds=60)}),
         (_rescuing._expired_jobs(MlJob), {"limit": 1000}),
         (_rescuing._forgotten(MlJob), {"limit": 1000}),
+        (_rescuing._FINISH_ORPHANED.statement(MlJob), _finishing.outcome_parameters("postgresql", outcomes)),
     ]
     for statement, parameters in asked:
         for mode in ("custom", "generic"):
             for node, _ in _nodes(_plan(postgres_url, statement, parameters, mode)):
                 if node.get("Relation Name") == "ml_jobs":
                     assert node["Node Type"] != "Seq Scan", node
+
+
+@pytest.mark.parametrize("analyzed", [False, True], ids=["before ANALYZE", "after"])
+def test_jobs_whose_lease_was_deleted_are_found_by_the_index_of_leases(postgres_url: str, analyzed: bool) -> None:  # noqa: FBT001
+    _filled(postgres_url, analyzed=analyzed, claimed=20)
+    for mode in ("custom", "generic"):
+        plan = _plan(postgres_url, _rescuing._orphaned_jobs(MlJob), {"limit": 1000}, mode)
+        ((node, _),) = _scans_of_jobs(plan, "j")
+        assert node.get("Index Name") == "ix_ml_jobs_lease" or "Bitmap" in node["Node Type"], plan

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from mljobs import JobStore, MlJob, SchemaError, TerminalStateError, metadata, schema
+from mljobs.guards import retention
 
 FINAL = "('completed', 'failed', 'cancelled')"
 
@@ -155,6 +156,58 @@ def test_a_trigger_taken_out_of_the_schema_by_hand_is_noticed(sqlite_url: str) -
         connection.exec_driver_sql("DELETE FROM sqlite_master WHERE name = 'ml_jobs_guard_update'")
         connection.commit()
     assert problems(engine) == ["trigger ml_jobs_guard_update of table ml_jobs is missing"]
+
+
+INTERFERING = {
+    "CREATE TRIGGER mine BEFORE DELETE ON ml_jobs BEGIN UPDATE ml_jobs_guard SET open = 1 WHERE name = 'retention'; END": (
+        "trigger mine on table ml_jobs writes or reads the table of the retention door"
+    ),
+    "CREATE TEMP TRIGGER mine BEFORE DELETE ON main.ml_jobs BEGIN UPDATE ml_jobs_guard SET open = 1; END": (
+        "trigger mine on table ml_jobs writes or reads the table of the retention door"
+    ),
+    "CREATE TRIGGER mine UPDATE ON ml_jobs BEGIN UPDATE \"ml_jobs\" SET status = 'failed' WHERE id = OLD.id; END": (
+        "trigger mine on table ml_jobs writes jobs before the row that is changed"
+    ),
+    "CREATE TRIGGER mine BEFORE DELETE ON ml_jobs BEGIN DELETE FROM ml_jobs WHERE id <> OLD.id; END": (
+        "trigger mine on table ml_jobs writes jobs before the row that is changed"
+    ),
+    "CREATE TRIGGER mine AFTER UPDATE ON ml_jobs BEGIN UPDATE ml_jobs SET priority = 1 WHERE id = NEW.retry_of; END": "",
+    "CREATE TRIGGER mine BEFORE UPDATE ON ml_jobs BEGIN SELECT count(*) FROM ml_jobs; END": "",
+}
+
+
+@pytest.mark.parametrize("statement", INTERFERING)
+def test_a_hosts_trigger_that_gets_between_a_statement_and_sqlites_guard_is_named(
+    sqlite_url: str, statement: str
+) -> None:
+    engine = create_engine(sqlite_url)
+    with engine.connect() as connection:
+        connection.exec_driver_sql(statement)
+        try:
+            schema.verify(connection)
+            found = []
+        except SchemaError as error:
+            found = list(error.problems)
+    wanted = INTERFERING[statement]
+    assert [each.partition(":")[0] for each in found] == ([wanted] if wanted else [])
+
+
+def test_the_triggers_of_an_open_retention_block_are_no_problem(sqlite_url: str) -> None:
+    with Session(create_engine(sqlite_url)) as session, retention(session, MlJob):
+        schema.verify(session.connection())
+
+
+def test_a_hosts_trigger_that_opens_the_door_for_everybody_is_named(postgres_url: str) -> None:
+    engine = create_engine(postgres_url, poolclass=NullPool)
+    _run(
+        engine,
+        "CREATE FUNCTION opens() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        "PERFORM set_config('mljobs.retention', 'on', true); RETURN OLD; END $$",
+        "CREATE TRIGGER aa BEFORE DELETE ON ml_jobs FOR EACH ROW EXECUTE FUNCTION opens()",
+        "CREATE FUNCTION harmless() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NEW; END $$",
+        "CREATE TRIGGER ab BEFORE UPDATE ON ml_jobs FOR EACH ROW EXECUTE FUNCTION harmless()",
+    )
+    assert problems(engine) == ["trigger aa on table ml_jobs opens the guard in its function opens: DROP TRIGGER"]
 
 
 def test_tokens_that_would_come_back_are_noticed(engine: Engine) -> None:

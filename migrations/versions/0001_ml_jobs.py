@@ -192,7 +192,8 @@ SELECT j.id, j.kind, j.target_name, j.status, j.progress,
   j.worker, l.ends_at AS lease_ends_at,
   j.status = 'running' AND coalesce(l.ends_at < statement_timestamp(), false) AS stuck,
   CASE
-    WHEN j.status = 'running' AND l.ends_at IS NULL THEN 'started by hand, no lease'
+    WHEN j.status = 'running' AND j.lease IS NULL THEN 'started by hand, no lease'
+    WHEN j.status = 'running' AND l.ends_at IS NULL THEN 'its lease was deleted'
     WHEN j.status = 'running' AND l.ends_at < statement_timestamp() THEN 'its worker is silent'
     WHEN j.status IN ('completed', 'failed', 'cancelled') AND l.ends_at IS NOT NULL THEN 'its worker has not stopped yet'
     WHEN j.status = 'queued' AND j.run_after > statement_timestamp() THEN 'not before run_after'
@@ -360,7 +361,8 @@ SELECT id, kind, target_name, status, progress,
   worker, strftime('%Y-%m-%d %H:%M:%S', expires_at / 1000, 'unixepoch') || printf('.%03d', expires_at % 1000) AS lease_ends_at,
   status = 'running' AND coalesce(expires_at < now, 0) AS stuck,
   CASE
-    WHEN v.status = 'running' AND expires_at IS NULL THEN 'started by hand, no lease'
+    WHEN v.status = 'running' AND v.lease IS NULL THEN 'started by hand, no lease'
+    WHEN v.status = 'running' AND expires_at IS NULL THEN 'its lease was deleted'
     WHEN v.status = 'running' AND expires_at < now THEN 'its worker is silent'
     WHEN v.status IN ('completed', 'failed', 'cancelled') AND expires_at IS NOT NULL THEN 'its worker has not stopped yet'
     WHEN v.status = 'queued' AND v.run_after > now THEN 'not before run_after'
@@ -390,7 +392,7 @@ FROM (
     CASE WHEN finished_at >= started_at THEN finished_at - started_at END AS duration_ms
   FROM (
     SELECT j.id, j.kind, j.target_name, j.status, j.progress, j.attempts, j.priority, j."exclusive",
-      j.created_at, j.started_at, j.finished_at, j.run_after, j.retry_of, j.error_message, j.worker,
+      j.created_at, j.started_at, j.finished_at, j.run_after, j.retry_of, j.error_message, j.worker, j.lease,
       CASE
     WHEN j.status = 'running' THEN (SELECT r.expires_at FROM ml_job_leases r WHERE r.token = j.lease)
     WHEN j.status = 'cancelled' AND j.started_at >= (SELECT min(acquired_at) FROM ml_job_leases) THEN (

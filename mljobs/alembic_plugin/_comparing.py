@@ -24,7 +24,7 @@ from mljobs.alembic_plugin._rebuilding import definitions, descend
 from mljobs.alembic_plugin._rendering import render_ours
 from mljobs.alembic_plugin._views import CreateMljobsOverviewOp, DropMljobsOverviewOp
 from mljobs.errors import InvalidValueError, SchemaError
-from mljobs.guards._companions import companion_names, kinds_of, listed, short_name
+from mljobs.guards._companions import companion_names, is_blob_index, kinds_of, listed, short_name
 from mljobs.guards._overview import overview_of
 from mljobs.schema._catalog import OWN_TABLES, Part, guarded_tables, overviews_of, record_differences
 from mljobs.types import SqliteCheck
@@ -94,7 +94,7 @@ def pass_over(context: Any, schemas: Iterable[str | None]) -> None:
 
     def include_name(name: str | None, kind: str, parents: Any) -> bool:
         if kind == "index":
-            return name != companion_names(str(parents.get("table_name")))["blobs"]
+            return not is_blob_index(name, parents.get("table_name"))
         place = (parents.get("schema_name"), str(name))
         return kind != "table" or place in known or not (name in OWN_TABLES or place in ours)
 

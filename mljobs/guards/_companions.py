@@ -337,6 +337,11 @@ def companion_names(table: str) -> dict[str, str]:
     return {role: short_name(f"{table}_{end}") for role, end in ends.items()}
 
 
+def is_blob_index(name: str | None, table: str | None) -> bool:
+    """Whether an index is the guard's own, which keeps SQLite's incremental blob I/O out; no model describes it."""
+    return table is not None and name == companion_names(table)["blobs"]
+
+
 def short_name(name: str) -> str:
     """Return a name that PostgreSQL can hold: cut, and told apart by a digest, where it is longer than 63 bytes.
 

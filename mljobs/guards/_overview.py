@@ -29,7 +29,8 @@ SILENT_SECONDS = 60
 
 _NOTE = f"""\
 CASE
-    WHEN {{j}}status = '{_RUNNING}' AND {{ends}} IS NULL THEN 'started by hand, no lease'
+    WHEN {{j}}status = '{_RUNNING}' AND {{j}}lease IS NULL THEN 'started by hand, no lease'
+    WHEN {{j}}status = '{_RUNNING}' AND {{ends}} IS NULL THEN 'its lease was deleted'
     WHEN {{j}}status = '{_RUNNING}' AND {{ends}} < {{now}} THEN 'its worker is silent'
     WHEN {{j}}status IN ({_FINISHED}) AND {{ends}} IS NOT NULL THEN 'its worker has not stopped yet'
     WHEN {{j}}status = '{_QUEUED}' AND {{j}}run_after > {{now}} THEN 'not before run_after'
@@ -141,7 +142,7 @@ FROM (
     CASE WHEN finished_at >= started_at THEN finished_at - started_at END AS duration_ms
   FROM (
     SELECT j.id, j.kind, j.target_name, j.status, j.progress, j.attempts, j.priority, j."exclusive",
-      j.created_at, j.started_at, j.finished_at, j.run_after, j.retry_of, j.error_message, j.worker{{columns}},
+      j.created_at, j.started_at, j.finished_at, j.run_after, j.retry_of, j.error_message, j.worker, j.lease{{columns}},
       {_ENDS.format(same="IS")} AS expires_at,
       CAST(strftime('%s', 'now') AS INTEGER) * 1000 + CAST(substr(strftime('%f', 'now'), 4) AS INTEGER) AS now
     FROM {{jobs}} j

@@ -34,10 +34,7 @@ _AUTOCOMMIT = (
     "give one that has transactions"
 )
 
-_TEMPORARY = {
-    "door_open": ("BEFORE", 1),
-    "door_shut": ("AFTER", 0),
-}
+_TEMPORARY = (("BEFORE", 1), ("AFTER", 0))
 
 
 @dataclass(slots=True)
@@ -67,6 +64,11 @@ class _Door:
             self.connection.execute(text(statement))
 
 
+def door_triggers(table: Table) -> tuple[str, str]:
+    """Return the names of the temporary triggers of SQLite that open and shut the door."""
+    return short_name(f"{table.name}_door_open"), short_name(f"{table.name}_door_shut")
+
+
 def _statements(of: _Door, *, opened: bool) -> Iterator[str]:
     connection, table = of.connection, of.table
     if connection.dialect.name == "postgresql":
@@ -79,8 +81,8 @@ def _statements(of: _Door, *, opened: bool) -> Iterator[str]:
         prefix = f"{quote(schema)}." if schema else ""
         yield f"UPDATE {prefix}{door} SET open = {int(opened)} WHERE name = 'retention'"  # noqa: S608 - quoted
         return
-    for role, (when, value) in _TEMPORARY.items():
-        trigger = quote(short_name(f"{table.name}_{role}"))
+    for name, (when, value) in zip(door_triggers(table), _TEMPORARY, strict=True):
+        trigger = quote(name)
         if opened:
             yield (
                 f"CREATE TEMP TRIGGER {trigger} {when} DELETE ON main.{quote(table.name)} "  # noqa: S608 - quoted

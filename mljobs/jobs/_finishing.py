@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,7 +182,7 @@ def finish_many(session: Bind, outcomes: Iterable[Outcome]) -> list[Exception | 
     return answers(session, model, given, distinct, written)
 
 
-def one_for_each_job(outcomes: Sequence[Outcome]) -> list[Outcome]:
+def one_for_each_job(outcomes: Iterable[Outcome]) -> list[Outcome]:
     """Return one outcome for each job, in the order of their ids: of a claim given twice the first."""
     first: dict[Claim[Any], Outcome] = {}
     for outcome in outcomes:
@@ -190,11 +190,20 @@ def one_for_each_job(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return [first[claim] for claim in newest_by_job(first)]
 
 
-def record_outcomes(connection: sa.Connection, model: Model, outcomes: Sequence[Outcome]) -> Written:
-    """Write outcomes of as many jobs, each if its lease still holds the job, and delete the leases that this empties."""
+def record_outcomes(
+    connection: sa.Connection, model: Model, outcomes: Sequence[Outcome], write: FencedWrite | None = None
+) -> Written:
+    """Write outcomes of as many jobs, each if its lease still holds the job, and delete the leases that this empties.
+
+    Args:
+        connection: Where to write.
+        model: The mapped job class.
+        outcomes: One for each job.
+        write: What writes them in the place of this.
+    """
     if not is_postgres(connection):
         lock_sqlite(connection, model)
-    return _FINISH.run(connection, model, outcome_parameters(connection.dialect.name, outcomes) | moments())
+    return (write or _FINISH).run(connection, model, outcome_parameters(connection.dialect.name, outcomes) | moments())
 
 
 def outcome_parameters(dialect: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -279,10 +288,21 @@ def _finish_one(session: Bind, outcome: Outcome) -> None:
 
 def finish_update(_: Model, jobs: Any, held: Any, dialect: str) -> sa.Update:
     """Return the UPDATE that records outcomes."""
+    return outcome_update(jobs, dialect, lambda wanted: holds(jobs, wanted, held, dialect))
+
+
+def outcome_update(jobs: Any, dialect: str, conditions: Callable[[Any], list[Any]]) -> sa.Update:
+    """Return the UPDATE that sets what belongs to each outcome.
+
+    Args:
+        jobs: The job table, or an alias.
+        dialect: The dialect's name.
+        conditions: Takes the ``wanted_table``; returns under which conditions a job gets its outcome.
+    """
     wanted = wanted_table(dialect, status=sa.String(), error=sa.Text(), metrics=sa.Text())
     columns = wanted.c
     values = outcome_values(jobs, dialect, columns.status, columns.error, columns.metrics)
-    return sa.update(jobs).where(*holds(jobs, wanted, held, dialect)).values(values)
+    return sa.update(jobs).where(*conditions(wanted)).values(values)
 
 
 _FINISH = FencedWrite(finish_update, ends=True)

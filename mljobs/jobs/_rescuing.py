@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -25,7 +25,8 @@ from mljobs.jobs._base import (
     whole_table_of,
 )
 from mljobs.jobs._claims import Claim, Lease
-from mljobs.jobs._finishing import Outcome, one_for_each_job, record_outcomes
+from mljobs.jobs._fencing import FencedWrite
+from mljobs.jobs._finishing import Outcome, one_for_each_job, outcome_update, record_outcomes
 from mljobs.jobs._savepoints import row_by_row
 from mljobs.jobs._statements import POSTGRES, constant, in_rows, moments, now_of
 from mljobs.jobs._transitions import ATTEMPTS_MAX
@@ -33,6 +34,7 @@ from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus
 
 _BATCH_MAX = 10_000
+_TOKEN_MAX = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,8 @@ def rescue(
 
     Decides on what stands at this moment: a lease that was renewed, or a job that was finished or claimed again since,
     is left alone, and two rescues at once never meet on one job. A job is only ever rescued because its worker is
-    silent, never because it is long; a job that was started by hand has no lease and is never rescued.
+    silent, never because it is long; a job that was started by hand has no lease and is never rescued. A job whose lease
+    was deleted by hand is rescued at once: its worker can neither renew nor finish it.
 
     Args:
         session: The caller's session or connection.
@@ -89,14 +92,37 @@ def rescue(
     parameters = {**moments(), "limit": limit}
     rescued = Rescue()
     if not is_postgres(connection):
-        if not _expired_leases(model).rows(connection, parameters):
+        if not any(found(model).rows(connection, parameters) for found in (_expired_leases, _orphaned_jobs)):
             return rescued
         lock_sqlite(connection, model)
-    jobs = _expired_jobs(model).rows(connection, parameters)
+    for find, write in ((_expired_jobs, None), (_orphaned_jobs, _FINISH_ORPHANED)):
+        jobs = find(model).rows(connection, parameters)
+        _put_back(
+            connection, model, jobs, lambda row: _outcome(row, max_attempts, may_fail), write=write, rescued=rescued
+        )
+        parameters["limit"] -= len(jobs)
+    parameters["limit"] = limit
+    rescued.released.extend(token for (token,) in _forgotten(model).rows(connection, parameters))
+    refresh(session, model, [*rescued.requeued, *rescued.failed])
+    if rescued.failed and events.subscribed():
+        events.add_finished(session, model, rescued.failed)
+    return rescued
+
+
+def _put_back(
+    connection: sa.Connection,
+    model: Model,
+    jobs: Sequence[Any],
+    outcome_of: Callable[[Any], Outcome],
+    *,
+    write: FencedWrite | None,
+    rescued: Rescue,
+) -> None:
+    """Write what becomes of each job; the refusal of one stops no other."""
 
     def put_back(part: Sequence[Any]) -> None:
-        outcomes = one_for_each_job([_outcome(row, max_attempts, may_fail) for row in part])
-        written = record_outcomes(connection, model, outcomes)
+        outcomes = one_for_each_job(map(outcome_of, part))
+        written = record_outcomes(connection, model, outcomes, write)
         for outcome in outcomes:
             if outcome.claim.job_id in written.ids:
                 failed = outcome.status is MlJobStatus.FAILED
@@ -105,21 +131,16 @@ def rescue(
     if jobs:
         for row, error in row_by_row(connection, jobs, put_back):
             rescued.errors[row[0]] = error
-    rescued.released.extend(token for (token,) in _forgotten(model).rows(connection, parameters))
-    refresh(session, model, [*rescued.requeued, *rescued.failed])
-    if rescued.failed and events.subscribed():
-        events.add_finished(session, model, rescued.failed)
-    return rescued
 
 
 def _outcome(row: Sequence[Any], max_attempts: int, may_fail: set[Any]) -> Outcome:
-    """Return what becomes of a job whose lease has expired."""
+    """Return what becomes of a job whose lease has expired; one without an end was deleted."""
     job_id, kind, attempts, token, worker, acquired_at, expires_at = row
     claim = Claim(MlJob(id=job_id), token, worker, expires_at, Lease(token, acquired_at, ()))
     if attempts < max_attempts or kind not in may_fail:
         return Outcome.requeued(claim)
-    moment = f"{expires_at:%Y-%m-%d %H:%M:%S}"
-    reason = f"gave up after {max_attempts} attempts: the lease of worker {worker} expired at {moment} UTC"
+    ended = "was deleted" if expires_at is None else f"expired at {expires_at:%Y-%m-%d %H:%M:%S} UTC"
+    reason = f"gave up after {max_attempts} attempts: the lease of worker {worker} {ended}"
     return Outcome.failed(claim, reason)
 
 
@@ -158,6 +179,48 @@ def _expired_jobs(model: Model) -> Prepared:
         )
 
     return Prepared(build)
+
+
+def _lease_is_gone(model: Model, jobs: Any) -> Any:
+    """Return the condition that no lease stands under the token that a job names."""
+    leases = model.__leases__.alias("l")
+    # A subquery and no NOT EXISTS, see _forgotten.
+    named = sa.select(constant(1)).where(leases.c.token == jobs.c.lease).limit(sa.literal_column("1"))
+    return named.scalar_subquery().is_(None)
+
+
+@per_model
+def _orphaned_jobs(model: Model) -> Prepared:
+    """Return the jobs whose lease was deleted by hand, and lock them: by an index as small as the work in hand."""
+
+    def build(_: str) -> sa.Select[Any]:
+        jobs = table_of(model).alias("j")
+        no_end = sa.cast(sa.null(), model.__leases__.c.expires_at.type)
+        columns = (jobs.c.id, jobs.c.kind, jobs.c.attempts, jobs.c.lease, jobs.c.worker, jobs.c.started_at, no_end)
+        # A range and no IS NOT NULL: before ANALYZE one row in two hundred is expected of it, of that all rows.
+        claimed = jobs.c.lease.between(constant(0), constant(_TOKEN_MAX))
+        return (
+            sa.select(*columns)
+            .where(claimed, _lease_is_gone(model, jobs))
+            .order_by(jobs.c.lease)
+            .limit(sa.bindparam("limit", type_=sa.Integer()))
+            .with_for_update(skip_locked=True, key_share=True)
+        )
+
+    return Prepared(build)
+
+
+def _orphaned_update(model: Model, jobs: Any, _held: Any, dialect: str) -> sa.Update:
+    """Record outcomes of jobs that still name the lease that was deleted: none has come under its number meanwhile."""
+
+    def conditions(wanted: Any) -> list[Any]:
+        same = jobs.c.lease.is_not_distinct_from(wanted.c.token)
+        return [jobs.c.id == wanted.c.id, same, _lease_is_gone(model, jobs)]
+
+    return outcome_update(jobs, dialect, conditions)
+
+
+_FINISH_ORPHANED = FencedWrite(_orphaned_update, ends=False)
 
 
 @per_model

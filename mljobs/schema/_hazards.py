@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from sqlalchemy import Connection, Table, text
 
 from mljobs._fields import NAMES
-from mljobs.guards._companions import leases_of, qualified_name, schema_of
+from mljobs.guards._companions import companion_names, leases_of, qualified_name, schema_of
+from mljobs.guards._retention import door_triggers
 from mljobs.states import TERMINAL
 
 _FINAL = re.compile("|".join(TERMINAL))
@@ -49,6 +50,12 @@ FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole, unnest(s.se
 WHERE s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
   AND lower(setting) ~ '^(mljobs\\.retention=(on|1|true|yes)|session_replication_role=(replica|local))$'
 ORDER BY 1, 2""")
+# Of the triggers of a host, those that open the door for whoever deletes.
+_OPENERS = text("""\
+SELECT t.tgname, p.proname FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
+WHERE t.tgrelid = to_regclass(:name) AND NOT t.tgisinternal AND t.tgname <> ALL (:ours)
+  AND concat_ws(' ', p.prosrc, p.proconfig::text) ~* 'mljobs\\.retention|session_replication_role'
+ORDER BY t.tgname""")
 _SESSION = text("""\
 SELECT current_setting('session_replication_role'), coalesce(current_setting('mljobs.retention', true), '')""")
 # NULL where this role may not look; a sequence that was set back has no last value, which is 0.
@@ -71,6 +78,8 @@ def _of_postgresql(connection: Connection, jobs: Table) -> Iterator[str]:
         yield f"table {jobs.name} is partitioned: a part can be truncated or detached with its finished records"
     if row[1]:
         yield f"table {jobs.name} is UNLOGGED: a crash of the server empties it"
+    for trigger, function in connection.execute(_OPENERS, {**values, "ours": [*companion_names(jobs.name).values()]}):
+        yield f"trigger {trigger} on table {jobs.name} opens the guard in its function {function}: DROP TRIGGER"
     for whose, setting in connection.execute(_SETTINGS):
         name, _, value = setting.partition("=")
         yield f"{whose} has {name} set to {value!r}, which opens the guard in each of its sessions: ALTER ... RESET {name}"
@@ -105,6 +114,36 @@ def _of_sqlite(connection: Connection, jobs: Table) -> Iterator[str]:
                 f"unique index {name} of table {jobs.name} holds finished records: INSERT OR REPLACE deletes them without "
                 "any trigger where recursive_triggers is off; add WHERE status IN ('queued', 'running')"
             )
+
+    yield from _triggers_of_sqlite(connection, jobs, prefix)
+
+
+_AFTER = re.compile(r"\bAFTER\s+(?:INSERT|UPDATE|DELETE)\b", re.IGNORECASE)
+
+
+def _triggers_of_sqlite(connection: Connection, jobs: Table, prefix: str) -> Iterator[str]:
+    """Yield one sentence for each trigger of a host that opens the door, or gets between a statement and the guard."""
+    names = companion_names(jobs.name)
+    ours = {*names.values(), *door_triggers(jobs)}
+    door, writes = (
+        re.compile(rf'(?<![\w"]){before}["\[`]?{re.escape(name)}(?!\w)', re.IGNORECASE)
+        for before, name in (("", names["door"]), (r"(?:UPDATE|INTO|DELETE\s+FROM)\s+(?:OR\s+\w+\s+)?", jobs.name))
+    )
+    for catalog in (f"{prefix}sqlite_master", "sqlite_temp_master"):
+        statement = (
+            f"SELECT name, tbl_name, sql FROM {catalog} WHERE type = 'trigger' AND sql IS NOT NULL ORDER BY name"  # noqa: S608
+        )
+        for name, table, sql in connection.exec_driver_sql(statement).all():
+            head, _, body = sql.partition("BEGIN")
+            if name in ours:
+                continue
+            if door.search(body):
+                yield f"trigger {name} on table {table} writes or reads the table of the retention door: DROP TRIGGER {name}"
+            elif table == jobs.name and not _AFTER.search(head) and writes.search(body):
+                yield (
+                    f"trigger {name} on table {table} writes jobs before the row that is changed: the guard then sees the "
+                    "row as it was, and a job may finish and change within one statement; make it an AFTER trigger"
+                )
 
 
 # ------------------------------------------------------------------------------------------------------------ tokens

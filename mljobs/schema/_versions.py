@@ -17,6 +17,7 @@ from sqlalchemy import URL, Connection, Engine, inspect, text
 
 from mljobs.db._engines import at_level, new_engine
 from mljobs.errors import InvalidValueError, SchemaError
+from mljobs.guards._companions import is_blob_index
 from mljobs.schema._catalog import VERSION_TABLE, differences, savepoint
 
 if TYPE_CHECKING:
@@ -38,8 +39,10 @@ def migrations_path() -> Path:
     return inside if inside.is_dir() else here.parent / "migrations"
 
 
-def is_ours(name: str | None, kind: str, _parents: Mapping[str, Any]) -> bool:
+def is_ours(name: str | None, kind: str, parents: Mapping[str, Any]) -> bool:
     """Say whether our autogenerate should look at what a database holds; an ``include_name`` hook of Alembic."""
+    if kind == "index":  # Alembic before 1.18 does not ask our plugin
+        return not is_blob_index(name, parents.get("table_name"))
     return kind != "table" or name in _TABLES
 
 
