@@ -230,11 +230,12 @@ def _forgotten(model: Model) -> Prepared:
     def build(dialect: str) -> Any:
         jobs, leases = table_of(model).alias("j"), model.__leases__
         expired = leases.alias("l")
-        # A subquery and no NOT EXISTS: that becomes a join, which before ANALYZE reads the whole job table.
-        named = sa.select(constant(1)).where(jobs.c.lease == expired.c.token).limit(sa.literal_column("1"))
+        # A subquery and no NOT EXISTS: that becomes a join, which before ANALYZE reads the whole job table. And no LIMIT 1:
+        # where most jobs share a lease, the planner would look for one by reading the table, and find none.
+        named = sa.select(sa.func.count()).where(jobs.c.lease == expired.c.token)
         tokens = (
             sa.select(expired.c.token)
-            .where(expired.c.expires_at < now_of(dialect), named.scalar_subquery().is_(None))
+            .where(expired.c.expires_at < now_of(dialect), named.scalar_subquery() == constant(0))
             .order_by(expired.c.expires_at, expired.c.token)
             .limit(sa.bindparam("limit", type_=sa.Integer()))
         )
