@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import UTC, datetime, timedelta, timezone
 from itertools import count
 from typing import Any
@@ -10,7 +11,7 @@ from uuid import uuid4
 
 import pytest
 from sqlalchemy import Engine, create_engine, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
@@ -92,19 +93,27 @@ def test_a_value_of_another_storage_class_is_refused_by_sqlite(sqlite_url: str, 
 
 
 HOLD_NUL = [f'"{NUL}"', f'{{"label": "a{NUL}b"}}', f'{{"{NUL}": 1}}', f'["\\\\{NUL}"]']
-HOLD_NONE = [r'"\\u0000"', r'{"a": "\\\\u0000"}', r'"\u0001"', r'"u0000"', '"\\\\"']
+HOLD_SURROGATES = [
+    r'"\ud800"', r'{"path": "/data/\udcff.csv"}', r'{"\uDBFF": 1}', r'["\ud800\ud800\udc00"]', r'"\ud83d\ude00\uDE00"',
+    r'"\ud800\\\udc00"', r'"\ud800\\udc00"', r'"\ud800\ud83d\ude00\udc00"',
+]  # fmt: skip
+HOLD_NONE = [
+    r'"\\u0000"', r'{"a": "\\\\u0000"}', r'"\u0001"', r'"u0000"', '"\\\\"', r'"\ud83d\ude00\uD83D\uDE00"', r'"\\ud800"',
+    r'"\ud7ff\ue000"',
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["spec_json", "metrics_json"])
-def test_a_nul_in_json_is_refused_by_the_database(engine: Engine, name: str) -> None:
-    for value in HOLD_NUL:
-        assert "\x00" in str(json.loads(value)).replace(r"\x00", "\x00")
-        with pytest.raises(DBAPIError):
+def test_json_that_postgresql_cannot_read_by_key_is_refused_by_the_database(engine: Engine, name: str) -> None:
+    for value in [*HOLD_NUL, *HOLD_SURROGATES]:
+        json.loads(value)
+        with pytest.raises(IntegrityError):
             _insert(engine, **{name: f"'{value}'"})
     for value in HOLD_NONE:
         _insert(engine, **{name: f"'{value}'"})
     with JobStore(engine) as store:
         assert len(store.find(limit=100)) == len(HOLD_NONE)
+        assert len(store.find("spec.lr>0.1 metrics.f1<1")) == 0
 
 
 @pytest.mark.parametrize(
@@ -140,12 +149,24 @@ def test_a_nul_in_json_is_refused_where_it_is_written_by_the_path_of_its_key(
     backend.run(by_the_orm)
 
 
-def test_an_import_rejects_the_line_with_a_nul_and_takes_the_others(engine: Engine, tmp_path: Any) -> None:
+def test_a_lone_surrogate_in_json_is_refused_where_it_is_written(sqlite_url: str) -> None:
+    spec = {"path": os.fsdecode(b"/data/\xff.csv")}
+    with JobStore(sqlite_url) as store:
+        for job in (MlJob(kind="train", target_name="x", spec_json=json.dumps(spec)), ("train", "x", spec)):
+            with pytest.raises(InvalidValueError, match="surrogate"):
+                store.submit_many([job])
+
+
+def test_an_import_rejects_the_line_that_postgresql_cannot_read_by_key_and_takes_the_others(
+    engine: Engine, tmp_path: Any
+) -> None:
     good, bad = MlJob(kind="train", target_name="a"), MlJob(kind="train", target_name="b")
     line = json.loads(bad.to_json())
     file = tmp_path / "jobs.ndjson"
     texts = [good.to_json()] + [
-        json.dumps({**line, "id": uuid4().hex, key: value}) for key in ("spec", "metrics") for value in HOLD_NUL
+        json.dumps({**line, "id": uuid4().hex, key: value})
+        for key in ("spec", "metrics")
+        for value in [*HOLD_NUL, *HOLD_SURROGATES]
     ]
     file.write_text("\n".join(texts) + "\n")
     with JobStore(engine) as store:

@@ -77,7 +77,7 @@ ATTRIBUTES = {
     "ALTER FUNCTION ml_jobs_wake() SECURITY DEFINER": "attributes of function ml_jobs_wake",
     "ALTER TABLE ml_jobs DISABLE TRIGGER ml_jobs_guard_after": "state of trigger ml_jobs_guard_after",
     "ALTER TABLE ml_jobs ENABLE REPLICA TRIGGER ml_jobs_guard_after": "state of trigger ml_jobs_guard_after",
-    "DROP TRIGGER ml_jobs_guard_nul_spec_json ON ml_jobs": "trigger ml_jobs_guard_nul_spec_json of table ml_jobs is missing",
+    "DROP TRIGGER ml_jobs_guard_spec_json ON ml_jobs": "trigger ml_jobs_guard_spec_json of table ml_jobs is missing",
     "DROP INDEX uq_ml_jobs_exclusive": "index uq_ml_jobs_exclusive of table ml_jobs is missing",
     "DROP TRIGGER ml_jobs_guard_range ON ml_jobs": "trigger ml_jobs_guard_range of table ml_jobs is missing",
     "CREATE RULE quiet AS ON UPDATE TO ml_jobs DO INSTEAD NOTHING": "rule quiet on table ml_jobs",

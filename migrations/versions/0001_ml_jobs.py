@@ -82,11 +82,13 @@ BEGIN
     RAISE EXCEPTION 'mljobs: times lie in the years 1970 to 9999, and attempts are not negative' USING
       ERRCODE = '23514', CONSTRAINT = 'mljobs_out_of_range', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
       DETAIL = 'id=' || NEW.id;
-  ELSIF TG_NARGS = 1 THEN -- the backslash itself may be escaped
-    IF strpos(replace(CASE TG_ARGV[0] WHEN 'spec_json' THEN NEW.spec_json ELSE NEW.metrics_json END::text, '\\\\', ''),
-        '\\u0000') > 0 THEN
-      RAISE EXCEPTION USING MESSAGE = 'mljobs: ' || TG_ARGV[0] || ' holds U+0000, which PostgreSQL cannot read by key',
-        ERRCODE = '23514', CONSTRAINT = 'mljobs_nul_in_json', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
+  ELSIF TG_NARGS = 1 THEN -- the backslash itself may be escaped, and surrogates stand in pairs
+    IF regexp_replace(
+        replace(CASE TG_ARGV[0] WHEN 'spec_json' THEN NEW.spec_json ELSE NEW.metrics_json END::text, '\\\\', ' '),
+        '\\\\u[dD][89abAB]..\\\\u[dD][c-fC-F]..', ' ', 'g') ~ '\\\\u(0000|[dD][89a-fA-F])' THEN
+      RAISE EXCEPTION USING MESSAGE = 'mljobs: ' || TG_ARGV[0]
+        || ' holds U+0000 or a lone surrogate, beside which PostgreSQL cannot read any key',
+        ERRCODE = '23514', CONSTRAINT = 'mljobs_unreadable_json', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
         COLUMN = TG_ARGV[0], DETAIL = 'id=' || NEW.id;
     END IF;
     RETURN NULL;
@@ -126,12 +128,12 @@ WHEN (least(NEW.created_at, NEW.started_at, NEW.finished_at, NEW.run_after) OPER
   OR greatest(NEW.created_at, NEW.started_at, NEW.finished_at, NEW.run_after) OPERATOR(pg_catalog.>=) '10000-01-01 UTC' OR NEW.attempts OPERATOR(pg_catalog.<) 0)
 EXECUTE FUNCTION ml_jobs_guard('range')""",
     """\
-CREATE TRIGGER ml_jobs_guard_nul_spec_json AFTER INSERT OR UPDATE OF spec_json ON ml_jobs FOR EACH ROW
-WHEN (pg_catalog.strpos(NEW.spec_json::pg_catalog.text, '\\u0000') OPERATOR(pg_catalog.>) 0)
+CREATE TRIGGER ml_jobs_guard_spec_json AFTER INSERT OR UPDATE OF spec_json ON ml_jobs FOR EACH ROW
+WHEN (pg_catalog.strpos(NEW.spec_json::pg_catalog.text, '\\u') OPERATOR(pg_catalog.>) 0)
 EXECUTE FUNCTION ml_jobs_guard('spec_json')""",
     """\
-CREATE TRIGGER ml_jobs_guard_nul_metrics_json AFTER INSERT OR UPDATE OF metrics_json ON ml_jobs FOR EACH ROW
-WHEN (pg_catalog.strpos(NEW.metrics_json::pg_catalog.text, '\\u0000') OPERATOR(pg_catalog.>) 0)
+CREATE TRIGGER ml_jobs_guard_metrics_json AFTER INSERT OR UPDATE OF metrics_json ON ml_jobs FOR EACH ROW
+WHEN (pg_catalog.strpos(NEW.metrics_json::pg_catalog.text, '\\u') OPERATOR(pg_catalog.>) 0)
 EXECUTE FUNCTION ml_jobs_guard('metrics_json')""",
     """\
 CREATE OR REPLACE FUNCTION ml_jobs_wake() RETURNS trigger LANGUAGE plpgsql AS $mljobs$
@@ -259,8 +261,8 @@ CREATE TABLE ml_jobs (
   CONSTRAINT ck_ml_jobs_retry_of CHECK (retry_of IS NULL OR typeof(retry_of) = 'text' AND length(retry_of) = 32 AND retry_of NOT GLOB '*[^0-9a-f]*'),
   CONSTRAINT ck_ml_jobs_texts CHECK ((target_name IS NULL OR typeof(target_name) = 'text') AND (error_message IS NULL OR typeof(error_message) = 'text') AND (worker IS NULL OR typeof(worker) = 'text')),
   CONSTRAINT ck_ml_jobs_numbers CHECK (typeof(progress) = 'integer' AND progress BETWEEN 0 AND 100 AND typeof(attempts) = 'integer' AND attempts BETWEEN 0 AND 32767 AND typeof(priority) = 'integer' AND priority BETWEEN -32768 AND 32767 AND typeof("exclusive") = 'integer' AND "exclusive" BETWEEN 0 AND 1 AND (lease IS NULL OR typeof(lease) = 'integer')),
-  CONSTRAINT ck_ml_jobs_spec_json CHECK (typeof(spec_json) = 'text' AND json_valid(spec_json) AND instr(spec_json, char(0)) = 0 AND (instr(spec_json, '\\u0000') = 0 OR instr(replace(spec_json, '\\\\', ''), '\\u0000') = 0)),
-  CONSTRAINT ck_ml_jobs_metrics_json CHECK (metrics_json IS NULL OR typeof(metrics_json) = 'text' AND json_valid(metrics_json) AND instr(metrics_json, char(0)) = 0 AND (instr(metrics_json, '\\u0000') = 0 OR instr(replace(metrics_json, '\\\\', ''), '\\u0000') = 0))
+  CONSTRAINT ck_ml_jobs_spec_json CHECK (typeof(spec_json) = 'text' AND json_valid(spec_json) AND instr(spec_json, char(0)) = 0 AND (instr(spec_json, '\\u') = 0 OR instr(lower(replace(spec_json, '\\\\', ' ')), '\\u0000') = 0 AND replace(replace(replace(replace(replace(replace(replace(replace(lower(replace(spec_json, '\\\\', ' ')), '\\ud8', char(1)), '\\ud9', char(1)), '\\uda', char(1)), '\\udb', char(1)), '\\udc', char(2)), '\\udd', char(2)), '\\ude', char(2)), '\\udf', char(2)) NOT GLOB '*' || char(1) || '[0-9a-f][0-9a-f][^' || char(2) || ']*' AND '   ' || replace(replace(replace(replace(replace(replace(replace(replace(lower(replace(spec_json, '\\\\', ' ')), '\\ud8', char(1)), '\\ud9', char(1)), '\\uda', char(1)), '\\udb', char(1)), '\\udc', char(2)), '\\udd', char(2)), '\\ude', char(2)), '\\udf', char(2)) NOT GLOB '*[^' || char(1) || ']??' || char(2) || '*')),
+  CONSTRAINT ck_ml_jobs_metrics_json CHECK (metrics_json IS NULL OR typeof(metrics_json) = 'text' AND json_valid(metrics_json) AND instr(metrics_json, char(0)) = 0 AND (instr(metrics_json, '\\u') = 0 OR instr(lower(replace(metrics_json, '\\\\', ' ')), '\\u0000') = 0 AND replace(replace(replace(replace(replace(replace(replace(replace(lower(replace(metrics_json, '\\\\', ' ')), '\\ud8', char(1)), '\\ud9', char(1)), '\\uda', char(1)), '\\udb', char(1)), '\\udc', char(2)), '\\udd', char(2)), '\\ude', char(2)), '\\udf', char(2)) NOT GLOB '*' || char(1) || '[0-9a-f][0-9a-f][^' || char(2) || ']*' AND '   ' || replace(replace(replace(replace(replace(replace(replace(replace(lower(replace(metrics_json, '\\\\', ' ')), '\\ud8', char(1)), '\\ud9', char(1)), '\\uda', char(1)), '\\udb', char(1)), '\\udc', char(2)), '\\udd', char(2)), '\\ude', char(2)), '\\udf', char(2)) NOT GLOB '*[^' || char(1) || ']??' || char(2) || '*'))
 )""",
     "CREATE INDEX ix_ml_jobs_active ON ml_jobs (target_name, kind) WHERE status IN ('queued', 'running')",
     "CREATE INDEX ix_ml_jobs_created ON ml_jobs (created_at, id)",

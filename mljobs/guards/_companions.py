@@ -7,9 +7,10 @@ text, never a call to this module.
 PostgreSQL: one function and seven triggers. BEFORE UPDATE OF our columns, BEFORE DELETE and BEFORE TRUNCATE refuse early.
 AFTER UPDATE looks a second time: a host's own BEFORE trigger may have rewritten columns that are in no SET list. Its
 condition is as short as the first one's, for PostgreSQL reads it anew for each statement; the columns are compared in the
-function, and only of a record that was final. Three AFTER triggers refuse what no client could read: times out of range, and
-U+0000 in JSON. A CHECK would be read and evaluated at each UPDATE, whatever it sets. The function names nothing through the
-caller's ``search_path`` and obeys no row policy; conditions and the wake function name their operators. The retention door
+function, and only of a record that was final. Three AFTER triggers refuse what no client could read: times out of range,
+and U+0000 or a lone surrogate in JSON. A CHECK would be read and evaluated at each UPDATE, whatever it sets. The function
+names nothing through the caller's ``search_path`` and obeys no row policy; conditions and the wake function name their
+operators. The retention door
 is ``SET LOCAL mljobs.retention = 'on'``; it opens DELETE only. See :mod:`mljobs.guards._retention`.
 
 SQLite: four triggers, an index and a small table, ``<table>_guard``, with two rows. ``retention`` is the door for deletes.
@@ -51,7 +52,7 @@ TERMINAL_MESSAGE = "mljobs: record is in a terminal state"
 TRANSITION_MESSAGE = "mljobs: this state may not follow the present one"
 TERMINAL_CONSTRAINT = "mljobs_terminal_state"
 TRANSITION_CONSTRAINT = "mljobs_illegal_transition"
-NUL_CONSTRAINT = "mljobs_nul_in_json"
+UNREADABLE_CONSTRAINT = "mljobs_unreadable_json"
 RANGE_CONSTRAINT = "mljobs_out_of_range"
 
 GUARDED_COLUMNS = NAMES
@@ -95,7 +96,8 @@ _RECORD = sorted(NAMES, key=lambda name: name in ("error_message", "spec_json", 
 _SAME_RECORD = "ROW({})::record *= ROW({})::record".format(
     *(", ".join(f"{row}.{name}" for name in _RECORD) for row in ("OLD", "NEW"))
 )
-_NUL = r"\u0000"
+_ESCAPE = r"\u"
+_PAIR = r"\\u[dD][89abAB]..\\u[dD][c-fC-F].."  # of surrogates, as a regular expression; JSON has hex digits there
 _TIMES = [field.name for field in FIELDS if field.form == "time"]
 _NEW_TIMES = ", ".join(f"NEW.{name}" for name in _TIMES)
 
@@ -123,11 +125,13 @@ BEGIN
     RAISE EXCEPTION 'mljobs: times lie in the years 1970 to 9999, and attempts are not negative' USING
       ERRCODE = '23514', CONSTRAINT = '{RANGE_CONSTRAINT}', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
       DETAIL = 'id=' || NEW.id;
-  ELSIF TG_NARGS = 1 THEN -- the backslash itself may be escaped
-    IF strpos(replace(CASE TG_ARGV[0] WHEN 'spec_json' THEN NEW.spec_json ELSE NEW.metrics_json END::text, '\\\\', ''),
-        '{_NUL}') > 0 THEN
-      RAISE EXCEPTION USING MESSAGE = 'mljobs: ' || TG_ARGV[0] || ' holds U+0000, which PostgreSQL cannot read by key',
-        ERRCODE = '23514', CONSTRAINT = '{NUL_CONSTRAINT}', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
+  ELSIF TG_NARGS = 1 THEN -- the backslash itself may be escaped, and surrogates stand in pairs
+    IF regexp_replace(
+        replace(CASE TG_ARGV[0] WHEN 'spec_json' THEN NEW.spec_json ELSE NEW.metrics_json END::text, '\\\\', ' '),
+        '{_PAIR}', ' ', 'g') ~ '\\\\u(0000|[dD][89a-fA-F])' THEN
+      RAISE EXCEPTION USING MESSAGE = 'mljobs: ' || TG_ARGV[0]
+        || ' holds U+0000 or a lone surrogate, beside which PostgreSQL cannot read any key',
+        ERRCODE = '23514', CONSTRAINT = '{UNREADABLE_CONSTRAINT}', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
         COLUMN = TG_ARGV[0], DETAIL = 'id=' || NEW.id;
     END IF;
     RETURN NULL;
@@ -147,10 +151,10 @@ END
 $mljobs$"""
 
 
-def _no_nul(column: str) -> str:
+def _readable(column: str) -> str:
     return f"""\
-CREATE TRIGGER {{{{nul_{column}}}}} AFTER INSERT OR UPDATE OF {column} ON {{{{table}}}} FOR EACH ROW
-WHEN (pg_catalog.strpos(NEW.{column}::pg_catalog.text, '{_NUL}') OPERATOR(pg_catalog.>) 0)
+CREATE TRIGGER {{{{{column}}}}} AFTER INSERT OR UPDATE OF {column} ON {{{{table}}}} FOR EACH ROW
+WHEN (pg_catalog.strpos(NEW.{column}::pg_catalog.text, '{_ESCAPE}') OPERATOR(pg_catalog.>) 0)
 EXECUTE FUNCTION {{{{function}}}}('{column}')""".format()
 
 
@@ -178,13 +182,13 @@ CREATE TRIGGER {{range}} AFTER INSERT OR UPDATE OF {", ".join(_TIMES)}, attempts
 WHEN (least({_NEW_TIMES}) OPERATOR(pg_catalog.<) '1970-01-01 UTC'
   OR greatest({_NEW_TIMES}) OPERATOR(pg_catalog.>=) '10000-01-01 UTC' OR NEW.attempts OPERATOR(pg_catalog.<) 0)
 EXECUTE FUNCTION {{function}}('range')""",
-    _no_nul("spec_json"),
-    _no_nul("metrics_json"),
+    _readable("spec_json"),
+    _readable("metrics_json"),
 )
 _POSTGRES_DROP = (
     *(
         f"DROP TRIGGER IF EXISTS {{{role}}} ON {{table}}"
-        for role in ("nul_metrics_json", "nul_spec_json", "range", "truncate", "delete", "after", "update")
+        for role in ("metrics_json", "spec_json", "range", "truncate", "delete", "after", "update")
     ),
     "DROP FUNCTION IF EXISTS {function}()",
 )
@@ -309,7 +313,7 @@ _TEXTS = {
 }
 
 _TRIGGERS = (
-    "update", "after", "delete", "truncate", "range", "nul_spec_json", "nul_metrics_json", "insert", "key",
+    "update", "after", "delete", "truncate", "range", "spec_json", "metrics_json", "insert", "key",
     "wake_insert", "wake_update", "count_insert", "count_update", "count_delete",
 )  # fmt: skip
 
@@ -317,7 +321,7 @@ _TRIGGERS = (
 IDENTIFIER_MAX = 63
 """PostgreSQL's limit for a name, in bytes."""
 
-GUARD_ROLES = ("update", "after", "delete", "truncate", "range", "nul_spec_json", "nul_metrics_json", "insert", "key")
+GUARD_ROLES = ("update", "after", "delete", "truncate", "range", "spec_json", "metrics_json", "insert", "key")
 """What the triggers of ring 3 refuse, on one database or the other."""
 
 

@@ -84,10 +84,22 @@ def _hex_digits(name: str) -> str:
 
 
 def _readable_json(name: str) -> str:
-    """Return SQLite's condition that a text is JSON, and that no client fails of a U+0000 in it, escaped or not."""
-    escape = r"\u0000"
-    no_nul = f"instr({name}, '{escape}') = 0 OR instr(replace({name}, '\\\\', ''), '{escape}') = 0"
-    return f"typeof({name}) = 'text' AND json_valid({name}) AND instr({name}, char(0)) = 0 AND ({no_nul})"
+    """Return SQLite's condition that a text is JSON, without U+0000, escaped or not, and without a lone surrogate.
+
+    Looked at where there is any escape. A space takes the place of an escaped backslash, char(1) that of a high surrogate's
+    first digits, char(2) that of a low one's: JSON cannot hold them. Two digits on, the other must follow, or have come.
+    """
+    escapes = f"lower(replace({name}, '\\\\', ' '))"
+    marked = escapes
+    for digit in "89abcdef":
+        marked = f"replace({marked}, '\\ud{digit}', char({1 if digit in '89ab' else 2}))"
+    parts = (
+        f"instr({escapes}, '\\u0000') = 0",
+        f"{marked} NOT GLOB '*' || char(1) || '[0-9a-f][0-9a-f][^' || char(2) || ']*'",
+        f"'   ' || {marked} NOT GLOB '*[^' || char(1) || ']??' || char(2) || '*'",
+    )
+    readable = f"instr({name}, '\\u') = 0 OR {' AND '.join(parts)}"
+    return f"typeof({name}) = 'text' AND json_valid({name}) AND instr({name}, char(0)) = 0 AND ({readable})"
 
 
 def _add_indexes(table: sa.Table) -> None:
