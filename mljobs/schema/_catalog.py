@@ -230,26 +230,27 @@ def _excerpt(definition: str, start: int) -> str:
 
 
 def _job_tables(metadata: MetaData) -> list[Table]:
-    """Return the job tables, each before those of its workers and leases: the view that comes with the leases reads all."""
+    """Return the job tables, each followed by the tables of its leases and of its workers."""
     tables = []
     for jobs in metadata.tables.values():
         if "mljobs" in jobs.info:
             # Not those tables themselves, which are of another MetaData where this one is a copy.
-            names = (jobs.info[key].name for key in ("mljobs_workers", "mljobs"))
+            names = (jobs.info[key].name for key in ("mljobs", "mljobs_workers"))
             beside = (name if jobs.schema is None else f"{jobs.schema}.{name}" for name in names)
             tables += [jobs, *(metadata.tables[name] for name in beside if name in metadata.tables)]
     return tables
 
 
 def _with_references(tables: Iterable[Table]) -> list[Table]:
-    """Return the tables, in the order given, and those that their foreign keys need."""
+    """Return the tables and those that their foreign keys need, leases last: the view beside them reads the others."""
     needed: dict[Table, None] = {}
     waiting = list(tables)
-    for table in waiting:
+    while waiting:
+        table = waiting.pop()
         if table not in needed:
             needed[table] = None
             waiting += [key.column.table for key in table.foreign_keys]
-    return list(needed)
+    return sorted(needed, key=lambda table: "target_lock" in table.c)  # a copy by to_metadata does not say so
 
 
 def _create(connection: Connection, tables: Iterable[Table], schema: str | None) -> None:
