@@ -253,14 +253,16 @@ def test_a_text_that_no_column_can_hold_stays_json(engine: Engine) -> None:
     assert (row["metrics.a"], row["metrics.b"], row["metrics.c"]) == ('"\\ud800"', float("inf"), "\u00e9")
 
 
-def test_a_hosts_own_table_is_read_with_its_kinds(engine: Engine) -> None:
+def test_a_hosts_own_table_is_read_with_its_kinds_and_columns(engine: Engine) -> None:
     HostBase.metadata.create_all(engine)
     with Session(engine) as session:
         session.add(TrainingRun(kind="train", target_name="spam", note="theirs", team=Team()))
         session.flush()
         table = to_arrow(session, model=TrainingRun)
     assert table.column("kind").to_pylist() == ["train"]
-    assert table.schema.names == COLUMNS
+    assert table.schema.names == [*COLUMNS, "flavour", "note", "team_id"]
+    (row,) = table.select(["note", "flavour"]).to_pylist()
+    assert row == {"note": "theirs", "flavour": "run"}
 
 
 def test_data_frames_read_the_types(engine: Engine) -> None:

@@ -27,7 +27,8 @@ from mljobs.errors import JobDecodeError
 from mljobs.jobs import table_of
 from mljobs.record import _kv as codec_module
 from mljobs.transfer import _lines as lines
-from mljobs.transfer._rows import IDS, NAMES, SHARED, RejectedLineError, _make_exactly, line_maker, row_maker
+from mljobs.transfer._encoding import line_maker
+from mljobs.transfer._rows import IDS, NAMES, SHARED, RejectedLineError, _make_exactly, row_maker
 from tests.backends import Backend
 from tests.transfer_jobs import NOW, VECTORS, job
 

@@ -1,7 +1,10 @@
 """``MlJobRead``: the record as a Pydantic model, for response bodies and OpenAPI. Needs the extra ``web``.
 
-``MlJobRead.model_validate(job)`` takes ``MlJob`` or any class with ``MlJobMixin``. A class of a host's adds its own columns,
-and its own kinds, by inheritance::
+``MlJobRead.model_validate(job)`` takes ``MlJob`` or any class with ``MlJobMixin``. With a host's own columns::
+
+    TrainingRunRead = read_model(TrainingRun)
+
+or, where a field is to be described or left out, by inheritance::
 
     class TrainingRunRead(MlJobRead):
         kind: RunKind
@@ -15,11 +18,17 @@ from typing import Annotated, Any
 from uuid import UUID
 
 try:
-    from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+    from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, create_model
 except ImportError as error:
     raise ImportError("MlJobRead needs the extra: pip install 'mljobs[web]'") from error
 
+from sqlalchemy import ARRAY, JSON
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
 from mljobs._values import to_utc
+from mljobs.errors import InvalidValueError
+from mljobs.jobs import Model, table_of
+from mljobs.record._host_columns import host_columns
 from mljobs.states import MlJobStatus
 
 _MAX_MS = 253_402_300_799_999
@@ -85,3 +94,46 @@ class MlJobRead(BaseModel):
     exclusive: bool = Field(description="Never two exclusive jobs at once on one target.")
     retry_of: UUID | None = Field(default=None, description="The finished job that this one does again.")
     worker: str | None = Field(default=None, description="Who ran it last.")
+
+
+def read_model(model: Model, name: str | None = None) -> type[MlJobRead]:
+    """Return ``MlJobRead`` with the own columns of a host's class, for response bodies and OpenAPI.
+
+    Args:
+        model: The mapped job class.
+        name: Of the model; None for the name of the class and ``Read``.
+
+    Raises:
+        InvalidValueError: Not a mapped job class; or a column has the name of a field of ``MlJobRead``.
+    """
+    table_of(model)
+    fields: dict[str, Any] = {
+        "kind": (str, Field(description="What the job does.", examples=[str(kind) for kind in model.__kinds__]))
+    }
+    for own, column in host_columns(model).items():
+        if own in MlJobRead.model_fields:
+            raise InvalidValueError("model", model.__name__, f"its column {own} has the name of a field of MlJobRead")
+        kind, text = _python_type(column.type), column.comment or column.doc
+        optional = bool(column.nullable)
+        fields[own] = (kind | None if optional else kind, Field(default=None if optional else ..., description=text))
+    config = ConfigDict(from_attributes=True, frozen=True, ser_json_bytes="base64")
+    made: type[MlJobRead] = create_model(name or f"{model.__name__}Read", __base__=(_configured(config),), **fields)
+    return made
+
+
+def _configured(config: ConfigDict) -> type[MlJobRead]:
+    return type("MlJobRead", (MlJobRead,), {"model_config": config, "__module__": __name__})
+
+
+def _python_type(kind: TypeEngine[Any]) -> Any:
+    if isinstance(kind, JSON):
+        return Json
+    if isinstance(kind, ARRAY):
+        item: Any = _python_type(kind.item_type)
+        return list[item | None] if (kind.dimensions or 1) == 1 else list[Any]
+    if isinstance(kind, TypeDecorator) and not type(kind).__module__.startswith("mljobs."):
+        return Any  # whatever its decorator makes
+    try:
+        return kind.python_type
+    except NotImplementedError:
+        return Any

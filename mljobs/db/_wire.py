@@ -78,10 +78,17 @@ _WIRES = {
 }
 
 
-def wire_of(connection: Connection) -> Wire:
-    """Return the wire form of this connection's driver."""
+def wire_of(connection: Connection, *, copied: bool = True) -> Wire:
+    """Return the wire form of this connection's driver.
+
+    Args:
+        connection: The caller's.
+        copied: Whether PostgreSQL's rows come by COPY, where a SELECT would give objects.
+    """
     dialect = connection.dialect
-    return _WIRES[dialect.driver if dialect.name == "postgresql" else "sqlite"]
+    if dialect.name != "postgresql":
+        return _WIRES["sqlite"]
+    return _WIRES[dialect.driver if copied else "asyncpg"]
 
 
 def insert_wire(connection: Connection, table: Table, columns: Sequence[Column[Any]], rows: Iterable[Row]) -> int:
@@ -119,6 +126,7 @@ def read_wire(
     chunk: int = CHUNK,
     *,
     order_by: Column[Any] | None = None,
+    beside: Sequence[ColumnElement[Any]] = (),
 ) -> Generator[list[tuple[Any, ...]], None, None]:
     """Yield rows of the record's columns in wire form, in lists of at most ``chunk``.
 
@@ -130,17 +138,20 @@ def read_wire(
         where: Conditions, to be combined with AND.
         chunk: At most so many rows at once.
         order_by: A column; None for the order that the database has them in.
+        beside: Columns of a host's own, whose values come behind the others as their types give them. With these it is no
+            COPY: see ``wire_of``.
     """
     dialect = connection.dialect
-    # Without their types: what the driver gives is what is wanted. But asyncpg would parse json.
+    copied = dialect.driver == "psycopg" and not beside
+    # Without their types: what the driver gives is what is wanted. But outside COPY drivers parse json.
     untyped: list[ColumnElement[Any]] = [type_coerce(column, NullType()) for column in columns]
-    if dialect.driver == "asyncpg":
+    if dialect.name == "postgresql" and not copied:
         untyped = [
             cast(values, Text) if isinstance(column.type, JsonText) else values
             for column, values in zip(columns, untyped, strict=True)
         ]
-    statement = select(*untyped).where(*where).order_by(order_by)
-    if dialect.name == "postgresql" and dialect.driver == "psycopg":
+    statement = select(*untyped, *beside).where(*where).order_by(order_by)
+    if copied:
         compiled: Any = statement.compile(
             dialect=dialect,
             compile_kwargs={"render_postcompile": True},

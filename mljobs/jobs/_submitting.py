@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from datetime import datetime, timedelta
 from itertools import islice
-from typing import Any
+from typing import Any, Literal, overload
 from uuid import UUID
 
 from sqlalchemy import BigInteger, Connection, bindparam, func, insert, inspect, literal, select
@@ -100,33 +100,55 @@ def submit(
     return added_job
 
 
+Submission = MlJobMixin | tuple[str, str, Any] | Mapping[str, Any]
+"""A record; a kind, target name and spec; or the arguments of ``submit`` by name."""
+
+
+@overload
+def submit_many(
+    session: Bind, jobs: Iterable[Submission], *, ids: Literal[False] = ..., model: type[M] = ..., **values: Any
+) -> int: ...
+@overload
+def submit_many(
+    session: Bind, jobs: Iterable[Submission], *, ids: Literal[True], model: type[M] = ..., **values: Any
+) -> list[UUID]: ...
 def submit_many(
     session: Bind,
-    jobs: Iterable[MlJobMixin | tuple[str, str, Any]],
+    jobs: Iterable[Submission],
     *,
+    ids: bool = False,
     model: type[M] = MlJob,  # type: ignore[assignment]
-) -> int:
+    **values: Any,
+) -> int | list[UUID]:
     """Queue very many jobs at the speed of COPY, in constant memory, in the caller's transaction.
 
     A host's own class goes through the ORM, a thousand at a time, because only the ORM knows its defaults and tables.
 
     Args:
         session: The caller's session or connection.
-        jobs: Records, or tuples of kind, target name and spec; any length, a generator too.
+        jobs: Records; tuples of kind, target name and spec; or dicts of what ``submit`` takes (``kind``, ``target_name``,
+            ``spec``, ``priority``, columns of your own and so on). Any length, a generator too.
+        ids: Return the ids of all, in the order of ``jobs``.
         model: The mapped job class.
+        **values: Fields and own columns that all get which are not records, unless they say another value.
 
     Returns:
-        How many were queued.
+        How many were queued, or their ids.
 
     Raises:
         InvalidValueError: A value is not one that its field can hold. Roll the transaction back; nothing stands.
         JobExistsError: A record with the id of one of them is there. Roll back, as above.
     """
-    if not plain(model):
-        return _add_chunks(session, model, jobs)
     table = table_of(model)
-    with _naming_seconds():
-        return insert_rows(connection_of(session, model), table, table.columns.keys(), _rows(jobs))
+    given: list[UUID] = []
+    keep = given.append if ids else None
+    if plain(model):
+        with _naming_seconds():
+            rows = _rows(jobs, values, keep)
+            total = insert_rows(connection_of(session, model), table, table.columns.keys(), rows)
+    else:
+        total = _add_chunks(session, model, (_record_of(model, job, values) for job in jobs), keep)
+    return given if ids else total
 
 
 # ------------------------------------------------------------------------------------------------------- the details
@@ -204,32 +226,45 @@ def _add(given_bind: Bind, job: Any) -> Any:
     return job
 
 
-def _add_chunks(bind: Bind, model: Model, jobs: Iterable[Any]) -> int:
+def _add_chunks(bind: Bind, model: Model, records: Iterator[Any], keep: Callable[[UUID], object] | None) -> int:
     if isinstance(bind, Connection):
         with session_on(bind) as session:
-            return _add_chunks(session, model, jobs)
-    records = iter(jobs)
+            return _add_chunks(session, model, records, keep)
     total = 0
-    while chunk := [_record_of(model, job) for job in islice(records, _CHUNK)]:
+    while chunk := list(islice(records, _CHUNK)):
         bind.add_all(chunk)
         with _naming_seconds():
             bind.flush()
         for job in chunk:
             bind.expunge(job)
+            if keep is not None:
+                keep(job.id)
         total += len(chunk)
     return total
 
 
-def _record_of(model: Model, job: Any) -> Any:
+def _record_of(model: Model, job: Any, values: Mapping[str, Any]) -> Any:
     if isinstance(job, model):
         return job
-    kind, target_name, spec = _checked_tuple(job)
-    return _made(model, {"kind": kind, "target_name": target_name, "spec": spec})
+    if isinstance(job, Mapping):
+        given = {**values, **job}
+    else:
+        kind, target_name, spec = _checked_tuple(job)
+        given = {**values, "kind": kind, "target_name": target_name, "spec": spec}
+    if given.get("spec", _MISSING) is None:
+        del given["spec"]
+    if isinstance(given.get("run_after"), timedelta):
+        given["run_after"] = utc_now() + given["run_after"]
+    return _made(model, given)
+
+
+_MISSING = object()
 
 
 def _checked_tuple(job: Any) -> tuple[str, str, Any]:
     if not isinstance(job, tuple) or len(job) != 3:
-        raise InvalidValueError("jobs", job, "expected a record, or a tuple of kind, target name and spec")
+        reason = "expected a record, a tuple of kind, target name and spec, or a dict of what submit takes"
+        raise InvalidValueError("jobs", job, reason)
     kind, target_name, spec = job
     return kind, target_name, {} if spec is None else spec
 
@@ -298,14 +333,20 @@ def first_active(bind: Bind, model: Model, *where: Any) -> Any:
     return None if found is None else get(bind, found, model=owner_of(model))
 
 
-def _rows(jobs: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+def _rows(
+    jobs: Iterable[Any], values: Mapping[str, Any], keep: Callable[[UUID], object] | None
+) -> Iterator[tuple[Any, ...]]:
     names = table_of(MlJob).columns.keys()
     for job in jobs:
-        if isinstance(job, MlJob):
-            state = inspect(job).dict
-            yield tuple([state.get(name) for name in names])
+        if isinstance(job, tuple) and not values:
+            row = _row_of_plain(*_checked_tuple(job))
         else:
-            yield _row_of_plain(*_checked_tuple(job))
+            made = _record_of(MlJob, job, values)  # whose state is empty as soon as nobody has it
+            state = inspect(made).dict
+            row = tuple([state.get(name) for name in names])
+        if keep is not None:
+            keep(row[0])
+        yield row
 
 
 def _row_of_plain(kind: str, target_name: str, spec: Any) -> tuple[Any, ...]:

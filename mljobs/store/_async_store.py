@@ -47,6 +47,7 @@ from mljobs.store._methods import (
     async_jobs_method,
     async_page_method,
     async_renewal_method,
+    async_submit_many_method,
 )
 from mljobs.store._recording import record_end
 from mljobs.store._run import Run, worker_name
@@ -174,7 +175,7 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
         return result
 
     submit = async_job_method(jobs.submit, atomic="unless_active")
-    submit_many = async_store_method(jobs.submit_many, atomic=True)
+    submit_many = async_submit_many_method(jobs.submit_many, atomic=True)
     retry = async_job_method(jobs.retry, atomic=True)
     get = async_job_method(jobs.get)
     find = async_page_method(jobs.find)

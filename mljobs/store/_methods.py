@@ -6,11 +6,13 @@ store that is its own class. At run time all of these are ``store_method`` and `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+from collections.abc import Callable, Coroutine, Iterable
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, overload
+from uuid import UUID
 
 from mljobs.jobs import Bind, Claim, Page, Renewal
 from mljobs.jobs._base import M
+from mljobs.jobs._submitting import Submission
 from mljobs.store._base import Connects, Runs, async_store_method, store_method
 
 P = ParamSpec("P")
@@ -18,6 +20,24 @@ Operation = Callable[Concatenate[Bind, P], Any]
 
 if TYPE_CHECKING:
 
+    class SubmitMany(Protocol):
+        @overload
+        def __call__(self, jobs: Iterable[Submission], *, ids: Literal[False] = ..., **values: Any) -> int: ...
+        @overload
+        def __call__(self, jobs: Iterable[Submission], *, ids: Literal[True], **values: Any) -> list[UUID]: ...
+
+    class AsyncSubmitMany(Protocol):
+        @overload
+        def __call__(
+            self, jobs: Iterable[Submission], *, ids: Literal[False] = ..., **values: Any
+        ) -> Coroutine[Any, Any, int]: ...
+        @overload
+        def __call__(
+            self, jobs: Iterable[Submission], *, ids: Literal[True], **values: Any
+        ) -> Coroutine[Any, Any, list[UUID]]: ...
+
+    def submit_many_method(operation: Any, **options: Any) -> SubmitMany: ...
+    def async_submit_many_method(operation: Any, **options: Any) -> AsyncSubmitMany: ...
     def job_method(operation: Operation[P], **options: Any) -> Callable[Concatenate[Connects[M], P], M]: ...
     def jobs_method(operation: Operation[P], **options: Any) -> Callable[Concatenate[Connects[M], P], list[M]]: ...
     def page_method(operation: Operation[P], **options: Any) -> Callable[Concatenate[Connects[M], P], Page[M]]: ...
@@ -54,6 +74,8 @@ if TYPE_CHECKING:
     ) -> Callable[Concatenate[Runs[M], P], Coroutine[Any, Any, tuple[list[Exception | None], list[Claim[M]]]]]: ...
 
 else:
+    submit_many_method = store_method
+    async_submit_many_method = async_store_method
     job_method = store_method
     jobs_method = store_method
     page_method = store_method

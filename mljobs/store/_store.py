@@ -38,6 +38,7 @@ from mljobs.store._methods import (
     jobs_method,
     page_method,
     renewal_method,
+    submit_many_method,
 )
 from mljobs.store._recording import record_end
 from mljobs.store._run import Run, worker_name
@@ -138,7 +139,7 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
         return ChangeListener(self.engine, table, workers=workers, polls=polls)
 
     submit = job_method(jobs.submit, atomic="unless_active")
-    submit_many = store_method(jobs.submit_many, atomic=True)
+    submit_many = submit_many_method(jobs.submit_many, atomic=True)
     retry = job_method(jobs.retry, atomic=True)
     get = job_method(jobs.get)
     find = page_method(jobs.find)

@@ -6,27 +6,28 @@ it, or Arrow's own UUID type; JSON is text. ``spread`` makes a column of each ke
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
-
-import msgspec
 
 from mljobs._fields import BY_NAME, FIELDS
 from mljobs.db._wire import Wire, read_wire, wire_of
 from mljobs.errors import InvalidValueError
 from mljobs.jobs import Bind, Filter, Filters, Model, Where, conditions, table_of
 from mljobs.jobs._base import check_count, connection_of
+from mljobs.record._host_columns import host_columns
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus
+from mljobs.transfer._host_values import readable
 
 try:
     import pyarrow as pa
     import pyarrow.compute as pc
 except ImportError as error:
     raise ImportError("mljobs.transfer._arrow needs pyarrow: pip install 'mljobs[arrow]'") from error
+
+from mljobs.transfer._arrow_host import host_array, host_field
+from mljobs.transfer._arrow_spread import SPREAD_TYPES, Shape, shape_of, spread_chunks, spread_texts
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Connection
@@ -37,23 +38,11 @@ Ids = Literal["string", "uuid"]
 BATCH = 65_536
 """Rows in a batch, where the caller says nothing."""
 _BATCH_MAX = 1_000_000
-_KEYS_MAX = 1_000
 _SPREADABLE = ("spec", "metrics")
 _COLUMNS = tuple(field.name for field in FIELDS if field.kv_key or field.extended)
 """What an export holds: the record, without the lease of the present."""
 _POSTGRES_EPOCH_US = 946_684_800_000_000  # from 1970 to 2000, where COPY counts from
 
-_Kind = Literal["null", "number", "flag", "string", "json"]
-_Shape = dict[str, _Kind]
-"""The keys of JSON objects in the order they were met, and what all their values are."""
-
-_TYPES: dict[_Kind, Any] = {
-    "null": pa.null(),
-    "number": pa.float64(),
-    "flag": pa.bool_(),
-    "string": pa.large_string(),
-    "json": pa.large_string(),
-}
 _ARROW_TYPES: dict[str, Any] = {
     "token": pa.dictionary(pa.int8(), pa.string()),
     "text": pa.string(),
@@ -82,7 +71,8 @@ def to_arrow(
         session: The caller's session or connection.
         filter: A :class:`~mljobs.Filter`, or its text; None for all jobs.
         where: SQLAlchemy expressions of one's own beside it.
-        columns: Which columns of the record; None for all. A host's own columns are not read.
+        columns: Which columns of the record and of the host's class; None for all. A host's own are read by SELECT, which
+            takes longer than COPY.
         spread: ``"spec"``, ``"metrics"`` or both: a column for each key of these objects, named ``metrics.f1`` and so on.
             Where all values under a key are numbers it is float64, where all are strings or flags it is that; anything
             else becomes JSON text. null and a missing key are null.
@@ -100,8 +90,8 @@ def to_arrow(
     table = pa.Table.from_batches(batches, reading.schema)
     for name in reading.spread:
         texts = table.column(f"{name}_json")
-        shape = _shape_of(name, (chunk.to_pylist() for chunk in texts.chunks), {})
-        for key, values in _spread_chunks(name, shape, texts.chunks).items():
+        shape = shape_of(name, (chunk.to_pylist() for chunk in texts.chunks), {})
+        for key, values in spread_chunks(name, shape, texts.chunks).items():
             table = table.append_column(key, values)
     return table.drop_columns(reading.surplus) if reading.surplus else table
 
@@ -128,7 +118,7 @@ def arrow_batches(
         session: The caller's session or connection.
         filter: A :class:`~mljobs.Filter`, or its text; None for all jobs.
         where: SQLAlchemy expressions of one's own beside it.
-        columns: Which columns of the record; None for all.
+        columns: Which columns; None for all.
         spread: See ``to_arrow``.
         ids: ``"string"`` or ``"uuid"``.
         batch: Rows in a batch, 1 to 1,000,000.
@@ -170,7 +160,9 @@ def _open(
     )
     shapes = reading.shapes(batch)
     kept = [field for field in reading.schema if field.name not in reading.surplus]
-    extra = [pa.field(f"{name}.{key}", _TYPES[kind]) for name in reading.spread for key, kind in shapes[name].items()]
+    extra = [
+        pa.field(f"{name}.{key}", SPREAD_TYPES[kind]) for name in reading.spread for key, kind in shapes[name].items()
+    ]
     schema = pa.schema(kept + extra)
 
     def generate() -> Generator[pa.RecordBatch]:
@@ -179,7 +171,7 @@ def _open(
                 arrays = [found.column(field.name) for field in kept]
                 for name in reading.spread:
                     texts = found.column(f"{name}_json").to_pylist()
-                    arrays += _spread_texts(name, shapes[name], texts).values()
+                    arrays += spread_texts(name, shapes[name], texts).values()
                 yield pa.record_batch(arrays, schema=schema)
 
     return schema, generate()
@@ -211,7 +203,9 @@ class _Reading:
         self._where = where
         self._connection: Connection = connection_of(session, model)
         self._kinds = [str(kind) for kind in model.__kinds__]
-        names = list(_COLUMNS) if columns is None else _known("columns", columns, _COLUMNS)
+        self._host = host_columns(model)
+        known = (*_COLUMNS, *self._host)
+        names = list(known) if columns is None else _known("columns", columns, known)
         self.spread = _known("spread", spread, _SPREADABLE)
         if ids not in get_args(Ids):
             raise InvalidValueError("ids", ids, "expected 'string' or 'uuid'")
@@ -223,28 +217,37 @@ class _Reading:
         self.schema = pa.schema([self._field(name) for name in self._names])
 
     def _field(self, name: str) -> pa.Field:
+        if name in self._host:
+            return host_field(name, self._host[name], self._id_type)
         form = BY_NAME[name].form
         arrow_type = self._id_type if form == "id" else _ARROW_TYPES["json" if name == "error_message" else form]
         return pa.field(name, arrow_type, bool(self._table.c[name].nullable))
 
     def batches(self, batch: int) -> Generator[pa.RecordBatch]:
-        wire = wire_of(self._connection)
-        makers = [self._maker(name, wire) for name in self._names]
-        columns = [self._table.c[name] for name in self._names]
-        with closing(read_wire(self._connection, columns, self._where, batch)) as chunks:
+        hosts = [name for name in self._names if name in self._host]
+        ours = [name for name in self._names if name not in self._host]
+        wire = wire_of(self._connection, copied=not hosts)
+        makers = [self._maker(name, wire) for name in ours]
+        makers += [host_array(self._host[name], self.schema.field(name).type) for name in hosts]
+        columns = [self._table.c[name] for name in ours]
+        beside = [readable(self._host[name], self._connection.dialect) for name in hosts]
+        with closing(read_wire(self._connection, columns, self._where, batch, beside=beside)) as chunks:
             for rows in chunks:
-                arrays = [make(values) for make, values in zip(makers, zip(*rows, strict=True), strict=True)]
-                yield pa.record_batch(arrays, schema=self.schema)
+                arrays = {
+                    name: make(values)
+                    for name, make, values in zip([*ours, *hosts], makers, zip(*rows, strict=True), strict=True)
+                }
+                yield pa.record_batch([arrays[name] for name in self._names], schema=self.schema)
 
-    def shapes(self, batch: int) -> dict[str, _Shape]:
+    def shapes(self, batch: int) -> dict[str, Shape]:
         """Read the JSON that is to be spread, and nothing else."""
-        shapes: dict[str, _Shape] = {name: {} for name in self.spread}
+        shapes: dict[str, Shape] = {name: {} for name in self.spread}
         if shapes:
             columns = [self._table.c[f"{name}_json"] for name in self.spread]
             with closing(read_wire(self._connection, columns, self._where, batch)) as chunks:
                 for rows in chunks:
                     for name, texts in zip(self.spread, zip(*rows, strict=True), strict=True):
-                        _shape_of(name, [texts], shapes[name])
+                        shape_of(name, [texts], shapes[name])
         return shapes
 
     def _maker(self, name: str, wire: Wire) -> Callable[[Sequence[Any]], pa.Array]:
@@ -333,97 +336,3 @@ def _tokens(tokens: Sequence[str]) -> Callable[[Sequence[Any]], pa.Array]:
         return pa.DictionaryArray.from_arrays(places, pa.array(place, pa.string()))
 
     return encode
-
-
-# --------------------------------------------------------------------------------------------------------- spread JSON
-
-_decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_decode_string = msgspec.json.Decoder(str).decode
-_KIND_OF: dict[int, _Kind] = {
-    **dict.fromkeys(b"-0123456789", "number"),
-    **dict.fromkeys(b"tf", "flag"),
-    **dict.fromkeys(b"{[", "json"),
-    ord('"'): "string",
-}
-_NULL = ord("n")
-
-
-def _object(text: str | None) -> Mapping[str, Any]:
-    """Return the values of a JSON object, each as its text in bytes; of anything else none."""
-    if text is None or text == "{}":
-        return {}
-    try:
-        return _decode_object(text)
-    except msgspec.ValidationError:  # JSON, but no object
-        return {}
-    except msgspec.DecodeError:  # a lone surrogate, which the databases let through
-        found = json.loads(text)
-        return {key: _written(value) for key, value in found.items()} if isinstance(found, dict) else {}
-
-
-def _written(value: Any) -> bytes:
-    if isinstance(value, float) and math.isinf(value):  # 1e999 is JSON, Infinity is none
-        return b"1e999" if value > 0 else b"-1e999"
-    return json.dumps(value).encode()
-
-
-def _shape_of(name: str, parts: Iterable[Sequence[str | None]], shape: _Shape) -> _Shape:
-    for texts in parts:
-        for text in texts:
-            for key, raw in _object(text).items():
-                value = bytes(raw)
-                if value[0] == _NULL:
-                    shape.setdefault(key, "null")
-                    continue
-                kind: _Kind = _KIND_OF[value[0]]
-                if kind == "string" and b"\\" in value and not _is_text(value):
-                    kind = "json"  # a lone surrogate, which no text column can hold
-                have = shape.get(key, "null")
-                if have != kind:
-                    shape[key] = kind if have == "null" else "json"
-        if len(shape) > _KEYS_MAX:
-            raise InvalidValueError(
-                "spread", name, f"its objects have more than {_KEYS_MAX:,} keys; read its text instead"
-            )
-    return shape
-
-
-def _is_text(value: bytes) -> bool:
-    try:
-        _decode_string(value)
-    except (msgspec.MsgspecError, UnicodeError):
-        return False
-    return True
-
-
-_READ: dict[str, Callable[[bytes], Any]] = {
-    "number": float,
-    "flag": lambda value: value == b"true",
-    "string": _decode_string,
-    "json": bytes.decode,
-}
-
-
-def _spread_texts(name: str, shape: _Shape, texts: Sequence[str | None]) -> dict[str, pa.Array]:
-    """Return an array for each key, named ``metrics.f1``."""
-    columns: dict[str, list[Any]] = {key: [None] * len(texts) for key in shape}
-    for at, text in enumerate(texts):
-        for key, raw in _object(text).items():
-            value = bytes(raw)
-            if value[0] == _NULL:
-                continue
-            kind = shape.get(key)
-            if kind is None or kind not in ("json", _KIND_OF[value[0]]):
-                raise InvalidValueError(
-                    f"{name}.{key}", value.decode(), "it came while the jobs were read; read them in REPEATABLE READ"
-                )
-            columns[key][at] = _READ[kind](value)
-    return {f"{name}.{key}": pa.array(values, _TYPES[shape[key]]) for key, values in columns.items()}
-
-
-def _spread_chunks(name: str, shape: _Shape, chunks: Sequence[pa.Array]) -> dict[str, pa.ChunkedArray]:
-    spread = [_spread_texts(name, shape, chunk.to_pylist()) for chunk in chunks]
-    return {
-        f"{name}.{key}": pa.chunked_array([part[f"{name}.{key}"] for part in spread], _TYPES[kind])
-        for key, kind in shape.items()
-    }

@@ -17,6 +17,7 @@ from mljobs.jobs import Bind, Model
 from mljobs.jobs._base import connection_of, is_postgres
 from mljobs.record._models import MlJob
 from mljobs.states import TERMINAL
+from mljobs.transfer._encoding import line_maker
 from mljobs.transfer._files import File
 from mljobs.transfer._importing import FileInput
 from mljobs.transfer._judging import differences
@@ -34,10 +35,10 @@ from mljobs.transfer._rows import (
     RejectedLineError,
     Row,
     columns_of,
-    line_maker,
     own_keys,
     row_maker,
     rows_by_id,
+    without_host_part,
 )
 
 KEPT_IDS: Final = 1000
@@ -138,8 +139,8 @@ def compare(
     """Compare the finished records of a file that ``export_jobs`` wrote earlier with those of the table.
 
     A finished record never changes, so each must be there, byte for byte as the file says. What the file does not say,
-    our own columns in an export without ``extended``, is not compared. Reads the table by primary key, some thousand ids
-    at a time: memory stays the same at any length.
+    our own columns in an export without ``extended``, is not compared; nor are a host's own, which may change. Reads the
+    table by primary key, some thousand ids at a time: memory stays the same at any length.
 
     Args:
         session: The caller's session or connection.
@@ -250,7 +251,9 @@ class _Comparison:
         texts = line_maker(self._wire, extended=extended)(there).split(b"\n")
         written = {row[ID]: text for row, text in zip(there, texts, strict=False) if row[STATUS] in _FINISHED_TOKENS}
         others = [
-            at for at, (job_id, line) in enumerate(zip(ids, lines, strict=True), start) if written.get(job_id) != line
+            at
+            for at, (job_id, line) in enumerate(zip(ids, lines, strict=True), start)
+            if written.get(job_id) != (without_host_part(line) if extended else line)
         ]
         self._equal += len(lines) - len(others)
         return others

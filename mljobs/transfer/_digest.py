@@ -24,8 +24,9 @@ from mljobs.jobs import Bind, Model, table_of
 from mljobs.jobs._base import connection_of, is_postgres
 from mljobs.record._models import MlJob
 from mljobs.states import TERMINAL
+from mljobs.transfer._encoding import line_maker
 from mljobs.transfer._results import OnProgress, Progress
-from mljobs.transfer._rows import ID, SHARED, columns_of, line_maker
+from mljobs.transfer._rows import ID, SHARED, columns_of
 
 _PART: Final = 250
 _DAY: Final = timedelta(days=1)

@@ -15,10 +15,13 @@ from sqlalchemy.util import await_only
 from mljobs.db._wire import read_wire, wire_of
 from mljobs.jobs import Bind, Filter, Filters, Model, Where, conditions
 from mljobs.jobs._base import connection_of, is_postgres
+from mljobs.record._host_columns import host_columns
 from mljobs.record._models import MlJob
+from mljobs.transfer._encoding import line_maker
 from mljobs.transfer._files import File, writing
+from mljobs.transfer._host_values import HostValues
 from mljobs.transfer._results import OnProgress, Progress
-from mljobs.transfer._rows import ID, SHARED, Row, columns_of, line_maker
+from mljobs.transfer._rows import ID, SHARED, Row, columns_of
 
 _PART: Final = 250
 """Rows at once: as many as stay in the processor's cache from row to line."""
@@ -46,9 +49,10 @@ def export_jobs(
             ``.zst`` is compressed. Under a path the file appears when it is whole.
         filter: A :class:`~mljobs.Filter`, or its text; None for all jobs.
         where: SQLAlchemy expressions of one's own beside it.
-        extended: Write our own columns too, under keys that RedDB ignores; the import of such a file is lossless.
+        extended: Write our own columns too, under keys that RedDB ignores, and those of a host's class under
+            ``columns``; the import of such a file is lossless.
         progress: Is called after every few hundred records.
-        model: The mapped job class; columns of a host's own are not written.
+        model: The mapped job class.
         **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
 
     Returns:
@@ -89,19 +93,24 @@ def rows_reader(session: Bind, where: Sequence[ColumnElement[bool]], *, extended
     """Return what reads the records for which all of ``where`` holds."""
     connection = connection_of(session, model)
     is_postgres(connection)
-    wire = wire_of(connection)
     columns = columns_of(model) if extended else columns_of(model)[:SHARED]
+    host = HostValues(model) if extended and host_columns(model) else None
+    wire = wire_of(connection, copied=host is None)
+    beside = [] if host is None else host.expressions(connection.dialect)
     return RowsReader(
-        partial(_parts, connection, columns, where),
-        line_maker(wire, extended=extended),
+        partial(_parts, connection, columns, where, beside),
+        line_maker(wire, extended=extended, host=host),
         lambda row: wire.id_out(row[ID]),
     )
 
 
 def _parts(
-    connection: Connection, columns: Sequence[Column[Any]], where: Sequence[ColumnElement[bool]]
+    connection: Connection,
+    columns: Sequence[Column[Any]],
+    where: Sequence[ColumnElement[bool]],
+    beside: Sequence[ColumnElement[Any]],
 ) -> Generator[list[Row], None, None]:
-    with closing(read_wire(connection, columns, where, _PART)) as parts:
+    with closing(read_wire(connection, columns, where, _PART, beside=beside)) as parts:
         for rows in parts:
             yield rows
             if connection.dialect.is_async:

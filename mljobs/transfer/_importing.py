@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from typing import Final, Protocol, Self
+from typing import Any, Final, Protocol, Self
 
 from mljobs.jobs import Bind, Model
 from mljobs.record._models import MlJob
@@ -49,6 +49,7 @@ class Import:
         rejects: Where to put what is not imported; None for a new file in the present directory.
         progress: Is told how far it is.
         model: The mapped job class.
+        defaults: Of a host's own columns; see ``import_jobs``.
 
     Raises:
         InvalidValueError: An argument is not one of its choices.
@@ -63,11 +64,14 @@ class Import:
         rejects: File | None,
         progress: OnProgress | None,
         model: Model,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         with ExitStack() as stack:
             stack.callback(source.close)
             check_on_conflict(on_conflict)
-            self._writer = Writer(on_conflict=on_conflict, requeue_running=requeue_running, model=model)
+            self._writer = Writer(
+                on_conflict=on_conflict, requeue_running=requeue_running, model=model, defaults=defaults
+            )
             self._rejects = Rejects(rejects)
             stack.callback(self._rejects.close)
             self._open = stack.pop_all()
@@ -200,6 +204,7 @@ def file_import(
     requeue_running: bool = False,
     rejects: File | None = None,
     progress: OnProgress | None = None,
+    defaults: Mapping[str, Any] | None = None,
     model: Model = MlJob,
 ) -> Import:
     """Return the import of a file; see ``import_jobs``."""
@@ -211,6 +216,7 @@ def file_import(
         rejects=place,
         progress=progress,
         model=model,
+        defaults=defaults,
     )
 
 
@@ -223,6 +229,7 @@ def import_jobs(
     requeue_running: bool = False,
     rejects: File | None = None,
     progress: OnProgress | None = None,
+    defaults: Mapping[str, Any] | None = None,
     model: Model = MlJob,
 ) -> Imported:
     """Read records from NDJSON, one a line, in the caller's transaction, in constant memory.
@@ -241,6 +248,8 @@ def import_jobs(
             for an input without a name a new ``import.rejects.ndjson`` in the present directory, with a number where
             there is one. It is made only if there are any.
         progress: Is called after each batch of some thousand lines.
+        defaults: Values of your class's own columns, for new records whose lines do not say them: those of an export that
+            was not extended, or of another class.
         model: The mapped job class.
 
     Returns:
@@ -259,5 +268,6 @@ def import_jobs(
         rejects=rejects,
         progress=progress,
         model=model,
+        defaults=defaults,
     )
     return work.run(session)

@@ -16,6 +16,7 @@ from mljobs.errors import InvalidValueError
 from mljobs.jobs import Bind, Filter, Filters, Model, Where, conditions
 from mljobs.record._models import MlJob
 from mljobs.transfer import _redis as redis
+from mljobs.transfer._encoding import records
 from mljobs.transfer._exporting import rows_reader
 from mljobs.transfer._files import File
 from mljobs.transfer._importing import Import, Reject
@@ -23,7 +24,6 @@ from mljobs.transfer._judging import OnConflict
 from mljobs.transfer._lines import BATCH_BYTES, BATCH_LINES, Batch
 from mljobs.transfer._rejects import rejects_file
 from mljobs.transfer._results import Imported, OnProgress, Problem, Progress
-from mljobs.transfer._rows import records
 
 KvStore = Any
 """A ``MutableMapping[str, str]`` or ``MutableMapping[str, bytes]``, a ``dbm`` file, or a client of Redis or Valkey."""

@@ -24,8 +24,9 @@ from mljobs.jobs import Bind, Model, get, table_of
 from mljobs.jobs._base import connection_of, is_postgres, lock_sqlite
 from mljobs.record._models import MlJob
 from mljobs.states import ACTIVE
+from mljobs.transfer._encoding import line_maker
 from mljobs.transfer._lines import Batch
-from mljobs.transfer._rows import ID, NAMES, SHARED, columns_of, line_maker
+from mljobs.transfer._rows import ID, NAMES, SHARED, columns_of
 from mljobs.transfer._writing import Writer, leases_of
 
 _DIGITS: Final = re.compile(r"[0-9a-fA-F]{32}")

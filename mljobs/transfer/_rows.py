@@ -1,4 +1,4 @@
-"""A line of NDJSON to a row for the database's bulk route, and back: no ORM object, no ``UUID``, no ``datetime``.
+"""A line of NDJSON to a row for the database's bulk route: no ORM object, no ``UUID``, no ``datetime``.
 
 A row holds the columns of ``NAMES`` in wire form (see :class:`mljobs.db._wire.Wire`). The first eleven stand in the order of
 the KV keys, the other six are our own, under keys that RedDB ignores.
@@ -9,11 +9,11 @@ settles the rest of the format and finds the words for an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from enum import StrEnum
 from functools import cache
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 from uuid import UUID
 
@@ -30,6 +30,7 @@ from mljobs.states import MlJobStatus
 
 if TYPE_CHECKING:
     from sqlalchemy import Column, ColumnElement, Connection
+
 
 Row = tuple[Any, ...]
 
@@ -49,8 +50,10 @@ SHARED: Final = len(KEYS)
 TIMES: Final = tuple(at for at, name in enumerate(NAMES) if BY_NAME[name].form == "time")
 IDS: Final = tuple(at for at, name in enumerate(NAMES) if BY_NAME[name].form == "id")
 
-_EPOCH_KEY: Final = "at_epoch"
+EPOCH_KEY: Final = "at_epoch"
 """An extended line's list of times that are 1970-01-01 itself, where the KV format writes 0 for "not yet" as well."""
+HOST_KEY: Final = "columns"
+"""An extended line's object of a host's own columns; the last key."""
 _ID_DIGITS: Final = 32
 _ID_BYTES: Final = 16
 _NUL: Final = r"\u0000"
@@ -70,7 +73,7 @@ def _type_of(field: Field) -> Any:
 
 _OWN_TYPES: Final[dict[str, tuple[Any, Any]]] = {
     **{field.name: (_type_of(field), field.default) for field in EXTENDED_FIELDS},
-    _EPOCH_KEY: (list[Literal["started_at", "finished_at"]] | None, None),
+    EPOCH_KEY: (list[Literal["started_at", "finished_at"]] | None, None),
 }
 _OWN_DEFAULTS: Final = tuple(field.default for field in EXTENDED_FIELDS)
 _own_of = attrgetter(*OWN)
@@ -287,7 +290,7 @@ def _make_exactly(line: bytes, wire: Wire, kinds: type[StrEnum]) -> Row:
     try:
         record = codec.decode(line, kinds)
         own = _own_values(line)
-        at_epoch = own.pop(_EPOCH_KEY) or ()
+        at_epoch = own.pop(EPOCH_KEY) or ()
         times = {
             key: wire.time_in(millis) if millis or key in at_epoch else None
             for key, millis in (("started_at", record.started_at), ("finished_at", record.finished_at))
@@ -337,93 +340,23 @@ def _own_values(line: bytes) -> dict[str, Any]:
     return values
 
 
+def host_part(line: bytes) -> dict[str, Any]:
+    """Return what a line, known to be a record, says of a host's own columns."""
+    if _HOST_MARK not in line:
+        return {}
+    return msgspec.json.decode(line, type=_HostLine).columns or {}
+
+
+_HOST_MARK: Final = f',"{HOST_KEY}":'.encode()
+_HostLine: Any = msgspec.defstruct("_HostLine", [(HOST_KEY, dict[str, Any] | None, None)], gc=False)
+
+
+def without_host_part(line: bytes) -> bytes:
+    """Return a line as an export has written it, without a host's own columns: no text holds these quotes unescaped."""
+    kept, found, _ = line.partition(_HOST_MARK)
+    return kept + b"}" if found else line
+
+
 def own_keys(line: bytes) -> frozenset[str]:
     """Return which of our own keys a line, known to be a record, holds."""
     return frozenset(_decode_object(line.decode()).keys() & OWN)
-
-
-# ------------------------------------------------------------------------------------------------------- row to line
-
-
-_KvLine = msgspec.defstruct("_KvLine", KEYS, gc=False)
-"""The keys and their order as RedDB writes them."""
-
-_OWN_KEYS: Final = sorted((*KEYS, *OWN))
-_OwnLine: Any = msgspec.defstruct(
-    "_OwnLine", [*_OWN_KEYS, (_EPOCH_KEY, list[str] | None, None)], gc=False, omit_defaults=True
-)
-"""The same with our own keys among them; no default but of the last may be one they have."""
-_in_order_of_keys = itemgetter(*((*KEYS, *OWN).index(key) for key in _OWN_KEYS))
-
-_encode_lines = msgspec.json.Encoder().encode_lines
-
-
-def line_maker(wire: Wire, *, extended: bool) -> Callable[[Iterable[Sequence[Any]]], bytes]:
-    """Return the function from rows to their lines, each with its line feed.
-
-    Args:
-        wire: The form that the driver gives.
-        extended: Whether rows and lines hold our own columns; without them a row has eleven values.
-    """
-    id_out, time_out = wire.id_out, wire.time_out
-
-    def kv(rows: Iterable[Sequence[Any]]) -> bytes:
-        return _encode_lines(
-            [
-                _KvLine(
-                    time_out(created),
-                    error,
-                    0 if finished is None else time_out(finished),
-                    id_out(job_id),
-                    kind,
-                    metrics,
-                    progress,
-                    spec,
-                    0 if started is None else time_out(started),
-                    status,
-                    target,
-                )
-                for created, error, finished, job_id, kind, metrics, progress, spec, started, status, target in rows
-            ]
-        )
-
-    # SQLite's flags are 0 and 1.
-    converters: dict[str, Callable[[Any], Any]] = {"id": id_out, "time": time_out, "flag": bool}
-    converted = [(at, converters[field.form]) for at, field in enumerate(EXTENDED_FIELDS) if field.form in converters]
-
-    def own_line(row: Sequence[Any]) -> Any:
-        created, error, finished, job_id, kind, metrics, progress, spec, started, status, target, *own = row
-        finished_ms = 0 if finished is None else time_out(finished)
-        started_ms = 0 if started is None else time_out(started)
-        for at, convert in converted:
-            if own[at] is not None:
-                own[at] = convert(own[at])
-        values = (
-            time_out(created),
-            error,
-            finished_ms,
-            id_out(job_id),
-            kind,
-            metrics,
-            progress,
-            spec,
-            started_ms,
-            status,
-            target,
-            *own,
-        )
-        line = _OwnLine(*_in_order_of_keys(values))
-        if (started is not None and not started_ms) or (finished is not None and not finished_ms):
-            times = (("started_at", started, started_ms), ("finished_at", finished, finished_ms))
-            line.at_epoch = [key for key, moment, millis in times if moment is not None and not millis]
-        return line
-
-    def own(rows: Iterable[Sequence[Any]]) -> bytes:
-        return _encode_lines([own_line(row) for row in rows])
-
-    return own if extended else kv
-
-
-def records(lines: bytes) -> Iterator[str]:
-    """Yield the records of ``line_maker``'s lines one by one."""
-    return iter(lines.decode().split("\n")[:-1])

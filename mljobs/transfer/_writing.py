@@ -6,9 +6,9 @@ whole is taken again carefully: which ids are there, what is to be done with eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import partial
 from typing import Any, Final
 from uuid import UUID
@@ -17,25 +17,24 @@ from sqlalchemy import Connection, Update, bindparam, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from mljobs._values import from_millis
 from mljobs.db._binds import connection_for
 from mljobs.db._rows import insert_rows, row_security
 from mljobs.db._wire import Wire, insert_wire, wire_of
-from mljobs.errors import InvalidValueError, JobExistsError, JobHeldError, MlJobsError
+from mljobs.errors import JobExistsError, JobHeldError, MlJobsError
 from mljobs.jobs import Bind, Model, table_of
-from mljobs.jobs._base import connection_of, is_postgres, lock_sqlite, plain, refresh
+from mljobs.jobs._base import connection_of, is_postgres, lock_sqlite, plain, refresh, session_on
 from mljobs.record._models import MlJob
 from mljobs.states import ACTIVE, MlJobStatus
-from mljobs.transfer._judging import judge, requeued
+from mljobs.transfer._host_values import HostValues
+from mljobs.transfer._judging import SKIP, UPDATE, judge, requeued
 from mljobs.transfer._lines import Batch
+from mljobs.transfer._making import host_of, made_of, python_values, record_values, with_host
 from mljobs.transfer._results import Problem
 from mljobs.transfer._rows import (
     ID,
-    IDS,
     NAMES,
     SHARED,
     STATUS,
-    TIMES,
     RejectedLineError,
     Row,
     columns_of,
@@ -93,9 +92,20 @@ class Writer:
         requeue_running: Whether running records are queued again.
         model: The mapped job class.
         careful: Whether to look first what is there.
+        defaults: Values of a host's own columns for new records whose lines do not say them.
     """
 
-    def __init__(self, *, on_conflict: str, requeue_running: bool, model: Model = MlJob, careful: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        on_conflict: str,
+        requeue_running: bool,
+        model: Model = MlJob,
+        careful: bool = False,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.host = HostValues(model)
+        self.defaults = self.host.checked(defaults or {})
         self.on_conflict = on_conflict
         self.requeue_running = requeue_running
         self.model = model
@@ -155,6 +165,8 @@ class Writer:
             if self.on_conflict == "error":
                 raise JobExistsError(reader.uuid(job_id), reader.place(entry.at))
             verdict = judge(present, entry.row, reader.own(entry.at), self.on_conflict)
+            if verdict is SKIP and self.on_conflict == "update" and present[STATUS] in ACTIVE and host_of(entry.row):
+                verdict = UPDATE
             if verdict.act == "skip":
                 done.skipped += 1
             elif verdict.act == "update":
@@ -217,10 +229,10 @@ class Writer:
         if plain(self.model):
             table = table_of(self.model)
             if is_postgres(connection) and row_security(connection, table):
-                return insert_rows(connection, table, NAMES, (_python(wire, row) for row in rows))
+                return insert_rows(connection, table, NAMES, (python_values(wire, row) for row in rows))
             return insert_wire(connection, table, self._columns, rows)
         # A host's class: only the ORM knows its defaults and its other tables.
-        made = [_made(self.model, dict(zip(NAMES, _python(wire, row), strict=True))) for row in rows]
+        made = [made_of(self.model, {**record_values(wire, row), **self.defaults, **host_of(row)}) for row in rows]
         if isinstance(bind, Session):
             _add(bind, made)
         else:
@@ -255,7 +267,7 @@ class Writer:
         for entry in free:
             own = reader.own(entry.at)
             names = tuple(name for at, name in enumerate(NAMES) if at != ID and (at < SHARED or name in own))
-            values = dict(zip(NAMES, _python(reader.wire, entry.row), strict=True))
+            values = record_values(reader.wire, entry.row)
             parameters = {name: values[name] for name in names}
             at_status = MlJobStatus(there[entry.row[ID]][STATUS])
             change = _Change(entry.at, values["id"], {**parameters, "at_id": values["id"], "at_status": at_status})
@@ -270,7 +282,22 @@ class Writer:
                 .values({name: bindparam(name, type_=table.c[name].type) for name in names})
             )
             self._update(partial(self._try_update, bind, connection, statement), reader, changes, done)
+        self._change_host(
+            bind, connection, {UUID(hex=reader.wire.id_out(one.row[ID])): host_of(one.row) for one in free}
+        )
         refresh(bind, self.model, [change.job_id for changes in by_names.values() for change in changes])
+
+    def _change_host(self, bind: Bind, connection: Connection, values: Mapping[UUID, Mapping[str, Any]]) -> None:
+        """Set the own columns of live records, by the ORM, which knows their types."""
+        given = {job_id: own for job_id, own in values.items() if own}
+        if not given:
+            return
+        with nullcontext(bind) if isinstance(bind, Session) else session_on(connection) as session:
+            for job_id, own in given.items():
+                job = session.get(self.model, job_id)
+                for name, value in own.items():
+                    setattr(job, name, value)
+            session.flush()
 
     def _update(
         self,
@@ -322,7 +349,8 @@ class _Reader:
     def __init__(self, writer: Writer, wire: Wire, batch: Batch) -> None:
         self.wire = wire
         self._batch = batch
-        self._make: Callable[[bytes], Row] = row_maker(wire, writer.model.__kinds__)
+        make = row_maker(wire, writer.model.__kinds__)
+        self._make: Callable[[bytes], Row] = with_host(make, writer.host) if writer.host else make
         self._requeue = writer.requeue_running
 
     def entries(self, done: Done) -> Iterator[_Entry]:
@@ -379,24 +407,6 @@ class _Reader:
 
 
 _RUNNING: Final = MlJobStatus.RUNNING.value
-
-
-def _python(wire: Wire, row: Row) -> list[Any]:
-    """Return the row as the table's types take it."""
-    values = list(row)
-    for at in IDS:
-        values[at] = None if values[at] is None else UUID(hex=wire.id_out(values[at]))
-    for at in TIMES:
-        moment: datetime | None = None if values[at] is None else from_millis(wire.time_out(values[at]))
-        values[at] = moment
-    return values
-
-
-def _made(model: Model, values: dict[str, Any]) -> Any:
-    try:
-        return model(**values)
-    except TypeError as error:  # its constructor asks for what no record has
-        raise InvalidValueError("model", model.__name__, str(error)) from error
 
 
 def _add(session: Session, made: Sequence[Any]) -> None:
