@@ -177,7 +177,7 @@ class JobNotFound(MlJobsError, LookupError):
 
 
 TRUNCATED = "be truncated"
-"""The action of a TRUNCATE, which no single job is told for."""
+"""The action of a TRUNCATE, which no single job is message for."""
 _TRUNCATE = (
     "TRUNCATE of the job table is refused: it holds finished jobs, or the transaction's snapshot may be too old to tell. "
     "Old records go by prune. A test empties its tables by drop_all and create_all, in a schema of its own, or by a rollback"
@@ -211,8 +211,8 @@ class TerminalStateError(MlJobsError):
         state = f"is {status.token}" if status is not None else "is in a terminal state"
         since = f" (since {finished_at:%Y-%m-%d %H:%M:%S} UTC)" if finished_at is not None else ""
         detail = "; ".join(f"{field} {shown(old)} -> {shown(new)}" for field, (old, new) in self.changes.items())
-        told = f"{subject} {state}{since} and cannot {action}" + (f": {detail}" if detail else "")
-        super().__init__(_TRUNCATE if action == TRUNCATED else told)
+        message = f"{subject} {state}{since} and cannot {action}" + (f": {detail}" if detail else "")
+        super().__init__(_TRUNCATE if action == TRUNCATED else message)
 
 
 class InvalidTransitionError(MlJobsError):

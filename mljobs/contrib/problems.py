@@ -249,10 +249,10 @@ def problem(error: MlJobsError, *, instance: str | None = None) -> dict[str, Any
     for attribute, name in meaning.public.items():
         value = getattr(error, attribute)
         if value is not None:
-            found[name] = _plain(value)
+            found[name] = _json_value(value)
     if isinstance(error, TerminalStateError) and error.changes:
         found["changes"] = {
-            field: {"from": _plain(old), "to": _plain(new)} for field, (old, new) in error.changes.items()
+            field: {"from": _json_value(old), "to": _json_value(new)} for field, (old, new) in error.changes.items()
         }
     return found
 
@@ -294,27 +294,27 @@ def _text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _plain(value: object) -> Any:
+def _json_value(value: object) -> Any:
     """Return ``value`` as JSON can hold it: what a client may have sent as it is, all else as a short text."""
     match value:
         case Enum():
-            return _plain(value.value)
+            return _json_value(value.value)
         case None | bool():
-            plain: Any = value
+            found: Any = value
         case int() if abs(value) < _LARGEST:
-            plain = value
+            found = value
         case float() if value - value == 0:  # JSON has no infinities
-            plain = value
+            found = value
         case UUID():
-            plain = str(value)
+            found = str(value)
         case datetime():
-            plain = value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+            found = value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
         case str():
             text = _text(value)
-            plain = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+            found = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
         case _:
-            plain = _text(shown(value))
-    return plain
+            found = _text(shown(value))
+    return found
 
 
 _LONGEST = 1000

@@ -199,8 +199,8 @@ def _set_pragmas(dbapi_connection: Any, _record: object) -> None:
 def _switch_to_wal(cursor: Any) -> None:
     """Switch the file to WAL, once in its life; wait for a writer, which SQLite's busy timeout does not do here."""
     cursor.execute("PRAGMA busy_timeout")
-    (patience,) = cursor.fetchone()
-    end = time.monotonic() + patience / 1000
+    (busy_timeout,) = cursor.fetchone()
+    end = time.monotonic() + busy_timeout / 1000
     while True:
         try:
             cursor.execute("PRAGMA journal_mode = WAL")

@@ -227,9 +227,9 @@ def _missing_table(error: BaseException) -> str | None:
     """Return the job table, or the table of its leases or workers, that a driver says is not there."""
     if getattr(error, "sqlstate", None) != _UNDEFINED_TABLE and not str(error).startswith(_SQLITE_UNDEFINED):
         return None
-    told = str(error).partition("\n")[0]
+    message = str(error).partition("\n")[0]
     names = (name for table in _known_tables() for name in _beside(table))
-    return next((name for name in names if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", told)), None)
+    return next((name for name in names if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", message)), None)
 
 
 def _beside(table: Table) -> tuple[str, ...]:

@@ -223,7 +223,7 @@ def id_of(job: JobRef) -> UUID:
     return job.id if identity is None else identity[0]
 
 
-def named(job: JobRef, model: type[M]) -> tuple[type[M], UUID]:
+def model_and_id(job: JobRef, model: type[M]) -> tuple[type[M], UUID]:
     """Return the class and the id of the job that is meant: a record is of its own class, whatever the default says.
 
     Args:
@@ -268,14 +268,14 @@ def record(model: Model, row: Sequence[Any]) -> Any:
     return job
 
 
-def plain(model: Model) -> bool:
+def is_plain_record(model: Model) -> bool:
     """Whether ``model`` is the record alone, with nothing of a host's that only the ORM could fill in."""
     return model is MlJob
 
 
 def loaded(bind: Bind, model: Model, jobs: Sequence[Any]) -> list[Any]:
     """Return ``jobs`` as members of the caller's session, read anew; detached as they are where there is none."""
-    if not jobs or (isinstance(bind, Connection) and plain(model)):
+    if not jobs or (isinstance(bind, Connection) and is_plain_record(model)):
         return list(jobs)
     if isinstance(bind, Connection):
         with session_on(bind) as session:
@@ -283,12 +283,12 @@ def loaded(bind: Bind, model: Model, jobs: Sequence[Any]) -> list[Any]:
             session.expunge_all()
         return found_jobs
     ids = [job.id for job in jobs]
-    statement = whole(model).where(model.id.in_(ids)).execution_options(populate_existing=True)
+    statement = select_all(model).where(model.id.in_(ids)).execution_options(populate_existing=True)
     found = {job.id: job for job in bind.scalars(statement)}
     return [found[job_id] for job_id in ids]
 
 
-def whole(model: Model) -> Select[Any]:
+def select_all(model: Model) -> Select[Any]:
     """Return the SELECT of jobs with all their columns, those of subclasses too: a detached job loads none later."""
     subclasses = [mapper.class_ for mapper in inspect(model).self_and_descendants if mapper.class_ is not model]
     return select(model).options(selectin_polymorphic(model, subclasses)) if subclasses else select(model)

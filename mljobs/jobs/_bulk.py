@@ -42,6 +42,11 @@ class Batch:
     errors: Mapping[UUID, Exception] = field(default_factory=dict)
     cursor: str | None = None
 
+    @property
+    def changed(self) -> int:
+        """How many jobs were cancelled or retried."""
+        return len(self.jobs)
+
 
 def affected(
     session: Bind,
@@ -126,9 +131,6 @@ def retry_batch(
     """
     chosen = _meant("retry", selection(model, filter, where, fields), everything=everything)
     return _each(session, chosen, batch, after, lambda job_id: retry(session, job_id, again=True, model=model))
-
-
-# ------------------------------------------------------------------------------------------------------- the details
 
 
 def _meant(action: Action, chosen: Selection, *, everything: bool) -> Selection:

@@ -25,12 +25,12 @@ from mljobs.jobs._base import (
     check_count,
     check_lease,
     connection_of,
+    is_plain_record,
     is_postgres,
     loaded,
     lock_sqlite,
-    named,
+    model_and_id,
     per_model,
-    plain,
     record,
     refusal,
     state_of,
@@ -143,7 +143,7 @@ def claim_one(
         InvalidTransitionError: It is running already.
         TargetLockedError: It is exclusive, and another job holds its target.
     """
-    model, job_id = named(job, model)
+    model, job_id = model_and_id(job, model)
     whole_table_of(model)
     parameters = {"worker": worker_name(worker), "ids": [job_id], **moments(check_lease(lease))}
     claims = _claim(session, model, "ids", parameters, 1)
@@ -255,7 +255,7 @@ def claims_of(
     leases = {token: Lease(token, acquired_at, of_lease) for token, of_lease in ids.items()}
     columns = slice(_BEFORE_RECORD, _BEFORE_RECORD + len(table_of(model).columns))
     jobs: Iterable[Any]
-    if isinstance(session, sa.Connection) and plain(model):
+    if isinstance(session, sa.Connection) and is_plain_record(model):
         reader = RowReader(model, columns, _at(model, "kind"), values)
         jobs = (UnreadJob(reader, row, row[at_id]) for row in rows)
     else:

@@ -19,7 +19,7 @@ from mljobs.jobs._base import (
     connection_of,
     is_postgres,
     lock_sqlite,
-    named,
+    model_and_id,
     per_model,
     refresh,
     state_of,
@@ -266,7 +266,7 @@ def cancel(session: Bind, job: JobRef, *, model: type[M] = MlJob) -> bool:  # ty
     Raises:
         JobNotFound: No record has this id.
     """
-    model, job_id = named(job, model)
+    model, job_id = model_and_id(job, model)
     connection = connection_of(session, model)
     cancelled = bool(_cancellation(model).rows(connection, {"id": job_id, **moments()}))
     if not cancelled:

@@ -24,6 +24,7 @@ from mljobs.jobs._base import (
     table_of,
     whole_table_of,
 )
+from mljobs.jobs._batches import all_batches
 from mljobs.jobs._fencing import has_not_stopped
 from mljobs.jobs._filters import Filter, Filters, Where, conditions
 from mljobs.jobs._savepoints import row_by_row
@@ -54,6 +55,11 @@ class Pruned:
 
     deleted: int
     cursor: Cursor | None
+
+    @property
+    def changed(self) -> int:
+        """How many records are gone, as of any batch."""
+        return self.deleted
 
 
 def prune(
@@ -87,12 +93,11 @@ def prune(
 
     Raises:
         InvalidValueError: An argument is out of range.
-        ProgrammingError: The role may not sa.delete.
+        ProgrammingError: The role may not delete.
     """
-    total, after = 0, None
     limit = _limit_of(session, model, older_than)
-    while True:
-        done = prune_batch(
+    return all_batches(
+        lambda after: prune_batch(
             session,
             filter,
             where=where,
@@ -103,10 +108,7 @@ def prune(
             model=model,
             **fields,
         )
-        total += done.deleted
-        after = done.cursor
-        if after is None:
-            return total
+    )
 
 
 def prune_batch(

@@ -17,14 +17,14 @@ from mljobs.jobs._base import (
     M,
     Model,
     connection_of,
+    is_plain_record,
     is_postgres,
-    named,
-    plain,
+    model_and_id,
     record,
     record_columns,
+    select_all,
     session_on,
     table_of,
-    whole,
     whole_table_of,
 )
 from mljobs.jobs._filters import Filter, Filters, Selection, Where, selection
@@ -121,7 +121,7 @@ def get(session: Bind, job: JobRef, *, model: type[M] = MlJob) -> M:  # type: ig
     Raises:
         JobNotFound: No record has this id.
     """
-    model, job_id = named(job, model)
+    model, job_id = model_and_id(job, model)
     for found in fetch(session, model, [_column(model, "id") == job_id], [], 1):
         present: M = found
         return present
@@ -198,7 +198,7 @@ def lineage(session: Bind, job: JobRef, *, model: type[M] = MlJob) -> list[M]:  
     Raises:
         JobNotFound: No record has this id.
     """
-    model, job_id = named(job, model)
+    model, job_id = model_and_id(job, model)
     line = up_to(session, job_id, model)
     table, last, seen = table_of(model), [line[-1].id], {found.id for found in line}
     while last:
@@ -310,9 +310,6 @@ def _all_counts(session: Bind, *, exact: bool, model: Model) -> Counts:
     return Counts(jobs, exact or estimate is None)
 
 
-# ------------------------------------------------------------------------------------------------------- the details
-
-
 def _column(model: Model, name: str) -> Any:
     table_of(model)  # a clear error for what is no job class
     return getattr(model, name)
@@ -322,7 +319,7 @@ def fetch(
     bind: Bind, model: Model, where: Sequence[ColumnElement[bool]], order: Sequence[Any] = (), limit: int | None = None
 ) -> list[Any]:
     """Return the jobs for which all of ``where`` holds, each of the class that it is."""
-    if isinstance(bind, Connection) and plain(model):
+    if isinstance(bind, Connection) and is_plain_record(model):
         rows = bind.execute(select(*record_columns(model)).where(*where).order_by(*order).limit(limit))
         return [record(model, row) for row in rows]
     if isinstance(bind, Connection):
@@ -330,7 +327,7 @@ def fetch(
             jobs = fetch(session, model, where, order, limit)
             session.expunge_all()
         return jobs
-    statement = whole(model).where(*where).order_by(*order).limit(limit)
+    statement = select_all(model).where(*where).order_by(*order).limit(limit)
     return list(bind.scalars(statement.execution_options(populate_existing=True)))
 
 

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, inspect
 from mljobs._fields import FIELDS
 from mljobs._values import to_json_text
 from mljobs.errors import InvalidTransitionError, InvalidValueError
-from mljobs.jobs._base import Bind, JobRef, M, Model, connection_of, named, plain, session_on, table_of
+from mljobs.jobs._base import Bind, JobRef, M, Model, connection_of, is_plain_record, model_and_id, session_on, table_of
 from mljobs.jobs._reading import get
 from mljobs.jobs._submitting import first_active, hold_off_others, required_fields, submit
 from mljobs.record._models import MlJob
@@ -53,8 +53,8 @@ def retry(
         InvalidTransitionError: It has not finished; or it is completed, and ``again`` is False.
         InvalidValueError: ``spec`` is not one that JSON can hold, or another one than that of the retry that is there.
     """
-    model, job_id = named(job, model)
-    if isinstance(session, Connection) and not plain(model):
+    model, job_id = model_and_id(job, model)
+    if isinstance(session, Connection) and not is_plain_record(model):
         with session_on(session) as own:
             retried = retry(
                 own,

@@ -29,11 +29,11 @@ from mljobs.jobs._base import (
     M,
     Model,
     connection_of,
+    is_plain_record,
     is_postgres,
     lock_sqlite,
     owner_of,
     per_model,
-    plain,
     record,
     session_on,
     table_of,
@@ -82,7 +82,7 @@ def submit(
     """
     table_of(model)
     special = priority != 0 or exclusive is not False or unless_active or run_after is not None or values
-    if not special and plain(model) and isinstance(session, Connection):
+    if not special and is_plain_record(model) and isinstance(session, Connection):
         # The frequent case. To build the record by its constructor would cost as much again as to send it.
         added: M = _add_row(session, model, _row_of_plain(kind, target_name, {} if spec is None else spec))
         return added
@@ -142,16 +142,13 @@ def submit_many(
     table = table_of(model)
     given: list[UUID] = []
     keep = given.append if ids else None
-    if plain(model):
+    if is_plain_record(model):
         with _naming_seconds():
             rows = _rows(jobs, values, keep)
             total = insert_rows(connection_of(session, model), table, table.columns.keys(), rows)
     else:
         total = _add_chunks(session, model, (_record_of(model, job, values) for job in jobs), keep)
     return given if ids else total
-
-
-# ------------------------------------------------------------------------------------------------------- the details
 
 
 def required_fields(model: Any) -> list[str]:
@@ -214,7 +211,7 @@ def _add(given_bind: Bind, job: Any) -> Any:
             bind.flush()
         return job
     model = type(job)
-    if plain(model):
+    if is_plain_record(model):
         state = inspect(job).dict
         return _add_row(bind, model, tuple([state.get(column.name) for column in table_of(model).columns]))
     with session_on(bind) as session:

@@ -11,7 +11,17 @@ from uuid import UUID
 from sqlalchemy import Column, ColumnElement, Connection, Select, Text, case, cast, func, literal, null, select
 
 from mljobs.errors import InvalidValueError
-from mljobs.jobs._base import Bind, JobRef, Model, check_count, connection_of, id_of, is_postgres, named, table_of
+from mljobs.jobs._base import (
+    Bind,
+    JobRef,
+    Model,
+    check_count,
+    connection_of,
+    id_of,
+    is_postgres,
+    model_and_id,
+    table_of,
+)
 from mljobs.jobs._fencing import has_not_stopped, token_of
 from mljobs.jobs._filters import Filter, Filters, Where, selection
 from mljobs.jobs._paging import MAX_PAGE, Order, Paging
@@ -223,11 +233,8 @@ def chain(session: Bind, job: JobRef, *, model: Model = MlJob) -> list[JobSummar
         job: The job or its id.
         model: The mapped job class.
     """
-    model, job_id = named(job, model)
+    model, job_id = model_and_id(job, model)
     return chains(session, [job_id], model=model).get(job_id, [])
-
-
-# ------------------------------------------------------------------------------------------------------- the details
 
 
 def _same_work(job_id: UUID, known: dict[UUID, JobSummary]) -> list[JobSummary]:

@@ -24,7 +24,7 @@ from mljobs.db._engines import async_url, engine_options, refuse_memory, set_up_
 from mljobs.db._wake import AsyncChangeListener
 from mljobs.errors import InvalidValueError
 from mljobs.jobs import DEFAULT_LEASE, Bind, Filter, Filters, JobRef, Where, table_of
-from mljobs.jobs._base import M, plain
+from mljobs.jobs._base import M, is_plain_record
 from mljobs.jobs._filters import selection
 from mljobs.record._models import MlJob
 from mljobs.store._base import LEASE_GIVEN_BACK, Store, async_store_method, bind_of, read_committed, source_error
@@ -110,7 +110,7 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
         self._single, self._transactional = AsyncEngine(single), AsyncEngine(transactional)
         self._engine = self._transactional if self._owned else bind
         self._sync_url = sync_url(keeper_url or bind.url)
-        if self._sessions is None and not plain(model):
+        if self._sessions is None and not is_plain_record(model):
             self._sessions = async_sessionmaker(self._transactional, expire_on_commit=False)
 
     @classmethod

@@ -6,7 +6,8 @@ from collections.abc import Coroutine
 from datetime import datetime, timedelta
 from typing import Any, Protocol, Unpack
 
-from mljobs.jobs import Batch, Cursor, Filter, Filters, Pruned, Where
+from mljobs.jobs import Batch, Filter, Filters, Pruned, Where
+from mljobs.jobs._batches import all_batches, all_batches_async
 
 
 class _Batches(Protocol):
@@ -33,13 +34,9 @@ class BulkActions:
         **fields: Unpack[Filters],
     ) -> int:
         """Cancel the queued and running jobs that a filter means, and return how many; see ``jobs.cancel_batch``."""
-        total, after = 0, None
-        while True:
-            done = self.cancel_batch(filter, where=where, everything=everything, after=after, **fields)
-            total += len(done.jobs)
-            after = done.cursor
-            if after is None:
-                return total
+        return all_batches(
+            lambda after: self.cancel_batch(filter, where=where, everything=everything, after=after, **fields)
+        )
 
     def retry_many(
         self: _Batches,
@@ -50,13 +47,9 @@ class BulkActions:
         **fields: Unpack[Filters],
     ) -> int:
         """Retry the failed and cancelled jobs that a filter means, and return how many; see ``jobs.retry_batch``."""
-        total, after = 0, None
-        while True:
-            done = self.retry_batch(filter, where=where, everything=everything, after=after, **fields)
-            total += len(done.jobs)
-            after = done.cursor
-            if after is None:
-                return total
+        return all_batches(
+            lambda after: self.retry_batch(filter, where=where, everything=everything, after=after, **fields)
+        )
 
     def prune(
         self: _Batches,
@@ -69,16 +62,11 @@ class BulkActions:
         **fields: Unpack[Filters],
     ) -> int:
         """Delete finished records past their time, and return how many; see ``jobs.prune``."""
-        total = 0
-        after: Cursor | None = None
-        while True:
-            done = self.prune_batch(
+        return all_batches(
+            lambda after: self.prune_batch(
                 filter, where=where, older_than=older_than, keep_last=keep_last, batch=batch, after=after, **fields
             )
-            total += done.deleted
-            after = done.cursor
-            if after is None:
-                return total
+        )
 
 
 class AsyncBulkActions:
@@ -93,13 +81,9 @@ class AsyncBulkActions:
         **fields: Unpack[Filters],
     ) -> int:
         """Cancel the queued and running jobs that a filter means, and return how many; see ``jobs.cancel_batch``."""
-        total, after = 0, None
-        while True:
-            done = await self.cancel_batch(filter, where=where, everything=everything, after=after, **fields)
-            total += len(done.jobs)
-            after = done.cursor
-            if after is None:
-                return total
+        return await all_batches_async(
+            lambda after: self.cancel_batch(filter, where=where, everything=everything, after=after, **fields)
+        )
 
     async def retry_many(
         self: _AsyncBatches,
@@ -110,13 +94,9 @@ class AsyncBulkActions:
         **fields: Unpack[Filters],
     ) -> int:
         """Retry the failed and cancelled jobs that a filter means, and return how many; see ``jobs.retry_batch``."""
-        total, after = 0, None
-        while True:
-            done = await self.retry_batch(filter, where=where, everything=everything, after=after, **fields)
-            total += len(done.jobs)
-            after = done.cursor
-            if after is None:
-                return total
+        return await all_batches_async(
+            lambda after: self.retry_batch(filter, where=where, everything=everything, after=after, **fields)
+        )
 
     async def prune(
         self: _AsyncBatches,
@@ -129,13 +109,8 @@ class AsyncBulkActions:
         **fields: Unpack[Filters],
     ) -> int:
         """Delete finished records past their time, and return how many; see ``jobs.prune``."""
-        total = 0
-        after: Cursor | None = None
-        while True:
-            done = await self.prune_batch(
+        return await all_batches_async(
+            lambda after: self.prune_batch(
                 filter, where=where, older_than=older_than, keep_last=keep_last, batch=batch, after=after, **fields
             )
-            total += done.deleted
-            after = done.cursor
-            if after is None:
-                return total
+        )

@@ -20,7 +20,7 @@ from sqlalchemy import or_
 from mljobs._values import utc_now
 from mljobs.errors import InvalidValueError, MlJobsError, WaitTimeout
 from mljobs.jobs import Bind, JobRef, Model, get
-from mljobs.jobs._base import id_of, named, table_of
+from mljobs.jobs._base import id_of, model_and_id, table_of
 from mljobs.jobs._filters import Selection
 from mljobs.jobs._reading import fetch
 from mljobs.record._models import MlJob
@@ -99,7 +99,7 @@ def wait_steps(job: JobRef, timeout: float | None, poll: float, model: Model) ->
     """Read until the job has finished, and return it."""
     check_seconds("timeout", timeout)
     check_seconds("poll", poll)
-    model, job_id = named(job, model)
+    model, job_id = model_and_id(job, model)
     end = None if timeout is None else time.monotonic() + timeout
     while True:
         current: MlJob = yield Read(lambda bind: get(bind, job_id, model=model))

@@ -69,7 +69,7 @@ class Keeper:
     ) -> None:
         self._store = store
         self._lease = lease
-        self._patience = answer_seconds(lease)
+        self._answer_seconds = answer_seconds(lease)
         self._every = min(lease / 3, _RENEW_SECONDS) if every is None else every
         self._clock = clock
         self._on_renewal = on_renewal
@@ -163,7 +163,7 @@ class Keeper:
         if not reports:
             return
         try:
-            with answers_within(self._patience):
+            with answers_within(self._answer_seconds):
                 errors = self._store.report_many([report for _, report in reports])
         except CONNECTION_ERRORS as error:
             logger.warning("cannot write progress: %s", first_line(error))

@@ -139,9 +139,9 @@ def transfer_errors(name: str, sink: Counting) -> Iterator[None]:
     except UnicodeEncodeError as error:  # of an open text file
         raise TransferError(name, f"{error}; open it as utf-8", sink.records) from error
     except OSError as error:
-        told = TransferError(name, error.strerror or str(error), sink.records)
-        told.errno = error.errno
-        raise told from error
+        failure = TransferError(name, error.strerror or str(error), sink.records)
+        failure.errno = error.errno
+        raise failure from error
 
 
 def _writer_of(file: Any) -> Callable[[bytes], object]:
@@ -172,13 +172,13 @@ def _at_path(path: Path, stack: ExitStack) -> tuple[Sink, Callable[[], object]]:
     raw = _created(path, part, there)
     stack.callback(_discard, raw, part)
     # Not entered into the stack: a failed write must not flush once more on the way out.
-    packing = _packing(raw, path.suffix)
-    behind = _Behind(packing.__enter__().write)
+    compressing = _compressing(raw, path.suffix)
+    behind = _WriterThread(compressing.__enter__().write)
     stack.callback(behind.stop)
 
     def finish() -> None:
         behind.finish()
-        packing.__exit__(None, None, None)
+        compressing.__exit__(None, None, None)
         raw.flush()
         os.fsync(raw.fileno())
         raw.close()
@@ -196,16 +196,16 @@ def _at_path(path: Path, stack: ExitStack) -> tuple[Sink, Callable[[], object]]:
 def _at_device(path: Path, stack: ExitStack) -> tuple[Sink, Callable[[], object]]:
     raw = path.open("wb")
     stack.callback(_close, raw)
-    packing = _packing(raw, path.suffix)
+    compressing = _compressing(raw, path.suffix)
 
     def finish() -> None:
-        packing.__exit__(None, None, None)
+        compressing.__exit__(None, None, None)
         raw.flush()
 
-    return Sink(packing.__enter__().write), finish
+    return Sink(compressing.__enter__().write), finish
 
 
-class _Behind:
+class _WriterThread:
     """Writes behind the caller's back, in a thread: compressing and writing let go of the GIL.
 
     What goes wrong is raised by a later call, by ``finish`` at the latest.
@@ -250,16 +250,16 @@ def _discard(raw: IO[bytes], part: Path) -> None:
     part.unlink(missing_ok=True)
 
 
-def _packing(raw: IO[bytes], suffix: str) -> AbstractContextManager[Any]:
+def _compressing(raw: IO[bytes], suffix: str) -> AbstractContextManager[Any]:
     if suffix == ".gz":  # without name and time, so that equal exports are equal files
         return gzip.GzipFile("", "wb", _GZIP_LEVEL, raw, 0)
     if suffix == ".zst":
         opened: AbstractContextManager[Any] = _zstd().open(raw, "wb")
         return opened
-    return _Plain(raw)
+    return _Uncompressed(raw)
 
 
-class _Plain:
+class _Uncompressed:
     """A file as it is, whose owner closes it."""
 
     def __init__(self, raw: IO[bytes]) -> None:
@@ -315,9 +315,9 @@ def reading(file: File) -> Iterator[Source]:
         source = Source(raw.read, _size_of(raw), lambda: _position_of(raw))
         source.read = _reader_of(raw.read, name_of(file), source)
         if not _is_text(raw):
-            begun = _Begun(raw, _start_of(source.read))
+            begun = _PartlyRead(raw, _start_of(source.read))
             unpacked: Any = begun
-            packed = _packed_as(begun.start, path_of(file) if isinstance(file, str | os.PathLike) else None)
+            packed = _compression_of(begun.start, path_of(file) if isinstance(file, str | os.PathLike) else None)
             if packed == ".gz":
                 if not begun.start:  # gzip.GzipFile takes it for an archive of nothing
                     raise TransferError(name_of(file), "it is empty, not a gzipped file", 0)
@@ -339,7 +339,7 @@ def _start_of(read: Callable[[int], bytes]) -> bytes:
     return start
 
 
-class _Begun:
+class _PartlyRead:
     """A file whose first bytes have been read already. Not ``peek``: few files have it, and it may give fewer."""
 
     def __init__(self, raw: Any, start: bytes) -> None:
@@ -356,7 +356,7 @@ class _Begun:
         return part
 
 
-def _packed_as(start: bytes, path: Path | None) -> str | None:
+def _compression_of(start: bytes, path: Path | None) -> str | None:
     if path is not None and path.suffix in {".gz", ".zst"}:
         return path.suffix
     if start.startswith(_GZIP_MAGIC):

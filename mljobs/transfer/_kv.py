@@ -148,9 +148,6 @@ def kv_import(
     )
 
 
-# ------------------------------------------------------------------------------------------------------- the details
-
-
 def _check_prefix(prefix: object) -> str:
     if not isinstance(prefix, str):
         raise InvalidValueError("prefix", prefix, "expected a string")

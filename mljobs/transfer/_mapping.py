@@ -163,8 +163,6 @@ class JobMapping(MutableMapping[str, str]):
     def __repr__(self) -> str:
         return f"<JobMapping of {self._table.name}, prefix {self._prefix!r}>"
 
-    # ------------------------------------------------------------------------------------------------ the details
-
     def _id(self, key: object) -> UUID | None:
         if not isinstance(key, str) or not key.startswith(self._prefix):
             return None

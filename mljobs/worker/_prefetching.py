@@ -90,7 +90,7 @@ class Prefetcher:
     ) -> None:
         self._store = store
         self._settings = settings
-        self._patience = answer_seconds(settings.lease)
+        self._answer_seconds = answer_seconds(settings.lease)
         self._keeper = keeper
         self._writer = writer
         self._on_idle = on_idle
@@ -248,7 +248,7 @@ class Prefetcher:
         number = self._number()
         asked = self._clock()
         try:
-            with answers_within(self._patience):
+            with answers_within(self._answer_seconds):
                 errors, claims = self._store.finish_and_claim(
                     outcomes, worker=settings.worker, kinds=settings.kinds, limit=number, lease=settings.lease
                 )
@@ -313,7 +313,7 @@ class Prefetcher:
     def _any_left(self) -> bool:
         """Whether a job of these kinds waits, for its time or its target, or runs elsewhere."""
         try:
-            with answers_within(self._patience), self._store.connect(atomic=False) as bind:
+            with answers_within(self._answer_seconds), self._store.connect(atomic=False) as bind:
                 return (
                     first_active(bind, self._store.model, self._store.model.kind.in_(self._settings.kinds)) is not None
                 )

@@ -48,15 +48,15 @@ class OutcomeWriter:
     Args:
         store: Where the jobs are.
         keeper: Keeps the leases until then.
-        patience: Seconds to wait for the database's answer to one statement; None for as long as it takes.
+        answer_seconds: Seconds to wait for the database's answer to one statement; None for as long as it takes.
 
     Attributes:
         tally: What has been recorded.
         on_recorded: Called with the entries after each write, whatever became of them.
     """
 
-    def __init__(self, store: JobStore, keeper: Keeper, patience: float | None = None) -> None:
-        self._patience = patience
+    def __init__(self, store: JobStore, keeper: Keeper, answer_seconds: float | None = None) -> None:
+        self._answer_seconds = answer_seconds
         self.tally = Tally()
         self._store = store
         self._keeper = keeper
@@ -92,7 +92,7 @@ class OutcomeWriter:
             DBAPIError: The database is away; nothing was written.
         """
         outcomes = [run.requeued() for run in runs]
-        with answers_within(self._patience):
+        with answers_within(self._answer_seconds):
             errors = self._store.finish_many(outcomes)
         # An error means that it ended, or was lost, at the last moment, and has been counted as that.
         results = zip(runs, outcomes, errors, strict=True)
@@ -157,7 +157,7 @@ class OutcomeWriter:
         while groups:
             group = groups[0]
             try:
-                with answers_within(self._patience):
+                with answers_within(self._answer_seconds):
                     self._write_group(group)
             except Exception as error:
                 if database_is_away(error):
@@ -195,8 +195,8 @@ class OutcomeWriter:
     def _write_with_retry(self, entry: FinishedRun) -> None:
         retry = None
         with self._store.connect() as bind:
-            if self._patience is not None:
-                limit_idle_transaction(connection_of(bind, self._store.model), self._patience)
+            if self._answer_seconds is not None:
+                limit_idle_transaction(connection_of(bind, self._store.model), self._answer_seconds)
             errors = jobs.finish_many(bind, [entry.outcome] if entry.outcome is not None else [])
             if errors == [None]:
                 retry = submit_retry(bind, entry)

@@ -31,7 +31,7 @@ class Registration:
     def __init__(self, store: JobStore, name: str, kinds: Sequence[str], concurrency: int, lease: float) -> None:
         now = utc_now()
         self._store = store
-        self._patience = answer_seconds(lease)
+        self._answer_seconds = answer_seconds(lease)
         self._worker = WorkerInfo(
             name, socket.gethostname(), os.getpid(), tuple(kinds), concurrency, __version__, now, now
         )
@@ -46,7 +46,7 @@ class Registration:
     def open(self) -> None:
         """Make the row."""
         try:
-            with answers_within(self._patience), self._store.engine.connect() as connection:
+            with answers_within(self._answer_seconds), self._store.engine.connect() as connection:
                 if not has_worker_table(connection, self._store.model):
                     return
             self._register()
@@ -68,7 +68,7 @@ class Registration:
         if not self._kept:
             return
         try:
-            with answers_within(self._patience), self._store.connect(atomic=False) as bind:
+            with answers_within(self._answer_seconds), self._store.connect(atomic=False) as bind:
                 there = see_worker(bind, self._worker, self.state, model=self._store.model)
             if not there:  # pruned, or taken over, while this process stood still
                 self._register()

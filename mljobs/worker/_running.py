@@ -89,8 +89,8 @@ class WorkerRun:
         self._name = settings.claims.worker
         self._signals = signals
         self._keeper = keeper
-        self._patience = answer_seconds(settings.claims.lease)
-        self._writer = OutcomeWriter(store, keeper, self._patience)
+        self._answer_seconds = answer_seconds(settings.claims.lease)
+        self._writer = OutcomeWriter(store, keeper, self._answer_seconds)
         self._prefetcher = Prefetcher(
             store,
             settings.claims,
@@ -168,8 +168,8 @@ class WorkerRun:
     def _rescue(self) -> None:
         self._keeper.catch_up()  # a process that stood still must not rescue its own jobs from itself
         try:
-            with answers_within(self._patience), self._store.connect() as bind:
-                limit_idle_transaction(connection_of(bind, self._store.model), self._patience)
+            with answers_within(self._answer_seconds), self._store.connect() as bind:
+                limit_idle_transaction(connection_of(bind, self._store.model), self._answer_seconds)
                 rescue = jobs.rescue(
                     bind,
                     max_attempts=self._settings.max_attempts,
