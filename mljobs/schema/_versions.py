@@ -13,11 +13,15 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import URL, Connection, Engine, inspect, text
+from sqlalchemy import URL, Connection, Engine, exists, inspect, select, text
+from sqlalchemy.exc import DBAPIError
 
 from mljobs.db._engines import at_level, new_engine
+from mljobs.db._failures import first_line
 from mljobs.errors import InvalidValueError, SchemaError
 from mljobs.guards._companions import is_blob_index
+from mljobs.jobs import Model, table_of
+from mljobs.record._models import MlJob
 from mljobs.schema._catalog import VERSION_TABLE, differences, savepoint
 
 if TYPE_CHECKING:
@@ -149,6 +153,41 @@ def verify(target: Target, *, metadata: MetaData | None = None) -> None:
             if version is not None and version != expected:
                 problems.append(f"the schema is at version {version}, this release expects {expected}: run an upgrade")
         _raise(problems + _differences(connection, metadata))
+
+
+def ready(target: Target, *, model: Model = MlJob) -> None:
+    """Check by one cheap query that the tables are there, with the columns that this release uses: for a readiness probe.
+
+    It passes with tables of a later release too, in which columns were added.
+
+    Args:
+        target: The database.
+        model: The mapped job class.
+
+    Raises:
+        SchemaError: A table or a column is missing.
+        DBAPIError: The database does not answer, or not to this role.
+        InvalidValueError: ``target`` is no database that mljobs knows.
+    """
+    used = select(*(exists(select(table)) for table in (table_of(model), model.__leases__)))
+    try:
+        if isinstance(target, Engine):  # reads only: it waits for no writer
+            with target.connect() as connection:
+                connection.execute(used)
+        else:
+            with _connected(target) as connection:
+                connection.execute(used)
+    except DBAPIError as error:
+        if _is_missing(error):
+            raise SchemaError(f"not ready: {first_line(error)}") from error
+        raise
+
+
+_UNDEFINED = ("42P01", "42703", "3F000")  # table, column, schema
+
+
+def _is_missing(error: DBAPIError) -> bool:
+    return getattr(error.orig, "sqlstate", None) in _UNDEFINED or "no such " in first_line(error)
 
 
 def _differences(connection: Connection, metadata: MetaData | None) -> list[str]:
