@@ -1,0 +1,220 @@
+"""What docs/deploying.md says of deploys, backups and servers is so."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.pool import NullPool
+
+from mljobs import (
+    JobStore,
+    MlJob,
+    MlJobMixin,
+    MlJobStatus,
+    SchemaError,
+    TerminalStateError,
+    Worker,
+    kind_column,
+    schema,
+)
+from mljobs.states import UnknownKind
+from tests import postgres
+from tests.databases import Databases
+
+
+class OlderKind(StrEnum):
+    FIT = "fit"
+
+
+class NewerKind(StrEnum):
+    FIT = "fit"
+    TUNE = "tune"
+
+
+class OlderBase(DeclarativeBase):
+    pass
+
+
+class NewerBase(DeclarativeBase):
+    pass
+
+
+class Older(MlJobMixin, OlderBase):
+    __tablename__ = "deployed"
+    kind: Mapped[OlderKind] = kind_column(OlderKind)
+    owner: Mapped[str]
+
+
+class Newer(MlJobMixin, NewerBase):
+    __tablename__ = "deployed"
+    kind: Mapped[NewerKind] = kind_column(NewerKind)
+    owner: Mapped[str]
+    team: Mapped[str] = mapped_column(server_default="nobody's")
+
+
+@pytest.fixture
+def migrated(empty_url: str) -> Iterator[Engine]:
+    """A database that the newer release has migrated."""
+    engine = create_engine(empty_url)
+    NewerBase.metadata.create_all(engine)
+    yield engine
+    engine.dispose()
+
+
+# --------------------------------------------------------------------------------------------------------------- health
+
+
+def test_readiness_is_a_matter_of_the_columns_that_are_used(empty_url: str, migrated: Engine) -> None:
+    for target in (migrated, empty_url):
+        schema.ready(target, model=Newer)
+        schema.ready(target, model=Older)  # during a deploy
+        with pytest.raises(SchemaError, match=r"not ready: .*ml_jobs"):
+            schema.ready(target)
+    schema.upgrade(migrated)
+    with migrated.begin() as connection:
+        schema.ready(connection)
+        connection.execute(text("ALTER TABLE deployed DROP COLUMN team"))
+    schema.ready(migrated, model=Older)
+    with pytest.raises(SchemaError, match="team"):
+        schema.ready(migrated, model=Newer)
+
+
+def test_a_database_that_does_not_answer_is_no_matter_of_its_schema() -> None:
+    with pytest.raises(OperationalError):
+        schema.ready("postgresql+psycopg://nobody@127.0.0.1:1/none")
+
+
+# -------------------------------------------------------------------------------------------------------------- deploys
+
+
+def test_an_older_release_goes_on_beside_a_column_and_a_kind_of_a_newer_one(migrated: Engine) -> None:
+    older, newer = JobStore(migrated, model=Older), JobStore(migrated, model=Newer)
+    tune = newer.submit("tune", "spam", owner="ann", team="red")
+    fit = newer.submit("fit", "spam", owner="ann", team="red")
+    own = older.submit("fit", "spam", owner="bob")
+    worker = Worker(older, poll=0.05)
+    worker.handles("fit")(lambda run: {"owner": run.job.owner})
+    assert worker.run(until_idle=True).jobs == {"completed": 2}
+    read: Any = older.get(tune.id)
+    assert (read.status, read.kind) == (MlJobStatus.QUEUED, UnknownKind("tune"))
+    assert {job.owner for job in older.find()} == {"ann", "bob"}
+    assert newer.get(own.id).team == "nobody's"
+    assert newer.get(fit.id).team == "red"
+    assert newer.get(older.retry(fit.id, again=True).id).team == "nobody's"
+    assert newer.claim(worker="w", kinds=["tune"])[0].job_id == tune.id
+
+
+def test_a_column_without_a_default_stops_the_older_release(migrated: Engine) -> None:
+    if migrated.dialect.name == "sqlite":  # which adds no such column: the table as a rebuild would leave it
+        NewerBase.metadata.drop_all(migrated)
+        NewerBase.metadata.tables["deployed"].c.team.server_default, kept = None, Newer.__table__.c.team.server_default
+        try:
+            NewerBase.metadata.create_all(migrated)
+        finally:
+            Newer.__table__.c.team.server_default = kept
+    else:
+        with migrated.begin() as connection:
+            connection.execute(text("ALTER TABLE deployed ALTER COLUMN team DROP DEFAULT"))
+    with pytest.raises(IntegrityError):
+        JobStore(migrated, model=Older).submit("fit", "spam", owner="bob")
+
+
+# -------------------------------------------------------------------------------------------------------------- backups
+
+
+def _finished(url: str) -> MlJob:
+    with JobStore(url) as store:
+        job = store.submit("train", "spam", {"lr": 0.1})
+        store.complete(store.claim_one(job, worker="w"), {"f1": 0.9})
+        store.claim_one(store.submit("train", "eggs"), worker="w")
+        return store.get(job)
+
+
+def _is_guarded(url: str, job: MlJob) -> None:
+    schema.verify(url)
+    with JobStore(url) as store:
+        assert store.get(job.id).to_json() == job.to_json()
+        assert store.counts(exact=True).total() == 2
+        with pytest.raises(TerminalStateError), store.engine.begin() as connection:
+            connection.execute(text("UPDATE ml_jobs SET progress = 1 WHERE status = 'completed'"))
+        later = store.claim_one(store.submit("train", "ham"), worker="w")
+        assert later.token > 2  # the sequence came along
+
+
+@pytest.mark.parametrize("how", ["all", "data only"])
+def test_a_dump_is_restored_with_its_guard(
+    postgres_server: postgres.Server, empty_postgres_databases: Databases, tmp_path: Path, how: str
+) -> None:
+    with empty_postgres_databases.fresh() as old, empty_postgres_databases.fresh() as new:
+        schema.upgrade(old)
+        job = _finished(old)
+
+        def run(program: str, *options: str, url: str) -> None:
+            place = make_url(url)
+            at = ["-h", str(place.host), "-p", str(place.port), "-U", str(place.username), "-d", str(place.database)]
+            subprocess.run([postgres_server.binaries / program, *at, *options], check=True, capture_output=True)
+
+        dump = str(tmp_path / "dump")
+        run("pg_dump", "-Fc", "-f", dump, url=old)
+        if how == "data only":
+            schema.upgrade(new)
+            with create_engine(new, poolclass=NullPool).begin() as connection:
+                connection.execute(text("DELETE FROM mljobs_alembic_version"))
+        run("pg_restore", *(["--data-only"] if how == "data only" else []), dump, url=new)
+        _is_guarded(new, job)
+
+
+def test_a_copy_of_a_file_in_use_is_whole_and_guarded(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'jobs.db'}"
+    schema.upgrade(url)
+    job = _finished(url)
+    with JobStore(url) as store, store.connect() as held:
+        assert held is not None  # somebody reads and writes meanwhile
+        copies = [tmp_path / "backup.db", tmp_path / "vacuum.db"]
+        with closing(sqlite3.connect(tmp_path / "jobs.db")) as old:
+            with closing(sqlite3.connect(copies[0])) as new:
+                old.backup(new)
+            old.execute("VACUUM INTO ?", [str(copies[1])])
+    for copy in copies:
+        _is_guarded(f"sqlite:///{copy}", job)
+
+
+# -------------------------------------------------------------------------------------------------------------- servers
+
+
+def test_a_store_puts_its_file_into_wal_mode_and_readers_wait_for_no_writer(sqlite_url: str) -> None:
+    with JobStore(sqlite_url) as store, JobStore(sqlite_url, connect_args={"timeout": 0}) as reader:
+        job = store.submit("train", "spam")
+        with store.engine.connect() as connection:
+            assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
+        with store.engine.begin() as writing:
+            writing.execute(text("UPDATE ml_jobs SET progress = 0"))
+            schema.ready(reader.engine)
+            assert reader.get(job).target_name == "spam"
+            assert reader.counts(exact=True).total() == len(reader.find()) == 1
+
+
+def test_storage_parameters_are_the_hosts_own(empty_postgres_databases: Databases) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "deploying.md").read_text()
+    settings = page.partition("```sql\n")[2].partition("```")[0]
+    with empty_postgres_databases.fresh() as url:
+        schema.upgrade(url)
+        engine = create_engine(url, poolclass=NullPool)
+        with engine.begin() as connection:
+            for statement in settings.strip().removesuffix(";").split(";"):
+                connection.execute(text(statement))
+        schema.verify(engine)
+        with engine.connect() as connection:
+            assert compare_metadata(MigrationContext.configure(connection), MlJob.metadata) == []
