@@ -245,7 +245,9 @@ def test_a_text_that_no_column_can_hold_stays_json(engine: Engine) -> None:
     with Session(engine) as session:
         session.add(MlJob(kind="train", target_name="spam"))
         session.flush()
-        # The record refuses it; PostgreSQL's json and SQLite's json_valid do not.
+        # The record and the guard refuse it; a superuser, or an editor of the file, can have written it all the same.
+        off = "SET LOCAL session_replication_role = replica"
+        session.execute(text(off if engine.dialect.name == "postgresql" else "PRAGMA ignore_check_constraints = ON"))
         json_type = "json" if engine.dialect.name == "postgresql" else "text"
         statement = text(f"UPDATE ml_jobs SET metrics_json = CAST(:metrics AS {json_type})")
         session.execute(statement, {"metrics": '{"a":"\\ud800","b":1e999,"c":"\\u00e9"}'})

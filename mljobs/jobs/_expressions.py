@@ -13,8 +13,6 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import Boolean, TypeDecorator, TypeEngine
 
-from mljobs.record._sql import where_json_is_readable
-
 _MAX_SQLITE_INT: Final = 2**63 - 1
 
 
@@ -112,7 +110,7 @@ def _at_path(element: FunctionElement[Any], compiler: SQLCompiler, wanted: str, 
     column, path, *_ = element.clauses
     json, keys = compiler.process(column, **kw), f"CAST({compiler.process(path, **kw)} AS text[])"
     kind, text = f"json_typeof({json} #> {keys})", f"{json} #>> {keys}"
-    return where_json_is_readable(json, wanted.replace("{kind}", kind).replace("{text}", text))
+    return wanted.replace("{kind}", kind).replace("{text}", text)
 
 
 @compiles(JsonNumber, "postgresql")

@@ -90,30 +90,11 @@ def _number_of_text(element: _JsonNumber, compiler: SQLCompiler, **kw: Any) -> s
 def _number_of_json(element: _JsonNumber, compiler: SQLCompiler, **kw: Any) -> str:
     column, key = (compiler.process(part, **kw) for part in element.clauses)
     number = f"CAST({column} ->> {key} AS DOUBLE PRECISION)"
-    return where_json_is_readable(
-        column,
-        f"CASE WHEN json_typeof({column} -> {key}) = 'number' AND {column} ->> {key} ~ '{_FITS}' THEN {number} END",
-    )
+    return f"CASE WHEN json_typeof({column} -> {key}) = 'number' AND {column} ->> {key} ~ '{_FITS}' THEN {number} END"
 
 
 _FITS = r"^-?([0-9]{1,250}(\.[0-9]{1,250})?|[0-9]{1,17}(\.[0-9]{1,30})?[eE][-+]?([0-9]{1,2}|1[0-9]{2}|2[0-8][0-9]))$"
 """Numbers that DOUBLE PRECISION holds: a cast of any other would end the whole query."""
-_PAIR = r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-
-
-def where_json_is_readable(column: str, expression: str) -> str:
-    """Return PostgreSQL's expression for what is read by key, NULL where the JSON holds half of a surrogate pair.
-
-    The ``json`` type takes such a text, from SQL that is not ours, and reading it by any key ends the whole query.
-
-    Args:
-        column: SQL of the JSON column.
-        expression: SQL that reads it by key.
-    """
-    text = f"CAST({column} AS text)"
-    no_escapes = rf"strpos({text}, '\ud') = 0 AND strpos({text}, '\uD') = 0"
-    no_halves = rf"regexp_replace(replace({text}, '\\', ''), '{_PAIR}', '', 'g') !~ '\\u[dD][89a-fA-F]'"
-    return f"CASE WHEN {no_escapes} OR {no_halves} THEN {expression} END"
 
 
 def json_number(column: Any, key: str) -> sa.ColumnElement[float | None]:

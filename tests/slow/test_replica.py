@@ -82,9 +82,9 @@ def test_a_standby_serves_readers_and_refuses_writers(servers: tuple[postgres.Cl
             lambda: reader.claim(worker="w"),
             lambda: reader.rescue(max_attempts=3),
         ):
-            with pytest.raises(InternalError, match="read-only|during recovery"):
+            with pytest.raises(InternalError, match=r"read-only|during recovery"):
                 write()
-        assert "read only" in str(reader.why_read_only())
+        assert reader.why_read_only() == "the database is a replica"
         assert reader.counts(exact=True).total() == 1
 
 
