@@ -29,6 +29,7 @@ from mljobs.jobs._base import (
 )
 from mljobs.jobs._filters import Filter, Filters, Selection, Where, selection
 from mljobs.jobs._paging import Order, Paging
+from mljobs.record._html import jobs_html
 from mljobs.record._models import MlJob
 from mljobs.states import ACTIVE, TERMINAL, MlJobStatus, UnknownKind
 
@@ -63,6 +64,9 @@ class Page(Sequence[M]):
 
     def __len__(self) -> int:
         return len(self.jobs)
+
+    def _repr_html_(self) -> str:
+        return jobs_html(self.jobs, "" if self.cursor is None else "There are more: pass after=page.cursor.")
 
 
 @dataclass(frozen=True, slots=True)

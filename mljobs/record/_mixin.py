@@ -25,6 +25,7 @@ from mljobs.record import _kv as kv
 from mljobs.record._columns import column
 from mljobs.record._companions import add_companions
 from mljobs.record._declaring import check_body
+from mljobs.record._html import job_html
 from mljobs.record._sql import epoch_millis, first_line_of, json_number
 from mljobs.record._values import (
     NUMBERS,
@@ -405,6 +406,9 @@ class MlJobMixin:
         shown = " ".join(str(state[name]) for name in ("id", "kind", "status", "target_name") if name in state)
         progress = f" {state['progress']}%" if "progress" in state else ""
         return f"<{type(self).__name__} {shown}{progress}>"
+
+    def _repr_html_(self) -> str:
+        return job_html(self)
 
 
 install_hooks(MlJobMixin)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from functools import partial
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, Unpack, cast
+from typing import Any, Generic, Self, TextIO, TypeVar, Unpack, cast
 from weakref import WeakSet
 
 from sqlalchemy import URL, Connection, Engine
@@ -29,6 +29,7 @@ from mljobs.jobs._filters import selection
 from mljobs.record._models import MlJob
 from mljobs.store._base import LEASE_GIVEN_BACK, Store, async_store_method, bind_of, read_committed, source_error
 from mljobs.store._bulk import AsyncBulkActions
+from mljobs.store._display import display_for
 from mljobs.store._following import (
     AsyncFollower,
     FollowSteps,
@@ -49,6 +50,7 @@ from mljobs.store._methods import (
     async_renewal_method,
     async_submit_many_method,
 )
+from mljobs.store._outcomes import Followable, Followed, Snapshot, followed_steps, following
 from mljobs.store._recording import record_end
 from mljobs.store._run import Run, worker_name
 from mljobs.store._store import JobStore
@@ -252,6 +254,28 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
         """Yield each job that is added or changes, from now on; see ``JobStore.watch``."""
         chosen = selection(self.model, filter, where, fields)
         return self._follow(watch_steps(chosen, timeout, poll_seconds(self.engine.dialect.name, poll)), [])
+
+    async def follow(
+        self,
+        jobs: Followable = None,
+        *,
+        where: Where | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - as the blocking store's
+        poll: float | None = None,
+        file: TextIO | None = None,
+        show: bool = True,
+        **fields: Unpack[Filters],
+    ) -> Followed[M]:
+        """Follow jobs until all have finished; see ``JobStore.follow``."""
+        chosen = following(self.model, jobs, where, fields)
+        steps: Any = followed_steps(chosen, timeout, poll_seconds(self.engine.dialect.name, poll))
+        found: list[Any] = []
+        with closing(display_for(file, show=show)) as display:
+            async for snapshot in self._follow(steps, found):
+                display.show(cast("Snapshot", snapshot))
+            followed: Followed[M] = found[0] if found else Followed(complete=False)
+            display.end(followed)
+        return followed
 
     async def _follow(self, steps: FollowSteps, finished: list[M]) -> AsyncIterator[M]:
         answer: Any = None

@@ -9,10 +9,10 @@ or on a host's ``sessionmaker``, runs each operation in a session, so that the h
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from types import TracebackType
-from typing import Any, Generic, Self, Unpack
+from typing import Any, Generic, Self, TextIO, Unpack
 from weakref import WeakSet
 
 from sqlalchemy import URL, Connection, Engine
@@ -28,6 +28,7 @@ from mljobs.jobs._filters import selection
 from mljobs.record._models import MlJob
 from mljobs.store._base import LEASE_GIVEN_BACK, Store, bind_of, read_committed, source_error, store_method
 from mljobs.store._bulk import BulkActions
+from mljobs.store._display import display_for
 from mljobs.store._following import Follower, FollowSteps, Read, closed_meanwhile, poll_seconds, wait_steps, watch_steps
 from mljobs.store._keeper import Keeper
 from mljobs.store._methods import (
@@ -40,6 +41,7 @@ from mljobs.store._methods import (
     renewal_method,
     submit_many_method,
 )
+from mljobs.store._outcomes import Followable, Followed, followed_steps, following
 from mljobs.store._recording import record_end
 from mljobs.store._run import Run, worker_name
 from mljobs.store._transferring import Transfers
@@ -238,6 +240,44 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
         chosen = selection(self.model, filter, where, fields)
         return self._follow(watch_steps(chosen, timeout, poll_seconds(self.engine.dialect.name, poll)))
 
+    def follow(
+        self,
+        jobs: Followable = None,
+        *,
+        where: Where | None = None,
+        timeout: float | None = None,
+        poll: float | None = None,
+        file: TextIO | None = None,
+        show: bool = True,
+        **fields: Unpack[Filters],
+    ) -> Followed[M]:
+        """Follow jobs until all have finished: a progress display that ends with a table of outcomes.
+
+        In a notebook it is the output of the cell, on a terminal some lines on standard error (more of them with
+        ``rich``), elsewhere a line whenever something has changed. To interrupt it ends the display, not the jobs.
+
+        Args:
+            jobs: A :class:`~mljobs.Filter` or its text, for the jobs that it finds now; or jobs, or their ids. At most
+                10,000.
+            where: SQLAlchemy expressions of one's own beside the filter.
+            timeout: Stop after so many seconds; None for never.
+            poll: Look at least every so many seconds; None for 1 on PostgreSQL, where a notification wakes earlier,
+                and 0.1 on SQLite.
+            file: Where to show it; None for the notebook, or standard error.
+            show: Whether to show anything.
+            **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
+
+        Raises:
+            InvalidValueError: Nothing says which jobs; or there are too many.
+            JobNotFound: No record has one of the ids.
+        """
+        chosen = following(self.model, jobs, where, fields)
+        steps: Any = followed_steps(chosen, timeout, poll_seconds(self.engine.dialect.name, poll))
+        with closing(display_for(file, show=show)) as display:
+            followed = _last(self._follow(steps), display.show) or Followed(complete=False)
+            display.end(followed)
+        return followed
+
     def _follow(self, steps: FollowSteps) -> Generator[Any, None, Any]:
         answer: Any = None
         with self.new_listener() as listener:
@@ -323,10 +363,10 @@ def _detaching(begun: AbstractContextManager[Session], model: Model | None = Non
         session.expunge_all()  # as it is, whatever expire_on_commit says
 
 
-def _last(steps: Generator[Any, None, Any]) -> Any:
-    """Return what a generator returns."""
+def _last(steps: Generator[Any, None, Any], see: Callable[[Any], object] = lambda _: None) -> Any:
+    """Return what a generator returns; give ``see`` what it yields."""
     while True:
         try:
-            next(steps)
+            see(next(steps))
         except StopIteration as stop:
             return stop.value

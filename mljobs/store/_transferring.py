@@ -17,6 +17,7 @@ from mljobs.store._base import async_store_method, store_method
 if TYPE_CHECKING:
     from mljobs import transfer
     from mljobs.transfer import _arrow as arrow
+    from mljobs.transfer import _frames as frames
 
 P = ParamSpec("P")
 
@@ -134,6 +135,8 @@ class Transfers:
         digest = store_method(transfer.digest)
         check_digest = store_method(transfer.check_digest)
         to_arrow = store_method(arrow.to_arrow)
+        to_pandas = store_method(frames.to_pandas)
+        to_polars = store_method(frames.to_polars)
         arrow_batches = _reader(arrow.arrow_batches)
     else:
         export_jobs = _Lazy(_in_transaction, "export_jobs")
@@ -144,6 +147,8 @@ class Transfers:
         digest = _Lazy(_in_transaction, "digest")
         check_digest = _Lazy(_in_transaction, "check_digest")
         to_arrow = _Lazy(_in_transaction, "_arrow.to_arrow")
+        to_pandas = _Lazy(_in_transaction, "_frames.to_pandas")
+        to_polars = _Lazy(_in_transaction, "_frames.to_polars")
         arrow_batches = _Lazy(_reader, "_arrow.arrow_batches")
 
 
@@ -159,6 +164,8 @@ class AsyncTransfers:
         digest = async_store_method(transfer.digest)
         check_digest = async_store_method(transfer.check_digest)
         to_arrow = async_store_method(arrow.to_arrow)
+        to_pandas = async_store_method(frames.to_pandas)
+        to_polars = async_store_method(frames.to_polars)
     else:
         export_jobs = _Lazy(_in_transaction_async, "export_jobs")
         import_jobs = _Lazy(_import_async, "file_import", "import_jobs")
@@ -168,3 +175,5 @@ class AsyncTransfers:
         digest = _Lazy(_in_transaction_async, "digest")
         check_digest = _Lazy(_in_transaction_async, "check_digest")
         to_arrow = _Lazy(_in_transaction_async, "_arrow.to_arrow")
+        to_pandas = _Lazy(_in_transaction_async, "_frames.to_pandas")
+        to_polars = _Lazy(_in_transaction_async, "_frames.to_polars")
