@@ -1,6 +1,7 @@
 """For tests of applications: fresh databases, jobs in any state, a worker that runs what is queued.
 
 ``pytest_plugins = ["mljobs.testing"]`` in ``conftest.py`` brings the fixtures. The functions need no pytest.
+PYTEST_DONT_REWRITE: so a ``conftest.py`` may import from here too.
 """
 
 from __future__ import annotations

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import Engine, create_engine, inspect, make_url, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import NullPool
 
+import mljobs.alembic_plugin  # noqa: F401 - Alembic before 1.18 finds no plugin by itself
 from mljobs import (
     JobStore,
     MlJob,
@@ -32,6 +35,7 @@ from mljobs import (
 from mljobs.states import UnknownKind
 from tests import postgres
 from tests.databases import Databases
+from tests.fork_server import forkserver
 
 
 class OlderKind(StrEnum):
@@ -94,6 +98,72 @@ def test_readiness_is_a_matter_of_the_columns_that_are_used(empty_url: str, migr
 def test_a_database_that_does_not_answer_is_no_matter_of_its_schema() -> None:
     with pytest.raises(OperationalError):
         schema.ready("postgresql+psycopg://nobody@127.0.0.1:1/none")
+
+
+# ----------------------------------------------------------------------------------------------------------- migrations
+
+ROOT = Path(__file__).parent.parent
+_ENV = """
+from alembic import context
+from sqlalchemy import MetaData, create_engine
+from sqlalchemy.pool import NullPool
+from mljobs import schema
+
+class Base:
+    metadata = MetaData()
+
+connectable = create_engine(context.config.get_main_option("sqlalchemy.url"), poolclass=NullPool)
+{shown}
+"""
+_REVISION = """
+from alembic import op
+import sqlalchemy as sa
+
+revision = "{number}"
+down_revision = {before}
+
+def upgrade():
+    op.create_table("made_{number}", sa.Column("id", sa.Integer, primary_key=True))
+    {then}
+"""
+
+
+def _upgrade(path: str, url: str, barrier: Any, results: Any) -> None:
+    config = Config()
+    config.set_main_option("script_location", path)
+    config.set_main_option("sqlalchemy.url", url)
+    barrier.wait(60)
+    try:
+        command.upgrade(config, "2")
+        results.put("done")
+    except BaseException as error:  # noqa: BLE001 - to be shown by the test
+        results.put(repr(error))
+
+
+def test_a_history_of_the_hosts_own_is_upgraded_by_many_processes_at_once(empty_url: str, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "migrations.md").read_text()
+    shown = page.partition('```py title="migrations/env.py"\n')[2].partition("```")[0]
+    (tmp_path / "versions").mkdir()
+    (tmp_path / "env.py").write_text(_ENV.format(shown=shown))
+    for number, then in ((1, "pass"), (2, "pass"), (3, "raise RuntimeError('half way')")):
+        before = None if number == 1 else repr(str(number - 1))
+        text_of = _REVISION.format(number=number, before=before, then=then)
+        (tmp_path / "versions" / f"{number}.py").write_text(text_of)
+    forks = forkserver()
+    barrier, results = forks.Barrier(4), forks.Queue()
+    processes = [forks.Process(target=_upgrade, args=(str(tmp_path), empty_url, barrier, results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=90) for _ in processes] == ["done"] * 4
+    for process in processes:
+        process.join()
+    config = Config()
+    config.set_main_option("script_location", str(tmp_path))
+    config.set_main_option("sqlalchemy.url", empty_url)
+    with pytest.raises(RuntimeError, match="half way"):
+        command.upgrade(config, "3")
+    engine = create_engine(empty_url, poolclass=NullPool)
+    assert set(inspect(engine).get_table_names()) == {"alembic_version", "made_1", "made_2"}
 
 
 # -------------------------------------------------------------------------------------------------------------- deploys
@@ -207,7 +277,7 @@ def test_a_store_puts_its_file_into_wal_mode_and_readers_wait_for_no_writer(sqli
 
 
 def test_storage_parameters_are_the_hosts_own(empty_postgres_databases: Databases) -> None:
-    page = (Path(__file__).parent.parent / "docs" / "deploying.md").read_text()
+    page = (ROOT / "docs" / "deploying.md").read_text()
     settings = page.partition("```sql\n")[2].partition("```")[0]
     with empty_postgres_databases.fresh() as url:
         schema.upgrade(url)

@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool
 
+import mljobs.alembic_plugin  # noqa: F401 - Alembic before 1.18 finds no plugin by itself
 from mljobs import (
     AsyncJobStore,
     InvalidValueError,

@@ -71,6 +71,7 @@ def compare(context: Any, upgrade: Any, schemas: Iterable[str | None]) -> None:
             _repair(connection, upgrade, table, schema, name)
             _add_missing_overview(connection, upgrade, table, schema)
     _ignore_what_sqlite_has_not(connection, upgrade, context.sorted_tables)
+    _warn_of_what_sqlite_cannot_alter(context, upgrade)
 
 
 # ------------------------------------------------------------------------------------------------- what is not theirs
@@ -319,3 +320,16 @@ def _ignore_what_sqlite_has_not(connection: Connection, upgrade: Any, tables: It
         table_ops.ops[:] = [change for change in table_ops.ops if not is_none(change)]
         if not table_ops.ops:
             upgrade.ops.remove(table_ops)
+
+
+def _warn_of_what_sqlite_cannot_alter(context: Any, upgrade: Any) -> None:
+    """Warn of a revision that SQLite would leave half way, with what stands before it done."""
+    if context.connection.dialect.name != "sqlite" or context.opts.get("render_as_batch"):
+        return
+    for table_ops in [found for found in upgrade.ops if isinstance(found, ops.ModifyTableOps)]:
+        if any(isinstance(change, ops.CreateCheckConstraintOp) for change in table_ops.ops):
+            log.warning(
+                "SQLite cannot alter a CHECK, and this revision would stop half way at table %r: say render_as_batch=True "
+                "in context.configure of env.py, and make it anew",
+                table_ops.table_name,
+            )
