@@ -63,7 +63,6 @@ def create_app(
         ``app.mount("/jobs", create_app(store, authorize=lambda request: Access.ACT))``
     """
     site = Site(Backend(store, model, STATEMENT_SECONDS), authorize, title, secret)
-    site.kept = _overview.FinishedKept()
     post, read = ["POST"], ["GET"]
     app = Starlette(
         routes=[

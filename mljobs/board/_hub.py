@@ -27,6 +27,8 @@ from mljobs.jobs import Bind, JobSummary
 
 logger = logging.getLogger(__name__)
 
+AWAY = "~away"
+"""What a view says beside its fragments: why the database does not answer; empty while it does."""
 MOST_STREAMS = 500
 """How many streams one process serves; a page beyond them polls."""
 LOOK_EVERY = 1.0
@@ -165,7 +167,7 @@ class Hub:
 
     async def refresh(self, view: View) -> None:
         """Render a view now, for whoever comes first."""
-        view.put(await view.render())
+        view.put({AWAY: "", **await view.render()})
 
     async def follow(self, view: View, last: str) -> AsyncIterator[tuple[str, dict[str, str]]]:
         """Yield an id and the fragments that changed, each time some did; nothing but an id as a beat.
@@ -180,7 +182,7 @@ class Hub:
         self.streams += 1
         self._start()
         try:
-            while not self._ending():
+            while not self.ending:
                 changed = view.changed
                 fresh = view.since(number)
                 if fresh:
@@ -197,7 +199,7 @@ class Hub:
             self.streams -= 1
 
     async def _something(self, changed: asyncio.Event) -> None:
-        while not changed.is_set() and not self._ending():
+        while not changed.is_set() and not self.ending:
             try:
                 await asyncio.wait_for(changed.wait(), LOOK_EVERY)
             except TimeoutError:
@@ -208,7 +210,7 @@ class Hub:
             self._task = asyncio.get_running_loop().create_task(self._watch(), name="mljobs board")
 
     async def _watch(self) -> None:
-        while not self._ending():
+        while not self.ending:
             now = time.monotonic()
             for key, view in list(self.views.items()):
                 if not view.watchers and now - view.left > _LAST_VIEW_KEPT and view.left:
@@ -224,7 +226,9 @@ class Hub:
                 logger.exception("the board's look at the database failed; it looks again")
             for view in watched:
                 try:
-                    view.put(await view.render())
+                    view.put({AWAY: "", **await view.render()})
+                except (DatabaseAway, TooSlow) as error:
+                    view.put({AWAY: str(error)})
                 except Exception:
                     logger.exception("a view of the board could not be rendered")
             await asyncio.sleep(LOOK_EVERY)
@@ -240,7 +244,8 @@ class Hub:
         """End all streams."""
         self._stopped = True
 
-    def _ending(self) -> bool:
+    @property
+    def ending(self) -> bool:
         """Whether the server wants to end: uvicorn waits for open answers before it tells anybody."""
         server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
         return self._stopped or bool(getattr(server, "should_exit", False))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import time
+import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -13,64 +15,42 @@ from starlette.responses import Response
 
 from mljobs import jobs
 from mljobs._values import utc_now
+from mljobs.board._backend import DatabaseAway, TooSlow
 from mljobs.board._charts import columns, log_axis, log_ticks, spread
+from mljobs.board._finished import HOUR, FinishedKept
+from mljobs.board._html import Html
 from mljobs.board._now import columns_of
 from mljobs.board._site import Site
-from mljobs.jobs import Bind, Finished, KindDurations, Model, Spread
+from mljobs.jobs import Bind, Finished, KindDurations, Spread
+
+logger = logging.getLogger(__name__)
+_PAUSE = 0.03  # as long as the count before it takes: half of the time is for others
 
 
 @dataclass(frozen=True, slots=True)
 class Period:
     """A span that the overview shows, and how it is divided."""
 
+    name: str
     span: timedelta
     width: timedelta
     word: str
     shape: str
     every: int
 
+    def start(self, moment: datetime) -> datetime:
+        """Return when the first of its spans begins."""
+        epoch = datetime.fromtimestamp(0, moment.tzinfo)
+        return moment - (moment - epoch) % self.width - self.span + self.width
 
+
+_MINUTE = timedelta(minutes=1)
 PERIODS = {
-    "1h": Period(timedelta(hours=1), timedelta(minutes=1), "minute", "hm", 10),
-    "24h": Period(timedelta(hours=24), timedelta(hours=1), "hour", "hm", 3),
-    "7d": Period(timedelta(days=7), timedelta(hours=6), "six hours", "mdhm", 4),
-    "30d": Period(timedelta(days=30), timedelta(days=1), "day", "md", 4),
+    "1h": Period("1 h", HOUR, _MINUTE, "minute", "hm", 10),
+    "24h": Period("24 h", 24 * HOUR, HOUR, "hour", "hm", 3),
+    "7d": Period("7 d", 7 * 24 * HOUR, 6 * HOUR, "six hours", "mdhm", 4),
+    "30d": Period("30 d", 30 * 24 * HOUR, 24 * HOUR, "day", "md", 4),
 }
-
-
-class FinishedKept:
-    """What finished in spans of time that are over, which no longer changes: read once, not for every viewer."""
-
-    _FRESH = timedelta(minutes=10)
-    _SECONDS = 600.0
-
-    def __init__(self) -> None:
-        self._kept: dict[timedelta, tuple[float, dict[datetime, list[Finished]]]] = {}
-
-    def read(self, bind: Bind, width: timedelta, since: datetime, model: Model) -> list[Finished]:
-        """Return what finished since, by spans; only what is not known yet is read."""
-        made, known = self._kept.get(width, (0.0, {}))
-        now = utc_now()
-        if time.monotonic() - made > self._SECONDS:
-            made, known = time.monotonic(), {}
-        from_here = since
-        while from_here in known:
-            from_here += width
-        found = jobs.finished_per(bind, width, since=from_here, model=model)
-        fresh: dict[datetime, list[Finished]] = {}
-        for one in found:
-            fresh.setdefault(one.start, []).append(one)
-        start = from_here
-        while start + width < now - self._FRESH:
-            known[start] = fresh.get(start, [])
-            start += width
-        self._kept[width] = made, known
-        return [
-            one
-            for start in sorted(known.keys() | fresh)
-            if start >= since
-            for one in fresh.get(start, known.get(start, []))
-        ]
 
 
 async def overview(request: Request) -> Response:
@@ -79,45 +59,37 @@ async def overview(request: Request) -> Response:
     viewer = await site.viewer(request)
     model = site.backend.model
     chosen = request.query_params.get("span", "24h")
-    period = PERIODS.get(chosen, PERIODS["24h"])
-    moment = utc_now()
-    start = _floor(moment, period.width) - period.span + period.width
-    kept: FinishedKept = site.kept
+    chosen = chosen if chosen in PERIODS else "24h"
+    period, moment = PERIODS[chosen], utc_now()
 
     def read(bind: Bind) -> dict[str, Any]:
         return {
-            "finished": kept.read(bind, period.width, start, model),
+            "finished": _finished(bind, site, period, moment),
             "durations": jobs.durations(bind, since=moment - period.span, model=model),
             "reasons": jobs.failure_reasons(bind, since=moment - period.span, model=model),
         }
 
     found = await site.backend.read(read)
     snapshot = await site.hub.snapshot(oldest=5)
-    data = columns_of(found["finished"], start, period.width, round(period.span / period.width))
-    totals = {name: sum(getattr(one, name) for one in data) for name in ("completed", "failed", "cancelled")}
-    label = (
-        f"Jobs finished in each {period.word}, by outcome: {totals['completed']} completed, {totals['failed']} failed"
-    )
-    svg = columns(
-        data, height=150, every=period.every, shape=period.shape, label=label, gap=0.6 if len(data) < 40 else 0.35
-    )
+    html, whole = finished_part(site, period, moment, found["finished"])
+    if not whole:
+        count_beside(site)
     return site.page(
         request,
         viewer,
         "overview.html",
         here="overview",
         heading="Overview",
+        stream="" if whole else viewer.url("events", view="overview", span=chosen),
         read_only=await site.why_read_only(viewer),
-        span=chosen if chosen in PERIODS else "24h",
-        spans=list(PERIODS),
+        span=chosen,
+        spans=PERIODS,
         period=period,
-        chart=svg if sum(totals.values()) else None,
-        totals=totals,
+        finished=Html(html),
         moment=moment,
         complete=found["durations"].complete,
         ran=_spreads(found["durations"].kinds, "ran"),
         waited=_spreads(found["durations"].kinds, "waited"),
-        shares={kind.kind: kind.failed for kind in found["durations"].kinds},
         reasons=found["reasons"].reasons[:12],
         reasons_complete=found["reasons"].complete,
         failures=sum(reason.jobs for reason in found["reasons"].reasons),
@@ -126,9 +98,61 @@ async def overview(request: Request) -> Response:
     )
 
 
-def _floor(moment: datetime, width: timedelta) -> datetime:
-    epoch = datetime.fromtimestamp(0, moment.tzinfo)
-    return moment - (moment - epoch) % width
+def _finished(bind: Bind, site: Site, period: Period, moment: datetime) -> list[Finished]:
+    """Return what finished in a period, as far as it is counted."""
+    start, model = period.start(moment), site.backend.model
+    if period.width < HOUR:
+        return jobs.finished_per(bind, period.width, since=start, model=model)
+    site.finished.count(bind, start, model)
+    return site.finished.per(period.width, start)
+
+
+def finished_part(site: Site, period: Period, moment: datetime, found: Sequence[Finished]) -> tuple[str, bool]:
+    """Return the section of what finished when, and whether all of it is counted."""
+    start = period.start(moment)
+    counted = site.finished.counted_from(start) if period.width >= HOUR else start
+    data = columns_of(found, start, period.width, round(period.span / period.width))
+    totals = {name: sum(getattr(one, name) for one in data) for name in ("completed", "failed", "cancelled")}
+    label = (
+        f"Jobs finished in each {period.word}, by outcome: {totals['completed']} completed, {totals['failed']} failed"
+    )
+    svg = columns(
+        data, height=150, every=period.every, shape=period.shape, label=label, gap=0.6 if len(data) < 40 else 0.35
+    )
+    values = {
+        "period": period, "chart": svg if sum(totals.values()) else None, "totals": totals,
+        "counted": None if counted == start else counted,
+    }  # fmt: skip
+    return site.render("overview_finished.html", values), counted == start
+
+
+async def render_overview(site: Site, period: Period) -> dict[str, str]:
+    """Return the section of what finished when, as far as it is counted now."""
+    moment = utc_now()
+    found = await site.backend.read(partial(_finished, site=site, period=period, moment=moment))
+    html, whole = finished_part(site, period, moment, found)
+    if not whole:
+        count_beside(site)
+    return {"finished": html}
+
+
+def count_beside(site: Site) -> None:
+    """Count what no page has counted yet, unless that is being done."""
+    if site.counting is None or site.counting.done():
+        site.counting = asyncio.get_running_loop().create_task(_count(site), name="mljobs board, finished jobs")
+
+
+async def _count(site: Site) -> None:
+    kept: FinishedKept = site.finished
+    since = PERIODS["30d"].start(utc_now())
+    try:
+        while kept.counted_from(since) != since and not site.hub.ending:
+            await site.backend.read(partial(kept.count, since=since, model=site.backend.model))
+            await asyncio.sleep(_PAUSE)
+    except (DatabaseAway, TooSlow):
+        pass  # the next page that wants it counts on
+    except Exception:
+        logger.exception("the finished jobs of the last weeks could not be counted")
 
 
 def _spreads(kinds: Sequence[KindDurations], which: str) -> dict[str, Any]:

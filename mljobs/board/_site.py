@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from mljobs._values import utc_now
 from mljobs.board._access import Access, Authorize, Tokens, access_of
 from mljobs.board._backend import Backend
 from mljobs.board._charts import cell
+from mljobs.board._finished import FinishedKept
 from mljobs.board._format import ago, clock, duration, iso, literal, short, short_id, size, when
 from mljobs.board._html import shown, verbatim
 from mljobs.board._hub import Hub
@@ -125,7 +127,8 @@ class Site:
         self.name = name
         self.tokens = Tokens(secret)
         self.version = version()
-        self.kept: Any = None
+        self.finished = FinishedKept()
+        self.counting: asyncio.Task[None] | None = None
         self._read_only: tuple[datetime, str | None] | None = None
 
     @property

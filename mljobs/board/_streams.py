@@ -20,6 +20,7 @@ from mljobs._values import to_job_id, utc_now
 from mljobs.board import _pages
 from mljobs.board._format import iso
 from mljobs.board._hub import MOST_STREAMS, View
+from mljobs.board._overview import PERIODS, render_overview
 from mljobs.board._query import MOST_TEXT
 from mljobs.board._site import Links, Site
 from mljobs.errors import InvalidValueError
@@ -85,6 +86,9 @@ def _view_of(request: Request, site: Site, url: Links) -> View:
         except InvalidValueError as error:
             raise HTTPException(404) from error
         return site.hub.view(("job", url.root, job_id), partial(_pages.render_job, site, url, job_id))
+    if name == "overview" and query.get("span") in PERIODS:
+        span = query["span"]
+        return site.hub.view(("overview", span), partial(render_overview, site, PERIODS[span]))
     if name == "jobs":
         text = query.get("q", "")[:MOST_TEXT]
         found, problems = Filter.read(text, site.backend.model)
