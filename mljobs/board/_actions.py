@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qs
 from uuid import UUID
@@ -15,16 +16,20 @@ from starlette.responses import RedirectResponse, Response
 from mljobs import jobs
 from mljobs._values import from_millis, to_job_id, to_millis, utc_now
 from mljobs.board._access import Access, check_same_origin
+from mljobs.board._query import MOST_TEXT
 from mljobs.board._site import THEME, Site, Viewer
-from mljobs.errors import InvalidValueError, MlJobsError
-from mljobs.jobs import Bind, Filter, JobSummary
-from mljobs.states import ACTIVE, MlJobStatus
+from mljobs.errors import InvalidValueError
+from mljobs.jobs import Action, Batch, Bind, Filter, JobSummary
+from mljobs.jobs._bulk import changed_by
+from mljobs.jobs._filters import Selection
+from mljobs.states import MlJobStatus
 
 BODY_MOST = 65_536
 """Bytes of a form."""
 MOST_AT_ONCE = 10_000
 _BATCH = 200
 _SHOWN = 5
+_DIGITS = 16
 
 
 class Form:
@@ -151,7 +156,7 @@ async def rescue(request: Request) -> Response:
     ]
     lines = [(number, word) for word, number in found if number]
     return site.page(
-        request, viewer, "done.html", here="now", heading="Rescue", lines=lines, errors=[], back=viewer.url("")
+        request, viewer, "done.html", here="now", heading="Rescue", lines=lines, errors=[], note="", back=viewer.url("")
     )
 
 
@@ -163,96 +168,66 @@ class Plan:
     """What an action on many jobs would do.
 
     Attributes:
-        act: The jobs that it is for.
+        number: How many jobs it is for.
+        running: How many of them run.
+        first: Some of them, the newest first.
         left: How many are left alone, and why.
-        more: Whether there are more than it takes at once.
+        complete: Whether all jobs were counted, not only the latest 100,000.
     """
 
-    act: list[JobSummary]
+    number: int
+    running: int
+    first: Sequence[JobSummary]
     left: dict[str, int]
-    more: bool
+    complete: bool
 
 
-def _plan(bind: Bind, model: Any, what: str, ids: Sequence[UUID] | None, asked: Filter) -> Plan:
-    more = False
-    if ids is None:
-        page = jobs.summaries(bind, asked, limit=MOST_AT_ONCE, text=0, model=model)
-        found, more = list(page.jobs), page.cursor is not None
-    else:
-        found = jobs.summaries_of(bind, ids, text=0, model=model)
-    left: dict[str, int] = {}
-    act = []
-    retried = _retried(bind, model, [job.id for job in found]) if what == "retry" else {}
-    for job in found:
-        reason = _why_not(job, what, retried.get(job.id))
-        if reason is None:
-            act.append(job)
-        else:
-            left[reason] = left.get(reason, 0) + 1
-    return Plan(act, left, more)
+def _plan(bind: Bind, model: Any, what: Action, asked: Filter) -> Plan:
+    counted = jobs.counts(bind, asked, model=model)
+    changed = jobs.affected(bind, what, asked, exact=False, model=model)
+    chosen = changed_by(what, Selection(asked, (), model))
+    first = jobs.summaries(bind, chosen.filter, where=chosen.where, limit=_SHOWN, text=0, model=model).jobs
+    number = changed.total()
+    at_work = counted.total(status=MlJobStatus.QUEUED) + counted.total(status=MlJobStatus.RUNNING)
+    completed = counted.total(status=MlJobStatus.COMPLETED) - changed.total(status=MlJobStatus.COMPLETED)
+    left = (
+        {"have finished and cannot be cancelled": counted.total() - at_work}
+        if what == "cancel"
+        else {
+            "have not finished": at_work,
+            "completed": completed,
+            "have been retried": counted.total() - at_work - completed - number,
+        }
+    )
+    running = changed.total(status=MlJobStatus.RUNNING)
+    return Plan(number, running, first, {why: found for why, found in left.items() if found > 0}, changed.complete)
 
 
-def _retried(bind: Bind, model: Any, ids: Sequence[UUID]) -> dict[UUID, str]:
-    """Return of each job that has been retried what became of that."""
-    found: dict[UUID, str] = {}
-    for at in range(0, len(ids), _BATCH):
-        for job_id, chain in jobs.chains(bind, ids[at : at + _BATCH], model=model).items():
-            later = [
-                job
-                for job in chain
-                if job.retry_of is not None and job.id != job_id and job.created_at >= chain[0].created_at
-            ]
-            mine = [job for job in later if _follows(job, job_id, chain)]
-            if any(job.status in ACTIVE for job in mine):
-                found[job_id] = "have been retried, and that retry is queued or running"
-            elif any(job.status is MlJobStatus.COMPLETED for job in mine):
-                found[job_id] = "completed at a later try"
-            elif mine:
-                found[job_id] = "have been retried; the last record of the work is the one to retry"
-    return found
-
-
-def _follows(job: JobSummary, job_id: UUID, chain: Sequence[JobSummary]) -> bool:
-    by_id = {one.id: one for one in chain}
-    seen = set()
-    while job.retry_of is not None and job.id not in seen:
-        if job.retry_of == job_id:
-            return True
-        seen.add(job.id)
-        if job.retry_of not in by_id:
-            return False
-        job = by_id[job.retry_of]
-    return False
-
-
-def _why_not(job: JobSummary, what: str, retried: str | None) -> str | None:
-    if what == "cancel":
-        return "have finished and cannot be cancelled" if job.status.is_terminal else None
-    if not job.status.is_terminal:
-        return "have not finished"
-    if job.status is MlJobStatus.COMPLETED:
-        return "completed"
-    return retried
-
-
-def _what(form: Form) -> tuple[str, Access]:
+def _what(form: Form) -> tuple[Action, Access]:
     what = form.one("do")
-    if what not in ("cancel", "retry"):
-        raise HTTPException(422, "Cancel or retry?")
-    return what, Access.CANCEL if what == "cancel" else Access.RETRY
+    if what == "cancel":
+        return "cancel", Access.CANCEL
+    if what == "retry":
+        return "retry", Access.RETRY
+    raise HTTPException(422, "Cancel or retry?")
 
 
 def _asked(form: Form, site: Site) -> tuple[list[UUID] | None, Filter, int]:
-    """Return the picked jobs, or None and a filter for all that were there when it was previewed."""
+    """Return the picked jobs, or None; what means them, or all that were there when it was previewed; and when that was."""
     as_of = form.one("as_of")
-    moment = int(as_of) if as_of.isdecimal() and len(as_of) < 16 else to_millis(utc_now())
+    moment = int(as_of) if as_of.isascii() and as_of.isdigit() and len(as_of) < _DIGITS else to_millis(utc_now())
     if form.one("scope") != "all":
         ids = form.job_ids()
         if not ids:
             raise HTTPException(422, "No job was selected.")
-        return ids, Filter(), moment
-    asked = Filter.parse(form.one("q")[:2_000], site.backend.model)
+        return ids, _any_of(ids), moment
+    asked = Filter.parse(form.one("q")[:MOST_TEXT], site.backend.model)
     return None, asked & Filter(created_before=from_millis(moment + 1)), moment
+
+
+def _any_of(ids: Sequence[UUID]) -> Filter:
+    (first, *others) = (Filter(id=job_id).terms[0] for job_id in ids)
+    return Filter(replace(first, values=(*first.values, *(value for term in others for value in term.values))))
 
 
 async def preview(request: Request) -> Response:
@@ -263,59 +238,55 @@ async def preview(request: Request) -> Response:
         raise HTTPException(403, "You may not do this.")
     ids, asked, moment = _asked(form, site)
     model = site.backend.model
-    plan = await site.backend.read(lambda bind: _plan(bind, model, what, ids, asked))
+    plan = await site.backend.read(lambda bind: _plan(bind, model, what, asked))
+    about = "" if plan.complete else "about "
     return site.page(
         request,
         viewer,
         "bulk.html",
         here="jobs",
-        heading=f"{what.capitalize()} {len(plan.act):,} jobs?",
+        heading=f"{what.capitalize()} {about}{plan.number:,} {'job' if plan.number == 1 else 'jobs'}?",
         what=what,
         plan=plan,
-        first=plan.act[:_SHOWN],
-        running=sum(job.status is MlJobStatus.RUNNING for job in plan.act),
         ids=ids,
-        q=form.one("q")[:2_000],
+        q=form.one("q")[:MOST_TEXT],
         as_of=moment,
         as_of_time=from_millis(moment),
+        most=MOST_AT_ONCE,
     )
 
 
 async def bulk(request: Request) -> Response:
-    """Do it, some hundred at a time; what has changed meanwhile is left alone."""
+    """Do it, some hundred at a time, the oldest first; what has changed meanwhile is left alone."""
     site, viewer, form = await _form(request, Access.READ)
     what, wanted = _what(form)
     if not viewer.access.may(wanted):
         raise HTTPException(403, "You may not do this.")
-    ids, asked, _ = _asked(form, site)
-    model, unless = site.backend.model, form.one("unless_active") == "1"
-    plan = await site.backend.read(lambda bind: _plan(bind, model, what, ids, asked))
-    done, errors = 0, []
-    for at in range(0, len(plan.act), _BATCH):
-        part = [job.id for job in plan.act[at : at + _BATCH]]
-        number, failed = await site.backend.write(_each(part, what, unless, model))
-        done += number
-        errors += failed
-    word = "cancelled" if what == "cancel" else "queued again, each as a new record"
-    lines = [(done, word), *((number, reason) for reason, number in plan.left.items())]
-    back = viewer.url("jobs", q=form.one("q")[:2_000])
+    _, asked, _ = _asked(form, site)
+    options: dict[str, Any] = {"batch": _BATCH, "model": site.backend.model}
+    act: Callable[..., Batch] = jobs.cancel_batch
+    if what == "retry":
+        act, options = jobs.retry_batch, {**options, "unless_active": form.one("unless_active") == "1"}
+    done, errors, after = 0, list[str](), None
+    while True:
+        batch = await site.backend.write(partial(act, filter=asked, after=after, **options))
+        done += len(batch.jobs)
+        errors += map(str, batch.errors.values())
+        after = batch.cursor
+        if after is None or done >= MOST_AT_ONCE:
+            break
+    lines = [(done, "cancelled" if what == "cancel" else "queued again, each as a new record")]
+    if errors:
+        lines.append((len(errors), "could not be changed"))
+    note = f"These were the oldest {MOST_AT_ONCE:,}; do it again for the others." if after is not None else ""
     return site.page(
-        request, viewer, "done.html", here="jobs", heading=what.capitalize(), lines=lines, errors=errors[:20], back=back
+        request,
+        viewer,
+        "done.html",
+        here="jobs",
+        heading=what.capitalize(),
+        lines=lines,
+        errors=errors[:20],
+        note=note,
+        back=viewer.url("jobs", q=form.one("q")[:MOST_TEXT]),
     )
-
-
-def _each(ids: Sequence[UUID], what: str, unless: bool, model: Any) -> Callable[[Bind], tuple[int, list[str]]]:  # noqa: FBT001
-    def work(bind: Bind) -> tuple[int, list[str]]:
-        done, errors = 0, []
-        for job_id in ids:
-            try:
-                if what == "cancel":
-                    done += jobs.cancel(bind, job_id, model=model)
-                else:
-                    jobs.retry(bind, job_id, unless_active=unless, model=model)
-                    done += 1
-            except MlJobsError as error:
-                errors.append(str(error))
-        return done, errors
-
-    return work

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -262,28 +263,18 @@ async def retried(request: Request) -> Response:
 async def stats(request: Request) -> Response:
     """Return how many jobs there are, what waits, and how long jobs take and wait, by kind."""
     site, _ = await _viewer(request)
-    model, since = site.backend.model, utc_now() - timedelta(hours=_number(request, "hours", 24, 720))
+    model, over = site.backend.model, timedelta(hours=_number(request, "hours", 24, 720))
 
-    def read(bind: Bind) -> dict[str, Any]:
-        counts, queue = jobs.counts(bind, model=model), jobs.queue_depths(bind, model=model)
-        spread = jobs.durations(bind, since=since, model=model)
-        kinds: dict[str, Any] = {}
-        for (kind, status), number in counts.items():
-            kinds.setdefault(str(kind), {"counts": {}})["counts"][str(status)] = number
-        for depth in queue.kinds:
-            kinds[depth.kind]["queue"] = {
-                "ready": depth.ready, "delayed": depth.delayed, "held": depth.held,
-                "oldest": iso(depth.oldest) if depth.oldest else None,
-            }  # fmt: skip
-        for one in spread.kinds:
-            kinds[one.kind] |= {"ran": _spread(one.ran), "waited": _spread(one.waited), "failed_share": one.failed}
-        return {"exact": counts.exact, "complete": spread.complete and queue.complete, "kinds": kinds}
+    def read(bind: Bind) -> tuple[jobs.Stats, jobs.Counts]:
+        return jobs.stats(bind, over=over, model=model), jobs.counts(bind, model=model)
 
-    return _answer(await site.backend.read(read))
-
-
-def _spread(one: jobs.Spread | None) -> dict[str, Any] | None:
-    return None if one is None else {"p50": one.p50, "p95": one.p95, "p99": one.p99, "jobs": one.jobs}
+    found, counts = await site.backend.read(read)
+    kinds: dict[str, dict[str, Any]] = {str(kind): {"counts": {}} for kind in model.__kinds__}
+    for (kind, status), number in counts.items():
+        kinds.setdefault(str(kind), {"counts": {}})["counts"][str(status)] = number
+    for one in found.kinds:
+        kinds.setdefault(one.kind, {"counts": {}}).update({**asdict(one), "oldest": _moment(one.oldest)})
+    return _answer({"since": iso(found.since), "exact": counts.exact, "complete": found.complete, "kinds": kinds})
 
 
 async def workers(request: Request) -> Response:

@@ -54,6 +54,7 @@ def affected(
     filter: Filter | str | None = None,  # noqa: A002 - as users say it
     *,
     where: Where | None = None,
+    exact: bool = True,
     model: Model = MlJob,
     **fields: Unpack[Filters],
 ) -> Counts:
@@ -64,11 +65,12 @@ def affected(
         action: ``"cancel"`` or ``"retry"``.
         filter: A :class:`~mljobs.Filter`, or its text.
         where: SQLAlchemy expressions of one's own beside it.
+        exact: Count everything, however long it takes; otherwise as ``counts`` does.
         model: The mapped job class.
         **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
     """
-    chosen = _can(action, selection(model, filter, where, fields))
-    return counts(session, chosen.filter, where=chosen.where, exact=True, model=model)
+    chosen = changed_by(action, selection(model, filter, where, fields))
+    return counts(session, chosen.filter, where=chosen.where, exact=exact, model=model)
 
 
 def cancel_batch(
@@ -109,6 +111,7 @@ def retry_batch(
     everything: bool = False,
     batch: int = BATCH,
     after: str | None = None,
+    unless_active: bool = False,
     model: Model = MlJob,
     **fields: Unpack[Filters],
 ) -> Batch:
@@ -123,6 +126,7 @@ def retry_batch(
         everything: Say so where there is no filter at all.
         batch: How many at most, 1 to 10,000.
         after: The ``cursor`` of the batch before.
+        unless_active: Leave out those of whose kind and target a job is queued or running.
         model: The mapped job class.
         **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
 
@@ -130,17 +134,22 @@ def retry_batch(
         InvalidValueError: No filter, and ``everything`` was not said.
     """
     chosen = _meant("retry", selection(model, filter, where, fields), everything=everything)
-    return _each(session, chosen, batch, after, lambda job_id: retry(session, job_id, again=True, model=model))
+
+    def act(job_id: UUID) -> bool:
+        again = retry(session, job_id, again=True, unless_active=unless_active, model=model)
+        return bool(again.retry_of == job_id)  # otherwise another job is at work
+
+    return _each(session, chosen, batch, after, act)
 
 
 def _meant(action: Action, chosen: Selection, *, everything: bool) -> Selection:
     whole_table_of(chosen.model)
     if not chosen and not everything:
         raise InvalidValueError("filter", None, f"without one this would {action} all jobs: say everything=True")
-    return _can(action, chosen)
+    return changed_by(action, chosen)
 
 
-def _can(action: Action, chosen: Selection) -> Selection:
+def changed_by(action: Action, chosen: Selection) -> Selection:
     """Return the selection with what the action needs: a state that allows it, no retry yet."""
     if action == "cancel":
         return Selection(chosen.filter & Filter(status=ACTIVE), chosen.where, chosen.model)
