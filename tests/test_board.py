@@ -384,3 +384,55 @@ def test_a_read_only_database_offers_nothing_that_changes(
     assert "Read only: the database is a replica." in html
     assert 'class="pick"' not in html
     assert "Retry" not in client(store).get(f"/jobs/{made.failed.id}").text
+
+
+def test_a_list_is_sorted_by_creation_or_by_end_both_ways_and_pages_keep_the_order(store: JobStore) -> None:
+    for number in range(5):
+        ended(store, "completed", ago=100 * (number * 3 % 5 + 1), took=1000 - 200 * number)
+    store.submit("train", "waits")
+    board = client(store)
+    for sort, key, last in (
+        ("newest", "created_at", True),
+        ("oldest", "created_at", False),
+        ("last_finished", "finished_at", True),
+        ("first_finished", "finished_at", False),
+    ):
+        jobs = [job for job in store.find() if getattr(job, key) is not None]
+        expected = [str(job.id) for job in sorted(jobs, key=lambda job: getattr(job, key), reverse=last)]
+        seen: list[str] = []
+        path = f"/jobs?sort={sort}&limit=2"
+        for _ in range(3):
+            html = board.get(path).text
+            seen += re.findall(r'<tr id="j-([0-9a-f-]{36})"', html)
+            found = re.search(r'rel="next" href="([^"]+)"', html)
+            path = found[1].replace("&amp;", "&") if found else path
+        assert seen == expected, sort
+        assert f'aria-sort="{"descending" if last else "ascending"}"' in html
+        back = re.search(r'rel="prev" href="([^"]+)"', html)
+        assert back is not None
+        earlier = re.findall(r'<tr id="j-([0-9a-f-]{36})"', board.get(back[1].replace("&amp;", "&")).text)
+        assert earlier == expected[2:4]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (1e16, 1e16 + 2),
+        (1e308, -1e308),
+        (5e-324, 0.0),
+        (1e-300, 2e-300),
+        (0.0, 0.0),
+        (1e149, -1e149),
+        (2**80, 2**80 + 1),
+    ],
+    ids=str,
+)
+def test_charts_of_the_strangest_numbers_are_drawn_or_left_out(sqlite_url: str, values: tuple[float, float]) -> None:
+    with JobStore(sqlite_url) as store:
+        jobs = [ended(store, "completed", ago=n + 1, spec={"p": v}, metrics={"f1": v}) for n, v in enumerate(values)]
+        board = client(store)
+        ids = "&".join(f"id={job.id}" for job in jobs)
+        for path in ("/target?name=spam", f"/compare?{ids}", f"/api/compare?{ids}", "/api/target?name=spam"):
+            answer = board.get(path)
+            assert answer.status_code == 200, path
+            assert not re.search(r'="-?(?:nan|inf)', answer.text), path

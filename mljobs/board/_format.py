@@ -18,6 +18,7 @@ _ITEMS_SHOWN = 200
 _NODES_SHOWN = 2_000
 _TEXT_SHOWN = 2_000
 _DEPTH_SHOWN = 12
+_BEYOND_AXES = 1e150  # differences of such numbers are still numbers
 
 
 def duration(seconds: float | timedelta | None) -> str:
@@ -146,14 +147,14 @@ def parsed(text: str | None) -> Any:
 
 
 def numeric(value: Any) -> float | None:
-    """Return the value of a parsed number; None for anything else, and for what a double cannot hold."""
+    """Return the value of a parsed number; None for anything else, and for one that no axis can hold."""
     if not isinstance(value, Numeral):
         return None
     try:
         found = float(value)
     except ValueError:
         return None
-    return found if found - found == 0 else None
+    return found if abs(found) < _BEYOND_AXES else None
 
 
 def literal(value: Any) -> str:

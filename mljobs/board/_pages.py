@@ -204,7 +204,7 @@ async def listing(request: Request) -> Response:
     found = await site.backend.read(read)
     moment = utc_now()
     page: jobs.SummaryPage = found["page"]
-    in_order = page.jobs if asked.order == "newest" else page.jobs[::-1]
+    in_order = page.jobs if asked.order == asked.sort else page.jobs[::-1]
     keys = differing(in_order)
     rows = [
         job_row(job, found["chains"].get(job.id, [job]), [*asked.spec_keys, *keys.get(job.target_name, ())], moment)
@@ -215,7 +215,7 @@ async def listing(request: Request) -> Response:
         viewer,
         "jobs.html",
         stream=viewer.url("events", view="jobs", q=str(asked.filter), since=_newest(in_order))
-        if not asked.after
+        if not asked.after and asked.sort == "newest"
         else "",
         rows=rows,
         tabs=asked.tabs(found["counts"]),

@@ -14,6 +14,7 @@ from mljobs.board._html import Html
 from mljobs.jobs import JobSummary
 
 _BEYOND_FIGURES = 1e6
+_LINES_MOST = 20
 
 
 # ------------------------------------------------------------------------------------------------------------- gantt
@@ -123,20 +124,7 @@ def target_chart(points: Sequence[Point], metric: str, *, lower: bool, begin: da
     def y(value: float) -> float:
         return (height - 22) * (1 - (value - low) / (high - low))
 
-    parts = []
-    step = nice(high - low)[1]
-    line = math.ceil(low / step) * step
-    digits = max(0, -math.floor(math.log10(step)))
-    while line <= high:
-        parts.append(
-            Html(
-                '<line class="grid" x1="0" x2="100%" y1="{0:.0f}.5" y2="{0:.0f}.5"/>'
-                '<text class="e" x="-6" y="{1:.0f}">{2}</text>'
-            ).format(
-                y(line), y(line) + 4, f"{line:.{min(digits, 6)}f}" if abs(line) < _BEYOND_FIGURES else number(line)
-            )
-        )
-        line += step
+    parts = _value_lines(low, high, y)
     best = best_of(points, lower=lower)
     path = "".join(
         (
@@ -157,7 +145,34 @@ def target_chart(points: Sequence[Point], metric: str, *, lower: bool, begin: da
         for point in points
     ]
     parts.append(_best_mark(best[-1], metric, x(best[-1].at), y(best[-1].value or 0)))
-    parts.append(Html('<line class="axis" x1="0" x2="100%" y1="{0}.5" y2="{0}.5"/>').format(height))
+    parts += _time_axis(begin, end, x, height)
+    label = f"{metric} of {len(values)} runs, from {number(values[0])} to a best of {number(best[-1].value or 0)}"
+    return Html('<svg class="plot" height="{}" role="group" aria-label="{}">{}</svg>').format(
+        height, label, join(parts)
+    )
+
+
+def _value_lines(low: float, high: float, y: Callable[[float], float]) -> list[Html]:
+    """Return a line at each round value, with its figure."""
+    step = nice(high - low)[1]
+    digits = max(0, -math.floor(math.log10(step)))
+    first = math.ceil(low / step)
+    parts = []
+    for at in range(first, min(math.floor(high / step), first + _LINES_MOST) + 1):
+        value = at * step
+        shown = f"{value:.{min(digits, 6)}f}" if abs(value) < _BEYOND_FIGURES else number(value)
+        parts.append(
+            Html(
+                '<line class="grid" x1="0" x2="100%" y1="{0:.0f}.5" y2="{0:.0f}.5"/>'
+                '<text class="e" x="-6" y="{1:.0f}">{2}</text>'
+            ).format(y(value), y(value) + 4, shown)
+        )
+    return parts
+
+
+def _time_axis(begin: datetime, end: datetime, x: Callable[[datetime], float], height: int) -> list[Html]:
+    """Return the axis of time with its ticks."""
+    parts = [Html('<line class="axis" x1="0" x2="100%" y1="{0}.5" y2="{0}.5"/>').format(height)]
     shape = "hm" if end - begin < timedelta(days=2) else "md"
     for tick in _day_ticks(begin, end):
         place = x(tick)
@@ -168,10 +183,7 @@ def target_chart(points: Sequence[Point], metric: str, *, lower: bool, begin: da
                 '<text class="{3}" x="{0:.2f}%" y="{4}" data-t="{5}" data-f="{6}">{7}</text>'
             ).format(place, height, height + 4, anchor, height + 18, iso(tick), shape, clock(tick, shape))
         )
-    label = f"{metric} of {len(values)} runs, from {number(values[0])} to a best of {number(best[-1].value or 0)}"
-    return Html('<svg class="plot" height="{}" role="group" aria-label="{}">{}</svg>').format(
-        height, label, join(parts)
-    )
+    return parts
 
 
 def _mark_of(point: Point, metric: str, x: float, y: float | None, height: int) -> Html:
@@ -276,28 +288,8 @@ def parallel(axes: Sequence[Axis], runs: Sequence[UUID], names: Mapping[UUID, st
     """
     height, pitch, inset = 240, 3.0, 16
     inner = height - 2 * inset
-    parts, lines = [], []
-    for at, one in enumerate(axes):
-        x = 100 * at / (len(axes) - 1)
-        anchor = "" if at == 0 else "e" if at == len(axes) - 1 else "c"
-        full = one.name
-        name = full if len(full) <= 14 else f"…{full[-13:]}"
-        parts.append(
-            Html(
-                '<line class="axis" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="{1}"/>'
-                '<text class="t1 {2}" x="{0:.2f}%" y="-24">{3}<title>{4}</title></text>'
-                '<text class="{2}" x="{0:.2f}%" y="-8">{5}</text><text class="{2}" x="{0:.2f}%" y="{6}">{7}</text>'
-            ).format(
-                x,
-                height,
-                anchor,
-                f"{name} (log)" if one.note == "log" else name,
-                full,
-                one.high,
-                height + 16,
-                one.low,
-            )
-        )
+    parts = [_axis_of(one, 100 * at / (len(axes) - 1), height) for at, one in enumerate(axes)]
+    lines = []
     offsets = _apart(axes, runs, pitch)
     for rank in range(len(runs) - 1, -1, -1):
         run = runs[rank]
@@ -327,6 +319,19 @@ def parallel(axes: Sequence[Axis], runs: Sequence[UUID], names: Mapping[UUID, st
         '<svg class="plot" height="{0}" role="img" aria-label="{1}">{2}'
         '<svg class="runs" viewBox="0 0 1000 {0}" width="100%" height="{0}" preserveAspectRatio="none">{3}</svg>{4}</svg>'
     ).format(height, label, join(parts), join(lines), join(dots))
+
+
+def _axis_of(one: Axis, x: float, height: int) -> Html:
+    """Return an axis of parallel coordinates with its name and ends."""
+    anchor = "c" if 0 < x < 100 else "e" if x else ""
+    name = one.name if len(one.name) <= 14 else f"…{one.name[-13:]}"
+    return Html(
+        '<line class="axis" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="{1}"/>'
+        '<text class="t1 {2}" x="{0:.2f}%" y="-24">{3}<title>{4}</title></text>'
+        '<text class="{2}" x="{0:.2f}%" y="-8">{5}</text><text class="{2}" x="{0:.2f}%" y="{6}">{7}</text>'
+    ).format(
+        x, height, anchor, f"{name} (log)" if one.note == "log" else name, one.name, one.high, height + 16, one.low
+    )
 
 
 def _apart(axes: Sequence[Axis], runs: Sequence[UUID], pitch: float) -> list[dict[UUID, float]]:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from starlette.requests import Request
 
 from mljobs.errors import FilterError
 from mljobs.jobs import Counts, Filter, FilterTerm, JobSummary, Model, SummaryPage, cursor_of
+from mljobs.jobs._paging import ORDERS, Order
 from mljobs.states import TERMINAL, MlJobStatus
 
 MOST_TEXT = 2_000
 """Characters of a filter."""
 PAGE = 50
 _MOST = 200
+_BACK: Mapping[Order, Order] = {
+    "newest": "oldest", "oldest": "newest", "last_finished": "first_finished", "first_finished": "last_finished"
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,26 @@ class Tab:
 
 
 @dataclass(frozen=True, slots=True)
+class Sort:
+    """A column that a list can be sorted by."""
+
+    name: str
+    down: Order
+    up: Order
+    current: Order
+
+    @property
+    def aria(self) -> str:
+        """How the list is sorted by it, as it is said to a screen reader."""
+        return {self.down: "descending", self.up: "ascending"}.get(self.current, "none")
+
+    @property
+    def next(self) -> Order:
+        """The order that a click leads to."""
+        return self.up if self.current == self.down else self.down
+
+
+@dataclass(frozen=True, slots=True)
 class Asked:
     """What was asked.
 
@@ -37,7 +61,8 @@ class Asked:
         filter: What was understood.
         problems: What was not.
         after: Where the page starts.
-        order: ``"oldest"`` for a page before another.
+        sort: In which order the rows stand.
+        order: In which they are read: backwards for a page before another.
         limit: How many rows.
     """
 
@@ -45,7 +70,8 @@ class Asked:
     filter: Filter
     problems: list[FilterError]
     after: str | None
-    order: Literal["newest", "oldest"]
+    sort: Order
+    order: Order
     limit: int
 
     @classmethod
@@ -59,7 +85,25 @@ class Asked:
             limit = max(1, min(_MOST, int(query.get("limit", PAGE))))
         except ValueError:
             limit = PAGE
-        return cls(text, found, problems, before or query.get("after"), "oldest" if before else "newest", limit)
+        sort: Order = next((order for order in ORDERS if order == query.get("sort")), "newest")
+        return cls(text, found, problems, before or query.get("after"), sort, _BACK[sort] if before else sort, limit)
+
+    @property
+    def by_end(self) -> bool:
+        """Whether the rows stand in the order of their end."""
+        return self.sort.endswith("finished")
+
+    def sorts(self) -> list[Sort]:
+        """Return the orders that a list can have, each a link from the head of its column."""
+        own = [
+            Sort("Created", "newest", "oldest", self.sort),
+            Sort("Finished", "last_finished", "first_finished", self.sort),
+        ]
+        return own[::-1] if self.by_end else own
+
+    def _query(self, **more: Any) -> dict[str, Any]:
+        found = {"q": self.text, "sort": None if self.sort == "newest" else self.sort}
+        return found | {"limit": None if self.limit == PAGE else self.limit} | more
 
     @property
     def heading(self) -> str:
@@ -101,18 +145,18 @@ class Asked:
         return tabs
 
     def newer(self, page: SummaryPage, rows: Sequence[JobSummary]) -> dict[str, Any] | None:
-        """Return the query of the page of newer jobs; None where there is none."""
-        if not rows or (self.order == "newest" and self.after is None):
+        """Return the query of the page before this one; None where there is none."""
+        if not rows or (self.order == self.sort and self.after is None):
             return None
-        if self.order == "oldest" and page.cursor is None:
-            return {"q": self.text}
-        return {"q": self.text, "before": cursor_of(rows[0], "oldest")}
+        if self.order != self.sort and page.cursor is None:
+            return self._query()
+        return self._query(before=cursor_of(rows[0], _BACK[self.sort]))
 
     def older(self, page: SummaryPage, rows: Sequence[JobSummary]) -> dict[str, Any] | None:
-        """Return the query of the page of older jobs; None where there is none."""
-        if self.order == "newest":
-            return {"q": self.text, "after": page.cursor} if page.cursor else None
-        return {"q": self.text, "after": cursor_of(rows[-1], "newest")} if rows else None
+        """Return the query of the page after this one; None where there is none."""
+        if self.order == self.sort:
+            return self._query(after=page.cursor) if page.cursor else None
+        return self._query(after=cursor_of(rows[-1], self.sort)) if rows else None
 
 
 def _figure(counts: Counts | None, status: MlJobStatus | None) -> str:
