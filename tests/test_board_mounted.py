@@ -67,24 +67,25 @@ def test_the_board_works_where_it_is_mounted(name: str, sqlite_url: str) -> None
 
 
 def test_the_api_answers_as_its_document_says(sqlite_url: str) -> None:
+    import requests
     from schemathesis import openapi  # here, not in every test process: it takes seconds
 
     with JobStore(sqlite_url) as store:
         history(store)
         app = create_app(store, authorize=lambda _: Access.ACT)
-        with served(app) as url:
+        with served(app) as url, requests.Session() as session:  # one connection for all
             document = httpx.get(f"{url}/api/openapi.json").json()
             document["paths"].pop("/events")  # which has no end
             for operation in openapi.from_dict(document).get_all_operations():
-                _ask_each(operation.ok().as_strategy(), f"{url}/api")
+                _ask_each(operation.ok().as_strategy(), f"{url}/api", session)
 
 
-def _ask_each(strategy: Any, base_url: str) -> None:
+def _ask_each(strategy: Any, base_url: str, session: Any) -> None:
     from schemathesis.specs.openapi.checks import positive_data_acceptance
 
     @given(case=strategy)
     @settings(
-        max_examples=10,
+        max_examples=5,
         deadline=None,
         derandomize=True,
         database=None,
@@ -92,6 +93,8 @@ def _ask_each(strategy: Any, base_url: str) -> None:
         suppress_health_check=list(HealthCheck),
     )
     def ask(case: Any) -> None:
-        case.call_and_validate(base_url=base_url, excluded_checks=[positive_data_acceptance])  # a filter has a grammar
+        case.call_and_validate(
+            base_url=base_url, session=session, excluded_checks=[positive_data_acceptance]
+        )  # a filter has a grammar
 
     ask()
