@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import inspect
+import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -15,6 +16,8 @@ from urllib.parse import urlsplit
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+
+logger = logging.getLogger(__name__)
 
 _TOKEN_SECONDS = 12 * 3600
 
@@ -43,20 +46,31 @@ async def access_of(request: Request, authorize: Authorize | None) -> Access:
     """Return what this request may do; without ``authorize`` it may read.
 
     Raises:
-        HTTPException: Nothing at all (403).
+        HTTPException: Nothing at all (403); or ``authorize`` failed (500), unless it raised one itself.
     """
-    if authorize is None:
-        access = Access.READ
-    else:
+    access = Access.READ if authorize is None else await _asked(request, authorize)
+    if not access.may(Access.READ):
+        raise HTTPException(403, "You may not see this board.")
+    return access
+
+
+async def _asked(request: Request, authorize: Authorize) -> Access:
+    try:
         found: Any = (
             authorize(request)
             if inspect.iscoroutinefunction(authorize)
             else await run_in_threadpool(authorize, request)
         )
-        access = Access(await found if inspect.isawaitable(found) else found)
-    if not access.may(Access.READ):
-        raise HTTPException(403, "You may not see this board.")
-    return access
+        access = await found if inspect.isawaitable(found) else found
+    except HTTPException:
+        raise
+    except Exception as error:
+        logger.exception("authorize failed; the request is refused")
+        raise HTTPException(500, "What you may do could not be found out.") from error
+    if isinstance(access, Access):
+        return access
+    logger.error("authorize returned %r, no Access; the request is refused", access)
+    return Access.NONE
 
 
 def check_same_origin(request: Request) -> None:

@@ -215,7 +215,9 @@ def _what(form: Form) -> tuple[Action, Access]:
 def _asked(form: Form, site: Site) -> tuple[list[UUID] | None, Filter, int]:
     """Return the picked jobs, or None; what means them, or all that were there when it was previewed; and when that was."""
     as_of = form.one("as_of")
-    moment = int(as_of) if as_of.isascii() and as_of.isdigit() and len(as_of) < _DIGITS else to_millis(utc_now())
+    moment = to_millis(utc_now())
+    if as_of.isascii() and as_of.isdigit() and len(as_of) < _DIGITS:
+        moment = min(int(as_of), moment)
     if form.one("scope") != "all":
         ids = form.job_ids()
         if not ids:

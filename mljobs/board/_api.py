@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -37,6 +37,7 @@ _PAGE, _PAGE_MOST = 50, 200
 _ROWS_MOST = 10_000
 _BODY_MOST = 1_000_000
 _TARGET_RUNS = 500
+_BROKEN = 500
 
 
 def problem(request: Request, status: int, title: str, detail: str) -> Response:
@@ -50,7 +51,10 @@ def problem(request: Request, status: int, title: str, detail: str) -> Response:
 def problem_of(request: Request, error: Exception) -> Response:
     """Return problem details of one of our errors."""
     assert isinstance(error, MlJobsError)  # noqa: S101 - what it is registered for
-    return Response(problem_body(error, instance=request.url.path), status_of(error), media_type=MEDIA_TYPE)
+    status = status_of(error)
+    if isinstance(error, ValueError) and status >= _BROKEN:  # what was asked for holds a value that cannot be
+        return problem(request, 422, "This value cannot be", str(error))
+    return Response(problem_body(error, instance=request.url.path), status, media_type=MEDIA_TYPE)
 
 
 async def _viewer(request: Request, wanted: Access = Access.READ) -> tuple[Site, Viewer]:
@@ -127,25 +131,14 @@ def record(job: Any) -> dict[str, Any]:
 
 
 def _json_of(text: str | None) -> Any:
-    return None if text is None else json.loads(text, parse_constant=lambda _: None)
-
-
-def _storable(value: Any) -> Any:
-    """Return what UTF-8 can hold: a record keeps a lone surrogate, an answer cannot."""
-    if isinstance(value, str):
-        return value if value.isascii() else value.encode("utf-8", "replace").decode()
-    if isinstance(value, list):
-        return [_storable(item) for item in value]
-    if isinstance(value, dict):
-        return {_storable(key): _storable(item) for key, item in value.items()}
-    if isinstance(value, float) and value - value != 0:
-        return None
-    return value
+    """Return JSON text as it stands in the record: numbers stay as they were written, and no depth is too much."""
+    return None if text is None else msgspec.Raw(text.encode("utf-8", "replace"))
 
 
 def _answer(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    text = json.dumps(_storable(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return Response(text.encode(), status, {"Cache-Control": "no-store", **(headers or {})}, "application/json")
+    return Response(
+        msgspec.json.encode(value), status, {"Cache-Control": "no-store", **(headers or {})}, "application/json"
+    )
 
 
 def _id(request: Request) -> UUID:
@@ -338,8 +331,8 @@ async def target(request: Request) -> Response:
 async def ndjson(request: Request) -> Response:
     """Return the jobs that a filter finds, one a line, at most 10,000."""
     found_jobs = await _all(request)
-    lines = [json.dumps(_storable(record(job)), ensure_ascii=False, separators=(",", ":")) for job in found_jobs]
-    return _file("\n".join(lines) + ("\n" if lines else ""), "application/x-ndjson", "jobs.ndjson")
+    lines = msgspec.json.Encoder().encode_lines(map(record, found_jobs))
+    return _file(lines, "application/x-ndjson", "jobs.ndjson")
 
 
 async def as_csv(request: Request) -> Response:
@@ -379,12 +372,12 @@ async def _all(request: Request) -> Sequence[Any]:
     return (await site.backend.read(lambda bind: jobs.find(bind, asked, limit=limit, model=model))).jobs
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
     out = io.StringIO()
     writer = csv.writer(out)
     writer.writerow([_inert(name) for name in head])
     writer.writerows([[_inert(value) for value in row] for row in rows])
-    return out.getvalue()
+    return out.getvalue().encode("utf-8", "replace")
 
 
 def _inert(value: Any) -> Any:
@@ -402,9 +395,9 @@ def numeric_text(text: str) -> float | None:
         return None
 
 
-def _file(text: str, kind: str, name: str) -> Response:
+def _file(content: bytes, kind: str, name: str) -> Response:
     headers = {"Content-Disposition": f'attachment; filename="{name}"', "Cache-Control": "no-store"}
-    return Response(text.encode("utf-8", "replace"), 200, headers, kind)
+    return Response(content, 200, headers, kind)
 
 
 async def openapi(request: Request) -> Response:

@@ -64,7 +64,7 @@ def create_app(
     """
     site = Site(Backend(store, model, STATEMENT_SECONDS), authorize, title, secret)
     post, read = ["POST"], ["GET"]
-    app = Starlette(
+    app = Board(
         routes=[
             Route("/", _pages.now, methods=read),
             Route("/jobs", _pages.listing, methods=read),
@@ -90,11 +90,19 @@ def create_app(
             MlJobsError: _failed,
             DatabaseAway: _away,
             TooSlow: _away,
+            Exception: _broken,
         },
     )
     app.state.site = site
-    app.add_middleware(SafeHeaders)
     return app
+
+
+class Board(Starlette):
+    """Starlette with our headers on every answer, that to an error of ours included."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Return what answers, the headers outermost."""
+        return SafeHeaders(super().build_middleware_stack())
 
 
 class SafeHeaders:
@@ -118,6 +126,11 @@ class SafeHeaders:
                 message = {**message, "headers": [*message.get("headers", []), *self._headers]}
             await send(message)
 
+        outer, root, path = (scope.get(name, "") for name in ("app_root_path", "root_path", "path"))
+        if not path.startswith(root) and (outer + path).startswith(
+            root
+        ):  # FastAPI(root_path=...) leaves it out of the path
+            scope = {**scope, "path": outer + path}
         if len(scope.get("query_string", b"")) + len(scope.get("path", "")) > _URL_MOST:
             await Response("The address is too long.", 414, media_type="text/plain")(scope, receive, sending)
             return
@@ -131,8 +144,12 @@ async def static(request: Request) -> Response:
     kind = _TYPES.get(name[name.rfind(".") :]) if name in files else None
     if kind is None:
         raise HTTPException(404)
+    site: Site = request.app.state.site
     age = "public, max-age=31536000, immutable" if request.url.query else "no-cache"
-    return Response(files[name].read_bytes(), media_type=kind, headers={"Cache-Control": age})
+    headers = {"Cache-Control": age, "ETag": f'"{site.version}"'}
+    if headers["ETag"] in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return Response(files[name].read_bytes(), media_type=kind, headers=headers)
 
 
 # ------------------------------------------------------------------------------------------------------------ errors
@@ -169,6 +186,11 @@ async def _failed(request: Request, error: Exception) -> Response:
     if isinstance(error, ValueError):
         status = 422
     return await _message(request, status, HTTPStatus(status).phrase, str(error))
+
+
+async def _broken(request: Request, _error: Exception) -> Response:
+    """Answer what should never be; the server logs it, and the visitor is told nothing of it."""
+    return await _message(request, 500, "Something went wrong", "The application's log says more.")
 
 
 async def _away(request: Request, error: Exception) -> Response:

@@ -22,7 +22,7 @@ _WEEKS = 6
 SEED = 20_261
 _QUICK = 500
 _T, _B, _R, _D = MlJobKind.TRAIN, MlJobKind.BACKFILL, MlJobKind.FEATURE_REFRESH, MlJobKind.DRIFT_COMPUTE
-WORKERS = [f"gpu-a1-{number}" for number in (2228, 2230, 2231, 2234)] + [
+_WORKERS = [f"gpu-a1-{number}" for number in (2228, 2230, 2231, 2234)] + [
     "gpu-b2-0417",
     "cpu-c1-0093",
     "cpu-c1-0094",
@@ -236,7 +236,7 @@ class History:
             attempts=5 if lost else 2 if rnd.random() < 0.04 else 1,
             priority=rnd.choice([0, 0, 0, 5, 9]) if work.kind is _T else 0,
             exclusive=work.kind is _T and work.target in ("churn_xgb", "fraud_gbm"),
-            worker=rnd.choice(WORKERS[:5] if work.kind is _T else WORKERS[5:]),
+            worker=rnd.choice(_WORKERS[:5] if work.kind is _T else _WORKERS[5:]),
         )
 
     def _id(self, moment: datetime) -> UUID:

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from mljobs import __version__
 from mljobs._values import utc_now
-from mljobs.board._demo import SEED, WORKERS, WORKS, History, Work, failures
+from mljobs.board._demo import SEED, WORKS, History, Work, failures
 from mljobs.errors import MlJobsError
 from mljobs.jobs import Claim, WorkerInfo, WorkerState
 from mljobs.jobs._workers import register_worker, see_worker
@@ -20,12 +20,12 @@ from mljobs.store._store import JobStore
 
 _T, _B, _R, _D = MlJobKind.TRAIN, MlJobKind.BACKFILL, MlJobKind.FEATURE_REFRESH, MlJobKind.DRIFT_COMPUTE
 _SILENT_ONE = "gpu-b2-0419"
-_REGISTERED = {
-    "gpu-a1-2230": (_T,), "gpu-a1-2231": (_T,), "gpu-a1-2234": (_T,), "gpu-b2-0417": (_T,), _SILENT_ONE: (_T,),
+_STOPPING, _IDLE, _OWN = "gpu-a1-2234", "gpu-a1-2230", "this-process"
+_REGISTERED: dict[str, tuple[MlJobKind, ...]] = {
+    _IDLE: (_T,), "gpu-a1-2231": (_T,), _STOPPING: (_T,), "gpu-b2-0417": (_T,), _SILENT_ONE: (_T,),
     "cpu-c1-0093": (_B, _R), "cpu-c1-0094": (_B, _R), "cpu-c2-0007": (_R, _D), "cpu-c2-0008": (_R, _D),
-    "this-process": (_T,),
+    _OWN: (_T,),
 }  # fmt: skip
-_STOPPING = "gpu-a1-2234"
 
 
 class Live:
@@ -97,7 +97,7 @@ class Live:
             self._held[worker + work.target] = (claim, work, float(percent))
 
     def _register(self) -> None:
-        """Let the workers be seen: one idles, one stops, and one has said nothing for two minutes."""
+        """Let the workers be seen: one idles, one stops, and one has said nothing for a minute."""
         now = utc_now()
         with self._store.connect() as bind:
             for name, kinds in _REGISTERED.items():
@@ -109,7 +109,7 @@ class Live:
                 if name == _SILENT_ONE:
                     table = MlJob.__workers__
                     bind.execute(
-                        table.update().where(table.c.name == name).values(last_seen_at=now - timedelta(minutes=2))
+                        table.update().where(table.c.name == name).values(last_seen_at=now - timedelta(seconds=61))
                     )
                 else:
                     self._seen.append(known)
@@ -152,7 +152,10 @@ class Live:
             self._store.complete(claim, self._history.metrics(work, claim.job.spec, utc_now()))
 
     def _take(self) -> None:
-        for claim in self._store.claim(worker=self._random.choice(WORKERS), kinds=[_T, _R, _D], limit=1, lease=60):
+        worker = self._random.choice(
+            [name for name in _REGISTERED if name not in (_SILENT_ONE, _STOPPING, _IDLE, _OWN)]
+        )
+        for claim in self._store.claim(worker=worker, kinds=_REGISTERED[worker], limit=1, lease=60):
             known = [work for work in WORKS if (work.kind, work.target) == (claim.job.kind, claim.job.target_name)]
             self._held[str(claim.job_id)] = claim, known[0] if known else WORKS[9], 0.0
         work = self._random.choice([work for work in WORKS if work.usual < 1_000])
@@ -168,7 +171,7 @@ class Live:
         while not self._stop.is_set():
             job = self._store.submit(_T, _digits.TARGET, _digits.spec(self._random))
             try:
-                with self._store.running(job, worker="this-process") as run:
+                with self._store.running(job, worker=_OWN) as run:
                     _digits.train(run, self._stop)
             except Exception:  # noqa: BLE001 - recorded with the job, which is what it is for
                 self._stop.wait(5)

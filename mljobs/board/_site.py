@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -82,7 +83,7 @@ class Links:
     """
 
     def __init__(self, root: str) -> None:
-        self.root = root.rstrip("/")
+        self.root = re.sub("//+", "/", root).rstrip("/")
 
     def __call__(self, path: str, **query: Any) -> str:
         pairs = [(name, value) for name, value in query.items() if value not in (None, "", [])]
@@ -91,7 +92,7 @@ class Links:
 
     def here(self, scope: Scope) -> str:
         """Return the address that was asked for; some servers leave the mount out of the path."""
-        path = scope.get("path", "/").removeprefix(self.root) if self.root else scope.get("path", "/")
+        path = scope.get("path", "/").removeprefix(scope.get("root_path", "").rstrip("/"))
         query = scope.get("query_string", b"").decode("latin-1")
         return self(path.lstrip("/")) + (f"?{query}" if query else "")
 

@@ -48,6 +48,8 @@ async def events(request: Request) -> Response:
     if site.hub.streams >= MOST_STREAMS:
         return Response("Too many streams are open; poll instead.", 503, headers={"Retry-After": "30"})
     view = _view_of(request, site, viewer.url)
+    if request.method == "HEAD":  # which is to have no body, and would be sent one for minutes
+        return Response(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
     last = request.headers.get("last-event-id") or request.query_params.get("last", "")
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return Stream(_told(site, view, last), media_type="text/event-stream", headers=headers)

@@ -17,6 +17,7 @@ from uuid import UUID
 
 from sqlalchemy import (
     ARRAY,
+    BigInteger,
     ColumnElement,
     DateTime,
     String,
@@ -45,6 +46,7 @@ _ID_DIGITS: Final = 32
 _ID_SELECTIVE: Final = 8
 """Digits that an id begins with, from which on few jobs share them: UUIDv7s of one minute have eight in common."""
 _DAY: Final = timedelta(days=1)
+_BEYOND_BIGINT: Final = 2**63
 
 _COMPARE: Mapping[Operator, Callable[[Any, Any], Any]] = {"<": lt, "<=": le, ">": gt, ">=": ge}
 _TURNED: Mapping[Operator, Operator] = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", ":": ":"}
@@ -250,7 +252,10 @@ def _glob(pattern: Pattern) -> str:
 
 def _compared(term: Term, field: Field, model: Model, value: Value, _now: datetime) -> Any:
     column = _column(model, field)
-    return column == value if term.operator == ":" else _COMPARE[term.operator](column, value)
+    wanted: Any = value
+    if isinstance(value, int) and not isinstance(value, bool):  # of any size, whatever the column and the drivers hold
+        wanted = literal(max(-_BEYOND_BIGINT, min(value, _BEYOND_BIGINT - 1)), BigInteger())
+    return column == wanted if term.operator == ":" else _COMPARE[term.operator](column, wanted)
 
 
 def _flag_is(_term: Term, field: Field, model: Model, value: Value, _now: datetime) -> Any:
