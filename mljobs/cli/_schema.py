@@ -59,12 +59,21 @@ def current() -> None:
       $ mljobs current
     """
     from mljobs import schema  # noqa: PLC0415 - loads SQLAlchemy
+    from mljobs.errors import SchemaError  # noqa: PLC0415 - loads SQLAlchemy
 
-    version = schema.current(settings().located)
+    target, known = settings().located, job_class()
+    version = schema.current(target)
     if version == schema.head():
         typer.echo(f"{version} (up to date)")
-    else:
-        typer.echo(f"{version or 'no tables'} (this release: {schema.head()})")
+        return
+    if version is None:
+        try:
+            schema.ready(target, model=known)
+        except SchemaError:
+            version = "no tables"
+        else:
+            version = "tables whose version your own migrations keep"
+    typer.echo(f"{version} (this release: {schema.head()})")
 
 
 def verify() -> None:
