@@ -18,10 +18,20 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 from sqlalchemy.types import TypeDecorator
 
-from mljobs import InvalidValueError, JobStore, MlJob, MlJobMixin, MlJobStatus, kind_column
+from mljobs import (
+    InvalidValueError,
+    JobStore,
+    MlJob,
+    MlJobKind,
+    MlJobMixin,
+    MlJobStatus,
+    TerminalStateError,
+    jobs,
+    kind_column,
+)
 from mljobs.contrib.pydantic import read_model
 from tests.backends import Backend
 from tests.databases import Databases
@@ -113,8 +123,8 @@ def host_classes(draw: st.DrawFn) -> tuple[Any, list[dict[str, Any]]]:
     columns["team_id"] = mapped_column(sa.ForeignKey(team.__table__.c.id), nullable=True)
     model = type("OwnRun", (MlJobMixin, base), {"__tablename__": "own_runs", **columns})
     values = {name: st.none() | COLUMNS[name][1] for name in names}
-    jobs = st.fixed_dictionaries({**values, "team_id": st.sampled_from([None, 1])})
-    return model, draw(st.lists(jobs, min_size=1, max_size=4))
+    of_class = st.fixed_dictionaries({**values, "team_id": st.sampled_from([None, 1])})
+    return model, draw(st.lists(of_class, min_size=1, max_size=4))
 
 
 def _zoned(value: Any) -> Any:
@@ -149,8 +159,8 @@ def both(empty_postgres_databases: Databases, tmp_path: Path) -> Iterator[list[s
 def test_a_host_of_any_column_types_goes_from_database_to_database_without_loss(
     both: list[sa.Engine], drawn: Any
 ) -> None:
-    model, jobs = drawn
-    names = list(jobs[0])
+    model, drawn_jobs = drawn
+    names = list(drawn_jobs[0])
     given: dict[UUID, dict[str, Any]] = {}
     file: Any = None
     try:
@@ -162,18 +172,18 @@ def test_a_host_of_any_column_types_goes_from_database_to_database_without_loss(
                 if file is None:
                     rows = [
                         {"kind": "train", "target_name": "t", **{k: v for k, v in job.items() if v is not None}}
-                        for job in jobs
+                        for job in drawn_jobs
                     ]
                     ids = store.submit_many(rows, ids=True)
-                    given = dict(zip(ids, jobs, strict=True))
+                    given = dict(zip(ids, drawn_jobs, strict=True))
                 else:
-                    assert store.import_jobs(file).inserted == len(jobs)
+                    assert store.import_jobs(file).inserted == len(drawn_jobs)
                 found = _held(store, names)
                 assert found == {job_id: {k: _zoned(v) for k, v in job.items()} for job_id, job in given.items()}
                 file = _exported(store)
                 table = store.to_arrow()
                 assert set(names) <= set(table.schema.names)
-                nulls = {name: sum(job[name] is None for job in jobs) for name in names}
+                nulls = {name: sum(job[name] is None for job in drawn_jobs) for name in names}
                 assert {name: table.column(name).null_count for name in names} == nulls
     finally:
         for engine in both:
@@ -353,13 +363,13 @@ def test_arrow_has_own_columns_by_their_types(store: JobStore[Run]) -> None:
 
 
 def test_many_jobs_are_submitted_with_fields_of_their_own_and_their_ids_told(store: JobStore[Run]) -> None:
-    jobs: list[Any] = [
+    given: list[Any] = [
         ("fit", "a", {"lr": 1}),
         {"kind": "fit", "target_name": "b", "spec": None, "priority": 9, "run_after": timedelta(hours=1)},
         {"kind": "fit", "target_name": "c", "owner": "bob"},
         Run(kind="fit", target_name="d", owner="carl"),
     ]
-    ids = store.submit_many(iter(jobs), ids=True, owner="ann", priority=3)
+    ids = store.submit_many(iter(given), ids=True, owner="ann", priority=3)
     found = [store.get(job_id) for job_id in ids]
     assert [job.target_name for job in found] == ["a", "b", "c", "d"]
     assert [job.owner for job in found] == ["ann", "ann", "bob", "carl"]
@@ -377,6 +387,60 @@ def test_our_own_class_takes_fields_for_many_too(url: str) -> None:
             store.submit_many([("train", "a", None)], owner="ann")
         with pytest.raises(InvalidValueError, match="or a dict of what submit takes"):
             store.submit_many([("train", "a")])  # type: ignore[list-item]
+
+
+def test_a_relationship_that_is_given_a_key_is_told_what_to_give(engine: sa.Engine) -> None:
+    class Own(DeclarativeBase):
+        pass
+
+    class Customer(Own):
+        __tablename__ = "customers"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    class Order(MlJobMixin, Own):
+        __tablename__ = "orders"
+        customer_id: Mapped[int | None] = mapped_column(sa.ForeignKey(Customer.id))
+        customer: Mapped[Customer | None] = relationship()
+
+    Own.metadata.create_all(engine)
+    with JobStore(engine, model=Order) as store:
+        with pytest.raises(InvalidValueError, match="it is a relationship: give a Customer, or its key as customer_id"):
+            store.submit("train", "spam", customer=1)
+        assert store.get(store.submit("train", "spam", customer=Customer(id=4))).customer_id == 4
+
+
+def test_a_host_adds_a_kind_without_repeating_the_built_in_ones(engine: sa.Engine) -> None:
+    class Own(DeclarativeBase):
+        pass
+
+    class Job(MlJobMixin, Own):
+        __tablename__ = "more_jobs"
+        kind: Mapped[Kind] = kind_column(Kind, built_in=True)
+
+    Own.metadata.create_all(engine)
+    assert [str(kind) for kind in Job.__kinds__] == [*(str(kind) for kind in MlJobKind), "fit"]
+    with JobStore(engine, model=Job) as store:
+        ids = [store.submit(kind, "a").id for kind in (Kind.FIT, MlJobKind.TRAIN, "backfill")]
+        assert [store.get(job_id).kind for job_id in ids] == [Kind.FIT, MlJobKind.TRAIN, "backfill"]
+        assert store.counts()[Kind.FIT, "queued"] == 1
+        with pytest.raises(InvalidValueError, match="kind"):
+            store.submit("tune", "a")
+
+    class Other(StrEnum):
+        TRAIN = "training"
+
+    with pytest.raises(InvalidValueError, match="it is the name of the built-in kind 'train', not 'training'"):
+        kind_column(Other, built_in=True)
+
+
+def test_cancelling_twice_is_an_error_of_the_record_and_false_by_id(engine: sa.Engine) -> None:
+    with JobStore(engine) as store, Session(engine) as session, session.begin():
+        job = session.get_one(MlJob, store.submit("train", "spam").id)
+        job.cancel()
+        session.flush()
+        with pytest.raises(TerminalStateError, match="is cancelled"):
+            job.cancel()
+        assert jobs.cancel(session, job.id) is False
 
 
 def test_a_read_model_of_a_hosts_class_is_one_call(store: JobStore[Run]) -> None:

@@ -180,6 +180,13 @@ def _made(model: Any, values: dict[str, Any]) -> Any:
                 raise InvalidValueError(name, None, f"{model.__name__} needs it: its field has no default")
         taken = {field.name for field in fields(model) if field.init}
         by_constructor = {name: value for name, value in values.items() if name in taken}
+    for relationship in inspect(model).relationships:
+        given = values.get(relationship.key)
+        one = given is not None and not relationship.uselist
+        if one and not isinstance(given, relationship.mapper.class_):
+            keys = ", ".join(column.name for column in relationship.local_columns)
+            reason = f"it is a relationship: give a {relationship.mapper.class_.__name__}, or its key as {keys}"
+            raise InvalidValueError(relationship.key, given, reason)
     job: Any = model(**by_constructor)
     for name in values.keys() - by_constructor.keys():
         setattr(job, name, values[name])

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import MappedColumn, mapped_column
 
 from mljobs._fields import BY_NAME, FIELDS, NAMES, Field
+from mljobs.errors import InvalidValueError
 from mljobs.record._declaring import KIND_LENGTH, check_kinds
 from mljobs.states import MlJobKind, MlJobStatus
 from mljobs.types import JobId, JsonText, PlainText, TokenType, UtcMillis
@@ -68,11 +69,13 @@ def _options(field: Field) -> dict[str, Any]:
     return options
 
 
-def kind_column(enum: type[StrEnum], **kw: Any) -> MappedColumn[Any]:
+def kind_column(enum: type[StrEnum], *, built_in: bool = False, **kw: Any) -> MappedColumn[Any]:
     """Return the ``kind`` column for a host with kinds of its own.
 
     Args:
         enum: A ``StrEnum`` of the kinds; each value is a token of 1 to 32 characters.
+        built_in: Whether ``train``, ``backfill`` and the other built-in kinds are kinds too, which need not be repeated. The
+            members of ``__kinds__`` are then of an enum of both, and equal to those of ``enum`` and of ``MlJobKind``.
         **kw: Passed on to ``mapped_column``; where ``sort_order`` is not among them, the column stands second as in ours.
 
     Raises:
@@ -81,5 +84,22 @@ def kind_column(enum: type[StrEnum], **kw: Any) -> MappedColumn[Any]:
     Example:
         ``kind: Mapped[MyKind] = kind_column(MyKind)``
     """
+    if built_in:
+        enum = _with_built_in(check_kinds(enum))
     kw.setdefault("sort_order", NAMES.index("kind") - len(NAMES))
     return mapped_column(TokenType(check_kinds(enum), KIND_LENGTH, "kind"), nullable=False, **kw)
+
+
+def _with_built_in(enum: type[StrEnum]) -> type[StrEnum]:
+    """Return an enum of the built-in kinds and those of ``enum``, under its name."""
+    own = {name: member.value for name, member in enum.__members__.items()}
+    kinds = {kind.name: kind.value for kind in MlJobKind if kind.value not in own.values()}
+    clash = next((name for name in own if name in kinds), None)
+    if clash is not None:
+        raise InvalidValueError(
+            "kind", clash, f"it is the name of the built-in kind {kinds[clash]!r}, not {own[clash]!r}"
+        )
+    functional: Any = StrEnum  # the name is known when it runs
+    made: type[StrEnum] = functional(enum.__name__, {**kinds, **own})
+    made.__module__, made.__qualname__ = enum.__module__, enum.__qualname__
+    return made

@@ -325,6 +325,9 @@ class MlJobMixin:
     def cancel(self) -> None:
         """Cancel the queued or running job, finished now.
 
+        Here and over HTTP (409) it is an error where there is nothing to cancel, also the second time: the caller has the
+        record before him. ``jobs.cancel`` and ``store.cancel``, which know the id only, return False.
+
         Raises:
             TerminalStateError: The job has finished.
         """
