@@ -180,7 +180,7 @@ TRUNCATED = "be truncated"
 """The action of a TRUNCATE, which no single job is message for."""
 _TRUNCATE = (
     "TRUNCATE of the job table is refused: it holds finished jobs, or the transaction's snapshot may be too old to tell. "
-    "Old records go by prune. A test empties its tables by drop_all and create_all, in a schema of its own, or by a rollback"
+    "Old records go by prune. A test empties its tables by a rollback or by mljobs.testing.empty: docs/testing.md"
 )
 
 

@@ -58,7 +58,7 @@ def test_the_tests_of_the_page_pass(
         },
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(rf"^{5 if 'postgres' in options else 10} passed", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(rf"^{5 if 'postgres' in options else 11} passed", done.stdout, re.MULTILINE), done.stdout
 
 
 # ------------------------------------------------------------------------------------------------------- the functions

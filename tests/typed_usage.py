@@ -12,6 +12,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, scoped_session
 
 from mljobs import AsyncJobStore, Claim, JobStore, MlJob, MlJobMixin, Run, Worker, jobs
 from mljobs.jobs import Counts, Page, Renewal, Rescue
+from mljobs.testing import advance, make_job, run_jobs
 
 
 class Base(DeclarativeBase):
@@ -141,3 +142,11 @@ def work() -> None:
     @plain.handles("train")
     def fit(run: Run) -> None:
         assert_type(run.job, MlJob)
+
+
+def test_with(store: JobStore[Training]) -> None:
+    """Make jobs for tests."""
+    assert_type(make_job("failed", Training, owner="ann").owner, str)
+    assert_type(make_job("completed"), MlJob)
+    assert_type(run_jobs(store, Worker(store)), dict[str, int])
+    advance(store, hours=1)
