@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from mljobs.record._sql import time_bucket
     from mljobs.states import MlJobKind, MlJobStatus
     from mljobs.store._async_store import AsyncJobStore
+    from mljobs.store._outcomes import Followed
     from mljobs.store._run import Run
     from mljobs.store._store import JobStore
     from mljobs.transfer import Compared, Imported, JobMapping, compare, dump_kv, export_jobs, import_jobs, load_kv
@@ -54,6 +55,7 @@ __all__ = [
     "Compared",
     "Filter",
     "FilterError",
+    "Followed",
     "GiveUp",
     "Imported",
     "InvalidTransitionError",
@@ -120,6 +122,7 @@ __getattr__, __dir__ = lazy_names(
         ),
         "events": ("on_finished",),
         "jobs": ("Claim", "Filter", "Outcome"),
+        "store._outcomes": ("Followed",),
         "store._run": ("Run",),
         "record._columns": ("kind_column",),
         "record._dataclass": ("MlJobDataclassMixin",),

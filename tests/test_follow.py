@@ -150,6 +150,7 @@ def test_a_job_and_a_page_are_shown_as_html_in_which_nothing_runs(engine: Engine
         assert "&lt;b&gt;" in text
     assert "(5,003 characters)" in html
     assert "There are more: pass after=page.cursor." in page
+    assert "<code>{&quot;a&quot;" in page
 
 
 def test_frames_have_a_column_for_each_key_of_spec_and_metrics(store: Any) -> None:

@@ -16,6 +16,8 @@ from mljobs._fields import NAMES
 _LEFT: Final = "style='text-align:left'"
 _SHOWN: Final = 2_000
 """So many characters of a text are shown."""
+_CUT: Final = 120
+"""And in a cell of a list."""
 _COLUMNS: Final = (
     "id",
     "kind",
@@ -54,9 +56,11 @@ def jobs_html(jobs: Iterable[Any], note: str = "") -> str:
         jobs: The jobs.
         note: A sentence beneath it.
     """
-    states = [inspect(job).dict for job in jobs]
-    rows = [[_cell(name, state.get(name)) for name in _COLUMNS] for state in states]
-    return rows_html(_COLUMNS, rows) + (f"<p>{escape(note)}</p>" if note else "")
+    listed = list(jobs)
+    own = [name for job in listed[:1] for name in inspect(type(job)).column_attrs.keys() if name not in NAMES]  # noqa: SIM118
+    names = (*_COLUMNS, *own, "spec_json", "metrics_json")
+    rows = [[_cell(name, state.get(name), _CUT) for name in names] for state in (inspect(job).dict for job in listed)]
+    return rows_html(names, rows) + (f"<p>{escape(note)}</p>" if note else "")
 
 
 def rows_html(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -72,20 +76,20 @@ def status_html(status: Any) -> str:
     return f"<span style='color:{colour}'>{escape(str(status))}</span>" if colour else escape(str(status))
 
 
-def _cell(name: str, value: Any) -> str:
+def _cell(name: str, value: Any, most: int = _SHOWN) -> str:
     if name == "status":
         return status_html(value)
     if name in ("spec_json", "metrics_json"):
-        return f"<code>{_text(value)}</code>"
+        return f"<code>{_text(value or '', most)}</code>"
     if name == "error_message":
         return f"<pre>{_text(value)}</pre>"
     if isinstance(value, datetime):
         return escape(f"{value:%Y-%m-%d %H:%M:%S}")
-    return _text("" if value is None else str(value.value if isinstance(value, Enum) else value))
+    return _text("" if value is None else str(value.value if isinstance(value, Enum) else value), most)
 
 
-def _text(text: str) -> str:
-    return escape(text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ... ({len(text):,} characters)")
+def _text(text: str, most: int = _SHOWN) -> str:
+    return escape(text if len(text) <= most else f"{text[:most]} ... ({len(text):,} characters)")
 
 
 def values_of(json_text: str | None) -> dict[str, Any]:
