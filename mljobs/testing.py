@@ -44,18 +44,18 @@ def rolled_back(engine: Engine) -> Iterator[Connection]:
 
 
 def empty(bind: Engine | Connection, *models: Model) -> None:
-    """Delete all jobs, finished ones too, by the way that retention opens: TRUNCATE is refused.
+    """Delete all jobs, leases and workers; finished jobs by the way that retention opens, for TRUNCATE is refused.
 
     Args:
         bind: Where they are.
         *models: The mapped job classes; none for ``MlJob``.
     """
-    with Session(bind) as session:
+    with Session(bind) as session, session.begin():
         for model in models or (MlJob,):
-            session.execute(delete(model.__leases__))
+            for beside in (model.__leases__, model.__workers__):
+                session.execute(delete(beside))
             with retention(session, model):
                 session.execute(delete(model).execution_options(synchronize_session=False))
-        session.commit()
 
 
 def make_job(status: str = "queued", model: type[M] = MlJob, **fields: Any) -> M:  # type: ignore[assignment]

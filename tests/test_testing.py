@@ -134,6 +134,15 @@ def test_what_was_rolled_back_has_not_happened(engine: Engine) -> None:
         assert store.counts().total() == 0
 
 
+def test_what_is_emptied_in_a_test_is_there_again_afterwards(engine: Engine) -> None:
+    with JobStore(engine) as store:
+        store.submit_many([make_job("completed")])
+        with rolled_back(engine) as connection:
+            empty(connection)
+            assert JobStore(connection).counts(exact=True).total() == 0
+        assert store.counts(exact=True).total() == 1
+
+
 def test_a_copy_is_as_its_template_and_gone_afterwards(url: str) -> None:
     with JobStore(url) as store:
         store.submit("train", "spam")
@@ -169,9 +178,11 @@ def test_jobs_are_made_in_every_state_with_the_times_that_belong_to_it(engine: E
 def test_all_jobs_are_deleted_with_their_leases_and_the_door_is_shut_again(engine: Engine) -> None:
     with JobStore(engine) as store:
         store.submit_many([make_job("completed"), make_job()])
-        store.claim(worker="w")
+        _worker(store).run(until_idle=True)
+        store.claim_one(store.submit("drift_compute", "held"), worker="w")
+        assert store.workers(gone=True)
         empty(engine)
-        assert (store.counts(exact=True).total(), store.holders()) == (0, [])
+        assert (store.counts(exact=True).total(), store.holders(), store.workers(gone=True)) == (0, [], [])
         store.submit_many([make_job("completed")])
         with pytest.raises((TerminalStateError, IntegrityError)), engine.begin() as connection:
             connection.execute(table_of(MlJob).delete())
