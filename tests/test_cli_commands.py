@@ -25,6 +25,7 @@ from mljobs.cli import _following as following
 from mljobs.cli import _output as output
 from mljobs.cli._screen import Screen
 from mljobs.contrib.pydantic import MlJobRead
+from tests.fork_server import ForkServer
 from tests.test_cli import run
 
 DOCS = Path(__file__).parent.parent / "docs" / "cli.md"
@@ -559,6 +560,26 @@ def test_ctrl_c_ends_a_long_statement_of_sqlite(sqlite_url: str, capsys: pytest.
 
 
 # ---------------------------------------------------------------------------------------------------------- settings
+
+
+def test_a_worker_finds_the_database_that_the_command_was_told_of(
+    python: ForkServer, sqlite_url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "told.py").write_text(
+        "from mljobs import JobStore, Worker\n\n"
+        "worker = Worker(JobStore.from_env())\n"
+        "worker.handles('train')(lambda run: {'f1': 1})\n"
+    )
+    for how in ("project file", "option"):
+        with JobStore(sqlite_url) as store:
+            job = store.submit("train", how)
+        url = f'url = "{sqlite_url}"\n' if how == "project file" else ""
+        (tmp_path / "pyproject.toml").write_text(f'[tool.mljobs]\n{url}worker = "told:worker"\n')
+        options = [] if how == "project file" else ["--url", sqlite_url]
+        done = python.run("-m", "mljobs", "work", "--until-idle", *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        with JobStore(sqlite_url) as store:
+            assert store.get(job).metrics == {"f1": 1}
 
 
 def test_a_class_of_ones_own_is_named_once_in_the_project_file(

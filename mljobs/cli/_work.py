@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import BrokenExecutor
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mljobs")
 
+_VARIABLE = "MLJOBS_DATABASE_URL"
+
 
 def add_to(app: typer.Typer) -> None:
     """Add the command to the application."""
@@ -24,6 +27,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def work(
+    ctx: typer.Context,
     worker: Annotated[
         str | None,
         typer.Argument(help="Where it is, e.g. app.jobs:worker; else what [tool.mljobs] says.", show_default=False),
@@ -48,6 +52,7 @@ def work(
     place = worker or settings().worker
     if place is None:
         raise typer.BadParameter("which worker? Give its place, e.g. app.jobs:worker, or [tool.mljobs] worker")
+    ctx.call_on_close(_share_database())
     found = load_worker(place)
     found.configure(concurrency=concurrency, grace=grace, name=name)
     if not logging.getLogger().handlers:  # the application has not said how
@@ -66,6 +71,19 @@ def work(
         sys.stderr.flush()
         logging.shutdown()
         os._exit(0)
+
+
+def _share_database() -> Callable[[], None]:
+    """Let ``JobStore.from_env()`` in the application find the database that the command was told of; return what undoes it."""
+    place = settings().located
+    before = {key: value for key, value in os.environ.items() if key == _VARIABLE}
+    os.environ[_VARIABLE] = place if isinstance(place, str) else place.render_as_string(hide_password=False)
+
+    def undo() -> None:
+        os.environ.pop(_VARIABLE)
+        os.environ.update(before)
+
+    return undo
 
 
 def load_worker(place: str) -> Worker:
