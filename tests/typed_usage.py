@@ -10,7 +10,7 @@ from uuid import UUID
 
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, scoped_session
 
-from mljobs import AsyncJobStore, Claim, JobStore, MlJob, MlJobMixin, Run, Worker, jobs
+from mljobs import AsyncJobStore, Claim, Followed, JobStore, MlJob, MlJobMixin, Run, Worker, jobs
 from mljobs.jobs import Counts, Page, Renewal, Rescue
 from mljobs.testing import advance, make_job, run_jobs
 
@@ -30,6 +30,8 @@ def blocking(store: JobStore, job_id: UUID) -> None:
     """Use a store of the default class."""
     assert_type(store.submit("train", "spam", {"lr": 0.1}, priority=3), MlJob)
     assert_type(store.submit_many([("train", "spam", {})]), int)
+    assert_type(store.submit_many([{"kind": "train", "target_name": "spam"}], ids=True, priority=1), list[UUID])
+    assert_type(jobs.submit_many(Session(), [], ids=True), list[UUID])
     claims = store.claim(worker="w1", kinds=None, limit=10, lease=60.0)
     assert_type(claims, list[Claim])
     assert_type(store.renew(claims, lease=60.0), Renewal)
@@ -66,6 +68,8 @@ async def awaited(store: AsyncJobStore, job_id: UUID) -> None:
         assert_type(run, Run)
     async for job in store.watch(kind="train"):
         assert_type(job, MlJob)
+    assert_type(await store.follow([job_id]), Followed[MlJob])
+    assert_type(await store.submit_many([], ids=True), list[UUID])
 
 
 def of_a_class(job_id: UUID) -> None:
@@ -86,6 +90,8 @@ def of_a_class(job_id: UUID) -> None:
     assert_type(store.wait(job_id).owner, str)
     for job in store.watch():
         assert_type(job, Training)
+    assert_type(store.follow("status:queued"), Followed[Training])
+    assert_type([job.owner for job in store.follow([job_id])], list[str])
     with store.running(job_id) as run:
         assert_type(run, Run[Training])
         assert_type(run.job.owner, str)
