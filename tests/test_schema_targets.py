@@ -168,6 +168,28 @@ def test_processes_that_upgrade_at_the_same_moment_all_succeed(kind: str, empty_
     schema.verify(empty_url)
 
 
+def test_two_histories_of_a_hosts_own_that_upgrade_at_once_go_one_after_the_other(empty_url: str) -> None:
+    asked, found = threading.Event(), list[bool]()
+
+    def second() -> None:
+        engine = create_engine(empty_url, poolclass=NullPool)
+        with engine.begin() as connection:
+            asked.set()
+            with schema.migrating(connection):
+                found.append(inspect(connection).has_table("of_the_first"))
+        engine.dispose()
+
+    engine = create_engine(empty_url, poolclass=NullPool)
+    thread = threading.Thread(target=second)
+    with engine.begin() as connection, schema.migrating(connection):
+        thread.start()
+        assert asked.wait(60)
+        connection.exec_driver_sql("CREATE TABLE of_the_first (id INTEGER)")
+    thread.join(60)
+    engine.dispose()
+    assert found == [True]  # it looked when the first had committed
+
+
 def test_threads_that_upgrade_databases_of_their_own_do_not_meet_in_alembics_globals(tmp_path: Path) -> None:
     barrier, errors = threading.Barrier(4), []
 

@@ -14,8 +14,9 @@ import pytest
 import sqlalchemy as sa
 
 import mljobs
-from mljobs import AsyncJobStore, JobStore, MlJob, MlJobStatus, Worker, jobs
+from mljobs import AsyncJobStore, InvalidValueError, JobStore, MlJob, MlJobStatus, Worker, jobs
 from mljobs._values import utc_now
+from mljobs.cli._work import load_worker
 from mljobs.jobs import WorkerInfo, WorkerState
 from mljobs.jobs._workers import SILENT_AFTER, register_worker, see_worker
 from mljobs.store._keeper import Keeper
@@ -211,3 +212,15 @@ def test_workers_are_seen_in_a_session_too(backend: Backend) -> None:
         (seen,) = jobs.workers(session)
     assert store.workers() == [seen]
     assert (seen.host, seen.pid, seen.kinds, seen.concurrency) == ("host", 7, ("train", "backfill"), 4)
+
+
+def made_by_function() -> Worker:
+    worker = worker_of(JobStore("sqlite:///nowhere.db"))
+    worker.handles("train")(lambda _run: None)
+    return worker
+
+
+def test_the_command_takes_a_function_that_makes_a_worker() -> None:
+    assert load_worker("tests.test_workers_seen:made_by_function").name == "w"
+    with pytest.raises(InvalidValueError, match="info is a WorkerInfo, not a Worker"):
+        load_worker("tests.test_workers_seen:info")
