@@ -74,7 +74,7 @@ def work(
 
 
 def _share_database() -> Callable[[], None]:
-    """Let ``JobStore.from_env()`` in the application find the database that the command was told of; return what undoes it."""
+    """Let ``JobStore.from_env()`` in the application find the database of this command; return what undoes it."""
     place = settings().located
     before = {key: value for key, value in os.environ.items() if key == _VARIABLE}
     os.environ[_VARIABLE] = place if isinstance(place, str) else place.render_as_string(hide_password=False)
