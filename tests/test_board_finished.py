@@ -12,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 
 from mljobs import JobStore, MlJob, jobs
 from mljobs._values import utc_now
-from mljobs.board import _finished, _hub, create_app
+from mljobs.board import _hub, create_app
 from mljobs.board._finished import HOUR, FinishedKept
 from tests.boards import client, ended
 from tests.test_board_attacks import Reader
@@ -102,9 +102,8 @@ def test_a_page_that_is_open_says_when_the_database_is_away_and_when_it_is_back(
     asyncio.run(story())
 
 
-def test_hours_that_are_not_over_are_counted_anew(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_finished, "_RECENT_SECONDS", 0.0)
-    kept, since = FinishedKept(), utc_now().replace(minute=0, second=0, microsecond=0) - DAY
+def test_hours_that_are_not_over_are_counted_anew(store: JobStore) -> None:
+    kept, since = FinishedKept(seconds=0.0), utc_now().replace(minute=0, second=0, microsecond=0) - DAY
     with store.connect() as bind:
         kept.count(bind, since, MlJob)
     ended(store, "completed", ago=0.01)

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Hashable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -22,6 +23,7 @@ from mljobs import jobs
 from mljobs._values import utc_now
 from mljobs.board import _now
 from mljobs.board._backend import Backend, DatabaseAway, TooSlow
+from mljobs.board._finished import FinishedKept
 from mljobs.board._now import NowView, Snapshot, Surroundings
 from mljobs.jobs import Bind, JobSummary
 
@@ -34,6 +36,8 @@ MOST_STREAMS = 500
 LOOK_EVERY = 1.0
 """Seconds between two looks, while anybody watches."""
 _AROUND_EVERY = 5.0
+_COST_APART = 20.0
+"""How many times as long as reading the surroundings took they are left alone: a busy queue pays a twentieth at most."""
 _WAITS_EVERY = 300.0
 _USUAL_EVERY = 120.0
 _BEAT_EVERY = 15.0
@@ -82,8 +86,10 @@ class Hub:
         self.looks = 0
         self.streams = 0
         self._snapshot: Snapshot | None = None
+        self._cost = 0.0
         self._around: tuple[float, Surroundings] | None = None
         self._waits: tuple[float, dict[str, float]] | None = None
+        self.minutes = FinishedKept(timedelta(minutes=1), fresh=timedelta(minutes=2), seconds=0.0)
         self._usual: dict[tuple[str, str], tuple[float, float | None]] = {}
         self._task: asyncio.Task[None] | None = None
         self._lock: asyncio.Lock | None = None
@@ -129,11 +135,12 @@ class Hub:
         running = _now.read_running(bind, model)
         moved = before is None or {job.id for job in before.running} != {job.id for job in running}
         kept = self._around
-        if kept is None or now - kept[0] >= (LOOK_EVERY if moved else _AROUND_EVERY):
+        if kept is None or now - kept[0] >= max(LOOK_EVERY if moved else _AROUND_EVERY, self._cost * _COST_APART):
             waits = self._waits[1] if self._waits is not None and now - self._waits[0] < _WAITS_EVERY else None
-            around = _now.read_surroundings(bind, model, waits)
+            around = _now.read_surroundings(bind, model, self.minutes, waits)
             if waits is None:
                 self._waits = now, around.waits_p95
+            self._cost = time.monotonic() - now
             self._around = kept = now, around
         pairs = {(str(job.kind), job.target_name) for job in running}
         self._usual = {pair: self._usual[pair] for pair in pairs if pair in self._usual}

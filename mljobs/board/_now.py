@@ -12,6 +12,7 @@ from typing import Any
 from mljobs import jobs
 from mljobs._values import utc_now
 from mljobs.board._charts import Column, bar
+from mljobs.board._finished import FinishedKept
 from mljobs.board._format import duration, short, when
 from mljobs.board._html import Html
 from mljobs.board._workers import WorkerRow, read_workers, unhandled, workers_of
@@ -63,12 +64,15 @@ def read_running(bind: Bind, model: Model) -> list[JobSummary]:
     return jobs.running_jobs(bind, limit=RUNNING_SHOWN + 1, model=model)
 
 
-def read_surroundings(bind: Bind, model: Model, waits: dict[str, float] | None) -> Surroundings:
+def read_surroundings(
+    bind: Bind, model: Model, minutes_kept: FinishedKept, waits: dict[str, float] | None
+) -> Surroundings:
     """Return what is around the running jobs.
 
     Args:
         bind: Where to read.
         model: The mapped job class.
+        minutes_kept: What finished in the minutes before, as far as it is counted.
         waits: The usual waits, where they are known still.
     """
     now = utc_now()
@@ -76,7 +80,9 @@ def read_surroundings(bind: Bind, model: Model, waits: dict[str, float] | None) 
         spread = jobs.durations(bind, since=now - _DAY, model=model)
         waits = {kind.kind: kind.waited.p95 for kind in spread.kinds if kind.waited is not None}
     queue = jobs.queue_depths(bind, model=model)
-    minutes = jobs.finished_per(bind, _MINUTE, since=_minute(now) - 59 * _MINUTE, model=model)
+    hour_ago = _minute(now) - 59 * _MINUTE
+    minutes_kept.count(bind, hour_ago, model)
+    minutes = minutes_kept.per(_MINUTE, hour_ago)
     return Surroundings(
         queue=queue,
         next=jobs.next_claims(bind, limit=5, model=model),

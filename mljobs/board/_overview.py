@@ -101,16 +101,19 @@ async def overview(request: Request) -> Response:
 def _finished(bind: Bind, site: Site, period: Period, moment: datetime) -> list[Finished]:
     """Return what finished in a period, as far as it is counted."""
     start, model = period.start(moment), site.backend.model
-    if period.width < HOUR:
-        return jobs.finished_per(bind, period.width, since=start, model=model)
-    site.finished.count(bind, start, model)
-    return site.finished.per(period.width, start)
+    kept = _kept(site, period)
+    kept.count(bind, start, model)
+    return kept.per(period.width, start)
+
+
+def _kept(site: Site, period: Period) -> FinishedKept:
+    return site.finished if period.width >= HOUR else site.hub.minutes
 
 
 def finished_part(site: Site, period: Period, moment: datetime, found: Sequence[Finished]) -> tuple[str, bool]:
     """Return the section of what finished when, and whether all of it is counted."""
     start = period.start(moment)
-    counted = site.finished.counted_from(start) if period.width >= HOUR else start
+    counted = _kept(site, period).counted_from(start)
     data = columns_of(found, start, period.width, round(period.span / period.width))
     totals = {name: sum(getattr(one, name) for one in data) for name in ("completed", "failed", "cancelled")}
     label = (

@@ -1,0 +1,97 @@
+"""``python -m benchmarks.viewers [JOBS]``: how fast a worker drains a queue, with 20 open viewers of the board and without.
+
+A worker in a process of its own drains no-op jobs from PostgreSQL; in another process a board on the same database has 20
+open streams of its page *now*. Eight pairs, in turn; the ratio of each pair is what counts. ``BENCH_REPEATS`` changes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+from benchmarks.bench import database
+from mljobs import JobStore
+from mljobs.board import create_app
+from mljobs.board._pages import render_now
+from mljobs.board._site import Links
+
+VIEWERS = 20
+REPEATS = int(os.environ.get("BENCH_REPEATS", "8"))
+_PROGRAM = [sys.executable, "-m", "benchmarks.drain.programs.mljobs_"]
+
+
+async def look(url: str) -> None:
+    """Keep 20 viewers open until the input ends."""
+    with JobStore(url) as store:
+        app = create_app(store)
+        hub = app.state.site.hub
+        view = hub.view(("now", ""), lambda: render_now(app.state.site, Links("")))
+
+        async def follow() -> None:
+            async for _ in hub.follow(view, ""):
+                pass
+
+        viewers = [asyncio.create_task(follow()) for _ in range(VIEWERS)]
+        await hub.now()
+        print("ready", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        print(hub.looks, flush=True)
+        hub.stop()
+        await asyncio.wait(viewers, timeout=5)
+
+
+def _started(command: list[str]) -> subprocess.Popen[str]:
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+def _told(process: subprocess.Popen[str]) -> str:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return process.stdout.readline().strip()
+
+
+def drain(url: str, jobs: int, *, watched: bool) -> float:
+    """Return how many jobs a second are done."""
+    subprocess.run([*_PROGRAM, "fill", url, str(jobs)], check=True)
+    worker = _started([*_PROGRAM, "drain", url, "many"])
+    board = _started([sys.executable, "-m", "benchmarks.viewers", "look", url]) if watched else None
+    begin = time.perf_counter()
+    _told(worker)
+    rate = jobs / (time.perf_counter() - begin)
+    worker.wait()
+    if board is not None:
+        _told(board)
+        board.wait()
+    return rate
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["look"]:
+        asyncio.run(look(sys.argv[2]))
+        return
+    jobs = int(sys.argv[1].replace("_", "")) if len(sys.argv) > 1 else 100_000
+    ratios, rates = [], {True: list[float](), False: list[float]()}
+    with database() as url:
+        drain(url, jobs // 10, watched=False)
+        for number in range(REPEATS):
+            for watched in (True, False) if number % 2 else (False, True):
+                rates[watched].append(drain(url, jobs, watched=watched))
+            ratios.append(rates[True][-1] / rates[False][-1])
+            print(f"{rates[False][-1]:,.0f}/s without, {rates[True][-1]:,.0f}/s with: {ratios[-1]:.3f}", flush=True)
+    print(
+        f"{VIEWERS} viewers: {statistics.median(rates[True]):,.0f}/s, none: {statistics.median(rates[False]):,.0f}/s, "
+        f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} .. {max(ratios):.3f})"
+    )
+
+
+if __name__ == "__main__":
+    main()
