@@ -81,6 +81,21 @@ def test_following_goes_on_until_all_have_finished_or_the_time_is_up(sqlite_url:
         assert "\x1b[2J" not in file.getvalue()
 
 
+def test_a_retry_is_followed_in_the_place_of_what_has_failed(store: Any) -> None:
+    ids = store.submit_many([("train", name, None) for name in ("a", "b")], ids=True)
+    for job_id in ids:
+        store.fail(store.claim_one(job_id, worker="w"), "once")
+    second = store.retry(ids[0])
+    store.fail(store.claim_one(second, worker="w"), "twice")
+    third = store.retry(second)
+    waiting = store.follow(ids, timeout=0, show=False)
+    assert ([job.id for job in waiting], waiting.complete) == ([third.id, ids[1]], False)
+    store.complete(store.claim_one(third, worker="w"), {"f1": 1})
+    followed = store.follow(ids, show=False)
+    assert [(job.id, job.status) for job in followed] == [(third.id, "completed"), (ids[1], "failed")]
+    assert len(store.follow(kind="train", show=False)) == 4  # all are meant
+
+
 def test_what_is_to_be_followed_must_be_said_and_be_there(sqlite_url: str) -> None:
     with JobStore(sqlite_url) as store:
         with pytest.raises(InvalidValueError, match="which jobs are to be followed"):

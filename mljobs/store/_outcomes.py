@@ -69,7 +69,8 @@ class Followed(Sequence[M], Generic[M]):
     """What became of the jobs that were followed.
 
     Attributes:
-        jobs: The jobs, in the order of the ids that were given; of a filter, the oldest first.
+        jobs: The jobs, in the order of the ids that were given; of a filter, the oldest first. In the place of a failed job
+            that is retried stands its last retry.
         complete: Whether all have finished; False where the time was up, or the store was closed.
         seconds: How long they were followed.
     """
@@ -167,6 +168,8 @@ def followed_steps(chosen: tuple[Model, Selection | list[UUID]], timeout: float 
     missing = next((job_id for job_id in wanted if job_id not in states), None)
     if missing is not None and asked is wanted:
         raise JobNotFound(missing)
+    latest: dict[UUID, UUID] = {}
+    yield from _to_retries(states, latest, list(states), model)
     while True:
         seconds = time.monotonic() - begun
         live = [job_id for job_id, row in states.items() if not row.status.is_terminal]
@@ -181,10 +184,40 @@ def followed_steps(chosen: tuple[Model, Selection | list[UUID]], timeout: float 
                 states[job_id] = fresh[job_id]
             else:  # deleted meanwhile
                 del states[job_id]
+        yield from _to_retries(states, latest, list(fresh), model)
     found = yield Read(lambda bind: _jobs(bind, model, list(states)))
-    jobs = tuple(found[job_id] for job_id in wanted if job_id in found)
+    last = [_last_of(job_id, latest) for job_id in wanted]
+    jobs = tuple(found[job_id] for job_id in last if job_id in found)
     counts = Counter(job.status for job in jobs)
     return Followed(jobs, all(job.is_terminal for job in jobs), time.monotonic() - begun, counts)
+
+
+def _to_retries(
+    states: dict[UUID, Any], latest: dict[UUID, UUID], ids: Sequence[UUID], model: Model
+) -> Generator[Read, Any, None]:
+    """Put in the place of each failed job of these the one that retries it, unless that is followed already.
+
+    Args:
+        states: By id, of the jobs that are followed; changed in place.
+        latest: By the id of a job, that of its retry; changed in place.
+        ids: Of the jobs to look at.
+        model: The mapped job class.
+    """
+    failed = [job_id for job_id in ids if states[job_id].status is MlJobStatus.FAILED]
+    while failed:
+        retries = yield Read(lambda bind, failed=failed: _retries(bind, model, failed))  # type: ignore[misc]
+        new = {old: retry.id for old, retry in retries.items() if retry.id not in states}
+        for old, job_id in new.items():
+            latest[old] = job_id
+            del states[old]
+            states[job_id] = retries[old]
+        failed = [job_id for job_id in new.values() if states[job_id].status is MlJobStatus.FAILED]
+
+
+def _last_of(job_id: UUID, latest: Mapping[UUID, UUID]) -> UUID:
+    while job_id in latest:
+        job_id = latest[job_id]
+    return job_id
 
 
 def _snapshot(rows: Iterable[Any], seconds: float) -> Snapshot:
@@ -205,13 +238,29 @@ def _ids_of(bind: Bind, chosen: Selection) -> list[UUID]:
 
 
 def _states(bind: Bind, model: Model, ids: Sequence[UUID]) -> dict[UUID, Any]:
-    table, connection = table_of(model), connection_of(bind, model)
-    columns = (table.c.id, table.c.status, table.c.progress, table.c.target_name, table.c.metrics_json)
-    found = {}
-    for start in range(0, len(ids), _AT_ONCE):
-        statement = select(*columns).where(table.c.id.in_(ids[start : start + _AT_ONCE]))
-        found.update({row.id: row for row in connection.execute(statement)})
+    found = {row.id: row for row in _rows(bind, model, "id", ids)}
     return {job_id: found[job_id] for job_id in ids if job_id in found}
+
+
+def _retries(bind: Bind, model: Model, ids: Sequence[UUID]) -> dict[UUID, Any]:
+    """Return the latest retry of each of these jobs, by the id of what it retries."""
+    return {row.retry_of: row for row in sorted(_rows(bind, model, "retry_of", ids), key=_age)}
+
+
+def _age(row: Any) -> tuple[Any, UUID]:
+    return row.created_at, row.id
+
+
+def _rows(bind: Bind, model: Model, by: str, ids: Sequence[UUID]) -> list[Any]:
+    table, connection = table_of(model), connection_of(bind, model)
+    columns = [table.c[name] for name in _COLUMNS]
+    found: list[Any] = []
+    for start in range(0, len(ids), _AT_ONCE):
+        found += connection.execute(select(*columns).where(table.c[by].in_(ids[start : start + _AT_ONCE])))
+    return found
+
+
+_COLUMNS: Final = ("id", "status", "progress", "target_name", "metrics_json", "retry_of", "created_at")
 
 
 def _jobs(bind: Bind, model: Model, ids: Sequence[UUID]) -> dict[UUID, Any]:

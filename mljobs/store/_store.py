@@ -254,7 +254,8 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
         """Follow jobs until all have finished: a progress display that ends with a table of outcomes.
 
         In a notebook it is the output of the cell, on a terminal some lines on standard error (more of them with
-        ``rich``), elsewhere a line whenever something has changed. To interrupt it ends the display, not the jobs.
+        ``rich``), elsewhere a line whenever something has changed. To interrupt it ends the display, not the jobs. Where a
+        failed job is retried, by its handler's policy or by hand, the retry is followed in its place.
 
         Args:
             jobs: A :class:`~mljobs.Filter` or its text, for the jobs that it finds now; or jobs, or their ids. At most
