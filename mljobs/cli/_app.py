@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from mljobs.cli import _settings
+from mljobs.cli._parameters import spare_pydantic
 
 _CLICK_ERROR: Any = typer.BadParameter.__mro__[2]
 """Click's own exception, which Typer brings from one place or another."""
@@ -69,6 +70,10 @@ _OPTIONS: Final = {
 class LazyGroup(TyperGroup):
     """Knows its commands by name, and imports a command's module when it is called or its help is asked for."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        spare_pydantic(self)
+
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - Click's signature
         """Return the names, in the order of the help."""
         return list(COMMANDS)
@@ -80,6 +85,7 @@ class LazyGroup(TyperGroup):
         command = _commands_of(COMMANDS[cmd_name].module)[cmd_name]
         if not any(parameter.name == "url" for parameter in command.params):
             command.params += _shared_options()
+            spare_pydantic(command)
         return command
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - Click's signature
