@@ -11,21 +11,25 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import String, create_engine
+from sqlalchemy import String, create_engine, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from mljobs import JobStore, MlJobMixin, MlJobStatus
+from mljobs import JobStore, MlJob, MlJobMixin, MlJobStatus
+from mljobs._values import utc_now
 from mljobs.cli import _app as application
 from mljobs.cli import _following as following
 from mljobs.cli import _output as output
 from mljobs.cli._screen import Screen
 from mljobs.contrib.pydantic import MlJobRead
 from tests.fork_server import ForkServer
+from mljobs.jobs import WorkerInfo, WorkerState
+from mljobs.jobs._workers import register_worker, see_worker
 from tests.test_cli import run
 
 DOCS = Path(__file__).parent.parent / "docs" / "cli.md"
@@ -373,6 +377,47 @@ def test_stats_and_workers_in_three_forms(
     assert "gpu-1" in said(capsys, "workers")
     filled.cancel(only(filled, "status:running"))
     assert "cancelled, stopping" in said(capsys, "workers")
+
+
+def register(store: JobStore, name: str, state: WorkerState = WorkerState.RUNNING) -> None:
+    """Write down a worker, as one that runs does."""
+    now = utc_now()
+    with store.connect() as bind:
+        known = register_worker(bind, WorkerInfo(name, "node7", 41, ("train",), 4, "1.0", now, now))
+        see_worker(bind, known, state)
+
+
+def test_workers_are_seen_busy_idle_stopping_silent_and_gone(
+    filled: JobStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(filled, "gpu-1")
+    register(filled, "idle-1")
+    register(filled, "leaving", WorkerState.STOPPING)
+    register(filled, "ended", WorkerState.GONE)
+    filled.claim(worker="by hand", limit=1)
+    shown = [json.loads(line) for line in said(capsys, "workers", "--json").splitlines()]
+    assert [(one["worker"], one["state"], one["held"], one["host"]) for one in shown] == [
+        ("gpu-1", "busy", 1, "node7"), ("idle-1", "idle", 0, "node7"), ("leaving", "stopping", 0, "node7"),
+        ("by hand", "busy", 1, None),
+    ]  # fmt: skip
+    assert (shown[0]["kinds"], shown[0]["concurrency"], shown[1]["since"], shown[1]["jobs"]) == (["train"], 4, None, [])
+    assert said(capsys, "workers", "--gone", "--fields", "worker,state").endswith("by hand\tbusy\n")
+    assert "ended\tgone\n" in said(capsys, "workers", "--gone", "--fields", "worker,state")
+    with filled.engine.begin() as connection:
+        connection.execute(update(MlJob.__workers__).values(last_seen_at=utc_now() - timedelta(hours=1)))
+    assert "gpu-1\tsilent\n" in said(capsys, "workers", "--fields", "worker,state")
+    monkeypatch.setattr(output, "is_terminal", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    for columns in ("150", "80", "40"):
+        monkeypatch.setenv("COLUMNS", columns)
+        table = said(capsys, "workers")
+        assert max(map(len, table.splitlines())) <= int(columns)
+        assert "gpu-1" in table
+        assert "silent" in table
+    with filled.engine.begin() as connection:
+        cascade = " CASCADE" if connection.dialect.name == "postgresql" else ""
+        connection.exec_driver_sql(f"DROP TABLE ml_job_workers{cascade}")
+    assert said(capsys, "workers", "--fields", "worker,held,state") == "by hand\t1\tbusy\ngpu-1\t1\tbusy\n"
 
 
 def test_rescue_says_what_it_did(filled: JobStore, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import webbrowser
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mljobs.cli._settings import DEFAULT_URL, given, job_class, settings
+from mljobs.cli import USUAL
+from mljobs.cli._settings import DEFAULT_URL, given, job_class, open_store, settings
+
+if TYPE_CHECKING:
+    from mljobs.store._store import JobStore
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -42,35 +48,15 @@ def board(
     """
     import uvicorn  # noqa: PLC0415 - an extra
 
-    from mljobs import schema  # noqa: PLC0415 - loads SQLAlchemy
-    from mljobs.board import Access, create_app  # noqa: PLC0415
-    from mljobs.board._demo import fill  # noqa: PLC0415
-    from mljobs.board._live import Live  # noqa: PLC0415
+    from mljobs.board import Access, create_app  # noqa: PLC0415 - loads SQLAlchemy
     from mljobs.errors import InvalidValueError  # noqa: PLC0415
-    from mljobs.store._store import JobStore  # noqa: PLC0415
 
     act = act or demo
     if act and host not in _LOOPBACK:
         raise InvalidValueError(
             "host", host, "--act lets everybody in who reaches it: mount create_app(authorize=...) instead"
         )
-    with ExitStack() as stack:
-        if demo:
-            directory = stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="mljobs-board-", ignore_cleanup_errors=True)
-            )
-            if settings().url == DEFAULT_URL:
-                given["url"] = f"sqlite:///{Path(directory) / 'demo.db'}"
-        store = stack.enter_context(JobStore(settings().located, model=job_class()))
-        if demo:
-            schema.upgrade(store.engine)
-            if store.count_up_to(1):
-                raise InvalidValueError("url", settings().shown, "the demonstration wants an empty database")
-            typer.echo("Writing six weeks of history ...")
-            fill(store)
-            live = Live(store)
-            live.start()
-            stack.callback(live.stop)
+    with _demonstration() if demo else open_store() as store:
         app = create_app(
             store, authorize=(lambda _: Access.ACT) if act else None, title=title or ("demo" if demo else None)
         )
@@ -82,4 +68,35 @@ def board(
         )
         if open_:
             webbrowser.open(address)
+        gc.set_threshold(*USUAL)
         server.run([socket])
+
+
+@contextmanager
+def _demonstration() -> Iterator[JobStore]:
+    """Open a database with a history, in which workers go on while the block runs.
+
+    Raises:
+        InvalidValueError: The database that is named holds jobs.
+    """
+    from mljobs import schema  # noqa: PLC0415 - loads SQLAlchemy
+    from mljobs.board._demo import fill  # noqa: PLC0415
+    from mljobs.board._live import Live  # noqa: PLC0415
+    from mljobs.errors import InvalidValueError  # noqa: PLC0415
+    from mljobs.store._store import JobStore  # noqa: PLC0415
+
+    with tempfile.TemporaryDirectory(prefix="mljobs-board-", ignore_cleanup_errors=True) as directory:
+        if settings().url == DEFAULT_URL:
+            given["url"] = f"sqlite:///{Path(directory) / 'demo.db'}"
+        with JobStore(settings().located, model=job_class()) as store:
+            schema.upgrade(store.engine)
+            if store.count_up_to(1):
+                raise InvalidValueError("url", settings().shown, "the demonstration wants an empty database")
+            typer.echo("Writing six weeks of history ...")
+            fill(store)
+            live = Live(store)
+            live.start()
+            try:
+                yield store
+            finally:
+                live.stop()

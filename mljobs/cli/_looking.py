@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mljobs.cli import _output as output
 from mljobs.cli._options import FieldsOption, JsonOption, complete_kind, span_option
 from mljobs.cli._settings import open_store
+
+if TYPE_CHECKING:
+    from mljobs.jobs import Holder, WorkerInfo
 
 _HOLDS = ("id", "kind", "target_name", "status", "progress", "acquired_at", "expires_at")
 
@@ -78,57 +82,107 @@ def _stats_row(kind: Any, now: datetime) -> list[str]:
     ]  # fmt: skip
 
 
-def workers(*, as_json: JsonOption = False, fields: FieldsOption = None) -> None:
-    """Show the workers that hold jobs: which, since when, and who has been silent for longer than a lease lasts.
+def workers(
+    *,
+    gone: Annotated[bool, typer.Option("--gone", help="Those too that ended within a day.")] = False,
+    as_json: JsonOption = False,
+    fields: FieldsOption = None,
+) -> None:
+    """Show the workers: what each holds and since when, who is idle, stopping, or silent.
+
+    A silent one was not seen for a minute, or its lease on a job has run out. Jobs that run without a worker, in a
+    script or a session, stand under the name that they were claimed with.
 
     \b
     Example:
       $ mljobs workers
+      $ mljobs workers --json --fields worker,state,held,concurrency
     """
     with open_store() as store:
-        found = store.holders()
-    now = datetime.now(UTC)
-    items = [
-        {
-            "worker": holder.worker,
-            "held": holder.held,
-            "silent": holder.silent,
-            "since": holder.since,
-            "jobs": [{name: getattr(job, name) for name in _HOLDS} for job in holder.jobs],
-        }
-        for holder in found
-    ]
+        found = _seen(store.workers(gone=True), store.holders(), gone=gone)
     if as_json:
-        output.print_json(items, output.fields_of(fields))
+        output.print_json(found, output.fields_of(fields))
     elif fields is not None or not output.is_terminal():
-        names = output.fields_of(fields) or ["worker", "held", "silent", "since"]
-        output.print_tabs(map(output.as_json, items), names)
+        output.print_tabs(map(output.as_json, found), output.fields_of(fields) or _WORKERS_TABBED)
     elif found:
-        output.print_table(_WORKERS, [row for holder in found for row in _worker_rows(holder, now)])
+        now = datetime.now(UTC)
+        output.print_table(_WORKERS, [row for worker in found for row in _worker_rows(worker, now)])
     else:
-        output.note("no worker holds a job")
+        output.note("no worker runs, and nobody holds a job")
+
+
+_WORKERS_TABBED = (
+    "worker",
+    "held",
+    "silent",
+    "since",
+    "state",
+    "host",
+    "pid",
+    "concurrency",
+    "started_at",
+    "last_seen_at",
+)
+_ABOUT = ("host", "pid", "kinds", "concurrency", "version", "started_at", "last_seen_at")
+
+
+def _seen(rows: Sequence[WorkerInfo], holders: Sequence[Holder], *, gone: bool) -> list[dict[str, Any]]:
+    """Return the workers of the table, with what they hold; then those that hold jobs and have no row there."""
+    held = {holder.worker: holder for holder in holders}
+    known: dict[str, Any] = {row.name: row for row in rows if gone or row.state != "gone" or row.name in held}
+    return [_seen_one(name, known.get(name), held.get(name)) for name in dict.fromkeys([*known, *held])]
+
+
+def _seen_one(name: str, row: Any, holder: Any) -> dict[str, Any]:
+    jobs = holder.jobs if holder else ()
+    if row is None:
+        state = "silent" if holder.silent == holder.held else "busy"
+    elif row.state == "gone":
+        state = "silent" if jobs else "gone"
+    else:
+        state = "stopping" if row.state == "stopping" else "busy" if jobs else "idle"
+    return {
+        "worker": name,
+        "state": state,
+        "held": holder.held if holder else 0,
+        "silent": holder.silent if holder else 0,
+        "since": holder.since if holder else None,
+        **{field: getattr(row, field, None) for field in _ABOUT},
+        "jobs": [{field: getattr(job, field) for field in _HOLDS} for job in jobs],
+    }
 
 
 _WORKERS = (
     output.Column("WORKER", least=10),
+    output.Column("STATE", colours={"idle": "32", "stopping": "33", "silent": "31", "gone": "31"}),
     output.Column("JOB", rank=5),
     output.Column("KIND", least=8, rank=3),
     output.Column("TARGET", least=8, rank=2),
-    output.Column("DONE", right=True),
-    output.Column("FOR", right=True),
+    output.Column("DONE", right=True, rank=1),
+    output.Column("FOR", right=True, rank=1),
     output.Column("", colours={"silent": "33", "cancelled, stopping": "33"}, rank=1),
+    output.Column("SEEN", right=True, rank=6),
+    output.Column("HOST", least=8, rank=7),
 )
 
 
-def _worker_rows(holder: Any, now: datetime) -> list[list[str]]:
+def _worker_rows(worker: dict[str, Any], now: datetime) -> list[list[str]]:
+    """Return a line for each job that a worker holds, or one."""
+    places = f" {worker['held']}/{worker['concurrency']}" if worker["concurrency"] and worker["held"] else ""
+    head = [worker["worker"], worker["state"] + places]
+    seen = output.span(now - worker["last_seen_at"]) + " ago" if worker["last_seen_at"] else ""
     rows: list[list[str]] = []
-    for job in holder.jobs:
-        silent = job.expires_at is not None and job.expires_at < now
-        state = "silent" if silent else "cancelled, stopping" if job.status == "cancelled" else ""
-        held = now - job.acquired_at if job.acquired_at is not None else None
-        name = holder.worker if not rows else ""
-        rows.append([name, str(job.id), str(job.kind), job.target_name, f"{job.progress}%", output.span(held), state])
+    for job in worker["jobs"] or (None,):
+        first, last = (head, [seen, worker["host"] or ""]) if not rows else (["", ""], ["", ""])
+        rows.append([*first, *(_held_cells(job, now) if job else [""] * 6), *last])
     return rows
+
+
+def _held_cells(job: dict[str, Any], now: datetime) -> list[str]:
+    silent = job["expires_at"] is not None and job["expires_at"] < now
+    state = "silent" if silent else "cancelled, stopping" if job["status"] == "cancelled" else ""
+    held = now - job["acquired_at"] if job["acquired_at"] is not None else None
+    return [str(job["id"]), str(job["kind"]), job["target_name"], f"{job['progress']}%", output.span(held), state]
 
 
 def rescue(
