@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from mljobs import JobStore, MlJob, MlJobMixin, MlJobStatus
 from mljobs._values import utc_now
 from mljobs.cli import _app as application
+from mljobs.cli import _completing as completing
 from mljobs.cli import _following as following
 from mljobs.cli import _output as output
 from mljobs.cli._screen import Screen
@@ -58,6 +60,19 @@ def _in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def filled(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobStore]:
     """A database, named by the environment, with jobs in every state."""
+    with filling(url, monkeypatch) as store:
+        yield store
+
+
+@pytest.fixture
+def filled_sqlite(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobStore]:
+    """The same for what has nothing to do with the database."""
+    with filling(sqlite_url, monkeypatch) as store:
+        yield store
+
+
+@contextmanager
+def filling(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobStore]:
     monkeypatch.setenv("MLJOBS_DATABASE_URL", url)
     with JobStore(url) as store:
         for number, (kind, target) in enumerate(
@@ -106,23 +121,28 @@ def test_every_command_has_help_with_an_example_and_a_line_in_the_docs(
         assert getattr(parameter, "help", None), f"{name} {parameter.name}"
 
 
-def test_help_and_version_do_not_load_the_database_library(tmp_path: Path) -> None:
+def test_help_and_version_load_neither_the_database_library_nor_pydantic(tmp_path: Path) -> None:
     code = """
 import sys
 from mljobs.cli import main
-sys.argv = ["mljobs", *{0}]
+for words in ("--version", "--help", "list --help", "watch --help", "export --help", "completion zsh"):
+    sys.argv = ["mljobs", *words.split()]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, words
+    assert not {"sqlalchemy", "pydantic"} & set(sys.modules), words
+sys.argv = ["mljobs", "list", "kind:train", "--limit", "5"]
 try:
     main()
-except SystemExit:
-    pass
-assert not {{"sqlalchemy"}} & set(sys.modules), "loaded"
+except SystemExit as end:
+    assert end.code == 1  # there is no file
+assert "pydantic" not in sys.modules
 """
-    for arguments in (["--version"], ["--help"], ["list", "--help"], ["watch", "--help"], ["export", "--help"]):
-        done = subprocess.run(
-            [sys.executable, "-c", code.format(arguments)], capture_output=True, text=True, cwd=tmp_path, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("mljobs: field 'url'")
+    assert "Example:" in done.stdout
 
 
 def test_the_help_lists_every_command_in_its_panel(capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,7 +173,7 @@ def test_the_help_lists_every_command_in_its_panel(capsys: pytest.CaptureFixture
     ],
 )
 def test_wrong_usage_is_one_line_that_says_what_to_do_and_exit_code_2(
-    filled: JobStore,
+    filled_sqlite: JobStore,
     arguments: list[str],
     error: str,
     capsys: pytest.CaptureFixture[str],
@@ -164,7 +184,7 @@ def test_wrong_usage_is_one_line_that_says_what_to_do_and_exit_code_2(
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("mljobs: ")
     assert error in line
-    assert filled.counts().total(status="cancelled") == 0
+    assert filled_sqlite.counts().total(status="cancelled") == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- submitting
@@ -318,10 +338,10 @@ def test_lineage_shows_all_tries_from_any_of_them(filled: JobStore, capsys: pyte
 
 
 @pytest.mark.parametrize("command", ["show", "lineage", "cancel", "retry", "wait"])
-def test_an_id_that_no_job_has_is_one_line(filled: JobStore, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("filled_sqlite")
+def test_an_id_that_no_job_has_is_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "ffff0000") == 1
     assert "no job has an id that begins so" in capsys.readouterr().err
-    assert filled is not None
 
 
 def test_runs_are_compared_by_what_differs(filled: JobStore, capsys: pytest.CaptureFixture[str]) -> None:
@@ -696,43 +716,66 @@ def test_a_schema_of_postgresql_is_named_by_an_option(postgres_url: str, capsys:
 # ------------------------------------------------------------------------------------------------------- completion
 
 
-def completed(words: str, **environment: str) -> list[str]:
-    """Return what bash would offer for a line."""
-    done = subprocess.run(
-        [sys.executable, "-m", "mljobs"],
-        env={
-            **os.environ, **environment, "_MLJOBS_COMPLETE": "complete_bash",
-            "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1),
-        },
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return done.stdout.split()
+def completed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str, code: int = 0, shell: str = "bash"
+) -> list[str]:
+    """Return what a shell is offered for a line."""
+    monkeypatch.setenv("_MLJOBS_COMPLETE", shell)
+    monkeypatch.setenv("_MLJOBS_LINE", f"mljobs {line}")
+    monkeypatch.setattr(sys, "argv", ["mljobs", *line.split(" ")])
+    return said(capsys, code=code).splitlines()
 
 
-def test_the_shell_completes_commands_kinds_fields_and_ids(sqlite_url: str) -> None:
-    with JobStore(sqlite_url) as store:
-        job_id = str(store.submit("train", "spam").id)
-    here = {"MLJOBS_DATABASE_URL": sqlite_url}
-    assert set(completed("mljobs li")) == {"list", "lineage"}
-    assert set(completed("mljobs submit b", **here)) == {"backfill"}
-    assert job_id in completed("mljobs show ", **here)
-    assert "status:" in completed("mljobs list st", **here)
-    assert completed("mljobs show ", MLJOBS_DATABASE_URL="sqlite:///nowhere.db") == []
-
-
-def test_completion_answers_for_tokens_targets_and_both(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mljobs.cli import _options as options
-
+def test_the_shell_completes_commands_options_kinds_fields_states_and_ids(
+    sqlite_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLJOBS_DATABASE_URL", sqlite_url)
     with JobStore(sqlite_url) as store:
-        job_id = str(store.submit("train", "spam").id)
-    assert options.complete_filter("status:f") == ["status:failed"]
-    assert options.complete_filter("kind:b") == ["kind:backfill"]
-    assert options.complete_filter("target:s") == []
-    assert options.complete_target("s") == ["spam"]
-    assert job_id in options.complete_id_or_filter("")
-    monkeypatch.setenv("MLJOBS_DATABASE_URL", "nonsense")
-    assert options.complete_target("s") == options.complete_id("s") == []
+        first, second = (str(store.submit("train", target).id) for target in ("spam", "a $(b) c"))
+        store.submit("train", "two\nlines")
+
+    def offers(line: str, *, code: int = 0, shell: str = "bash") -> list[str]:
+        return completed(capsys, monkeypatch, line, code, shell)
+
+    assert offers("li") == ["list", "lineage"]
+    assert offers("--mod") == ["--model"]
+    assert offers("--url x li") == offers("--url=x li") == ["list", "lineage"]
+    assert offers("submit b") == ["backfill"]
+    assert offers("submit --priority 3 train s") == offers("submit train --exclusive s") == ["spam"]
+    assert offers("best a") == ["a\\ \\$\\(b\\)\\ c"]
+    assert offers("best a", shell="fish") == ["a $(b) c"]
+    assert offers("submit train tw") == offers("submit train x y") == offers("nothing x") == []
+    assert offers("list st") == ["status:", "started:"]
+    assert offers("list status:fai") == ["failed"]
+    assert offers("list status:failed,ca", shell="zsh") == ["status:failed,cancelled"]
+    assert offers("list kind:train,b", shell="zsh") == ["kind:train,backfill"]
+    assert offers("cancel target:s", shell="zsh") == ["target:spam"]
+    assert offers("list spec:", shell="zsh") == []
+    assert offers("list --order o") == offers("list --order=o") == ["oldest"]
+    assert offers("list --un") == offers("list --unknown=") == []
+    assert offers("import --on-conflict ") == ["skip", "update", "error"]
+    assert offers("completion z") == ["zsh"]
+    assert f"{first}\tqueued train spam" in offers("show 01", shell="zsh")
+    assert f"{first}" in offers("wait 01")
+    assert offers(f"lineage {second[-6:]}") == [second]
+    assert second in offers("retry ")
+    assert offers("show 'unfinished") == []
+    assert offers("import x", code=1) == offers("--url ", code=1) == offers("list --limit ", code=1) == []
+    assert offers("--url sqlite:///nowhere.db show ") == offers("show --url nonsense x") == []
+
+
+def test_each_argument_is_completed_or_is_a_file_or_free(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {
+        parameter.name
+        for name in application.COMMANDS
+        for parameter in application.LazyGroup().get_command(None, name).params
+        if parameter.param_type_name == "argument"
+    }
+    assert found - set(completing.VALUES) == {"file", "worker", "revision"}
+    for shell, script in completing.SCRIPTS.items():
+        assert said(capsys, "completion", shell) == script
+    assert run("completion", "tcsh") == 2
+    assert "bash, zsh, fish, not for 'tcsh'" in capsys.readouterr().err
 
 
 def test_a_reader_that_goes_away_ends_a_list_without_a_word(sqlite_url: str) -> None:

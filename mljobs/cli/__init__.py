@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import gc
+import os
 import sys
-from typing import Final
 
-USUAL: Final = gc.get_threshold()
-"""When Python looks for garbage; what runs for long goes back to it."""
-_SELDOM: Final = (100_000, 50, 50)
-"""The same while modules are imported, which leave none: looking for it took a third of the start."""
+from mljobs.cli._garbage import collect_seldom
 
 
 def main() -> None:
     """Run the command; say what to install where the extra is missing."""
-    gc.set_threshold(*_SELDOM)
-    if sys.argv[1:] == ["--version"]:  # without the time that Typer takes
+    collect_seldom()
+    if sys.argv[1:] == ["--version"] and "_MLJOBS_COMPLETE" not in os.environ:  # without the time that Typer takes
         from mljobs import __version__  # noqa: PLC0415
 
         sys.stdout.write(f"mljobs {__version__}\n")

@@ -57,6 +57,7 @@ COMMANDS: Final = {
     "import": Command("_transfer", "Files", "Read jobs from a file."),
     "compare": Command("_audit", "Files", "Compare finished jobs with an earlier export."),
     "digest": Command("_audit", "Files", "Write or check a line for each day's jobs."),
+    "completion": Command("_completing", "Files", "Print the script that completes in bash, zsh or fish."),
 }
 """Every command, in the order of the help."""
 
@@ -87,6 +88,10 @@ class LazyGroup(TyperGroup):
             command.params += _shared_options()
             spare_pydantic(command)
         return command
+
+    def about(self, name: str) -> str:
+        """Return what a command does, in a line."""
+        return COMMANDS[name].help
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - Click's signature
         """Write the list of commands, by panel."""
@@ -139,6 +144,7 @@ app = typer.Typer(
     cls=LazyGroup,
     help="Machine-learning jobs in your database. A job that has finished never changes again.",
     no_args_is_help=True,
+    add_completion=False,  # there is a command
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings=_CONTEXT,
@@ -180,7 +186,9 @@ def run(arguments: list[str] | None = None) -> None:
     """
     _settings.given.clear()
     if "_MLJOBS_COMPLETE" in os.environ:
-        app(args=arguments, prog_name="mljobs")
+        from mljobs.cli._completing import answer  # noqa: PLC0415 - seldom needed
+
+        answer(typer.main.get_command(app))
     try:
         code = app(args=arguments, prog_name="mljobs", standalone_mode=False)
         sys.stdout.flush()

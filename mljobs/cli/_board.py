@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import tempfile
 import webbrowser
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mljobs.cli import USUAL
+from mljobs.cli._garbage import collect_as_usual
 from mljobs.cli._settings import DEFAULT_URL, given, job_class, open_store, settings
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def board(
         )
         if open_:
             webbrowser.open(address)
-        gc.set_threshold(*USUAL)
+        collect_as_usual()
         server.run([socket])
 
 

@@ -17,7 +17,6 @@ from mljobs.cli._options import (
     IdsArgument,
     JsonOption,
     ScanOption,
-    complete_target,
     ids_of,
     parsed,
 )
@@ -94,7 +93,7 @@ def _print_side_by_side(items: Sequence[Mapping[str, Any]], rows: Sequence[tuple
 
 
 def best(
-    target: Annotated[str, typer.Argument(help="The whole name.", autocompletion=complete_target)],
+    target: Annotated[str, typer.Argument(help="The whole name.")],
     words: FilterArgument = None,
     *,
     metric: Annotated[str, typer.Option(help="A key of the metrics with a number under it.")],

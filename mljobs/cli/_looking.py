@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mljobs.cli import _output as output
-from mljobs.cli._options import FieldsOption, JsonOption, complete_kind, span_option
+from mljobs.cli._options import FieldsOption, JsonOption, span_option
 from mljobs.cli._settings import open_store
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def rescue(
     max_attempts: Annotated[int, typer.Option(min=1, help="A job that was started so often fails instead.")] = 5,
     kinds: Annotated[
         list[str] | None,
-        typer.Option("--kind", help="Only such jobs may fail; may be given again.", autocompletion=complete_kind),
+        typer.Option("--kind", help="Only such jobs may fail; may be given again."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Options that several commands share, how arguments are read, and what the shell completes."""
+"""Options that several commands share, and how arguments are read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mljobs.cli._settings import job_class, open_store
+from mljobs.cli._settings import job_class
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -19,60 +19,6 @@ if TYPE_CHECKING:
     from mljobs.store._store import JobStore
 
 _WORD = re.compile(r'([^\W\d]\w*(?:\.(?:[\w\-/@%+]+|"[^"]*"))*(?::?(?:<=|>=|<|>)|[:=]))(.*)', re.DOTALL)
-_RECENT = 50
-
-
-# --------------------------------------------------------------------------------------------------------- completion
-
-
-def complete_id(incomplete: str) -> list[tuple[str, str]]:
-    """Return the ids of recent jobs, with what they are."""
-    try:
-        with open_store() as store:
-            return [
-                (str(job.id), f"{job.status} {job.kind} {job.target_name}")
-                for job in store.summaries(limit=_RECENT, text=0).jobs
-                if str(job.id).startswith(incomplete) or job.id.hex.endswith(incomplete)
-            ]
-    except Exception:  # noqa: BLE001 - a shell that completes shows no errors
-        return []
-
-
-def complete_kind(incomplete: str) -> list[str]:
-    """Return the kinds."""
-    try:
-        return [kind.value for kind in job_class().__kinds__ if kind.value.startswith(incomplete)]
-    except Exception:  # noqa: BLE001 - as above
-        return []
-
-
-def complete_target(incomplete: str) -> list[str]:
-    """Return the targets that begin so."""
-    try:
-        with open_store() as store:
-            return store.target_names(prefix=incomplete, limit=_RECENT)
-    except Exception:  # noqa: BLE001 - as above
-        return []
-
-
-def complete_filter(incomplete: str) -> list[str]:
-    """Return the fields of a filter, or the tokens that one of them can hold."""
-    try:
-        from mljobs.jobs import Filter  # noqa: PLC0415 - loads SQLAlchemy
-        from mljobs.states import MlJobStatus  # noqa: PLC0415
-
-        name, colon, value = incomplete.partition(":")
-        if not colon:
-            return [f"{field.name}:" for field in Filter.fields(job_class()) if field.name.startswith(name)]
-        tokens = {"status": list(MlJobStatus), "kind": list(job_class().__kinds__)}.get(name, [])
-        return [f"{name}:{token}" for token in map(str, tokens) if token.startswith(value)]
-    except Exception:  # noqa: BLE001 - as above
-        return []
-
-
-def complete_id_or_filter(incomplete: str) -> list[str]:
-    """Return both."""
-    return [*complete_filter(incomplete), *(job_id for job_id, _ in complete_id(incomplete))]
 
 
 # ------------------------------------------------------------------------------------------------------------ options
@@ -84,19 +30,15 @@ FieldsOption = Annotated[
 ScanOption = Annotated[
     bool, typer.Option("--scan", help="Look at all jobs for what no index serves, not at the latest 100,000.")
 ]
-IdArgument = Annotated[
-    str, typer.Argument(metavar="ID", help="An id, or its unique beginning or end.", autocompletion=complete_id)
-]
-IdsArgument = Annotated[
-    list[str], typer.Argument(metavar="ID...", help="Ids, or unique ends of ids.", autocompletion=complete_id)
-]
+IdArgument = Annotated[str, typer.Argument(metavar="ID", help="An id, or its unique beginning or end.")]
+IdsArgument = Annotated[list[str], typer.Argument(metavar="ID...", help="Ids, or unique ends of ids.")]
 FilterArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[FILTER]...", help="Which jobs: words as below.", autocompletion=complete_filter),
+    typer.Argument(metavar="[FILTER]...", help="Which jobs: words as below."),
 ]
 IdsOrFilterArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[ID|FILTER]...", help="Ids, or words of a filter.", autocompletion=complete_id_or_filter),
+    typer.Argument(metavar="[ID|FILTER]...", help="Ids, or words of a filter."),
 ]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", "-n", help="Say what would be done, and do nothing.")]

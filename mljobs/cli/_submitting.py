@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from mljobs.cli import _output as output
-from mljobs.cli._options import JsonOption, complete_kind, complete_target, spec_text, time_option
+from mljobs.cli._options import JsonOption, spec_text, time_option
 from mljobs.cli._settings import job_class, open_store
 
 
@@ -17,8 +17,8 @@ def add_to(app: typer.Typer) -> None:
 
 
 def submit(
-    kind: Annotated[str, typer.Argument(help="What to do, e.g. train.", autocompletion=complete_kind)],
-    target: Annotated[str, typer.Argument(help="What to do it on.", autocompletion=complete_target)],
+    kind: Annotated[str, typer.Argument(help="What to do, e.g. train.")],
+    target: Annotated[str, typer.Argument(help="What to do it on.")],
     *,
     spec: Annotated[str | None, typer.Option(help="JSON, @FILE, or - for standard input.", show_default=False)] = None,
     priority: Annotated[int, typer.Option(help="Higher is claimed first.")] = 0,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import sys
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mljobs.cli import USUAL
+from mljobs.cli._garbage import collect_as_usual
 from mljobs.cli._settings import load, settings
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def work(
         logging.basicConfig(
             level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
         )
-    gc.set_threshold(*USUAL)
+    collect_as_usual()
     try:
         tally = found.run(until_idle=until_idle, until_empty=until_empty, kinds=kinds)
     except BrokenExecutor as error:  # the worker has said why; forty lines of traceback would not say more
