@@ -24,7 +24,6 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from mljobs import JobStore, MlJob, MlJobMixin, MlJobStatus
 from mljobs._values import utc_now
 from mljobs.cli import _app as application
-from mljobs.cli import _completing as completing
 from mljobs.cli import _following as following
 from mljobs.cli import _output as output
 from mljobs.cli._screen import Screen
@@ -35,6 +34,17 @@ from mljobs.jobs._workers import register_worker, see_worker
 from tests.test_cli import run
 
 DOCS = Path(__file__).parent.parent / "docs" / "cli.md"
+
+
+MAKES_ITS_OWN = {
+    "board", "completion", "current", "demo", "downgrade", "import", "stamp", "upgrade", "verify", "work", "compare",
+}  # fmt: skip
+"""Commands that need no tables, or make them; the schema's are in ``test_cli``."""
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "submit": ("train", "spam"), "show": ("abcd",), "wait": ("abcd",), "lineage": ("abcd",), "compare-runs": ("abcd",),
+    "watch": ("--timeout", "0s"), "cancel": ("--all", "--yes"), "retry": ("--all", "--yes"),
+    "best": ("spam", "--metric", "f1"), "prune": ("--older-than", "1d"),
+}  # fmt: skip
 
 
 class Base(DeclarativeBase):
@@ -170,6 +180,16 @@ def test_the_help_lists_every_command_in_its_panel(capsys: pytest.CaptureFixture
         (["stats", "--over", "soon"], "expected a span"),
         (["list", "--json", "--fields", "nope"], "there is no field 'nope'"),
         (["work"], "which worker?"),
+        (["list", "--fields", " ,"], "expected names with commas between"),
+        (["list", "--fields"], "see mljobs list --help"),
+        (["list", "--limit", "x"], "see mljobs list --help"),
+        (["list", "--limit", "0"], "greater than or equal to 1"),
+        (["list", "-L", "-3"], "greater than or equal to 1"),
+        (["stats", "--over", "0s"], "expected a span above 0"),
+        (["watch", "--interval", "0"], "greater than or equal to 0.1"),
+        (["board", "--port", "99999"], "less than or equal to 65535"),
+        (["best", "spam"], "Missing option '--metric'"),
+        (["wait"], "see mljobs wait --help"),
     ],
 )
 def test_wrong_usage_is_one_line_that_says_what_to_do_and_exit_code_2(
@@ -689,6 +709,39 @@ def test_options_stand_before_the_command_or_after_it(sqlite_url: str, capsys: p
     assert "expected a mapped class" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [name for name in application.COMMANDS if name not in MAKES_ITS_OWN])
+def test_without_tables_each_command_says_in_a_line_what_makes_them(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("empty.db").touch()
+    assert run(command, *ARGUMENTS.get(command, ()), "--url", "sqlite:///empty.db") == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith("mljobs: no such table: ml_job")
+    assert "'mljobs upgrade' makes the tables" in shown.err
+    assert shown.err.count("\n") == 1
+    Path("nothing.db").write_text("not a database" * 100)
+    assert run(command, *ARGUMENTS.get(command, ()), "--url", "sqlite:///nothing.db") == 1
+    assert capsys.readouterr().err == "mljobs: sqlite:///nothing.db: file is not a database\n"
+
+
+def test_a_file_that_may_only_be_read_is_read_and_a_change_is_refused_in_a_line(
+    filled_sqlite: JobStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ("--url", f"sqlite:///file:{filled_sqlite.engine.url.database}?mode=ro&uri=true")
+    for command in ("list", "stats", "workers"):
+        assert said(capsys, command, *where)
+    for words in (("submit", "train", "x"), ("cancel", "--all", "--yes"), ("retry", "--all", "--yes")):
+        assert run(*words, *where) == 1
+        shown = capsys.readouterr().err
+        assert shown.endswith("attempt to write a readonly database\n")
+        assert shown.count("\n") == 1
+
+
+def test_a_function_that_makes_no_worker_is_refused_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("work", "json:dumps") == 1
+    assert capsys.readouterr().err.startswith("mljobs: field 'worker' cannot be 'json:dumps': it is a function")
+
+
 def test_a_file_that_is_not_there_is_not_made_by_looking(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("list") == 1
     assert "'mljobs upgrade' makes it" in capsys.readouterr().err
@@ -711,71 +764,6 @@ def test_a_schema_of_postgresql_is_named_by_an_option(postgres_url: str, capsys:
     assert said(capsys, "list", "--url", postgres_url) == ""
     assert "(up to date)" in said(capsys, "current", *where)
     assert run("list", "--schema", "a;b", "--url", postgres_url) == 1
-
-
-# ------------------------------------------------------------------------------------------------------- completion
-
-
-def completed(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str, code: int = 0, shell: str = "bash"
-) -> list[str]:
-    """Return what a shell is offered for a line."""
-    monkeypatch.setenv("_MLJOBS_COMPLETE", shell)
-    monkeypatch.setenv("_MLJOBS_LINE", f"mljobs {line}")
-    monkeypatch.setattr(sys, "argv", ["mljobs", *line.split(" ")])
-    return said(capsys, code=code).splitlines()
-
-
-def test_the_shell_completes_commands_options_kinds_fields_states_and_ids(
-    sqlite_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLJOBS_DATABASE_URL", sqlite_url)
-    with JobStore(sqlite_url) as store:
-        first, second = (str(store.submit("train", target).id) for target in ("spam", "a $(b) c"))
-        store.submit("train", "two\nlines")
-
-    def offers(line: str, *, code: int = 0, shell: str = "bash") -> list[str]:
-        return completed(capsys, monkeypatch, line, code, shell)
-
-    assert offers("li") == ["list", "lineage"]
-    assert offers("--mod") == ["--model"]
-    assert offers("--url x li") == offers("--url=x li") == ["list", "lineage"]
-    assert offers("submit b") == ["backfill"]
-    assert offers("submit --priority 3 train s") == offers("submit train --exclusive s") == ["spam"]
-    assert offers("best a") == ["a\\ \\$\\(b\\)\\ c"]
-    assert offers("best a", shell="fish") == ["a $(b) c"]
-    assert offers("submit train tw") == offers("submit train x y") == offers("nothing x") == []
-    assert offers("list st") == ["status:", "started:"]
-    assert offers("list status:fai") == ["failed"]
-    assert offers("list status:failed,ca", shell="zsh") == ["status:failed,cancelled"]
-    assert offers("list kind:train,b", shell="zsh") == ["kind:train,backfill"]
-    assert offers("cancel target:s", shell="zsh") == ["target:spam"]
-    assert offers("list spec:", shell="zsh") == []
-    assert offers("list --order o") == offers("list --order=o") == ["oldest"]
-    assert offers("list --un") == offers("list --unknown=") == []
-    assert offers("import --on-conflict ") == ["skip", "update", "error"]
-    assert offers("completion z") == ["zsh"]
-    assert f"{first}\tqueued train spam" in offers("show 01", shell="zsh")
-    assert f"{first}" in offers("wait 01")
-    assert offers(f"lineage {second[-6:]}") == [second]
-    assert second in offers("retry ")
-    assert offers("show 'unfinished") == []
-    assert offers("import x", code=1) == offers("--url ", code=1) == offers("list --limit ", code=1) == []
-    assert offers("--url sqlite:///nowhere.db show ") == offers("show --url nonsense x") == []
-
-
-def test_each_argument_is_completed_or_is_a_file_or_free(capsys: pytest.CaptureFixture[str]) -> None:
-    found = {
-        parameter.name
-        for name in application.COMMANDS
-        for parameter in application.LazyGroup().get_command(None, name).params
-        if parameter.param_type_name == "argument"
-    }
-    assert found - set(completing.VALUES) == {"file", "worker", "revision"}
-    for shell, script in completing.SCRIPTS.items():
-        assert said(capsys, "completion", shell) == script
-    assert run("completion", "tcsh") == 2
-    assert "bash, zsh, fish, not for 'tcsh'" in capsys.readouterr().err
 
 
 def test_a_reader_that_goes_away_ends_a_list_without_a_word(sqlite_url: str) -> None:

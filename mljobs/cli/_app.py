@@ -207,7 +207,7 @@ def run(arguments: list[str] | None = None) -> None:
         from mljobs.cli._failing import told  # noqa: PLC0415 - loads SQLAlchemy
 
         if isinstance(error, _CLICK_ERROR):
-            _fail_usage(error)
+            _fail_usage(error, sys.argv[1:] if arguments is None else arguments)
         message, code = told(error)
         sys.stderr.write(f"mljobs: {message}\n")
         sys.exit(code)
@@ -215,7 +215,7 @@ def run(arguments: list[str] | None = None) -> None:
         _settings.given.clear()
 
 
-def _fail_usage(error: Any) -> None:
+def _fail_usage(error: Any, arguments: list[str]) -> None:
     """Say what is wrong with the arguments, and where the help is.
 
     A command without arguments answers with its help.
@@ -224,7 +224,8 @@ def _fail_usage(error: Any) -> None:
         sys.stdout.write(f"{error.format_message()}\n")
         sys.exit(2)
     context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "mljobs"
+    name = next((argument for argument in arguments if argument in COMMANDS), None)
+    command = context.command_path if context is not None else f"mljobs {name}" if name else "mljobs"
     text = " ".join(str(error.format_message()).split())
     unknown = re.match(r"No such command '([^']*)'", text)
     near = get_close_matches(unknown[1], COMMANDS, 1) if unknown else []

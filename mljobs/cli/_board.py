@@ -28,7 +28,7 @@ def add_to(app: typer.Typer) -> None:
 def board(
     *,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at; 0 for any that is free.")] = 8642,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any that is free.")] = 8642,
     title: Annotated[str | None, typer.Option(help="Which installation this is, beside the logo.")] = None,
     act: Annotated[
         bool, typer.Option("--act", help="Let everybody who reaches it cancel and retry; at a loopback address only.")

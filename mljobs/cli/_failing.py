@@ -53,4 +53,5 @@ def _of_database(error: Any) -> str:
         model = settings().model
         whose = "the tables" if model is None else f"the tables of {model}"
         return f"{line}: '{making_tables()}' makes {whose}; --url, --model and --schema say where they are"
-    return line
+    place = settings()
+    return f"{escaped(place.shown)}: {line}" if place.url.startswith("sqlite") else line  # a server's error names it

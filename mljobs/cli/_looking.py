@@ -37,8 +37,11 @@ def stats(
     Example:
       $ mljobs stats --over 7d
     """
+    how_far = span_option("--over", over)
+    if not how_far:
+        raise typer.BadParameter("--over: expected a span above 0")
     with open_store() as store:
-        found = store.stats(over=span_option("--over", over))
+        found = store.stats(over=how_far)
     items = [asdict(kind) for kind in found.kinds]
     if as_json:
         output.print_json(items, output.fields_of(fields))

@@ -177,8 +177,15 @@ def picked(item: Mapping[str, Any], fields: Sequence[str] | None) -> dict[str, A
 
 
 def fields_of(text: str | None) -> list[str] | None:
-    """Return the names in ``--fields``."""
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+    """Return the names in ``--fields``.
+
+    Raises:
+        typer.BadParameter: It holds none.
+    """
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    if text is not None and not names:
+        raise typer.BadParameter("--fields: expected names with commas between, e.g. id,status,metrics.f1")
+    return names or None
 
 
 # ----------------------------------------------------------------------------------------------------------- printing

@@ -197,7 +197,7 @@ def refuse_missing_file(url: str) -> None:
     if parsed.get_backend_name() != "sqlite" or not name or name == ":memory:" or name.startswith("file:"):
         return
     if not Path(name).exists():
-        reason = f"there is no such file: '{making_tables()}' makes it, --url names another database"
+        reason = f"there is no file {name}: '{making_tables()}' makes it, --url names another database"
         raise InvalidValueError("url", parsed.render_as_string(hide_password=True), reason)
 
 

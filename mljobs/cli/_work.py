@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor
+from inspect import signature
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -99,6 +100,10 @@ def load_worker(place: str) -> Worker:
 
     found = load(place, "worker", "app.jobs:worker")
     if not isinstance(found, Worker) and callable(found) and not isinstance(found, type):
+        try:
+            signature(found).bind()
+        except (TypeError, ValueError) as error:
+            raise InvalidValueError("worker", place, f"it is a function, and makes no worker: {error}") from error
         found = found()
     if not isinstance(found, Worker):
         raise InvalidValueError("worker", place, f"{place.partition(':')[2]} is a {type(found).__name__}, not a Worker")
