@@ -28,9 +28,9 @@ from mljobs.cli import _following as following
 from mljobs.cli import _output as output
 from mljobs.cli._screen import Screen
 from mljobs.contrib.pydantic import MlJobRead
-from tests.fork_server import ForkServer
 from mljobs.jobs import WorkerInfo, WorkerState
 from mljobs.jobs._workers import register_worker, see_worker
+from tests.fork_server import ForkServer
 from tests.test_cli import run
 
 DOCS = Path(__file__).parent.parent / "docs" / "cli.md"
