@@ -38,8 +38,9 @@ async def look(url: str) -> None:
         viewers = [asyncio.create_task(follow()) for _ in range(VIEWERS)]
         await hub.now()
         print("ready", flush=True)
+        begin, used = time.perf_counter(), time.process_time()
         await asyncio.to_thread(sys.stdin.readline)
-        print(hub.looks, flush=True)
+        print((time.process_time() - used) / (time.perf_counter() - begin), flush=True)
         hub.stop()
         await asyncio.wait(viewers, timeout=5)
 
@@ -59,19 +60,19 @@ def _told(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-def drain(url: str, jobs: int, *, watched: bool) -> float:
-    """Return how many jobs a second are done."""
+def drain(url: str, jobs: int, *, watched: bool) -> tuple[float, float]:
+    """Return how many jobs a second are done, and which share of a core the board takes meanwhile."""
     subprocess.run([*_PROGRAM, "fill", url, str(jobs)], check=True)
     worker = _started([*_PROGRAM, "drain", url, "many"])
     board = _started([sys.executable, "-m", "benchmarks.viewers", "look", url]) if watched else None
     begin = time.perf_counter()
     _told(worker)
     rate = jobs / (time.perf_counter() - begin)
-    worker.wait()
-    if board is not None:
-        _told(board)
-        board.wait()
-    return rate
+    share = float(_told(board)) if board is not None else 0.0
+    for process in (worker, board):
+        if process is not None:
+            process.wait()
+    return rate, share
 
 
 def main() -> None:
@@ -79,17 +80,20 @@ def main() -> None:
         asyncio.run(look(sys.argv[2]))
         return
     jobs = int(sys.argv[1].replace("_", "")) if len(sys.argv) > 1 else 100_000
-    ratios, rates = [], {True: list[float](), False: list[float]()}
+    ratios, shares, rates = [], [], {True: list[float](), False: list[float]()}
     with database() as url:
         drain(url, jobs // 10, watched=False)
         for number in range(REPEATS):
             for watched in (True, False) if number % 2 else (False, True):
-                rates[watched].append(drain(url, jobs, watched=watched))
+                rate, share = drain(url, jobs, watched=watched)
+                rates[watched].append(rate)
+                shares += [share] if watched else []
             ratios.append(rates[True][-1] / rates[False][-1])
             print(f"{rates[False][-1]:,.0f}/s without, {rates[True][-1]:,.0f}/s with: {ratios[-1]:.3f}", flush=True)
     print(
         f"{VIEWERS} viewers: {statistics.median(rates[True]):,.0f}/s, none: {statistics.median(rates[False]):,.0f}/s, "
-        f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} .. {max(ratios):.3f})"
+        f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} .. {max(ratios):.3f}); the board took "
+        f"{100 * statistics.median(shares):.1f} % of a core ({100 * min(shares):.1f} .. {100 * max(shares):.1f})"
     )
 
 
