@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from datetime import UTC, datetime, timedelta, timezone
+from collections.abc import Callable
+from datetime import UTC, date, datetime, timedelta, timezone
 from itertools import count
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import Engine, create_engine, text
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy import Engine, create_engine, select, text
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from mljobs import InvalidValueError, JobStore, MlJob
+from mljobs.db._texts import _warn
 from tests.backends import Backend
 
 _numbers = count(1)
@@ -173,6 +176,49 @@ def test_an_import_rejects_the_line_that_postgresql_cannot_read_by_key_and_takes
         done = store.import_jobs(file)
         assert (done.inserted, done.rejected) == (1, len(texts) - 1)
         assert {problem.field for problem in done.problems} == {"spec", "metrics"}
+
+
+BROKEN = "CAST(x'7370e96d' AS TEXT)"
+"""Latin-1, as a program in C may write it: not UTF-8."""
+
+
+@pytest.mark.parametrize("column", ["target_name", "spec_json"])
+def test_a_text_that_is_no_utf8_stops_no_reader_and_no_worker_and_its_row_is_named(
+    sqlite_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, column: str
+) -> None:
+    with JobStore(sqlite_url) as store:
+        store.submit_many([MlJob(id=at, kind="train", target_name="t") for at in range(300)])
+        with store.engine.begin() as connection:
+            broken = f"CAST(x'22' || {BROKEN} || x'22' AS TEXT)" if column == "spec_json" else BROKEN
+            connection.exec_driver_sql(f"UPDATE ml_jobs SET {column} = {broken} WHERE id = '{260:032x}'")
+
+    def fresh(use: Callable[[JobStore], Any]) -> Any:
+        _warn.cache_clear()
+        with JobStore(sqlite_url) as store:  # which meets the text for the first time
+            return use(store)
+
+    file = tmp_path / "jobs.ndjson"
+    assert fresh(lambda store: store.export_jobs(file, extended=True)) == 300
+    assert [int(json.loads(line)["id"], 16) for line in file.read_text().splitlines()] == list(range(300))
+    assert fresh(lambda store: len(store.find(limit=1000))) == 300
+    query = caplog.messages[-1].partition("find it by ")[2]
+    with create_engine(sqlite_url).connect() as connection:
+        assert connection.exec_driver_sql(query).scalars().all() == [f"{260:032x}"]
+    claims = fresh(lambda store: store.claim(worker="w", limit=300))
+    assert sorted(claim.job_id.int for claim in claims) == list(range(300))
+    fresh(lambda store: store.complete_many([(claim, None) for claim in claims]))
+    assert fresh(lambda store: store.compare(file)).unfinished == 300
+    assert fresh(lambda store: store.digest(before=date(9999, 1, 1)))[0].finished == 300
+
+
+def test_a_text_that_is_no_utf8_is_read_at_the_second_attempt_in_a_session_of_a_host(sqlite_url: str) -> None:
+    engine = create_engine(sqlite_url, poolclass=NullPool)
+    _insert(engine, target_name=BROKEN)
+    with Session(engine) as session, pytest.raises(OperationalError, match="UTF-8") as failed:
+        session.scalars(select(MlJob)).all()
+    assert "read with U+FFFD" in str(failed.value.__notes__)
+    with Session(engine) as session:
+        assert session.scalars(select(MlJob.target_name)).all() == ["sp\ufffdm"]
 
 
 def test_a_run_after_that_a_zone_cannot_read_is_refused(postgres_url: str) -> None:

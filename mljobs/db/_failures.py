@@ -7,6 +7,7 @@ import sqlite3
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from mljobs.db._texts import is_no_utf8
 from mljobs.guards._errors import plan_is_outdated
 
 _NOT_RETRYABLE = ("27", "2F", "38", "39", "54", "55000", "HV")
@@ -31,10 +32,10 @@ def database_is_away(error: BaseException) -> bool:
 
 
 def may_run_again(error: BaseException) -> bool:
-    """Whether the transaction met another one (serialization, deadlock) or a migration, and may be run again at once."""
+    """Whether the transaction met another one, a migration, or a text to be read leniently, and may be run again at once."""
     if not isinstance(error, DBAPIError):
         return False
-    return getattr(error.orig, "sqlstate", None) in _SERIALIZATION or plan_is_outdated(error)
+    return getattr(error.orig, "sqlstate", None) in _SERIALIZATION or plan_is_outdated(error) or is_no_utf8(error.orig)
 
 
 def first_line(error: BaseException | str) -> str:

@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from sqlalchemy import Boolean, SmallInteger, Text, cast, select, type_coerce
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import NullType
 
 from mljobs._values import EPOCH, from_millis, to_millis
 from mljobs.db._copy import CHUNK, Row, copy_in, copy_out, translating
+from mljobs.db._texts import is_no_utf8
 from mljobs.guards._companions import qualified_name, quoted
 from mljobs.types import JobId, JsonText, UtcMillis
 
 if TYPE_CHECKING:
-    from sqlalchemy import Column, ColumnElement, Connection, Table
+    from sqlalchemy import Column, ColumnElement, Connection, Select, Table
 
 _POSTGRES_EPOCH_MS = 946_684_800_000  # 2000-01-01, where PostgreSQL counts microseconds from
 
@@ -163,13 +165,35 @@ def read_wire(
         text = f"COPY ({query}) TO STDOUT (FORMAT binary)"
         yield from copy_out(connection, text, values, [_wire_type(column) for column in columns], chunk)
         return
-    result = connection.execute(statement.execution_options(stream_results=True))
-    try:
-        with translating(connection):  # asyncpg's cursors raise its own classes
-            for part in result.partitions(chunk):
-                yield [tuple(row) for row in part]
-    finally:
-        result.close()
+    yield from _streamed(connection, statement, chunk)
+
+
+def _streamed(connection: Connection, statement: Select[Any], chunk: int) -> Generator[list[Row], None, None]:
+    """Yield the rows of a statement; begun again, behind those that were yielded, where a text has to be read leniently."""
+    number = 0
+    last: Row = ()
+    failure: DBAPIError | None = None
+    while True:
+        result = connection.execute(statement.execution_options(stream_results=True))
+        skip = number
+        try:
+            with translating(connection):  # asyncpg's cursors raise its own classes
+                for part in result.partitions(chunk):
+                    rows = [tuple(row) for row in part]
+                    if skip and len(rows) >= skip and rows[skip - 1] != last and failure is not None:
+                        raise failure  # the table has changed meanwhile
+                    skip, rows = max(0, skip - len(rows)), rows[skip:]
+                    if rows:
+                        number, last = number + len(rows), rows[-1]
+                        yield rows
+        except DBAPIError as error:
+            if failure is not None or not is_no_utf8(error.orig):
+                raise
+            failure = error
+        else:
+            return
+        finally:
+            result.close()
 
 
 def _wire_type(column: Column[Any]) -> str:
