@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import random
 import shutil
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -167,6 +168,36 @@ def test_of_very_many_differences_the_first_are_kept_and_all_are_counted(
     assert done.different_count == len(told) == 8
     assert done.different == tuple(difference.id for difference in told[:3])
     assert {difference.keys for difference in told} == {("target",)}
+
+
+def test_the_order_of_the_file_and_what_stands_between_in_the_table_make_no_difference(url: str) -> None:
+    with JobStore(url) as store:
+        jobs = [finished(at) if at % 5 else MlJob(kind="train", target_name="live") for at in range(1500)]
+        store.submit_many(jobs)
+        store.export_jobs("all.ndjson", "status:completed,failed,cancelled")
+        lines = Path("all.ndjson").read_bytes().splitlines(keepends=True)
+        assert len(lines) == 1200
+        gone, altered = {job.id.hex for job in jobs[500:1000]}, jobs[1251].id
+        with store.engine.begin() as connection:
+            _without_triggers(connection)
+            connection.exec_driver_sql(f"UPDATE ml_jobs SET progress = 7 WHERE id = {literal(url, altered)}")
+            listed = ", ".join(literal(url, job.id) for job in jobs[500:1000])
+            connection.exec_driver_sql(f"DELETE FROM ml_jobs WHERE id IN ({listed})")
+        some = random.Random(1)
+        missing = sum(json.loads(line)["id"] in gone for line in lines)
+        for order in (lines, lines[::-1], some.sample(lines, 1200), lines[300:] + lines[:300]):
+            Path("now.ndjson").write_bytes(b"".join(order))
+            seen = store.compare("now.ndjson")
+            assert (seen.equal, seen.different, seen.missing_count) == (1200 - missing - 1, (altered,), missing)
+            told: list[Difference] = []
+            store.compare("now.ndjson", on_difference=told.append)
+            assert [one.line for one in told] == sorted(one.line for one in told)
+        Path("twice.ndjson").write_bytes(b"".join(line for line in lines[:300] for _ in range(2)))
+        assert store.compare("twice.ndjson").equal == 600
+        part = [line for at, line in enumerate(lines) if at % 7 == 0 and json.loads(line)["id"] not in gone]
+        Path("part.ndjson").write_bytes(b"".join(part))
+        assert store.compare("part.ndjson").total == len(part)
+        assert store.compare("part.ndjson").missing == ()
 
 
 def test_the_first_millisecond_of_1970_equals_the_zero_that_reddb_writes(url: str) -> None:

@@ -18,6 +18,7 @@ from mljobs import (
     MlJob,
     MlJobMixin,
     ModelError,
+    SchemaError,
     TargetLockedError,
     TerminalStateError,
     jobs,
@@ -115,6 +116,104 @@ def test_no_statement_of_sqlite_gets_round(finished: Engine, model: Any, recursi
         finished, table, f"CREATE TEMP TRIGGER mine AFTER INSERT ON targets BEGIN DELETE FROM {table}; END",
         "INSERT INTO targets VALUES ('x')",
     )  # fmt: skip
+
+
+AN_ID = ID.hex
+COLUMNS = ", ".join(f'"{name}"' for name in NAMES)
+OTHER_TARGET = COLUMNS.replace('"target_name"', "'evil'")
+OTHER_UUID = COLUMNS.replace('"id"', "gen_random_uuid()", 1)
+OTHER_ID = COLUMNS.replace('"id"', f"'{uuid4().hex}'", 1)
+ON_SQLITE: dict[str, list[str]] = {
+    "decoys of the guard's table and of the job table": [
+        "CREATE TEMP TABLE {table}_guard (name, open)",
+        "INSERT INTO temp.{table}_guard VALUES ('retention', 1)",
+        "CREATE TEMP TABLE {table} (id, status)",
+        "DELETE FROM main.{table}",
+    ],
+    "the rows of the guard's table renamed": [
+        "UPDATE {table}_guard SET name = 'x' || name",
+        "INSERT OR REPLACE INTO {table} (" + COLUMNS + ") SELECT " + OTHER_TARGET + " FROM {table}",
+    ],
+    "CHECKs turned off, and an id of another type": [
+        "PRAGMA ignore_check_constraints = ON",
+        "INSERT OR REPLACE INTO {table} (rowid, " + COLUMNS + ") SELECT rowid, "
+        + COLUMNS.replace('"id"', "CAST(id AS BLOB)", 1) + " FROM {table}",
+    ],
+    "OR REPLACE of another statement, handed down to a trigger": [
+        "CREATE TABLE z (x UNIQUE)",
+        "INSERT INTO z VALUES (1)",
+        "CREATE TRIGGER zz AFTER INSERT ON z BEGIN INSERT INTO {table} (" + COLUMNS + ") SELECT " + OTHER_TARGET
+        + " FROM {table}; END",
+        "INSERT OR REPLACE INTO z VALUES (1)",
+    ],
+    "OR REPLACE handed down to an UPDATE of the key": [
+        "CREATE TABLE z (x UNIQUE)",
+        "INSERT INTO z VALUES (1)",
+        "INSERT INTO {table} (" + COLUMNS + ") SELECT " + OTHER_ID.replace('"status"', "'queued'") + " FROM {table}",
+        "CREATE TRIGGER zz AFTER INSERT ON z BEGIN UPDATE {table} SET id = '" + AN_ID + "' WHERE status = 'queued'; END",
+        "INSERT OR REPLACE INTO z VALUES (1)",
+    ],
+    "a foreign key of the host that cascades": [
+        "PRAGMA foreign_keys = ON",
+        "CREATE TABLE owners (id INTEGER PRIMARY KEY)",
+        "INSERT INTO owners VALUES (1)",
+        "ALTER TABLE {table} ADD COLUMN own INTEGER REFERENCES owners (id) ON DELETE CASCADE",
+        "UPDATE {table} SET own = 1",
+        "DELETE FROM owners",
+    ],
+    "a view whose trigger replaces": [
+        "CREATE VIEW v AS SELECT * FROM {table}",
+        "CREATE TRIGGER vi INSTEAD OF UPDATE ON v BEGIN INSERT OR REPLACE INTO {table} (" + COLUMNS + ") SELECT "
+        + OTHER_TARGET + " FROM {table} WHERE id = OLD.id; END",
+        "UPDATE v SET progress = 1",
+    ],
+    "ATTACH of the same file": ["ATTACH '{file}' AS other", "UPDATE other.{table} SET worker = 'me'"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("model", [MlJob], indirect=True)
+@pytest.mark.parametrize("attack", ON_SQLITE)
+def test_no_trick_of_sqlite_changes_a_finished_record(finished: Engine, model: Any, attack: str) -> None:
+    table = model.__tablename__
+    record = f"SELECT {COLUMNS} FROM {table} WHERE id = '{AN_ID}'"
+    with finished.connect() as connection:
+        before = connection.exec_driver_sql(record).all()
+    driver = sqlite3.connect(str(finished.url.database), isolation_level=None)
+    *prepared, last = (each.format(table=table, file=finished.url.database) for each in ON_SQLITE[attack])
+    for statement in prepared:
+        driver.execute(statement)
+    with pytest.raises(sqlite3.Error, match=r"mljobs: record is in a terminal state|constraint failed"):
+        driver.execute(last)
+    driver.close()
+    with finished.connect() as connection:
+        assert connection.exec_driver_sql(record).all() == before
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("model", [MlJob], indirect=True)
+def test_a_trigger_before_the_guard_changes_nothing_that_had_finished_before_the_statement(finished: Engine) -> None:
+    """What finishes within the statement that changes it is seen by nobody; ``verify`` names such a trigger."""
+    with finished.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE TRIGGER host BEFORE UPDATE OF progress ON ml_jobs WHEN OLD.status = 'running' BEGIN "
+            "UPDATE ml_jobs SET status = 'failed', finished_at = 0 WHERE status = 'running'; END"
+        )
+    with Session(finished) as session:
+        for target in ("first", "second"):
+            job = MlJob(kind="train", target_name=target)
+            session.add(job)
+            session.flush()
+            job.start()
+        session.commit()
+    _refuses(finished, "ml_jobs", "UPDATE ml_jobs SET progress = 7 WHERE target_name <> 'spam'")
+    with finished.begin() as connection:
+        connection.exec_driver_sql("UPDATE ml_jobs SET progress = 7, status = 'queued' WHERE target_name = 'first'")
+        states = connection.exec_driver_sql("SELECT target_name, status FROM ml_jobs ORDER BY 1").all()
+    assert states == [("first", "queued"), ("second", "failed"), ("spam", "completed")]
+    with pytest.raises(SchemaError) as found:
+        schema.verify(finished)
+    assert "trigger host on table ml_jobs writes jobs before the row that is changed" in str(found.value.problems)
 
 
 # --------------------------------------------------------------------------------------------------- PostgreSQL's own
@@ -252,6 +351,48 @@ def test_no_statement_of_postgresql_gets_round(finished: Engine, model: Any) -> 
         f"TRUNCATE {table}, {model.__leases__.name} CASCADE",
     ):
         _refuses(finished, table, attack)
+
+
+ON_POSTGRESQL: dict[str, list[str]] = {
+    "a table of which it is made a partition": [
+        "CREATE TABLE par (LIKE {table}) PARTITION BY LIST (kind)",
+        "CREATE TABLE others PARTITION OF par FOR VALUES IN ('elsewhere')",
+        "ALTER TABLE par ATTACH PARTITION {table} FOR VALUES IN ('train')",
+        "UPDATE par SET worker = 'me'; UPDATE par SET kind = 'elsewhere'; DELETE FROM par; TRUNCATE par",
+    ],
+    "a table from which it is made to inherit": [
+        "CREATE TABLE par (target_name text NOT NULL)",
+        "ALTER TABLE {table} INHERIT par",
+        "UPDATE par SET target_name = 'evil'; DELETE FROM par; TRUNCATE par CASCADE",
+    ],
+    "a rule that adds an UPDATE": [
+        "CREATE RULE r AS ON INSERT TO {table} DO ALSO UPDATE {table} SET worker = 'me'",
+        f"INSERT INTO {{table}} ({COLUMNS}) SELECT {OTHER_UUID} FROM {{table}}",
+    ],
+    "a generated column": [
+        "ALTER TABLE {table} ADD COLUMN g text GENERATED ALWAYS AS (upper(target_name)) STORED",
+        "UPDATE {table} SET g = DEFAULT, priority = 3",
+    ],
+    "a deferred foreign key that cascades": [
+        "CREATE TABLE targets (id text PRIMARY KEY)",
+        "INSERT INTO targets VALUES ('spam')",
+        "ALTER TABLE {table} ADD FOREIGN KEY (target_name) REFERENCES targets ON UPDATE CASCADE INITIALLY DEFERRED",
+        "UPDATE targets SET id = 'evil'",
+    ],
+}
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("model", [MlJob], indirect=True)
+@pytest.mark.parametrize("attack", ON_POSTGRESQL)
+def test_no_structure_of_postgresql_changes_a_finished_record(finished: Engine, model: Any, attack: str) -> None:
+    table = model.__tablename__
+    *prepared, last = (each.format(table=table) for each in ON_POSTGRESQL[attack])
+    with finished.begin() as connection:
+        for statement in prepared:
+            connection.exec_driver_sql(statement)
+    for statement in last.split("; "):
+        _refuses(finished, table, statement)
 
 
 # ---------------------------------------------------------------------------------------- two exclusive jobs at once

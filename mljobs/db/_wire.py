@@ -14,7 +14,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from sqlalchemy import Boolean, SmallInteger, Text, cast, select, type_coerce
+from sqlalchemy import Boolean, SmallInteger, Text, cast, literal_column, select, type_coerce
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import NullType
 
@@ -127,7 +127,8 @@ def read_wire(
     where: Sequence[ColumnElement[bool]],
     chunk: int = CHUNK,
     *,
-    order_by: Column[Any] | None = None,
+    order_by: ColumnElement[Any] | None = None,
+    limit: int | None = None,
     beside: Sequence[ColumnElement[Any]] = (),
 ) -> Generator[list[tuple[Any, ...]], None, None]:
     """Yield rows of the record's columns in wire form, in lists of at most ``chunk``.
@@ -140,6 +141,7 @@ def read_wire(
         where: Conditions, to be combined with AND.
         chunk: At most so many rows at once.
         order_by: A column; None for the order that the database has them in.
+        limit: At most so many rows at all; None for all.
         beside: Columns of a host's own, whose values come behind the others as their types give them. With these it is no
             COPY: see ``wire_of``.
     """
@@ -153,6 +155,8 @@ def read_wire(
             for column, values in zip(columns, untyped, strict=True)
         ]
     statement = select(*untyped, *beside).where(*where).order_by(order_by)
+    if limit is not None:
+        statement = statement.limit(literal_column(str(limit)))
     if copied:
         compiled: Any = statement.compile(
             dialect=dialect,
@@ -168,10 +172,12 @@ def read_wire(
     yield from _streamed(connection, statement, chunk)
 
 
-def _streamed(connection: Connection, statement: Select[Any], chunk: int) -> Generator[list[Row], None, None]:
+def _streamed(
+    connection: Connection, statement: Select[Any], chunk: int
+) -> Generator[list[tuple[Any, ...]], None, None]:
     """Yield the rows of a statement; begun again, behind those that were yielded, where a text has to be read leniently."""
     number = 0
-    last: Row = ()
+    last: tuple[Any, ...] = ()
     failure: DBAPIError | None = None
     while True:
         result = connection.execute(statement.execution_options(stream_results=True))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Final, Literal
+from typing import Any, Final, Literal
 from uuid import UUID
 
 from sqlalchemy import Connection
@@ -17,6 +17,7 @@ from mljobs.jobs import Bind, Model
 from mljobs.jobs._base import connection_of, is_postgres
 from mljobs.record._models import MlJob
 from mljobs.states import TERMINAL
+from mljobs.transfer._alongside import OWN_KEY, Alongside
 from mljobs.transfer._encoding import line_maker
 from mljobs.transfer._files import File
 from mljobs.transfer._importing import FileInput
@@ -50,7 +51,6 @@ _ID: Final = re.compile(rb'"id":"([0-9a-f]{32})"')
 """The id in a line of an export. No text in it can hold these quotes, for they would be escaped."""
 _PART: Final = 1000
 """Lines at once: as many as stay in the processor's cache, and enough for a statement to be worth it."""
-_OWN_KEY: Final = b'"attempts":'
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +167,7 @@ def compare(
             comparison.add(batch)
             if progress is not None:
                 progress(source.progress(comparison.lines))
+        comparison.settle()
     finally:
         source.close()
     return comparison.result
@@ -196,6 +197,7 @@ class _Comparison:
         self._columns = columns_of(model)
         self._limit = limit
         self._on_difference = on_difference
+        self._beside_the_table = Alongside(connection, self._columns, self._wire)
         self._met_own_keys = False
         self._make = row_maker(self._wire, model.__kinds__, on_own_keys=self._note_own_keys)
         self._equal = self._unfinished = self._unreadable = 0
@@ -229,34 +231,44 @@ class _Comparison:
     def _note_own_keys(self) -> None:
         self._met_own_keys = True
 
+    def settle(self) -> None:
+        """Leave the connection to other statements."""
+        self._beside_the_table.settle()
+
     def add(self, batch: Batch) -> None:
         """Compare a batch of lines."""
         self.lines += len(batch.lines)
+        places = self._beside_the_table.unmatched(batch.lines)
+        self._equal += len(batch.lines) - len(places)
+        if not places:
+            return
         others: list[int] = []
-        for start in range(0, len(batch.lines), _PART):
-            others += self._not_equal_as_text(batch.lines, start)
+        last_id: Any = None
+        for start in range(0, len(places), _PART):
+            part, last_id = self._not_equal_as_text(batch.lines, places[start : start + _PART])
+            others += part
+        self._beside_the_table.find_again(last_id)
         self._compare_rows(batch, others)
 
-    def _not_equal_as_text(self, lines: list[bytes], start: int) -> list[int]:
-        """Count the lines from ``start`` that an export would write so now; return the places of the others.
+    def _not_equal_as_text(self, lines: list[bytes], places: list[int]) -> tuple[list[int], Any]:
+        """Count the lines that an export would write so now; return the places of the others, and an id that is there.
 
         Nearly all lines are of these, and to write a row costs a third of reading a line.
         """
-        lines = lines[start : start + _PART]
-        extended = _OWN_KEY in lines[0]
+        extended = OWN_KEY in lines[places[0]]
         columns = self._columns if extended else self._columns[:SHARED]
-        found = [_ID.search(line) for line in lines]
+        found = [_ID.search(lines[at]) for at in places]
         ids = [None if match is None else self._wire.id_in(match[1].decode()) for match in found]
         there = list(rows_by_id(self._connection, columns, [job_id for job_id in ids if job_id is not None]).values())
         texts = line_maker(self._wire, extended=extended)(there).split(b"\n")
         written = {row[ID]: text for row, text in zip(there, texts, strict=False) if row[STATUS] in _FINISHED_TOKENS}
         others = [
             at
-            for at, (job_id, line) in enumerate(zip(ids, lines, strict=True), start)
-            if written.get(job_id) != (without_host_part(line) if extended else line)
+            for at, job_id in zip(places, ids, strict=True)
+            if written.get(job_id) != (without_host_part(lines[at]) if extended else lines[at])
         ]
-        self._equal += len(lines) - len(others)
-        return others
+        self._equal += len(places) - len(others)
+        return others, next((job_id for job_id in reversed(ids) if job_id in written), None)
 
     def _compare_rows(self, batch: Batch, places: list[int]) -> None:
         """Compare lines value by value."""
