@@ -37,7 +37,7 @@ from mljobs._values import to_member
 from mljobs.errors import InvalidValueError
 from mljobs.jobs._base import Model, per_model, table_of
 from mljobs.jobs._expressions import Glob, JsonNumber, JsonText, JsonWord, Number
-from mljobs.jobs._statements import in_active_state
+from mljobs.jobs._statements import constant, in_active_state
 from mljobs.jobs._words import Form, Operator, Pattern, Term, Value, written
 from mljobs.record._sql import epoch_millis
 from mljobs.states import ACTIVE, MlJobStatus
@@ -206,9 +206,13 @@ def condition_of(term: Term, model: Model, now: datetime) -> ColumnElement[bool]
     if field.form == "token" and field.name in ("kind", "status"):
         enum = model.__kinds__ if field.name == "kind" else MlJobStatus
         members = [to_member(enum, field.name, value) for value in term.values]
+        if field.name == "status" and len(members) == 1:
+            # As the partial indexes say it: SQLite compares word by word.
+            if members[0] in ACTIVE:
+                return and_(*in_active_state(table_of(model), MlJobStatus(members[0])))
+            one: ColumnElement[bool] = table_of(model).c.status == constant(members[0])
+            return one
         found: ColumnElement[bool] = _column(model, field).in_(members)
-        if field.name == "status" and len(members) == 1 and members[0] in ACTIVE:
-            return and_(*in_active_state(table_of(model), MlJobStatus(members[0])))
         return found
     make = _MAKERS[field.form]
     return or_(false(), *[make(term, field, model, value, now) for value in term.values])
