@@ -50,7 +50,7 @@ def test_workers_are_shown_with_what_they_do_the_silent_ones_first(store: JobSto
     html = board.get("/").text
     shown = [("quiet", "silent"), ("leaving", "stopping"), ("idle", "idle"), ("busy", "busy"), ("unregistered", "busy")]
     assert rows(html) == shown
-    assert "keeps no row" in html
+    assert "not registered" in html
     found = board.get("/api/workers").json()["workers"]
     assert [(one["worker"], one["state"]) for one in found] == shown
     quiet, *_, busy, unregistered = found

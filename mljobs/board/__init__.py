@@ -7,9 +7,11 @@ Needs the extra ``board``: ``pip install 'mljobs[board]'``.
 - ``_app``: routes, headers, errors
 - ``_access``: who may do what, and what a form must bring
 - ``_backend``: the store, awaited; ``_hub``: one look at the database for all viewers; ``_streams``: what changes
-- ``_pages``, ``_runs``: the pages; ``_now``, ``_query``, ``_compared``: what they show; ``_actions``: what they change
-- ``_format``, ``_charts``: values and figures as people read them
+- ``_pages``, ``_runs``, ``_overview``: the pages; ``_now``, ``_query``, ``_compared``, ``_workers``, ``_finished``: what
+  they show; ``_actions``: what they change
+- ``_html``: anybody's text in a page; ``_format``, ``_charts``, ``_plots``: values and figures as people read them
 - ``_api``, ``_openapi``: the same as JSON
+- ``_demo``, ``_live``: the demonstration
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ def _paths() -> dict[str, Any]:
                                body={"priority": priority, "unless_active": flag}, problems=written)
         },
         "/stats": {"get": _operation("get_stats", "Figures by kind.", parameters=[hours])},
-        "/workers": {"get": _operation("list_workers", "Who holds a lease.")},
+        "/workers": {"get": _operation("list_workers", "Who works, and which kinds wait that no worker handles.")},
         "/compare": {"get": _operation("compare_jobs", "Runs side by side.", parameters=[_JOBS])},
         "/compare.csv": {"get": _operation("compare_csv", "Runs side by side as a table.", media=csv, parameters=[_JOBS])},
         "/target": {"get": _operation("get_target", "Metrics of the runs of a target.", parameters=[name, kind])},
