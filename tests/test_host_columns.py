@@ -292,6 +292,11 @@ def test_lines_that_say_nothing_of_own_columns_get_what_the_caller_says(store: J
     assert store.import_jobs(io.BytesIO(file.getvalue()), defaults={"owner": "bob"}).inserted == 1
     (job,) = store.find()
     assert (job.owner, job.seats, job.places) == ("bob", 2, 4)
+    kv: dict[str, str] = {}
+    store.dump_kv(kv)
+    _empty(store)
+    assert store.load_kv(kv, defaults={"owner": "carl"}).inserted == 1
+    assert store.find()[0].owner == "carl"
     with pytest.raises(InvalidValueError, match="expected columns of your own; there are owner, due"):
         store.import_jobs(io.BytesIO(), defaults={"progress": 1})
 

@@ -7,7 +7,7 @@ blocking or asynchronous, which is spoken to by pipelines. The key of a record i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import Any, Final, Unpack
@@ -90,6 +90,7 @@ def load_kv(
     requeue_running: bool = False,
     rejects: File | None = None,
     progress: OnProgress | None = None,
+    defaults: Mapping[str, Any] | None = None,
     model: Model = MlJob,
 ) -> Imported:
     """Read records from a key-value store, in the caller's transaction, by the rules of ``import_jobs``.
@@ -106,6 +107,7 @@ def load_kv(
         rejects: Where refused and rejected records go; None for a new ``import.rejects.ndjson`` in the present
             directory, with a number where there is one.
         progress: Is called after each batch of some thousand records.
+        defaults: Values of your class's own columns, for new records that do not say them.
         model: The mapped job class.
 
     Returns:
@@ -122,6 +124,7 @@ def load_kv(
         requeue_running=requeue_running,
         rejects=rejects,
         progress=progress,
+        defaults=defaults,
         model=model,
     )
     return work.run(session)
@@ -135,6 +138,7 @@ def kv_import(
     requeue_running: bool = False,
     rejects: File | None = None,
     progress: OnProgress | None = None,
+    defaults: Mapping[str, Any] | None = None,
     model: Model = MlJob,
 ) -> Import:
     """Return the import from a key-value store; see ``load_kv``."""
@@ -144,6 +148,7 @@ def kv_import(
         requeue_running=requeue_running,
         rejects=rejects_file(None, rejects),
         progress=progress,
+        defaults=defaults,
         model=model,
     )
 
