@@ -126,3 +126,19 @@ def test_every_public_name_is_there_once_and_typed() -> None:
     assert (PACKAGE / "py.typed").exists()
     with pytest.raises(AttributeError, match="nothing"):
         mljobs.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(("folder", "lines"), [("mljobs", 450), ("tests", 800)])
+def test_no_file_is_longer_than_can_be_read_at_once(folder: str, lines: int) -> None:
+    sizes = {path: path.read_text().count("\n") for path in (PACKAGE.parent / folder).rglob("*.py")}
+    assert {str(path): size for path, size in sizes.items() if size > lines} == {}
+
+
+def test_no_function_is_longer_than_sixty_lines() -> None:
+    functions = {
+        f"{path.name}:{node.name}": node.end_lineno - node.lineno + 1
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None
+    }
+    assert {name: lines for name, lines in functions.items() if lines > 60} == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 from sqlalchemy import Connection, inspect
 
@@ -70,13 +71,7 @@ def retry(
             own.refresh(retried)
             own.expunge_all()
         return retried
-    original: Any = get(session, job_id, model=model)
-    if not original.is_terminal:
-        raise InvalidTransitionError(original.id, original.status, MlJobStatus.QUEUED)
-    if original.status is MlJobStatus.COMPLETED and not again:
-        raise InvalidTransitionError(
-            original.id, original.status, MlJobStatus.QUEUED, "again=True does its work once more"
-        )
+    original = _finished(session, job_id, model, again=again)
     spec_json = original.spec_json if spec is None else to_json_text("spec", spec)
     if not another:
         live = _live_retry(session, original, model)
@@ -91,6 +86,18 @@ def retry(
         session, kind, target, run_after=run_after, unless_active=unless_active, model=type(original), **values
     )
     return again_queued
+
+
+def _finished(session: Bind, job_id: UUID, model: Model, *, again: bool) -> Any:
+    """Return the job that is to be done again; refuse one that has not finished, or was completed and not meant."""
+    original = get(session, job_id, model=model)
+    if not original.is_terminal:
+        raise InvalidTransitionError(original.id, original.status, MlJobStatus.QUEUED)
+    if original.status is MlJobStatus.COMPLETED and not again:
+        raise InvalidTransitionError(
+            original.id, original.status, MlJobStatus.QUEUED, "again=True does its work once more"
+        )
+    return original
 
 
 def _live_retry(session: Bind, original: MlJob, model: Model) -> Any:
