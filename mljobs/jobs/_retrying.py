@@ -11,7 +11,7 @@ from sqlalchemy import Connection, inspect
 from mljobs._fields import FIELDS
 from mljobs._values import to_json_text
 from mljobs.errors import InvalidTransitionError, InvalidValueError
-from mljobs.jobs._base import Bind, JobRef, M, Model, connection_of, is_plain_record, model_and_id, session_on, table_of
+from mljobs.jobs._base import Bind, JobRef, M, connection_of, is_plain_record, model_and_id, session_on, table_of
 from mljobs.jobs._reading import get
 from mljobs.jobs._submitting import first_active, hold_off_others, required_fields, submit
 from mljobs.record._models import MlJob
@@ -57,38 +57,25 @@ def retry(
     model, job_id = model_and_id(job, model)
     if isinstance(session, Connection) and not is_plain_record(model):
         with session_on(session) as own:
-            retried = retry(
-                own,
-                job_id,
-                spec=spec,
-                run_after=run_after,
-                priority=priority,
-                unless_active=unless_active,
-                again=again,
-                another=another,
-                model=model,
-            )
+            choices: dict[str, Any] = {"run_after": run_after, "priority": priority, "unless_active": unless_active}
+            retried = retry(own, job_id, spec=spec, again=again, another=another, model=model, **choices)
             own.refresh(retried)
             own.expunge_all()
         return retried
     original = _finished(session, job_id, model, again=again)
     spec_json = original.spec_json if spec is None else to_json_text("spec", spec)
     if not another:
-        live = _live_retry(session, original, model)
+        live = _live_retry(session, original, model, spec, spec_json)
         if live is not None:
-            active: M = _of_this_spec(live, spec, spec_json)
-            return active
+            return live
     values = _taken_over(original) | {"spec_json": spec_json, "retry_of": original.id}
-    if priority is not None:
-        values["priority"] = priority
-    kind, target = values.pop("kind"), values.pop("target_name")
-    again_queued: M = submit(
-        session, kind, target, run_after=run_after, unless_active=unless_active, model=type(original), **values
-    )
-    return again_queued
+    values |= {} if priority is None else {"priority": priority}
+    options: dict[str, Any] = {"run_after": run_after, "unless_active": unless_active, "model": type(original)}
+    queued: M = submit(session, **values, **options)
+    return queued
 
 
-def _finished(session: Bind, job_id: UUID, model: Model, *, again: bool) -> Any:
+def _finished(session: Bind, job_id: UUID, model: type[M], *, again: bool) -> M:
     """Return the job that is to be done again; refuse one that has not finished, or was completed and not meant."""
     original = get(session, job_id, model=model)
     if not original.is_terminal:
@@ -100,17 +87,14 @@ def _finished(session: Bind, job_id: UUID, model: Model, *, again: bool) -> Any:
     return original
 
 
-def _live_retry(session: Bind, original: MlJob, model: Model) -> Any:
-    """Return the queued or running retry of a job; hold off everybody else who asks until we have committed.
+def _live_retry(session: Bind, original: M, model: type[M], spec: Any, spec_json: str) -> M | None:
+    """Return the queued or running retry of a job, refuse one with another spec; hold off others until we have committed.
 
     A REPEATABLE READ transaction sees those that were committed before it began.
     """
     hold_off_others(connection_of(session, model), model, "retry", original.id.hex)
-    return first_active(session, model, table_of(model).c.retry_of == original.id)
-
-
-def _of_this_spec(live: MlJob, spec: Any, spec_json: str) -> Any:
-    if spec is not None and live.spec_json != spec_json:
+    live: M | None = first_active(session, model, table_of(model).c.retry_of == original.id)
+    if live is not None and spec is not None and live.spec_json != spec_json:
         reason = f"job {live.id} is {live.status.token} as its retry, with another spec; another=True queues a second"
         raise InvalidValueError("spec", spec, reason)
     return live
