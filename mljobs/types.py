@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from enum import EnumType, StrEnum
 from operator import add, eq, ne, sub
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 from typing import cast as cast_type
 from uuid import UUID
 
@@ -261,13 +261,27 @@ class JsonText(TypeDecorator[str]):
         return f"{type(self).__name__}({self.field!r})"
 
 
-class SqliteCheck(sa.CheckConstraint):
-    """A CHECK for SQLite only: what PostgreSQL's types, or its triggers, check themselves. Migrations of hosts name it."""
+class DialectCheck(sa.CheckConstraint):
+    """A CHECK for one database only. Migrations of hosts name its two kinds."""
+
+    dialect_name: ClassVar[str]
 
     def __init__(self, sqltext: str | sa.TextClause, name: str | None = None, **kw: Any) -> None:
         super().__init__(sqltext, name=name, **kw)
-        self.ddl_if(dialect="sqlite")
+        self.ddl_if(dialect=self.dialect_name)
 
     def _copy(self, *, target_table: sa.Table | None = None, **_: Any) -> Self:
         # SQLAlchemy's own makes a plain CHECK of it, for Table.to_metadata and for Alembic.
         return type(self)(self.sqltext, self.name, table=target_table)  # type: ignore[arg-type]
+
+
+class SqliteCheck(DialectCheck):
+    """A CHECK for SQLite only: what PostgreSQL's types, or its triggers, check themselves."""
+
+    dialect_name = "sqlite"
+
+
+class PostgresCheck(DialectCheck):
+    """A CHECK for PostgreSQL only: its times may be infinite, and reach further than Python's."""
+
+    dialect_name = "postgresql"

@@ -95,7 +95,7 @@ def scripts(config: Config, output: StringIO) -> tuple[str, str]:
 def test_squawk_passes_on_our_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLJOBS_DATABASE_URL", "postgresql:///nowhere")
     up, down = scripts(config_of_ours(), StringIO())
-    assert up.count("CREATE TABLE") == 3
+    assert up.count("CREATE TABLE") == 4  # the jobs, their leases, their workers, our version
     assert "DROP TABLE ml_job_leases;" in down
     squawk(up, tmp_path)
     squawk(down, tmp_path, *DOWN)

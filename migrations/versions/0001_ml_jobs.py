@@ -164,21 +164,23 @@ CREATE TABLE ml_job_leases (
   acquired_at TIMESTAMP(3) WITH TIME ZONE NOT NULL,
   expires_at TIMESTAMP(3) WITH TIME ZONE NOT NULL,
   target_lock TEXT,
-  PRIMARY KEY (token)
+  PRIMARY KEY (token),
+  CONSTRAINT ck_mljobs_years CHECK (acquired_at >= '1970-01-01 UTC' AND acquired_at < '10000-01-01 UTC' AND expires_at >= '1970-01-01 UTC' AND expires_at < '10000-01-01 UTC')
 )""",
     "CREATE UNIQUE INDEX uq_ml_job_leases_target ON ml_job_leases (target_lock) WHERE target_lock IS NOT NULL",
     """\
 CREATE TABLE ml_job_workers (
   name TEXT NOT NULL,
   host TEXT NOT NULL,
-  pid INTEGER NOT NULL,
+  pid BIGINT NOT NULL,
   kinds TEXT NOT NULL,
-  concurrency INTEGER NOT NULL,
+  concurrency BIGINT NOT NULL,
   version TEXT NOT NULL,
   state TEXT NOT NULL,
   started_at TIMESTAMP(3) WITH TIME ZONE NOT NULL,
   last_seen_at TIMESTAMP(3) WITH TIME ZONE NOT NULL,
-  PRIMARY KEY (name)
+  PRIMARY KEY (name),
+  CONSTRAINT ck_mljobs_years CHECK (started_at >= '1970-01-01 UTC' AND started_at < '10000-01-01 UTC' AND last_seen_at >= '1970-01-01 UTC' AND last_seen_at < '10000-01-01 UTC')
 )""",
     """\
 CREATE VIEW ml_jobs_overview AS
@@ -335,21 +337,23 @@ CREATE TABLE ml_job_leases (
   worker TEXT NOT NULL,
   acquired_at BIGINT NOT NULL,
   expires_at BIGINT NOT NULL,
-  target_lock TEXT
+  target_lock TEXT,
+  CONSTRAINT ck_mljobs_times CHECK ((acquired_at IS NULL OR typeof(acquired_at) = 'integer' AND acquired_at BETWEEN 0 AND 253402300799999) AND (expires_at IS NULL OR typeof(expires_at) = 'integer' AND expires_at BETWEEN 0 AND 253402300799999))
 )""",
     "CREATE UNIQUE INDEX uq_ml_job_leases_target ON ml_job_leases (target_lock) WHERE target_lock IS NOT NULL",
     """\
 CREATE TABLE ml_job_workers (
   name TEXT NOT NULL,
   host TEXT NOT NULL,
-  pid INTEGER NOT NULL,
+  pid BIGINT NOT NULL,
   kinds TEXT NOT NULL,
-  concurrency INTEGER NOT NULL,
+  concurrency BIGINT NOT NULL,
   version TEXT NOT NULL,
   state TEXT NOT NULL,
   started_at BIGINT NOT NULL,
   last_seen_at BIGINT NOT NULL,
-  PRIMARY KEY (name)
+  PRIMARY KEY (name),
+  CONSTRAINT ck_mljobs_times CHECK ((started_at IS NULL OR typeof(started_at) = 'integer' AND started_at BETWEEN 0 AND 253402300799999) AND (last_seen_at IS NULL OR typeof(last_seen_at) = 'integer' AND last_seen_at BETWEEN 0 AND 253402300799999))
 )""",
     """\
 CREATE VIEW ml_jobs_overview AS

@@ -27,7 +27,7 @@ from mljobs.errors import InvalidValueError, SchemaError
 from mljobs.guards._companions import companion_names, is_blob_index, kinds_of, listed, short_name
 from mljobs.guards._overview import overview_of
 from mljobs.schema._catalog import OWN_TABLES, Part, guarded_tables, overviews_of, record_differences
-from mljobs.types import SqliteCheck
+from mljobs.types import DialectCheck
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Constraint, Index
@@ -70,7 +70,7 @@ def compare(context: Any, upgrade: Any, schemas: Iterable[str | None]) -> None:
         if schema in searched and _is_compared(context, table, schema):
             _repair(connection, upgrade, table, schema, name)
             _add_missing_overview(connection, upgrade, table, schema)
-    _ignore_what_sqlite_has_not(connection, upgrade, context.sorted_tables)
+    _ignore_what_the_database_has_not(connection, upgrade, context.sorted_tables)
     _warn_of_what_sqlite_cannot_alter(context, upgrade)
 
 
@@ -306,14 +306,15 @@ def _indexes(table: Table, parts: Iterable[Part], changed: set[str]) -> Iterator
             yield ops.CreateIndexOp.from_index(named[part.name])
 
 
-def _ignore_what_sqlite_has_not(connection: Connection, upgrade: Any, tables: Iterable[Table]) -> None:
-    """Take out differences that are none: a SQLite CHECK on PostgreSQL, the IDENTITY of a lease's token on SQLite."""
-    sqlite = connection.dialect.name == "sqlite"
-    elsewhere = {str(check.name) for table in tables for check in table.constraints if isinstance(check, SqliteCheck)}
+def _ignore_what_the_database_has_not(connection: Connection, upgrade: Any, tables: Iterable[Table]) -> None:
+    """Take out differences that are none: a CHECK for the other database, the IDENTITY of a lease's token on SQLite."""
+    dialect_name = connection.dialect.name
+    checks = [check for table in tables for check in table.constraints if isinstance(check, DialectCheck)]
+    elsewhere = {str(check.name) for check in checks if check.dialect_name != dialect_name}
 
     def is_none(change: Any) -> bool:
-        if sqlite:  # Alembic before 1.17
-            return isinstance(change, ops.AlterColumnOp) and isinstance(change.modify_server_default, Identity)
+        if dialect_name == "sqlite" and isinstance(change, ops.AlterColumnOp):  # Alembic before 1.17
+            return isinstance(change.modify_server_default, Identity)
         return isinstance(change, ops.CreateCheckConstraintOp) and str(change.constraint_name) in elsewhere
 
     for table_ops in [found for found in upgrade.ops if isinstance(found, ops.ModifyTableOps)]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from sqlalchemy import CheckConstraint
 
 from mljobs.guards._companions import without_parameters
-from mljobs.types import SqliteCheck, TokenType
+from mljobs.types import DialectCheck, TokenType
 
 _TYPES = "mljobs.types"
 _KIND_CHECK = "kind IN ("
@@ -32,9 +32,9 @@ def render_ours(options: dict[str, Any]) -> None:
         if isinstance(item, TokenType):  # not with its enum, which a host may rename; the CHECK lists the tokens
             return f"{options['sqlalchemy_module_prefix'] or ''}String(length={item.length})"
         context.imports.add(f"import {_TYPES}")
-        if isinstance(item, SqliteCheck):
+        if isinstance(item, DialectCheck):
             name = f"{options['alembic_module_prefix'] or ''}f({str(item.name)!r})"
-            return f"{_TYPES}.SqliteCheck({str(item.sqltext)!r}, name={name})"
+            return f"{_TYPES}.{type(item).__name__}({str(item.sqltext)!r}, name={name})"
         return f"{_TYPES}.{item!r}"
 
     render_item.renders_mljobs = True  # type: ignore[attr-defined]

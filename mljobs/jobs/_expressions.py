@@ -116,7 +116,7 @@ def _at_path(element: FunctionElement[Any], compiler: SQLCompiler, wanted: str, 
 @compiles(JsonNumber, "postgresql")
 def _number_of_json(element: JsonNumber, compiler: SQLCompiler, **kw: Any) -> str:
     # A number that numeric cannot hold would end the whole query: it counts as none.
-    fits = "{kind} = 'number' AND {text} !~ '[eE][-+]?[0-9]{4}'"
+    fits = "{kind} = 'number' AND length({text}) < 1000 AND {text} !~ '[eE][-+]?[0-9]{4}'"
     return _at_path(element, compiler, f"CASE WHEN {fits} THEN CAST({{text}} AS numeric) END", **kw)
 
 

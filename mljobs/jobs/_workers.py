@@ -93,13 +93,13 @@ def workers(session: Bind, *, gone: bool = False, model: Model = MlJob) -> list[
 
 
 def _info(row: Any, held: Sequence[UUID]) -> WorkerInfo:
-    state = WorkerState(row.state)
+    state = WorkerState(row.state) if row.state in set(WorkerState) else WorkerState.GONE
     silent = state is not WorkerState.GONE and row.last_seen_at < row.now - SILENT_AFTER
     return WorkerInfo(
         name=row.name,
         host=row.host,
         pid=row.pid,
-        kinds=tuple(json.loads(row.kinds)),
+        kinds=_kinds_of(row.kinds),
         concurrency=row.concurrency,
         version=row.version,
         started_at=row.started_at,
@@ -108,6 +108,15 @@ def _info(row: Any, held: Sequence[UUID]) -> WorkerInfo:
         jobs=tuple(held),
         silent=silent,
     )
+
+
+def _kinds_of(text: str) -> tuple[str, ...]:
+    """Return the kinds of a worker's row; none of a row that somebody else wrote: it must not hide the others."""
+    try:
+        kinds = json.loads(text)
+    except ValueError:
+        return ()
+    return tuple(kind for kind in kinds if isinstance(kind, str)) if isinstance(kinds, list) else ()
 
 
 def has_worker_table(connection: sa.Connection, model: Model) -> bool:

@@ -14,7 +14,7 @@ from mljobs.guards._companions import listed, short_name, without_parameters
 from mljobs.guards._errors import exclusive_index
 from mljobs.guards._hooks import install_triggers
 from mljobs.states import ACTIVE, MlJobStatus
-from mljobs.types import SqliteCheck, UtcMillis
+from mljobs.types import PostgresCheck, SqliteCheck, UtcMillis
 
 
 def add_checks_and_indexes(table: sa.Table, kinds: type[StrEnum]) -> None:
@@ -168,23 +168,37 @@ def lease_table(jobs: sa.Table, name: str) -> sa.Table:
     # heartbeat that changes no index is a HOT update.
     held = sa.text("target_lock IS NOT NULL")
     sa.Index(_name("uq", leases, "target"), leases.c.target_lock, unique=True, postgresql_where=held, sqlite_where=held)
+    _add_time_checks(leases, "acquired_at", "expires_at")
     leases.add_is_dependent_on(jobs)  # no foreign key says so, but a view that comes with the leases reads both
     return leases
 
 
 def worker_table(jobs: sa.Table, name: str) -> sa.Table:
     """Return the table of the workers that run ``jobs``: one row for each name, small, and of no worth without them."""
-    return sa.Table(
+    workers = sa.Table(
         name,
         jobs.metadata,
         sa.Column("name", sa.Text, primary_key=True),
         sa.Column("host", sa.Text, nullable=False),
-        sa.Column("pid", sa.Integer, nullable=False),
+        sa.Column("pid", sa.BigInteger, nullable=False),
         sa.Column("kinds", sa.Text, nullable=False),  # a JSON list
-        sa.Column("concurrency", sa.Integer, nullable=False),
+        sa.Column("concurrency", sa.BigInteger, nullable=False),
         sa.Column("version", sa.Text, nullable=False),
         sa.Column("state", sa.Text, nullable=False),
         sa.Column("started_at", UtcMillis("started_at"), nullable=False),
         sa.Column("last_seen_at", UtcMillis("last_seen_at"), nullable=False),
         schema=jobs.schema,
     )
+    _add_time_checks(workers, "started_at", "last_seen_at")
+    return workers
+
+
+def _add_time_checks(table: sa.Table, *names: str) -> None:
+    """Let a table hold no time that Python cannot read: one such row would stop whoever reads the others.
+
+    The names are of no table, so that they stay right when a host renames it.
+    """
+    in_years = " AND ".join(f"{name} >= '1970-01-01 UTC' AND {name} < '10000-01-01 UTC'" for name in names)
+    in_range = " AND ".join(_time_in_range(name) for name in names)
+    table.append_constraint(PostgresCheck(sa.text(in_years), name=conv("ck_mljobs_years")))
+    table.append_constraint(SqliteCheck(sa.text(in_range), name=conv("ck_mljobs_times")))

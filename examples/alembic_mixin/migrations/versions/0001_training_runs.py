@@ -48,10 +48,10 @@ def upgrade() -> None:
     sa.Column('lease', sa.BigInteger(), nullable=True),
     sa.Column('owner_id', sa.Integer(), nullable=False),
     mljobs.types.SqliteCheck("(created_at IS NULL OR typeof(created_at) = 'integer' AND created_at BETWEEN 0 AND 253402300799999) AND (started_at IS NULL OR typeof(started_at) = 'integer' AND started_at BETWEEN 0 AND 253402300799999) AND (finished_at IS NULL OR typeof(finished_at) = 'integer' AND finished_at BETWEEN 0 AND 253402300799999) AND (run_after IS NULL OR typeof(run_after) = 'integer' AND run_after BETWEEN 0 AND 253402300799999)", name=op.f('ck_training_runs_times')),
-    mljobs.types.SqliteCheck("metrics_json IS NULL OR typeof(metrics_json) = 'text' AND json_valid(metrics_json) AND instr(metrics_json, char(0)) = 0 AND (instr(metrics_json, '\\u0000') = 0 OR instr(replace(metrics_json, '\\\\', ''), '\\u0000') = 0)", name=op.f('ck_training_runs_metrics_json')),
+    mljobs.types.SqliteCheck("metrics_json IS NULL OR typeof(metrics_json) = 'text' AND json_valid(metrics_json) AND instr(metrics_json, char(0)) = 0 AND (instr(metrics_json, '\\u') = 0 OR instr(lower(replace(metrics_json, '\\\\', ' ')), '\\u0000') = 0 AND replace(replace(replace(replace(replace(replace(replace(replace(lower(replace(metrics_json, '\\\\', ' ')), '\\ud8', char(1)), '\\ud9', char(1)), '\\uda', char(1)), '\\udb', char(1)), '\\udc', char(2)), '\\udd', char(2)), '\\ude', char(2)), '\\udf', char(2)) NOT GLOB '*' || char(1) || '[0-9a-f][0-9a-f][^' || char(2) || ']*' AND '   ' || replace(replace(replace(replace(replace(replace(replace(replace(lower(replace(metrics_json, '\\\\', ' ')), '\\ud8', char(1)), '\\ud9', char(1)), '\\uda', char(1)), '\\udb', char(1)), '\\udc', char(2)), '\\udd', char(2)), '\\ude', char(2)), '\\udf', char(2)) NOT GLOB '*[^' || char(1) || ']??' || char(2) || '*')", name=op.f('ck_training_runs_metrics_json')),
     mljobs.types.SqliteCheck("retry_of IS NULL OR typeof(retry_of) = 'text' AND length(retry_of) = 32 AND retry_of NOT GLOB '*[^0-9a-f]*'", name=op.f('ck_training_runs_retry_of')),
     mljobs.types.SqliteCheck("typeof(id) = 'text' AND length(id) = 32 AND id NOT GLOB '*[^0-9a-f]*'", name=op.f('ck_training_runs_id')),
-    mljobs.types.SqliteCheck("typeof(spec_json) = 'text' AND json_valid(spec_json) AND instr(spec_json, char(0)) = 0 AND (instr(spec_json, '\\u0000') = 0 OR instr(replace(spec_json, '\\\\', ''), '\\u0000') = 0)", name=op.f('ck_training_runs_spec_json')),
+    mljobs.types.SqliteCheck("typeof(spec_json) = 'text' AND json_valid(spec_json) AND instr(spec_json, char(0)) = 0 AND (instr(spec_json, '\\u') = 0 OR instr(lower(replace(spec_json, '\\\\', ' ')), '\\u0000') = 0 AND replace(replace(replace(replace(replace(replace(replace(replace(lower(replace(spec_json, '\\\\', ' ')), '\\ud8', char(1)), '\\ud9', char(1)), '\\uda', char(1)), '\\udb', char(1)), '\\udc', char(2)), '\\udd', char(2)), '\\ude', char(2)), '\\udf', char(2)) NOT GLOB '*' || char(1) || '[0-9a-f][0-9a-f][^' || char(2) || ']*' AND '   ' || replace(replace(replace(replace(replace(replace(replace(replace(lower(replace(spec_json, '\\\\', ' ')), '\\ud8', char(1)), '\\ud9', char(1)), '\\uda', char(1)), '\\udb', char(1)), '\\udc', char(2)), '\\udd', char(2)), '\\ude', char(2)), '\\udf', char(2)) NOT GLOB '*[^' || char(1) || ']??' || char(2) || '*')", name=op.f('ck_training_runs_spec_json')),
     mljobs.types.SqliteCheck("(target_name IS NULL OR typeof(target_name) = 'text') AND (error_message IS NULL OR typeof(error_message) = 'text') AND (worker IS NULL OR typeof(worker) = 'text')", name=op.f('ck_training_runs_texts')),
     mljobs.types.SqliteCheck('typeof(progress) = \'integer\' AND progress BETWEEN 0 AND 100 AND typeof(attempts) = \'integer\' AND attempts BETWEEN 0 AND 32767 AND typeof(priority) = \'integer\' AND priority BETWEEN -32768 AND 32767 AND typeof("exclusive") = \'integer\' AND "exclusive" BETWEEN 0 AND 1 AND (lease IS NULL OR typeof(lease) = \'integer\')', name=op.f('ck_training_runs_numbers')),
     sa.CheckConstraint("kind IN ('fit', 'tune')", name=op.f('ck_training_runs_kind')),
@@ -80,6 +80,8 @@ def upgrade() -> None:
     sa.Column('acquired_at', mljobs.types.UtcMillis('acquired_at'), nullable=False),
     sa.Column('expires_at', mljobs.types.UtcMillis('expires_at'), nullable=False),
     sa.Column('target_lock', sa.Text(), nullable=True),
+    mljobs.types.PostgresCheck("acquired_at >= '1970-01-01 UTC' AND acquired_at < '10000-01-01 UTC' AND expires_at >= '1970-01-01 UTC' AND expires_at < '10000-01-01 UTC'", name=op.f('ck_mljobs_years')),
+    mljobs.types.SqliteCheck("(acquired_at IS NULL OR typeof(acquired_at) = 'integer' AND acquired_at BETWEEN 0 AND 253402300799999) AND (expires_at IS NULL OR typeof(expires_at) = 'integer' AND expires_at BETWEEN 0 AND 253402300799999)", name=op.f('ck_mljobs_times')),
     sa.PrimaryKeyConstraint('token', name=op.f('pk_training_runs_leases')),
     sqlite_autoincrement=True
     )
@@ -89,13 +91,15 @@ def upgrade() -> None:
     op.create_table('training_runs_workers',
     sa.Column('name', sa.Text(), nullable=False),
     sa.Column('host', sa.Text(), nullable=False),
-    sa.Column('pid', sa.Integer(), nullable=False),
+    sa.Column('pid', sa.BigInteger(), nullable=False),
     sa.Column('kinds', sa.Text(), nullable=False),
-    sa.Column('concurrency', sa.Integer(), nullable=False),
+    sa.Column('concurrency', sa.BigInteger(), nullable=False),
     sa.Column('version', sa.Text(), nullable=False),
     sa.Column('state', sa.Text(), nullable=False),
     sa.Column('started_at', mljobs.types.UtcMillis('started_at'), nullable=False),
     sa.Column('last_seen_at', mljobs.types.UtcMillis('last_seen_at'), nullable=False),
+    mljobs.types.PostgresCheck("started_at >= '1970-01-01 UTC' AND started_at < '10000-01-01 UTC' AND last_seen_at >= '1970-01-01 UTC' AND last_seen_at < '10000-01-01 UTC'", name=op.f('ck_mljobs_years')),
+    mljobs.types.SqliteCheck("(started_at IS NULL OR typeof(started_at) = 'integer' AND started_at BETWEEN 0 AND 253402300799999) AND (last_seen_at IS NULL OR typeof(last_seen_at) = 'integer' AND last_seen_at BETWEEN 0 AND 253402300799999)", name=op.f('ck_mljobs_times')),
     sa.PrimaryKeyConstraint('name', name=op.f('pk_training_runs_workers'))
     )
     op.create_mljobs_guard('training_runs', kinds=['fit', 'tune'], version=1)
