@@ -5,13 +5,19 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import event, select, update
+from sqlalchemy import event, false, select, update
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Mapper, attributes, object_session
 from sqlalchemy.sql.elements import ClauseElement
 
-from mljobs.errors import InvalidTransitionError, InvalidValueError, TerminalStateError
-from mljobs.guards._companions import GUARDED_COLUMNS, companion_ddl
+from mljobs.errors import (
+    InvalidTransitionError,
+    InvalidValueError,
+    JobHeldError,
+    LeaseLostError,
+    TerminalStateError,
+)
+from mljobs.guards._companions import GUARDED_COLUMNS, companion_ddl, leases_of
 from mljobs.guards._errors import remember_table
 from mljobs.guards._retention import is_open
 from mljobs.states import MlJobStatus
@@ -61,12 +67,19 @@ def remember_start(job: Any) -> None:
 
 def _check_update(mapper: Mapper[Any], connection: Connection, target: Any) -> None:
     state = attributes.instance_state(target)
-    if state.committed_state.keys().isdisjoint(_GUARDED):  # a host's own columns stay writable
+    committed, present = state.committed_state, state.dict
+    if committed.keys().isdisjoint(_GUARDED):  # a host's own columns stay writable
         return
-    if "status" not in state.committed_state:
-        present = state.dict.get("status")
-        if present is not None and not present.is_terminal:  # the frequent case, before the histories are asked
-            return
+    status = present.get("status")
+    if "status" in committed or status is None or status.is_terminal:  # else the frequent case: no histories are asked
+        _check_step(mapper, connection, target)
+    if present.get("lease") is not None or "lease" in committed:
+        _check_lease(mapper, connection, target)
+
+
+def _check_step(mapper: Mapper[Any], connection: Connection, target: Any) -> None:
+    """Refuse a change of a finished job, and an illegal step."""
+    state = attributes.instance_state(target)
     changes = _changes(state)
     if not changes:
         return
@@ -77,13 +90,78 @@ def _check_update(mapper: Mapper[Any], connection: Connection, target: Any) -> N
         raise _terminal(target, status, changes)
     if "status" in changes:
         _, wanted = changes["status"]
-        if not isinstance(wanted, MlJobStatus) or status.can_become(wanted):
-            return
         _, started = changes.get("started_at", (None, None))
+        if not isinstance(wanted, MlJobStatus):
+            return
+        if status.can_become(wanted):
+            if wanted.is_terminal and started is not None and _stored(target, "lease") is None:
+                _check_attempt(target, wanted, changes)
+            return
         if started is not None and started is state.dict.get(_STARTED):
             _record_start(mapper, connection, target, wanted)
             return
         raise InvalidTransitionError(_stored(target, "id"), status, wanted)
+
+
+def _check_attempt(target: Any, wanted: MlJobStatus, changes: dict[str, tuple[object, object]]) -> None:
+    """Refuse the end of an attempt that is over: ``merge`` of a record that failed after the job had been put back.
+
+    A start that ends in the same flush counts an attempt; a record of another program (KV JSON) counts none.
+    """
+    attempts = attributes.instance_dict(target).get("attempts")
+    before = changes["attempts"][0] if "attempts" in changes else attempts
+    if isinstance(attempts, int) and isinstance(before, int) and 0 < attempts <= before:
+        advice = f"what was loaded of its attempt {attempts} is out of date: read the record again"
+        raise InvalidTransitionError(_stored(target, "id"), _stored(target, "status"), wanted, advice)
+
+
+_OF_THE_CLAIM = ("worker", "attempts", "started_at")
+
+
+def _check_lease(mapper: Mapper[Any], connection: Connection, target: Any) -> None:
+    """Refuse to write a record that names a lease, unless its row names it too, until the transaction ends.
+
+    Raises:
+        LeaseLostError: The row names another lease, or none.
+        JobHeldError: What a claim sets would change under the lease of a worker.
+        InvalidValueError: The lease would go, and the job stay as it is.
+        TerminalStateError: The job has finished meanwhile.
+    """
+    state = attributes.instance_state(target)
+    job_id, wanted = _stored(target, "id"), state.dict.get("lease")
+    lease = state.committed_state.get("lease", wanted)
+    if isinstance(wanted, int) and wanted != lease:  # by merge; only a claim makes a lease
+        raise LeaseLostError(job_id, wanted)
+    if not isinstance(lease, int):  # set without ever being loaded
+        return
+    changes = _changes(state)
+    table: Any = mapper.columns["status"].table
+    if any(name in changes and changes[name][1] is not None for name in _OF_THE_CLAIM):
+        raise _held(connection, table, job_id, lease)
+    if "lease" in changes and "status" not in changes:
+        raise InvalidValueError(
+            "lease", wanted, "it goes when the job finishes or is requeued: call the record's method"
+        )
+    found = _lock(connection, table, job_id)
+    if found is None or found.lease == lease:  # where no row is there, the flush says so
+        return
+    if found.status.is_terminal:
+        raise TerminalStateError(job_id, found.status, found.finished_at, changes)
+    raise LeaseLostError(job_id, lease)
+
+
+def _lock(connection: Connection, table: Any, job_id: Any) -> Any:
+    """Return the present ``lease``, ``status`` and ``finished_at`` of a row, which nobody else changes until the commit."""
+    statement = select(table.c.lease, table.c.status, table.c.finished_at).where(table.c.id == job_id)
+    if connection.dialect.name == "sqlite":  # an UPDATE of no row takes the write lock all the same
+        connection.execute(update(table).where(false()).values(lease=table.c.lease))
+    return connection.execute(statement.with_for_update(key_share=True)).first()
+
+
+def _held(connection: Connection, table: Any, job_id: Any, lease: int) -> JobHeldError | LeaseLostError:
+    leases = leases_of(table)
+    found = connection.execute(select(leases.c.worker, leases.c.expires_at).where(leases.c.token == lease)).first()
+    return LeaseLostError(job_id, lease) if found is None else JobHeldError(job_id, found.worker, found.expires_at)
 
 
 def _record_start(mapper: Mapper[Any], connection: Connection, target: Any, wanted: MlJobStatus) -> None:
