@@ -111,7 +111,7 @@ def test_a_shell_completes_commands_options_kinds_states_targets_and_ids(shell: 
     assert shell.words(f"mljobs show {second[-6:]}\t\r") == ["show", second]
     assert shell.words("mljobs best x\t\r") == ["best", HOSTILE]
     assert shell.words("mljobs --url nowhere show 01\t\r")[2:] == ["show", "01"]
-    shell.shows("mljobs show \t\t\t", first, second)
+    shell.shows("mljobs show \t\t\t", first[-20:], second[-20:])  # fish shortens the beginning
     assert not (shell.directory / "pwned").exists()
 
 
