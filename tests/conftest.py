@@ -19,6 +19,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -42,8 +43,11 @@ _MEMORY_BYTES = 4_000_000_000  # the suite needs a quarter of it
 def pytest_configure() -> None:
     """Keep the databases in memory, where there is room, and let processes keep compiled modules.
 
-    On a disk the suite takes twice as long; and each process that tests start would compile the package anew.
+    On a disk the suite takes twice as long; and each process that tests start would compile the package anew. And let
+    Ctrl-C be heard, by what tests start too.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
     if "TMPDIR" not in os.environ and _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > _MEMORY_BYTES:
