@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
 
 from mljobs import AsyncJobStore, JobStore
 
@@ -127,5 +128,5 @@ class Backend:
 
 
 def outside_engine(url: str) -> Engine:
-    """Return a blocking engine of its own on the database of a backend."""
-    return create_engine(url)
+    """Return a blocking engine that keeps no connection."""
+    return create_engine(url, poolclass=NullPool)

@@ -32,7 +32,7 @@ from sqlalchemy.pool import NullPool
 
 from mljobs import JobStore, metadata
 from tests import postgres
-from tests.backends import DRIVERS, Backend, outside_engine
+from tests.backends import DRIVERS, Backend
 from tests.databases import Databases
 from tests.fork_server import ForkServer
 
@@ -164,7 +164,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """A fresh database with the schema, through each driver."""
     name: str = request.param
     plain: str = request.getfixturevalue("postgres_url" if name.startswith("postgresql") else "sqlite_url")
-    made = Backend(name, make_url(plain).set(drivername=DRIVERS[name]).render_as_string(False), outside_engine(plain))
+    made = Backend(name, make_url(plain).set(drivername=DRIVERS[name]).render_as_string(False), create_engine(plain))
     yield made
     made.close()
 
