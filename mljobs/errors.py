@@ -11,6 +11,7 @@
      |- TerminalStateError                         the record has finished; it never changes again
      |- InvalidTransitionError                     this state may not follow that one
      |- TargetLockedError                          another job holds the exclusive target
+     |- StartRefusedError                          a claim met a job that cannot be started
      |- JobExistsError                             a record with this id is there, and none was expected
      |- JobHeldError                               a worker holds the job; only that worker writes it
      |- GiveUp                                     a handler's failure that no retry would mend
@@ -255,6 +256,26 @@ class TargetLockedError(MlJobsError):
         self.job_id = job_id
         subject = "the job" if job_id is None else f"job {job_id}"
         super().__init__(f"{subject} has to wait: its target is held by another exclusive job")
+
+
+class StartRefusedError(MlJobsError):
+    """A claim met a job that cannot be started: its row cannot be read as the class, or the database refuses the write.
+
+    Nothing was claimed. The job stays queued: a worker of a newer release may know what this one cannot read. Claim the
+    others with ``skip=[error.job_id]``.
+
+    Attributes:
+        job_id: The job.
+        reason: What the driver, the ORM or the database said.
+        column: The column whose value cannot be read; None where it is the write that is refused.
+    """
+
+    def __init__(self, job_id: UUID, reason: str, column: str | None = None) -> None:
+        self.job_id = job_id
+        self.reason = reason
+        self.column = column
+        where = "" if column is None else f"column {column} cannot be read: "
+        super().__init__(f"job {job_id} cannot be started and stays queued: {where}{reason}")
 
 
 class JobExistsError(MlJobsError):

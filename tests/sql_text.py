@@ -18,6 +18,7 @@ from mljobs.jobs import (
     _fencing,
     _finishing,
     _holding,
+    _picking,
     _rescuing,
     _submitting,
 )
@@ -37,7 +38,7 @@ def statements() -> Mapping[str, Mapping[str, list[Prepared]]]:
     """Return the statements of each operation, by page and database; on SQLite those that run in turn."""
     release = [_fencing.delete_statement(MlJob)]
     standing = [_fencing.standing_statement(MlJob)]
-    pick = [_claiming._pick_statement(MlJob, "any", 10)]
+    pick = [_picking.pick_statement(MlJob, "any", 10)]
     begin = [*pick, _claiming._lease_statement(MlJob), _claiming._start_statement(MlJob)]
     finish = [*standing, _finishing._FINISH.part(MlJob), *release]
     expired = [_rescuing._expired_jobs(MlJob)]

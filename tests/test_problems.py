@@ -30,6 +30,7 @@ from mljobs import (
     MlJobStatus,
     ModelError,
     SchemaError,
+    StartRefusedError,
     TargetLockedError,
     TerminalStateError,
     TransferError,
@@ -75,6 +76,7 @@ EXAMPLES: list[tuple[MlJobsError, int, dict[str, Any]]] = [
         409,
         {"job_id": str(JOB), "job_status": "queued", "wanted_status": "completed"},
     ),
+    (StartRefusedError(JOB, "no such member", "role"), 500, {"job_id": str(JOB), "column": "role"}),
     (TargetLockedError(JOB), 409, {"job_id": str(JOB)}),
     (JobExistsError(JOB, "line 12"), 409, {"job_id": str(JOB), "place": "line 12"}),
     (

@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 
 from mljobs import MlJob, MlJobStatus
 from mljobs.jobs import _claiming as claiming
+from mljobs.jobs import _picking as picking
 from mljobs.jobs import _pruning, _statements
 from mljobs.jobs._statements import moments
 from tests.backends import Backend
@@ -94,7 +95,7 @@ def test_claiming_reads_the_partial_index_of_the_queue(backend: Backend) -> None
             plan = _plan(backend, connection, claiming._claim_statement(MlJob, "any", 10), parameters)
             assert "Seq Scan on ml_jobs" not in plan
         else:
-            plan = _plan(backend, connection, claiming._pick_statement(MlJob, "any", 10), parameters)
+            plan = _plan(backend, connection, picking.pick_statement(MlJob, "any", 10), parameters)
             assert "USE TEMP B-TREE" not in plan  # in the index's own order
     assert "ix_ml_jobs_queue" in plan
 

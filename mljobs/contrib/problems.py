@@ -34,6 +34,7 @@ from mljobs.errors import (
     MlJobsError,
     ModelError,
     SchemaError,
+    StartRefusedError,
     TargetLockedError,
     TerminalStateError,
     TransferError,
@@ -121,6 +122,13 @@ MEANINGS: Mapping[type[MlJobsError], Meaning] = MappingProxyType(
             "Another job holds the target",
             "a conflict with another job's state, over once that job ends; 423 is for WebDAV's own locks",
             _JOB,
+        ),
+        StartRefusedError: Meaning(
+            500,
+            "start-refused",
+            "The job cannot be started",
+            "the stored job is at fault, not the request: its row cannot be read, or the database refuses the write",
+            {**_JOB, "column": "column"},
         ),
         JobExistsError: Meaning(
             409,

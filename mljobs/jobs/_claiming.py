@@ -8,11 +8,12 @@ stopped, or the lease expires.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB, aggregate_order_by
 from sqlalchemy.dialects.postgresql import insert as insert_on_postgres
+from sqlalchemy.orm import Session
 
 from mljobs._values import to_member
 from mljobs.db._prepared import Prepared
@@ -24,7 +25,9 @@ from mljobs.jobs._base import (
     Model,
     check_count,
     check_lease,
+    check_seconds,
     connection_of,
+    id_of,
     is_plain_record,
     is_postgres,
     loaded,
@@ -38,9 +41,10 @@ from mljobs.jobs._base import (
     whole_table_of,
 )
 from mljobs.jobs._claims import Claim, Lease, RowReader, UnreadJob
+from mljobs.jobs._picking import pick_statement, queued_jobs
+from mljobs.jobs._refusing import start_refusal, unless_target_taken, without_waiting
 from mljobs.jobs._statements import (
     SQLITE,
-    any_of,
     constant,
     expiry_of,
     in_rows,
@@ -61,6 +65,7 @@ MAX_BATCH = 10_000
 """The most jobs that one statement claims, renews or finishes."""
 _ROUNDS = 20
 _INLINE_MAX = 128
+_LOCK_TIMEOUT = 0.25
 _BEFORE_RECORD = 2
 """Columns before the record's in a row of a claim: how many jobs were picked, and the end of the lease."""
 
@@ -72,6 +77,8 @@ def claim(
     kinds: Iterable[str] | None = None,
     limit: int = 1,
     lease: float = DEFAULT_LEASE,
+    skip: Iterable[JobRef] = (),
+    lock_timeout: float | None = None,
     model: type[M] = MlJob,  # type: ignore[assignment]
 ) -> list[Claim[M]]:
     """Start queued jobs that nobody holds, the highest priority first, then the oldest.
@@ -85,6 +92,10 @@ def claim(
         kinds: Only this one, or these; None for all.
         limit: At most so many, 1 to 10,000.
         lease: Seconds until the claims end unless they are renewed.
+        skip: Jobs that stay queued, or their ids: those that a ``StartRefusedError`` named, say.
+        lock_timeout: PostgreSQL: seconds to wait for an open transaction that is taking the target of an exclusive job;
+            after them no exclusive job is claimed in this call. It stands until the transaction ends. None waits as
+            long as the session's own ``lock_timeout`` says.
         model: The mapped job class.
 
     Returns:
@@ -92,17 +103,27 @@ def claim(
 
     Raises:
         InvalidValueError: An argument is out of range.
+        StartRefusedError: One job cannot be started; nothing was claimed.
     """
-    which, parameters = claim_parameters(model, worker, kinds, limit, lease)
+    which, parameters = claim_parameters(model, worker, kinds, limit, lease, skip, lock_timeout)
     if parameters["kinds"] == []:
         return []
     return _claim(session, model, which, parameters, limit)
 
 
-def claim_parameters(
-    model: Model, worker: str, kinds: Iterable[str] | None, limit: int, lease: float
+def claim_parameters(  # noqa: PLR0917 - those of claim
+    model: Model,
+    worker: str,
+    kinds: Iterable[str] | None,
+    limit: int,
+    lease: float,
+    skip: Iterable[JobRef],
+    lock_timeout: float | None,
 ) -> tuple[str, dict[str, Any]]:
     """Return which statement claims what ``claim`` was asked for, and its parameters.
+
+    Which one is said in words: by what it picks (``any``, ``kind``, ``kinds``, ``ids``), then ``skip`` and ``timeout``
+    where these are given, and ``shared`` where it picks no exclusive job.
 
     Raises:
         InvalidValueError: An argument is out of range.
@@ -113,11 +134,21 @@ def claim_parameters(
     tokens = None if kinds is None else sorted({to_member(model.__kinds__, "kinds", kind).value for kind in kinds})
     parameters = {"worker": worker_name(worker), "kinds": tokens, **moments(check_lease(lease))}
     check_count("limit", limit, MAX_BATCH)
+    more = ""
+    if skipped := [id_of(job) for job in skip]:
+        more, parameters = f"{more} skip", {**parameters, "skip": skipped}
+    if lock_timeout is not None:
+        check_seconds("lock_timeout", lock_timeout, above_zero=True)
+        more, parameters = f"{more} timeout", {**parameters, "lock_timeout": _milliseconds(lock_timeout)}
     if tokens is None:  # kinds that were named are always asked for: a newer release may queue others
-        return "any", parameters
+        return f"any{more}", parameters
     if len(tokens) == 1:
-        return "kind", {**parameters, "kind": tokens[0]}
-    return "kinds", parameters
+        return f"kind{more}", {**parameters, "kind": tokens[0]}
+    return f"kinds{more}", parameters
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(max(1, int(seconds * 1000)))
 
 
 def claim_one(
@@ -142,6 +173,7 @@ def claim_one(
         TerminalStateError: It has finished.
         InvalidTransitionError: It is running already.
         TargetLockedError: It is exclusive, and another job holds its target.
+        StartRefusedError: Its row cannot be read as the class, or the database refuses the write; it stays queued.
     """
     model, job_id = model_and_id(job, model)
     whole_table_of(model)
@@ -164,18 +196,58 @@ def _claim(session: Bind, model: Model, which: str, parameters: dict[str, Any], 
     claims: list[Claim[Any]] = []
     # A picked job whose exclusive target was taken in the same moment gets no lease: pick again in its place.
     for _ in range(_ROUNDS):
-        started, picked = claim_some(session, connection, model, which, {**parameters, "limit": limit - len(claims)})
+        parameters["limit"] = limit - len(claims)
+        try:
+            started, picked = claim_some(session, connection, model, which, parameters)
+        except Exception as error:  # noqa: BLE001 - is raised again
+            if claims:  # are ours already; the next call meets the error
+                break
+            raise_refusal(session, connection, model, which, parameters, error)
         claims += started
         if len(started) == picked or len(claims) == limit:
             break
     return claims
 
 
+def raise_refusal(  # noqa: PLR0917 - internal, called twice
+    session: Bind, connection: sa.Connection, model: Model, which: str, parameters: dict[str, Any], error: Exception
+) -> NoReturn:
+    """Raise, for a claim that failed, the error that names the job that is at fault; the same error if none is."""
+    which_of_these = "ids timeout"
+    of_these = {"lock_timeout": _milliseconds(_LOCK_TIMEOUT), **parameters}
+
+    def pick() -> list[Any]:
+        rows = pick_statement(model, which, inline_limit(parameters["limit"])).rows(connection, parameters)
+        return [row[0] for row in rows]
+
+    def attempt(ids: Sequence[Any]) -> object:
+        asked = {**of_these, "ids": ids, "limit": max(1, len(ids))}
+        if is_postgres(connection):
+            return _started(connection, connection, model, which_of_these, asked)
+        return _on_sqlite(connection, connection, model, which_of_these, asked)
+
+    refused = start_refusal(connection, model, error, pick, attempt)
+    if refused is None:
+        raise error
+    if isinstance(session, Session):
+        session.expire_all()  # what it has read of the others was undone
+    raise refused from error
+
+
 def _on_postgres(
     session: Bind, connection: sa.Connection, model: Model, which: str, parameters: dict[str, Any]
 ) -> tuple[list[Claim[Any]], int]:
+    return without_waiting(
+        which,
+        lambda which: unless_target_taken(connection, lambda: _started(session, connection, model, which, parameters)),
+    )
+
+
+def _started(
+    session: Bind, connection: sa.Connection, model: Model, which: str, parameters: dict[str, Any]
+) -> tuple[list[Claim[Any]], int]:
     statement = _claim_statement(model, which, inline_limit(parameters["limit"]))
-    rows, values = unless_target_taken(connection, lambda: statement.fetched(connection, parameters))
+    rows, values = statement.fetched(connection, parameters)
     return claims_of(session, model, rows, parameters["worker"], values), rows[0][0]
 
 
@@ -184,7 +256,15 @@ def _on_sqlite(
 ) -> tuple[list[Claim[Any]], int]:
     """Run the parts of the statement in turn, under the write lock: no target can be taken meanwhile."""
     lock_sqlite(connection, model)
-    picked = _pick_statement(model, which, inline_limit(parameters["limit"])).rows(connection, parameters)
+    if is_plain_record(model):
+        return _start_in_turn(session, connection, model, which, parameters)
+    return unless_target_taken(connection, lambda: _start_in_turn(session, connection, model, which, parameters))
+
+
+def _start_in_turn(
+    session: Bind, connection: sa.Connection, model: Model, which: str, parameters: dict[str, Any]
+) -> tuple[list[Claim[Any]], int]:
+    picked = pick_statement(model, which, inline_limit(parameters["limit"])).rows(connection, parameters)
     chosen: list[tuple[Any, str | None]] = []
     locks: set[str | None] = set()
     for job_id, exclusive, target, *_ in picked:
@@ -198,33 +278,6 @@ def _on_sqlite(
     own |= table_parameters("chosen", SQLITE, **of_jobs)
     rows = [(len(picked), parameters["expires"], *row) for row in _start_statement(model).rows(connection, own)]
     return claims_of(session, model, rows, parameters["worker"], list), len(picked)
-
-
-def unless_target_taken(connection: sa.Connection, execute: Callable[[], Any]) -> Any:
-    """Run a claim again if somebody started an exclusive job of a picked target by hand in the same moment.
-
-    The database refuses the second job of the target, and with it the statement; the next try sees the first one. In a
-    transaction that goes on, a savepoint keeps what was done before.
-    """
-    for left in reversed(range(_ROUNDS)):
-        savepoint = None if _commits_by_itself(connection) else connection.begin_nested()
-        try:
-            result = execute()
-        except TargetLockedError:
-            if savepoint is not None:
-                savepoint.rollback()
-            if not left:
-                raise
-        else:
-            if savepoint is not None:
-                savepoint.commit()
-            return result
-    raise AssertionError("the last round returns or raises")
-
-
-def _commits_by_itself(connection: sa.Connection) -> bool:
-    """Whether each statement of this connection is a transaction of its own."""
-    return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
 
 
 def claims_of(
@@ -287,37 +340,6 @@ def inline_limit(limit: int) -> int:
 # ---------------------------------------------------------------------------------------------------- the statements
 
 
-def queued_jobs(model: Model, which: str, limit: int, dialect: str) -> sa.Select[Any]:
-    """Return the jobs that a claim may start."""
-    jobs, leases = table_of(model).alias("j"), model.__leases__
-    running = table_of(model).alias("r")
-    taken = sa.or_(
-        sa.exists(1).where(leases.c.target_lock == jobs.c.target_name),
-        # Started by hand, without a lease.
-        sa.exists(1).where(
-            running.c.target_name == jobs.c.target_name,
-            running.c.exclusive,
-            running.c.status == constant(MlJobStatus.RUNNING),
-        ),
-    )
-    condition = [jobs.c.status == constant(MlJobStatus.QUEUED), ~sa.and_(jobs.c.exclusive, taken)]
-    if which == "ids":
-        condition.append(any_of(jobs.c.id, "ids", JobId(), dialect))
-    else:
-        condition.append(sa.or_(jobs.c.run_after.is_(None), jobs.c.run_after <= now_of(dialect)))
-    kind = sa.type_coerce(jobs.c.kind, sa.String())
-    if which == "kind":  # has an index of its own: a few training jobs behind a million of backfill are found at once
-        condition.append(kind == sa.bindparam("kind", type_=sa.String()))
-    elif which == "kinds":
-        condition.append(any_of(kind, "kinds", sa.String(), dialect))
-    return (
-        sa.select(jobs.c.id, jobs.c.exclusive, jobs.c.target_name, jobs.c.priority, jobs.c.created_at)
-        .where(*condition)
-        .order_by(jobs.c.priority.desc(), jobs.c.created_at, jobs.c.id)
-        .limit(constant(limit) if limit else sa.bindparam("limit", type_=sa.Integer()))
-    )
-
-
 _LEASE_COLUMNS = ("worker", "acquired_at", "expires_at", "target_lock")
 
 
@@ -340,11 +362,13 @@ def claim_rows(model: Model, which: str, limit: int, dialect: str) -> sa.Select[
     picked = queued_jobs(model, which, limit, dialect).with_for_update(skip_locked=True, key_share=True).cte("picked")
     in_order = aggregate_order_by(picked.c.id, picked.c.priority.desc(), picked.c.created_at, picked.c.id)
     first = sa.func.array_agg(in_order, type_=sa.ARRAY(JobId()))[constant(1)]
+    exclusive: list[sa.ColumnElement[bool]] = [picked.c.exclusive]
+    if "timeout" in which.split():
+        # Is in force for the locks that this statement takes from here on; only where there is a target to wait for.
+        timeout = sa.bindparam("lock_timeout", type_=sa.Text())
+        exclusive.append(sa.func.set_config(constant("lock_timeout"), timeout, sa.true()).is_not(None))
     alone = (
-        sa.select(picked.c.target_name, first.label("id"))
-        .where(picked.c.exclusive)
-        .group_by(picked.c.target_name)
-        .cte("alone")
+        sa.select(picked.c.target_name, first.label("id")).where(*exclusive).group_by(picked.c.target_name).cte("alone")
     )
     shared = sa.select(sa.cast(sa.null(), sa.Text()).label("target_lock")).where(
         sa.exists(1).where(~picked.c.exclusive)
@@ -387,12 +411,6 @@ def claim_rows(model: Model, which: str, limit: int, dialect: str) -> sa.Select[
 @per_model
 def _claim_statement(model: Model, which: str, limit: int) -> Prepared:
     return Prepared(lambda dialect: claim_rows(model, which, limit, dialect))
-
-
-@per_model
-def _pick_statement(model: Model, which: str, limit: int) -> Prepared:
-    """SQLite: the jobs that a claim may start."""
-    return Prepared(lambda dialect: queued_jobs(model, which, limit, dialect))
 
 
 @per_model

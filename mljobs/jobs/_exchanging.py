@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from mljobs.db._prepared import Prepared
-from mljobs.jobs._base import Bind, M, Model, connection_of, is_postgres, per_model
+from mljobs.jobs._base import Bind, JobRef, M, Model, connection_of, is_postgres, per_model
 from mljobs.jobs._claiming import (
     DEFAULT_LEASE,
     claim,
@@ -16,11 +16,12 @@ from mljobs.jobs._claiming import (
     claim_rows,
     claims_of,
     inline_limit,
-    unless_target_taken,
+    raise_refusal,
 )
 from mljobs.jobs._claims import Claim, model_of
 from mljobs.jobs._fencing import in_one, read_answer
 from mljobs.jobs._finishing import Outcome, answers, finish_many, finish_update, one_for_each_job, outcome_parameters
+from mljobs.jobs._refusing import unless_target_taken, without_waiting
 from mljobs.jobs._statements import NULL
 from mljobs.record._models import MlJob
 
@@ -33,6 +34,8 @@ def finish_and_claim(
     kinds: Iterable[str] | None = None,
     limit: int = 1,
     lease: float = DEFAULT_LEASE,
+    skip: Iterable[JobRef] = (),
+    lock_timeout: float | None = None,
     model: type[M] = MlJob,  # type: ignore[assignment]
 ) -> tuple[list[Exception | None], list[Claim[M]]]:
     """Record outcomes, each if its lease still holds the job, and claim the next jobs; both or neither.
@@ -46,6 +49,8 @@ def finish_and_claim(
         kinds: Only this one, or these; None for all.
         limit: Claim at most so many, 1 to 10,000.
         lease: Seconds until the claims end unless they are renewed.
+        skip: As ``claim`` takes it.
+        lock_timeout: As ``claim`` takes it.
         model: The mapped job class.
 
     Returns:
@@ -53,21 +58,32 @@ def finish_and_claim(
 
     Raises:
         InvalidValueError: An argument is out of range; nothing was written.
+        StartRefusedError: One job cannot be started; nothing was claimed. Roll back: on SQLite the outcomes were
+            written before.
     """
     given = list(outcomes)
-    which, parameters = claim_parameters(model, worker, kinds, limit, lease)
+    skipped = list(skip)
+    which, parameters = claim_parameters(model, worker, kinds, limit, lease, skipped, lock_timeout)
     connection = connection_of(session, model)
     if not given or parameters["kinds"] == [] or not is_postgres(connection):
         errors = finish_many(session, given)
-        return errors, claim(session, worker=worker, kinds=kinds, limit=limit, lease=lease, model=model)
+        more: dict[str, Any] = {"skip": skipped, "lock_timeout": lock_timeout}
+        return errors, claim(session, worker=worker, kinds=kinds, limit=limit, lease=lease, model=model, **more)
     model_of(outcome.claim for outcome in given)
     distinct = one_for_each_job(given)
     parameters |= {"limit": limit, **outcome_parameters(connection.dialect.name, distinct)}
-    statement = _statement(model, which, inline_limit(limit))
-    rows, values = unless_target_taken(connection, lambda: statement.fetched(connection, parameters))
-    # A row of the claim says how many jobs were picked, the row of the finish does not.
-    claims = claims_of(session, model, [row for row in rows if row[0] is not None], worker, values)
-    (written,) = [read_answer(row[-2:]) for row in rows if row[0] is None]
+
+    def run(which: str) -> tuple[list[Claim[Any]], Any]:
+        rows, values = _statement(model, which, inline_limit(limit)).fetched(connection, parameters)
+        # A row of the claim says how many jobs were picked, the row of the finish does not.
+        claims = claims_of(session, model, [row for row in rows if row[0] is not None], worker, values)
+        (written,) = [read_answer(row[-2:]) for row in rows if row[0] is None]
+        return claims, written
+
+    try:
+        claims, written = without_waiting(which, lambda which: unless_target_taken(connection, lambda: run(which)))
+    except Exception as error:  # noqa: BLE001 - is raised again
+        raise_refusal(session, connection, model, which, parameters, error)
     return answers(session, model, given, distinct, written), claims
 
 

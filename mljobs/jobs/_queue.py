@@ -11,8 +11,8 @@ from sqlalchemy import Boolean, ColumnElement, and_, func, literal, or_, select,
 
 from mljobs._values import utc_now
 from mljobs.jobs._base import Bind, Model, check_count, connection_of, table_of
-from mljobs.jobs._claiming import queued_jobs
 from mljobs.jobs._paging import MAX_PAGE
+from mljobs.jobs._picking import queued_jobs
 from mljobs.jobs._statements import constant, in_active_state, moments
 from mljobs.jobs._summaries import JobSummary, summaries_of
 from mljobs.record._models import MlJob

@@ -17,10 +17,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+from uuid import UUID
 
 from mljobs.db._failures import database_is_away, first_line
 from mljobs.db._timeouts import answer_seconds, answers_within
+from mljobs.errors import StartRefusedError
 from mljobs.jobs import Claim, Outcome
 from mljobs.jobs._claiming import MAX_BATCH
 from mljobs.jobs._submitting import first_active
@@ -37,6 +39,10 @@ AHEAD_SECONDS = 0.25
 """How long a job that was claimed ahead should wait at most."""
 STALE_SECONDS = 2.0
 """How long it waits before it is put back."""
+LOCK_SECONDS = 0.25
+"""How long a claim waits for an open transaction that takes a target, before it claims no exclusive jobs."""
+REFUSED_MAX = 10_000
+"""How many jobs that cannot be started a worker passes over; with more at the head of the queue it waits."""
 _ROUND = 16
 _BUSY_SECONDS = 1.0
 
@@ -113,6 +119,7 @@ class Prefetcher:
         self._listener = store.new_listener(workers=True)
         self._slept = False
         self._woken_at = 0.0
+        self._refused: list[UUID] = []
         self.abandoned = 0
 
     # ------------------------------------------------------------------------------------------- what places call
@@ -222,7 +229,7 @@ class Prefetcher:
             try:
                 claims = self._exchange(taken)
             except Exception as error:
-                if not database_is_away(error):
+                if not _is_passing(error):
                     raise
                 logger.warning("cannot claim jobs yet: %s", first_line(error))
                 self._stopping.wait(pause)
@@ -243,17 +250,13 @@ class Prefetcher:
 
     def _exchange(self, taken: Sequence[FinishedRun]) -> bool:
         """Write ``taken``, claim, and buffer the claims; return whether there are any."""
-        settings = self._settings
         outcomes = [entry.outcome for entry in taken if entry.outcome is not None]
         number = self._number()
         asked = self._clock()
         try:
-            with answers_within(self._answer_seconds):
-                errors, claims = self._store.finish_and_claim(
-                    outcomes, worker=settings.worker, kinds=settings.kinds, limit=number, lease=settings.lease
-                )
+            errors, claims = self._finish_and_claim(outcomes, number)
         except Exception as error:
-            if taken and not database_is_away(error):  # one of the outcomes is at fault
+            if taken and not _is_passing(error):  # one of the outcomes is at fault
                 self._writer.write(taken)
                 return True
             self._writer.put_back(taken)
@@ -267,6 +270,34 @@ class Prefetcher:
                 self._writer.put_back(taken)
                 raise
         return bool(claims)
+
+    def _finish_and_claim(
+        self, outcomes: Sequence[Outcome], number: int
+    ) -> tuple[list[Exception | None], list[Claim[Any]]]:
+        """Claim past the jobs that cannot be started: each is logged once and left to others while this worker runs."""
+        settings = self._settings
+        while True:
+            try:
+                with answers_within(self._answer_seconds):
+                    return self._store.finish_and_claim(
+                        outcomes,
+                        worker=settings.worker,
+                        kinds=settings.kinds,
+                        limit=number,
+                        lease=settings.lease,
+                        skip=self._refused,
+                        lock_timeout=LOCK_SECONDS,
+                    )
+            except StartRefusedError as refused:
+                if len(self._refused) >= REFUSED_MAX:
+                    raise
+                self._refused.append(refused.job_id)
+                logger.error(  # noqa: TRY400 - one line; the traceback is ours
+                    "worker %s passes over what it cannot start: %s",
+                    settings.worker,
+                    first_line(refused),
+                    extra={"job_id": str(refused.job_id)},
+                )
 
     def _add_claims(self, claims: Sequence[Claim], asked: float) -> None:
         if not claims:
@@ -396,3 +427,8 @@ class Prefetcher:
     def close(self) -> None:
         """Stop listening."""
         self._listener.close()
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Whether a later claim may succeed."""
+    return isinstance(error, StartRefusedError) or database_is_away(error)

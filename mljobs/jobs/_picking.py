@@ -1,0 +1,66 @@
+"""Which jobs a claim may start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from mljobs.db._prepared import Prepared
+from mljobs.jobs._base import Model, per_model, table_of
+from mljobs.jobs._statements import any_of, constant, now_of
+from mljobs.states import MlJobStatus
+from mljobs.types import JobId
+
+
+def queued_jobs(model: Model, which: str, limit: int, dialect: str) -> sa.Select[Any]:
+    """Return the jobs that a claim may start.
+
+    Args:
+        model: The mapped job class.
+        which: In words: by what they are picked (``any``, ``kind``, ``kinds``, ``ids``), then ``skip`` where some are left
+            out, and ``shared`` where no exclusive job is picked.
+        limit: At most so many; 0 for the parameter ``limit``.
+        dialect: The dialect's name.
+    """
+    jobs, leases = table_of(model).alias("j"), model.__leases__
+    running = table_of(model).alias("r")
+    taken = sa.or_(
+        sa.exists(1).where(leases.c.target_lock == jobs.c.target_name),
+        # Started by hand, without a lease.
+        sa.exists(1).where(
+            running.c.target_name == jobs.c.target_name,
+            running.c.exclusive,
+            running.c.status == constant(MlJobStatus.RUNNING),
+        ),
+    )
+    by, *more = which.split()
+    condition: list[sa.ColumnElement[bool]] = [jobs.c.status == constant(MlJobStatus.QUEUED)]
+    condition.append(~jobs.c.exclusive if "shared" in more else ~sa.and_(jobs.c.exclusive, taken))
+    if "skip" in more:
+        condition.append(~any_of(jobs.c.id, "skip", JobId(), dialect))
+    if by == "ids":
+        condition.append(any_of(jobs.c.id, "ids", JobId(), dialect))
+    else:
+        condition.append(sa.or_(jobs.c.run_after.is_(None), jobs.c.run_after <= now_of(dialect)))
+    kind = sa.type_coerce(jobs.c.kind, sa.String())
+    if by == "kind":  # has an index of its own: a few training jobs behind a million of backfill are found at once
+        condition.append(kind == sa.bindparam("kind", type_=sa.String()))
+    elif by == "kinds":
+        condition.append(any_of(kind, "kinds", sa.String(), dialect))
+    return (
+        sa.select(jobs.c.id, jobs.c.exclusive, jobs.c.target_name, jobs.c.priority, jobs.c.created_at)
+        .where(*condition)
+        .order_by(jobs.c.priority.desc(), jobs.c.created_at, jobs.c.id)
+        .limit(constant(limit) if limit else sa.bindparam("limit", type_=sa.Integer()))
+    )
+
+
+@per_model
+def pick_statement(model: Model, which: str, limit: int) -> Prepared:
+    """Return the jobs that a claim may start; SQLite knows no FOR UPDATE and leaves it out."""
+
+    def build(dialect: str) -> sa.Select[Any]:
+        return queued_jobs(model, which, limit, dialect).with_for_update(skip_locked=True, key_share=True)
+
+    return Prepared(build)
