@@ -20,7 +20,7 @@ from sqlalchemy.pool import NullPool
 from mljobs import InvalidValueError, JobStore, MlJob, compare
 from mljobs.transfer import Compared, Difference, DigestLine, check_digest, digest, pruned_note, read_digest
 from mljobs.transfer import _comparing as comparing
-from tests.backends import Backend, outside_engine
+from tests.backends import Backend
 from tests.test_cli import run
 
 NOON = datetime(2026, 11, 20, 12, tzinfo=UTC)
@@ -50,7 +50,7 @@ def _in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def put(url: str, *jobs: MlJob) -> list[UUID]:
-    engine = outside_engine(url)
+    engine = create_engine(url, poolclass=NullPool)
     with Session(engine, expire_on_commit=False) as session, session.begin():
         session.add_all(jobs)
     return [job.id for job in jobs]
@@ -213,7 +213,7 @@ def test_a_comparison_is_a_function_on_a_session_too(url: str) -> None:
     with JobStore(url) as store:
         store.export_jobs("jobs.ndjson")
     parts: list[int] = []
-    with Session(outside_engine(url)) as session:
+    with Session(create_engine(url, poolclass=NullPool)) as session:
         assert compare(session, "jobs.ndjson", progress=lambda so_far: parts.append(so_far.records)).equal == 1
     assert parts == [1]
 
@@ -309,7 +309,7 @@ def test_a_digest_is_continued_and_today_waits_until_it_is_over(url: str) -> Non
         assert [line.day for line in read_digest([*kept, ""])] == ["2026-11-20", "2026-11-21"]
         assert store.check_digest(kept).same
     put(url, finished(0, finished_at=None))
-    with Session(outside_engine(url)) as session:
+    with Session(create_engine(url, poolclass=NullPool)) as session:
         assert days_of(digest(session, kept, undated=True)) == [(None, 1)]
         kept += map(str, digest(session, kept, undated=True))
         assert check_digest(session, kept).equal == ["2026-11-20", "2026-11-21", None]
@@ -332,7 +332,7 @@ def test_a_line_that_was_altered_removed_or_moved_breaks_the_chain(url: str) -> 
 def test_days_are_found_and_read_by_index(url: str) -> None:
     put(url, *(finished(number) for number in range(30)))
     statements: list[str] = []
-    engine = outside_engine(url)
+    engine = create_engine(url, poolclass=NullPool)
     with engine.connect() as connection:
         if connection.dialect.name == "postgresql":
             connection.exec_driver_sql("SET enable_seqscan = off")
