@@ -239,3 +239,16 @@ def test_the_exclusive_index_is_no_hindrance_to_jobs_that_wait(engine: Engine) -
         assert len(store.claim(worker="w", limit=3)) == 1
     with engine.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM ml_jobs WHERE status = 'queued'")).scalar() == 2
+
+
+def test_json_is_judged_the_same_in_a_session_where_a_backslash_escapes_in_every_string(postgres_url: str) -> None:
+    engine = create_engine(postgres_url, poolclass=NullPool)
+    names = "id, kind, target_name, status, progress, created_at, spec_json"
+    insert = f"INSERT INTO ml_jobs ({names}) VALUES (gen_random_uuid(), 'train', 't', 'queued', 0, now(), %s::json)"
+    with engine.begin() as connection:
+        connection.exec_driver_sql("SET standard_conforming_strings = off")
+        for spec in [*HOLD_NONE, r'"\u00e9"']:
+            connection.exec_driver_sql(insert, (spec,))
+        for spec in [*HOLD_NUL, *HOLD_SURROGATES]:
+            with pytest.raises(IntegrityError, match="lone surrogate"), connection.begin_nested():
+                connection.exec_driver_sql(insert, (spec,))

@@ -67,7 +67,7 @@ HARM_IN_POSTGRESQL = {
     ),
     "function ml_jobs_guard of table ml_jobs differs from character": "CREATE OR REPLACE FUNCTION ml_jobs_guard() "
     "RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET row_security = off "
-    "AS $$ BEGIN RETURN NEW; END $$",
+    "SET standard_conforming_strings = on AS $$ BEGIN RETURN NEW; END $$",
     "trigger ml_jobs_guard_update of table ml_jobs differs from character": "DROP TRIGGER ml_jobs_guard_update ON ml_jobs"
     " ;; CREATE TRIGGER ml_jobs_guard_update BEFORE UPDATE OF status ON ml_jobs FOR EACH ROW "
     "EXECUTE FUNCTION ml_jobs_guard()",
@@ -146,7 +146,8 @@ def test_each_difference_is_one_sentence_that_fits_a_terminal(engine: Engine) ->
         if engine.dialect.name == "postgresql":
             connection.exec_driver_sql(
                 "CREATE OR REPLACE FUNCTION ml_jobs_guard() RETURNS trigger LANGUAGE plpgsql "
-                "SET search_path = pg_catalog, pg_temp SET row_security = off AS $$ BEGIN RETURN NEW; END $$"
+                "SET search_path = pg_catalog, pg_temp SET row_security = off SET standard_conforming_strings = on "
+                "AS $$ BEGIN RETURN NEW; END $$"
             )
         else:
             connection.exec_driver_sql("DROP TRIGGER ml_jobs_guard_insert")

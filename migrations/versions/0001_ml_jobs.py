@@ -60,7 +60,7 @@ CREATE TABLE ml_jobs (
 CREATE UNIQUE INDEX uq_ml_jobs_exclusive ON ml_jobs (target_name, exclusive) WHERE "exclusive" AND status = 'running'""",
     """\
 CREATE OR REPLACE FUNCTION ml_jobs_guard() RETURNS trigger LANGUAGE plpgsql
-SET search_path = pg_catalog, pg_temp SET row_security = off AS $mljobs$
+SET search_path = pg_catalog, pg_temp SET row_security = off SET standard_conforming_strings = on AS $mljobs$
 DECLARE
   finished boolean;
 BEGIN

@@ -103,7 +103,7 @@ _NEW_TIMES = ", ".join(f"NEW.{name}" for name in _TIMES)
 
 _POSTGRES_FUNCTION = f"""\
 CREATE OR REPLACE FUNCTION {{function}}() RETURNS trigger LANGUAGE plpgsql
-SET search_path = pg_catalog, pg_temp SET row_security = off AS $mljobs$
+SET search_path = pg_catalog, pg_temp SET row_security = off SET standard_conforming_strings = on AS $mljobs$
 DECLARE
   finished boolean;
 BEGIN
