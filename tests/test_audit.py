@@ -283,6 +283,28 @@ def test_days_that_were_altered_emptied_or_added_to_are_named(backend: Backend, 
     assert str(checked) == "days: 1 equal, 1 different, 2 missing, 1 added, 0 pruned"
 
 
+def test_a_record_before_the_first_day_of_a_digest_is_added(url: str) -> None:
+    put(url, finished(0))
+    with JobStore(url) as store:
+        kept = [str(line) for line in store.digest()]
+        put(url, finished(0, finished_at=NOON - timedelta(days=99)))
+        assert store.check_digest(kept).added == ["2026-08-13"]
+
+
+def test_a_second_line_of_a_day_makes_no_alteration_good(url: str) -> None:
+    put(url, finished(0))
+    with JobStore(url) as store:
+        kept = [str(line) for line in store.digest()]
+        again = json.loads(kept[0])
+        before = again.pop("chain")
+        past_the_guard(url, "UPDATE ml_jobs SET progress = 7")
+        again["sha256"] = json.loads(str(store.digest()[0]))["sha256"]
+        content = json.dumps(again, separators=(",", ":"))
+        again["chain"] = hashlib.sha256(before.encode() + content.encode()).hexdigest()
+        kept.append(json.dumps(again, separators=(",", ":")))
+        assert store.check_digest(kept).different == ["2026-11-20"]
+
+
 def test_a_pruned_day_is_told_apart_by_a_note_in_the_chain(url: str) -> None:
     put(url, *(finished(number) for number in range(6)))
     with JobStore(url) as store:

@@ -33,6 +33,7 @@ _PART: Final = 250
 _SORTED_MAX: Final = 10_000
 """So many rows of a day are kept in memory."""
 _DAY: Final = timedelta(days=1)
+_FIRST_DAY: Final = date(1970, 1, 1)
 _CHAIN_START: Final = "0" * 64
 """What stands before the first line of a chain."""
 
@@ -154,7 +155,7 @@ def digest(
     so_far = read_digest(lines)
     reader = _Days(session, model, progress)
     last = max((line.day for line in so_far if isinstance(line.day, str)), default=None)
-    start = date(1970, 1, 1) if last is None else date.fromisoformat(last) + _DAY
+    start = _FIRST_DAY if last is None else date.fromisoformat(last) + _DAY
     days: list[date | None] = list(reader.days(start, before or utc_now().date()))
     if undated or (undated is None and not so_far):
         days.append(None)
@@ -179,7 +180,8 @@ class DigestCheck:
 
     Attributes:
         equal: Days whose records are all as they were.
-        different: Days with as many records, of which at least one was altered.
+        different: Days with as many records, of which at least one was altered; and days that stand in the digest twice,
+            with different sums.
         missing: Days with fewer records than the digest says, and no note that they were pruned.
         added: Days with more records than the digest says, or that it does not know: an import brought them, or a hand.
         pruned: Days with fewer records, before the time of a note.
@@ -219,6 +221,7 @@ def check_digest(
     """
     listed = read_digest(lines)
     expected: dict[str | None, _Content] = {}
+    twice: set[str | None] = set()
     notes: list[datetime] = []
     for line in listed:
         if isinstance(line.pruned_before, datetime):
@@ -228,16 +231,22 @@ def check_digest(
             and isinstance(line.sha256, str)
             and not isinstance(line.day, msgspec.UnsetType)
         ):
-            expected[line.day] = _Content(line.finished, line.sha256)
+            content = _Content(line.finished, line.sha256)
+            # No run writes a day again; only the records without one are read again where that is asked for.
+            if line.day is not None and expected.get(line.day, content) != content:
+                twice.add(line.day)
+            expected[line.day] = content
     limit = max(notes, default=None)
     reader = _Days(session, model, progress)
     days: set[date | None] = {None if day is None else date.fromisoformat(day) for day in expected}
     dated = [day for day in days if day is not None]
-    if dated:  # and those between, which the digest does not know
-        days.update(reader.days(min(dated), max(dated) + _DAY))
+    if dated:  # and those before and between, which the digest does not know
+        days.update(reader.days(_FIRST_DAY, max(dated) + _DAY))
     result = DigestCheck()
     for day in sorted(days, key=lambda day: day or date.max):
         state = _state(day, expected.get(_name(day), _Content()), reader.read(day), limit)
+        if _name(day) in twice:
+            state = "different"
         if state is not None:
             getattr(result, state).append(_name(day))
     return result
