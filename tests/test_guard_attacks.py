@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import Engine, MetaData, create_engine, select, text
+from sqlalchemy import Engine, MetaData, column, create_engine, func, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.pool import NullPool
@@ -26,6 +26,7 @@ from mljobs import (
     schema,
 )
 from mljobs._fields import NAMES
+from mljobs.guards._unique import finished_key
 from tests.backends import Backend
 from tests.host_application import HostBase, TrainingRun
 
@@ -455,6 +456,36 @@ def _args(*args: Any, **options: Any) -> dict[str, Any]:
     return {"__table_args__": (*args, options)}
 
 
+NOT_ONLY_ACTIVE = (
+    "status NOT IN ('queued', 'running')",
+    "status <> 'queued'",
+    "spec_json <> 'running'",
+    "NOT status = 'running'",
+    "status = 'running' OR exclusive",
+    "(status = 'running' OR exclusive) AND true",
+    "exclusive OR kind = 'train' AND status = 'running'",
+    "priority BETWEEN 0 AND status = 'running'",
+    "CASE WHEN exclusive AND status = 'running' AND 1 THEN 1 ELSE 1 END",
+    "status = 'running' COLLATE NOCASE",
+    "\"a AND status = 'running'\" IS NULL",
+)
+"""Conditions under which a finished record may be in an index, or which the check does not understand."""
+
+
+def test_a_unique_index_that_verify_accepts_holds_no_finished_record() -> None:
+    for key in ("(lower(target_name))", "((1))", "('target_name')", "(substr(spec_json, 1))"):
+        assert finished_key(f"CREATE UNIQUE INDEX u ON ml_jobs {key}"), key
+    for condition in (*NOT_ONLY_ACTIVE, "status = 'running' -- x\n OR 1"):
+        assert finished_key(f"CREATE UNIQUE INDEX u ON ml_jobs (target_name) WHERE {condition}"), condition
+    for accepted in (
+        "(target_name) WHERE status IN ('queued', 'running')",
+        "(target_name) WHERE exclusive = 1 AND (priority > 0 OR 1) AND ((status = 'queued'))",
+        '("target_name", id DESC)',
+        "(own, lower(other))",
+    ):
+        assert not finished_key(f"CREATE UNIQUE INDEX u ON ml_jobs {accepted}"), accepted
+
+
 def test_a_class_whose_finished_records_could_be_replaced_is_refused() -> None:
     from sqlalchemy import Column, Index, Integer, PrimaryKeyConstraint, Text, UniqueConstraint
     from sqlalchemy.orm import mapped_column
@@ -473,6 +504,12 @@ def test_a_class_whose_finished_records_could_be_replaced_is_refused() -> None:
         ("target_name", _args(Index("one", "target_name", unique=True))),
         ("target_name", _args(Index("one", "target_name", unique=True, postgresql_where=active))),
         ("target_name", _args(Index("one", "target_name", unique=True, sqlite_where=done))),
+        ("target_name", _args(Index("one", text("lower(target_name)"), unique=True))),
+        ("target_name", _args(Index("one", func.lower(column("target_name")), unique=True))),
+        *(
+            ("target_name", _args(Index("one", "target_name", unique=True, sqlite_where=text(condition))))
+            for condition in NOT_ONLY_ACTIVE
+        ),
         ("partition_by", _args(postgresql_partition_by="HASH (id)")),
         ("inherits", _args(postgresql_inherits="others")),
     ]
@@ -482,6 +519,7 @@ def test_a_class_whose_finished_records_could_be_replaced_is_refused() -> None:
     _defined(rowid=mapped_column(Integer), **_args(sqlite_with_rowid=False))
     _defined(mine=mapped_column(Integer, unique=True))
     _defined(**_args(Index("one", "target_name", unique=True, postgresql_where=active, sqlite_where=active)))
+    _defined(**_args(Index("one", "kind", func.lower(column("target_name")), unique=True, sqlite_where=active)))
 
 
 def test_a_key_that_is_added_later_is_refused_when_the_table_is_made(empty_url: str) -> None:

@@ -143,6 +143,28 @@ def test_nobody_else_finds_the_door_open_whatever_the_block_commits(engine: Engi
     _is_shut(engine)
 
 
+def test_a_trigger_of_a_host_that_leaves_a_delete_out_leaves_no_door_open_on_sqlite(sqlite_url: str) -> None:
+    engine = create_engine(sqlite_url, poolclass=NullPool)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TRIGGER keep BEFORE DELETE ON ml_jobs BEGIN SELECT RAISE(IGNORE); END")
+    with Session(engine) as session:
+        _finish(session)
+        session.commit()
+        with retention(session, MlJob):
+            session.execute(ALL_FINISHED)
+        session.commit()
+        jobs.prune(session, older_than=timedelta(0))
+        session.commit()
+        schema.verify(engine)
+        with pytest.raises(Exception, match=r"(?i)savepoint"), retention(session, MlJob):
+            session.execute(ALL_FINISHED)
+            session.connection().exec_driver_sql("COMMIT")
+    schema.verify(engine)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP TRIGGER keep")
+    _is_shut(engine)
+
+
 def test_an_update_stays_refused_behind_the_door(backend: Backend) -> None:
     backend.run(_finish)
 
@@ -255,3 +277,22 @@ def test_the_door_of_a_table_in_an_attached_database_is_its_own(sqlite_url: str)
 def test_an_error_of_the_hosts_own_in_the_block_is_not_swallowed(engine: Engine) -> None:
     with Session(engine) as session, pytest.raises(IntegrityError), retention(session, MlJob):
         session.execute(text("INSERT INTO ml_jobs (id) VALUES (NULL)"))
+
+
+def _commits_past_the_block(session: Session, leave: type[Exception] | None) -> None:
+    with retention(session, AttachedJob):
+        session.connection().exec_driver_sql("COMMIT")
+        if leave is not None:
+            raise leave
+
+
+def test_a_door_in_an_attached_database_that_the_driver_has_committed_is_shut_again(sqlite_url: str) -> None:
+    engine = create_engine(sqlite_url, poolclass=NullPool)
+    event.listen(engine, "connect", lambda driver, _: driver.execute(f"ATTACH '{sqlite_url[10:]}.2' AS other"))
+    AttachedBase.metadata.create_all(engine)
+    for leave in (LookupError, None):
+        with Session(engine) as session, pytest.raises(Exception, match=r"(?i)savepoint"), session.begin():
+            _commits_past_the_block(session, leave)
+        with engine.connect() as connection:
+            found = connection.exec_driver_sql("SELECT open FROM other.ml_jobs_guard WHERE name = 'retention'")
+            assert found.scalar() == 0

@@ -266,6 +266,8 @@ def test_row_security_holds_a_submitter_to_queued_and_cancelled(database: Databa
     for status in ("completed", "failed", "queued", "running"):
         with pytest.raises(DBAPIError, match="row-level security"):
             database.run("submitter", f"UPDATE ml_jobs SET status = '{status}' WHERE status = 'running'")
+    with pytest.raises(DBAPIError, match="row-level security"):
+        database.run("submitter", "UPDATE ml_jobs SET lease = NULL WHERE status = 'running'")
     for status in ("running", "completed"):
         with pytest.raises(DBAPIError, match="row-level security"):
             submitter.submit("train", "forged", status=status)

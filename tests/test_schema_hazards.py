@@ -116,9 +116,26 @@ def test_a_session_without_its_guard_is_named(postgres_url: str, setting: str) -
     assert "in this session" in problem
 
 
+def test_a_trigger_on_a_table_beside_the_jobs_is_named(url: str) -> None:
+    engine = create_engine(url, poolclass=NullPool)
+    if engine.dialect.name == "sqlite":
+        tables = ["ml_jobs_guard", "ml_jobs_counts", "ml_job_leases", "ml_job_workers"]
+        body = "BEGIN SELECT RAISE(IGNORE); END"
+    else:
+        tables = ["ml_job_leases", "ml_job_workers"]
+        body = "FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()"
+    _run(engine, *(f"CREATE TRIGGER x_{table} BEFORE UPDATE ON {table} {body}" for table in tables))
+    assert {found.partition(":")[0] for found in problems(engine)} == {
+        f"trigger x_{table} on table {table}" for table in tables
+    }
+
+
 def test_what_undermines_the_guard_on_sqlite_is_named(sqlite_url: str) -> None:
     engine = create_engine(sqlite_url, poolclass=NullPool)
     _run(engine, "CREATE UNIQUE INDEX host_one ON ml_jobs (target_name)")
+    (problem,) = problems(engine)
+    assert problem.startswith("unique index host_one of table ml_jobs")
+    _run(engine, "DROP INDEX host_one", "CREATE UNIQUE INDEX host_one ON ml_jobs (lower(target_name))")
     (problem,) = problems(engine)
     assert problem.startswith("unique index host_one of table ml_jobs")
     _run(
@@ -208,6 +225,16 @@ def test_a_hosts_trigger_that_opens_the_door_for_everybody_is_named(postgres_url
         "CREATE TRIGGER ab BEFORE UPDATE ON ml_jobs FOR EACH ROW EXECUTE FUNCTION harmless()",
     )
     assert problems(engine) == ["trigger aa on table ml_jobs opens the guard in its function opens: DROP TRIGGER"]
+
+
+def test_a_token_that_somebody_set_and_after_which_no_other_comes_is_named(sqlite_url: str) -> None:
+    engine = create_engine(sqlite_url, poolclass=NullPool)
+    _run(engine, f"INSERT INTO ml_job_leases (token, worker, acquired_at, expires_at) VALUES ({2**63 - 1}, 'w', 1, 1)")
+    (problem,) = problems(engine)
+    assert problem.startswith("the numbering of ml_job_leases.token is near its end")
+    _run(engine, "DELETE FROM ml_job_leases", "UPDATE sqlite_sequence SET seq = 0 WHERE name = 'ml_job_leases'")
+    with JobStore(engine) as store:
+        assert store.claim_one(store.submit("train", "spam"), worker="w").token == 1
 
 
 def test_tokens_that_would_come_back_are_noticed(engine: Engine) -> None:

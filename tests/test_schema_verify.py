@@ -361,6 +361,17 @@ def _rebuild(url: str, table: str, **options: Any) -> Engine:
     return engine
 
 
+def test_a_sqlite_batch_rebuild_from_the_model_leaves_all_as_it_was(sqlite_url: str) -> None:
+    """Given as ``copy_from``, the model's table is what Alembic drops: what stands beside it stays."""
+    engine = create_engine(sqlite_url, poolclass=NullPool)
+    with engine.begin() as connection:
+        finished = {"kind": "train", "target_name": "a", "status": "completed", "spec_json": "{}"}
+        connection.execute(MlJob.__table__.insert(), finished)
+    assert problems(_rebuild(sqlite_url, "ml_jobs", copy_from=MlJob.__table__)) == []
+    with pytest.raises(TerminalStateError), engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM ml_jobs")
+
+
 @pytest.fixture
 def no_plugin() -> Iterator[None]:
     """An Alembic before 1.18, and an ``env.py`` that does not import our plugin."""

@@ -42,6 +42,10 @@ def _carry_over(table: Table, connection: Connection | None, _ddl_runner: object
         return
     ours = set(companion_names(table.name).values())
     triggers = [text for name, text in definitions(connection, table.schema, "trigger") if name in ours]
+    copied = {
+        str(index.name) for index in table.indexes
+    }  # a model, given as copy_from, does not describe the guard's own
+    triggers += [text for name, text in definitions(connection, table.schema, "index") if name in ours - copied]
     for index in table.indexes:
         descend(index, dict(definitions(connection, table.schema, "index")).get(str(index.name), ""))
     quote = connection.dialect.identifier_preparer.quote
@@ -109,8 +113,8 @@ def _numbers(connection: Connection, table: Table) -> bool:
 
 
 def _in_schema(text: str, prefix: str) -> str:
-    """SQLite keeps a trigger's or a view's text without its schema."""
-    return re.sub(r"^CREATE (?:TRIGGER|VIEW) ", lambda start: start[0] + prefix, text) if prefix else text
+    """SQLite keeps the text of a trigger, a view or an index without its schema."""
+    return re.sub(r"^CREATE (?:TRIGGER|VIEW|INDEX) ", lambda start: start[0] + prefix, text) if prefix else text
 
 
 def descend(index: Any, text: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import event, false, select, update
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Mapper, attributes, object_session
+from sqlalchemy.sql.ddl import SchemaDropper
 from sqlalchemy.sql.elements import ClauseElement
 
 from mljobs.errors import (
@@ -257,7 +258,9 @@ def install_triggers(table: Table) -> None:
             connection.execute(statement)
 
     @event.listens_for(table, "after_drop", propagate=True)
-    def drop(dropped: Table, connection: Connection, **_: object) -> None:
+    def drop(dropped: Table, connection: Connection, _ddl_runner: object = None, **_: object) -> None:
+        if not isinstance(_ddl_runner, SchemaDropper):
+            return  # Alembic's: a batch has made the table anew, and gives it this name
         # The triggers went with the table; what stands beside it did not.
         for statement in companion_ddl(dropped, connection.dialect.name, create=False):
             if statement.drops_by_itself:

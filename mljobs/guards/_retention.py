@@ -8,7 +8,7 @@ PostgreSQL: ``SET LOCAL``, which no other session sees and no transaction surviv
 is written there can be committed by a driver that nobody asked. So the block makes two temporary triggers, which belong to
 its connection: one opens the door before a row is deleted, the other shuts it after, and between two statements it is shut
 for everybody. A trigger's statements cannot name a schema; for a table in an attached database the block opens the row
-itself.
+itself. The end of the block shuts the row in any case: in a transaction of its own where the driver has committed meanwhile.
 """
 
 from __future__ import annotations
@@ -77,20 +77,20 @@ def _statements(of: _Door, *, opened: bool) -> Iterator[str]:
     quote = connection.dialect.identifier_preparer.quote
     schema = schema_of(connection, table)
     door = quote(companion_names(table.name)["door"])
-    if not of.by_trigger or schema not in (None, "main"):
-        prefix = f"{quote(schema)}." if schema else ""
-        yield f"UPDATE {prefix}{door} SET open = {int(opened)} WHERE name = 'retention'"  # noqa: S608 - quoted
-        return
+    by_trigger = of.by_trigger and schema in (None, "main")
     for name, (when, value) in zip(door_triggers(table), _TEMPORARY, strict=True):
         trigger = quote(name)
-        if opened:
+        if by_trigger and opened:
             yield (
                 f"CREATE TEMP TRIGGER {trigger} {when} DELETE ON main.{quote(table.name)} "  # noqa: S608 - quoted
                 f"WHEN OLD.status IN ({listed(TERMINAL)}) "
                 f"BEGIN UPDATE {door} SET open = {value} WHERE name = 'retention'; END"
             )
-        else:
+        elif by_trigger:
             yield f"DROP TRIGGER IF EXISTS temp.{trigger}"
+    if not (by_trigger and opened):  # to shut it too: a trigger of a host may keep ours from it, by RAISE(IGNORE)
+        prefix = f"{quote(schema)}." if schema else ""
+        yield f"UPDATE {prefix}{door} SET open = {int(opened)} WHERE name = 'retention'"  # noqa: S608 - quoted
 
 
 def record_table_of(model: type[Any]) -> Table:
@@ -147,7 +147,7 @@ def open_door(
         if savepoint.is_active:  # else the transaction has ended in the block, and the door with it
             if door.is_open:
                 door.shut()
-            savepoint.commit()
+            _release(door, savepoint)
     except BaseException:
         _shut_by_rollback(door, savepoint)
         raise
@@ -185,11 +185,40 @@ def _shut_by_rollback(door: _Door, savepoint: Any) -> None:
         elif door.is_open:
             door.shut()
     except BaseException:
-        with suppress(InvalidRequestError):
-            door.connection.invalidate()
+        _give_up(door)
         raise
     finally:
         door.is_open = False
+
+
+def _release(door: _Door, savepoint: Any) -> None:
+    try:
+        savepoint.commit()
+    except DBAPIError:  # the driver has committed past it
+        _give_up(door)
+        raise
+
+
+def _give_up(door: _Door) -> None:
+    """Give the connection up, and its transaction with it."""
+    if door.connection.dialect.name == "sqlite":
+        _shut_what_was_committed(door)
+    with suppress(InvalidRequestError):
+        door.connection.invalidate()
+
+
+def _shut_what_was_committed(door: _Door) -> None:
+    """Shut a door that the driver has committed while it was open, in a transaction that nobody takes back."""
+    connection = door.connection
+    dbapi: Any = connection.dialect.loaded_dbapi
+    with suppress(InvalidRequestError, dbapi.Error):
+        driver = connection.connection
+        driver.rollback()
+        cursor = driver.cursor()
+        for statement in _statements(door, opened=False):
+            cursor.execute(statement)
+        cursor.close()
+        driver.commit()
 
 
 def is_open(session: Session | None) -> bool:

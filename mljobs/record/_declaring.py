@@ -10,12 +10,14 @@ from inspect import get_annotations
 from typing import Any
 
 from sqlalchemy import Column, Table, UniqueConstraint
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.orm import MappedAsDataclass, MappedColumn, Mapper
+from sqlalchemy.schema import CreateIndex
 
 from mljobs._values import storable_text
 from mljobs.errors import InvalidValueError, ModelError
 from mljobs.guards._companions import GUARDED_COLUMNS
-from mljobs.states import ACTIVE, TERMINAL
+from mljobs.guards._unique import finished_key
 from mljobs.types import TokenType
 
 KIND_LENGTH = 32
@@ -190,31 +192,31 @@ def check_table(cls: type[Any], table: Table) -> None:
                     f"{part} says sqlite_{name}={action!r}, which deletes the other record without any trigger: "
                     "write an upsert with ON CONFLICT DO UPDATE where you want one",
                 )
-    for key in _unique_keys(table):
-        ours = [name for name in key if name in GUARDED_COLUMNS]
-        if ours and "id" not in ours:  # beside the id no other row has the same values
-            raise ModelError(
-                cls,
-                f"its unique key ({', '.join(key)}) names {ours[0]}, so INSERT OR REPLACE of SQLite takes a finished one "  # noqa: S608 - a message
-                "with the same values away without any trigger; a key of live jobs may be unique: Index(..., unique=True, "
-                "postgresql_where=text(\"status IN ('queued', 'running')\"), sqlite_where=the same)",
-            )
+    for key, names in _unique_keys(table):
+        raise ModelError(
+            cls,
+            f"its unique key ({', '.join(key)}) names {names[0]}, so INSERT OR REPLACE of SQLite takes a finished one "  # noqa: S608 - a message
+            "with the same values away without any trigger; a key of live jobs may be unique: Index(..., unique=True, "
+            "postgresql_where=text(\"status IN ('queued', 'running')\"), sqlite_where=the same)",
+        )
 
 
 _ROWID_NAMES = frozenset({"rowid", "oid", "_rowid_"})
-_FINAL = re.compile("|".join(TERMINAL))
-_LIVE = re.compile("|".join(ACTIVE))
 
 
-def _unique_keys(table: Table) -> Iterator[list[str]]:
-    """Yield the columns of each UNIQUE that may hold for finished records."""
+def _unique_keys(table: Table) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield each UNIQUE that may hold for finished records, and what of the record it names."""
     for constraint in table.constraints:
         if isinstance(constraint, UniqueConstraint):
-            yield [column.name for column in constraint.columns]
+            key = [column.name for column in constraint.columns]
+            names = [name for name in key if name in GUARDED_COLUMNS]
+            if names and "id" not in names:  # beside the id no other row has the same values
+                yield key, names
     for index in table.indexes:
-        where = str(index.dialect_options["sqlite"]["where"])
-        if index.unique and not (_LIVE.search(where) and not _FINAL.search(where)):
-            yield [column.name for column in index.columns]
+        if index.unique:
+            names = finished_key(str(CreateIndex(index).compile(dialect=sqlite.dialect())))
+            if names:
+                yield [column.name for column in index.columns] or names, names
 
 
 def _check_kind(cls: type[Any], kind: TokenType) -> None:

@@ -7,12 +7,9 @@ from collections.abc import Iterator
 
 from sqlalchemy import Connection, Table, text
 
-from mljobs._fields import NAMES
-from mljobs.guards._companions import companion_names, leases_of, qualified_name, schema_of
+from mljobs.guards._companions import companion_names, leases_of, qualified_name, quoted, schema_of
 from mljobs.guards._retention import door_triggers
-from mljobs.states import TERMINAL
-
-_FINAL = re.compile("|".join(TERMINAL))
+from mljobs.guards._unique import finished_key
 
 
 def hazards(connection: Connection, jobs: Table) -> Iterator[str]:
@@ -34,6 +31,15 @@ def hazards(connection: Connection, jobs: Table) -> Iterator[str]:
             f"the numbering of {leases.name}.token stands at {last}, but token {given} was given out: old tokens would come "
             "back, and with them the writes of workers that are gone"
         )
+    if max(given, last or 0) > _TOKENS_END:
+        yield (
+            f"the numbering of {leases.name}.token is near its end, at {max(given, last or 0)}: claims will fail; delete "
+            "the lease that says so, and set the numbering back to the highest token that is in use"
+        )
+
+
+_TOKENS_END = 2**62
+"""Far beyond what claims use up, and half of what a token can be."""
 
 
 # -------------------------------------------------------------------------------------------------------- PostgreSQL
@@ -64,6 +70,21 @@ SELECT CASE WHEN has_sequence_privilege(s.name, 'USAGE, SELECT') THEN coalesce(p
 FROM (SELECT pg_get_serial_sequence(:name, 'token')::regclass AS name) AS s""")
 
 
+# Of the tables beside a job table, where we have no triggers.
+_BESIDE_TRIGGERS = text("""\
+SELECT t.tgname, c.relname FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
+WHERE t.tgrelid = to_regclass(:name) AND NOT t.tgisinternal ORDER BY t.tgname""")
+_BESIDE = (
+    "trigger {trigger} on table {table}: what mljobs keeps there holds no longer if a write is left out or changed; "
+    "DROP TRIGGER"
+)
+
+
+def _tables_beside(jobs: Table) -> list[str]:
+    """Return the names of the tables of leases and of workers."""
+    return [jobs.info[key].name for key in ("mljobs", "mljobs_workers") if key in jobs.info]
+
+
 def _of_postgresql(connection: Connection, jobs: Table) -> Iterator[str]:
     values = {"name": qualified_name(connection, jobs)}
     for (rule,) in connection.execute(_RULES, values):
@@ -80,6 +101,7 @@ def _of_postgresql(connection: Connection, jobs: Table) -> Iterator[str]:
         yield f"table {jobs.name} is UNLOGGED: a crash of the server empties it"
     for trigger, function in connection.execute(_OPENERS, {**values, "ours": [*companion_names(jobs.name).values()]}):
         yield f"trigger {trigger} on table {jobs.name} opens the guard in its function {function}: DROP TRIGGER"
+    yield from _beside_on_postgresql(connection, jobs)
     for whose, setting in connection.execute(_SETTINGS):
         name, _, value = setting.partition("=")
         yield f"{whose} has {name} set to {value!r}, which opens the guard in each of its sessions: ALTER ... RESET {name}"
@@ -88,6 +110,17 @@ def _of_postgresql(connection: Connection, jobs: Table) -> Iterator[str]:
         yield f"session_replication_role is {replication!r} in this session: triggers do not fire"
     if door == "on":
         yield "mljobs.retention is 'on' in this session: finished jobs can be deleted"
+
+
+def _beside_on_postgresql(connection: Connection, jobs: Table) -> Iterator[str]:
+    """Yield one sentence for each trigger on the tables of leases and of workers."""
+    schema = schema_of(connection, jobs)
+    for name in _tables_beside(jobs):
+        known = (
+            quoted(connection, name) if schema is None else f"{quoted(connection, schema)}.{quoted(connection, name)}"
+        )
+        for trigger, table in connection.execute(_BESIDE_TRIGGERS, {"name": known}):
+            yield _BESIDE.format(trigger=trigger, table=table)
 
 
 # ------------------------------------------------------------------------------------------------------------ SQLite
@@ -105,11 +138,12 @@ def _of_sqlite(connection: Connection, jobs: Table) -> Iterator[str]:
     for _, name, unique, origin, _ in listed:
         if not unique or origin == "pk" or name in ours:
             continue
-        columns = [row[2] for row in connection.exec_driver_sql(f"PRAGMA {prefix}index_info({quote(name)})")]
         sql = f"SELECT sql FROM {prefix}sqlite_master WHERE type = 'index' AND name = ?"  # noqa: S608 - quoted
-        _, _, where = str(connection.exec_driver_sql(sql, (name,)).scalar()).upper().partition(" WHERE ")
-        # Beside the id no other row has the same values.
-        if "id" not in columns and set(columns) & set(NAMES) and (not where or _FINAL.search(where.lower())):
+        index = connection.exec_driver_sql(sql, (name,)).scalar()
+        if index is None:  # of a UNIQUE in the table
+            columns = [row[2] for row in connection.exec_driver_sql(f"PRAGMA {prefix}index_info({quote(name)})")]
+            index = f"({', '.join(map(quote, columns))})"
+        if finished_key(index):
             yield (
                 f"unique index {name} of table {jobs.name} holds finished records: INSERT OR REPLACE deletes them without "
                 "any trigger where recursive_triggers is off; add WHERE status IN ('queued', 'running')"
@@ -125,6 +159,7 @@ def _triggers_of_sqlite(connection: Connection, jobs: Table, prefix: str) -> Ite
     """Yield one sentence for each trigger of a host that opens the door, or gets between a statement and the guard."""
     names = companion_names(jobs.name)
     ours = {*names.values(), *door_triggers(jobs)}
+    beside = {names["door"], names["counts"], *_tables_beside(jobs)}
     door, writes = (
         re.compile(rf'(?<![\w"]){before}["\[`]?{re.escape(name)}(?!\w)', re.IGNORECASE)
         for before, name in (("", names["door"]), (r"(?:UPDATE|INTO|DELETE\s+FROM)\s+(?:OR\s+\w+\s+)?", jobs.name))
@@ -139,6 +174,8 @@ def _triggers_of_sqlite(connection: Connection, jobs: Table, prefix: str) -> Ite
                 continue
             if door.search(body):
                 yield f"trigger {name} on table {table} writes or reads the table of the retention door: DROP TRIGGER {name}"
+            elif table in beside:
+                yield _BESIDE.format(trigger=name, table=table)
             elif table == jobs.name and not _AFTER.search(head) and writes.search(body):
                 yield (
                     f"trigger {name} on table {table} writes jobs before the row that is changed: the guard then sees the "
