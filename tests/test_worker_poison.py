@@ -173,3 +173,19 @@ def test_an_open_transaction_that_takes_a_target_keeps_no_worker_from_other_jobs
                 jobs.claim_one(another, waits.id, worker="w")
         session.rollback()
         assert _worker(store).run(until_idle=True).jobs == {"completed": 2}
+
+
+def test_a_job_that_cannot_be_started_is_found_behind_a_target_that_is_waited_for(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mljobs.worker._prefetching.LOCK_SECONDS", 0.01)
+    monkeypatch.setattr("mljobs.jobs._claiming._LOCK_TIMEOUT", 0.01)
+    with JobStore(postgres_url) as store, Session(store.engine) as session:
+        taken, *_ = (store.submit("train", "t", exclusive=True) for _ in range(3))
+        for target in ("bad", "good"):
+            store.submit("train", target)
+        _write(store, "ALTER TABLE ml_jobs ADD CHECK (target_name <> 'bad' OR status = 'queued')")
+        session.get_one(MlJob, taken.id).start()
+        session.flush()
+        assert _worker(store).run(until_idle=True).jobs == {"completed": 1}
+        assert [job.target_name for job in store.find(status="completed")] == ["good"]

@@ -217,8 +217,11 @@ def raise_refusal(  # noqa: PLR0917 - internal, called twice
     of_these = {"lock_timeout": _milliseconds(_LOCK_TIMEOUT), **parameters}
 
     def pick() -> list[Any]:
-        rows = pick_statement(model, which, inline_limit(parameters["limit"])).rows(connection, parameters)
-        return [row[0] for row in rows]
+        found: dict[Any, None] = {}
+        for one in (which, f"{which} shared"):  # either may have failed, see without_waiting
+            rows = pick_statement(model, one, inline_limit(parameters["limit"])).rows(connection, parameters)
+            found |= dict.fromkeys(row[0] for row in rows)
+        return list(found)
 
     def attempt(ids: Sequence[Any]) -> object:
         asked = {**of_these, "ids": ids, "limit": max(1, len(ids))}
