@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import threading
 from datetime import timedelta
+from typing import Any
 
-from sqlalchemy.orm import Session
+from sqlalchemy import update
 
 from mljobs import __version__
 from mljobs._values import utc_now
@@ -89,10 +90,10 @@ class Live:
             work.kind, work.target, self._history.spec(work), created_at=created, exclusive=work.target == "churn_xgb"
         )
         claim = self._store.claim_one(job, worker=worker, lease=0.001 if silent else 60)
-        with Session(self._store.engine) as session, session.begin():
-            found = session.get_one(MlJob, job.id)
-            found.started_at = utc_now() - timedelta(seconds=elapsed)
-            found.progress = percent
+        started = utc_now() - timedelta(seconds=elapsed)
+        with self._store.connect() as bind:  # past the record, which lets nobody rewrite when a held job was started
+            jobs: Any = MlJob.__table__
+            bind.execute(update(jobs).where(jobs.c.id == job.id).values(started_at=started, progress=percent))
         if not silent:
             self._held[worker + work.target] = (claim, work, float(percent))
 
