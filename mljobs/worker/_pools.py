@@ -73,6 +73,7 @@ class PoolPlace(ExecutorPlace):
                 return
             self._sent[run.claim.job_id] = self._pool
         super().start(run, handler)
+        _look_again(self._pool)
         with self._lock:
             self._known.update(_processes(self._pool))
 
@@ -102,6 +103,7 @@ class PoolPlace(ExecutorPlace):
 
     def _recover(self, error: BaseException) -> None:
         try:
+            _wait_for_end(self._pool)
             self._end_processes()
             wait_for(list(self._futures), timeout=_END_SECONDS)
             now = time.monotonic()
@@ -174,6 +176,25 @@ def is_broken(pool: ProcessPoolExecutor) -> bool:
 
 def _processes(pool: ProcessPoolExecutor) -> dict[int, BaseProcess]:
     return dict(getattr(pool, "_processes", None) or {})
+
+
+def _look_again(pool: Any) -> None:
+    """Have the pool look which processes it has.
+
+    It wakes the thread that sees a process die before it begins another, so that this one may die unseen until a call
+    ends.
+    """
+    with pool._shutdown_lock:  # noqa: SLF001
+        wakeup = pool._executor_manager_thread_wakeup  # noqa: SLF001
+        if wakeup is not None:
+            wakeup.wakeup()
+
+
+def _wait_for_end(pool: Any) -> None:
+    """Wait until a broken pool has ended its processes. Only one may read how a process ended: the other learns nothing."""
+    thread = pool._executor_manager_thread  # noqa: SLF001
+    if thread is not None:
+        thread.join(_END_SECONDS)
 
 
 def _maker(pool: ProcessPoolExecutor) -> Callable[[], ProcessPoolExecutor]:
