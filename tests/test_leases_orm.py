@@ -187,6 +187,6 @@ def test_nobody_takes_the_job_between_the_look_at_the_lease_and_the_write(url: s
         (claim,) = jobs.claim(session, worker="w")
         session.commit()
         claim.job.progress = 50
-        event.listen(session.connection(), "before_cursor_execute", take)
+        event.listen(store.engine, "before_cursor_execute", take)
         session.commit()
     assert len(refused) == 1

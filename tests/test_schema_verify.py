@@ -49,7 +49,7 @@ LEASES = "DROP TABLE ml_job_leases ;; CREATE TABLE ml_job_leases (token INTEGER 
 LEASE_TIMES = next(check for check in MlJob.__leases__.constraints if check.name == "ck_mljobs_times")
 LEASE_END = (
     ", acquired_at BIGINT NOT NULL, expires_at BIGINT NOT NULL, target_lock TEXT,"
-    f" CONSTRAINT {LEASE_TIMES.name} CHECK ({LEASE_TIMES.sqltext})) ;; "  # type: ignore[attr-defined]
+    f" CONSTRAINT {LEASE_TIMES.name} CHECK ({LEASE_TIMES.sqltext})\n) ;; "  # type: ignore[attr-defined]
     "CREATE UNIQUE INDEX uq_ml_job_leases_target ON ml_job_leases (target_lock) WHERE target_lock IS NOT NULL"
 )
 HARM_IN_SQLITE |= {
