@@ -436,12 +436,6 @@ def quoted(connection: Connection, name: str) -> str:
     return text.replace("%%", "%") if "%" in name and text.count("%") == 2 * name.count("%") else text
 
 
-def leases_of(jobs: Table) -> Table:
-    """Return the table of leases beside a job table; of a copy by ``Table.to_metadata`` the one of the same MetaData."""
-    name = jobs.info["mljobs"].name
-    return jobs.metadata.tables[name if jobs.schema is None else f"{jobs.schema}.{name}"]
-
-
 def kinds_of(table: Table) -> tuple[str, ...]:
     """Return the tokens that the column ``kind`` of a mapped job table may hold."""
     kind_type: Any = table.c.kind.type

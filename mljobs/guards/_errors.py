@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import UUID
 from weakref import ref
 
@@ -20,6 +20,7 @@ from mljobs.errors import (
     TargetLockedError,
     TerminalStateError,
 )
+from mljobs.guards._beside import tables_beside
 from mljobs.guards._companions import (
     TERMINAL_CONSTRAINT,
     TERMINAL_MESSAGE,
@@ -233,5 +234,4 @@ def _missing_table(error: BaseException) -> str | None:
 
 
 def _beside(table: Table) -> tuple[str, ...]:
-    beside: list[Any] = [table.info.get(key) for key in ("mljobs", "mljobs_workers")]
-    return (table.name, *(each.name for each in beside if each is not None))
+    return (table.name, *(beside.name for beside in tables_beside(table)))

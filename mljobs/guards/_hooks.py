@@ -18,7 +18,8 @@ from mljobs.errors import (
     LeaseLostError,
     TerminalStateError,
 )
-from mljobs.guards._companions import GUARDED_COLUMNS, companion_ddl, leases_of
+from mljobs.guards._beside import leases_of
+from mljobs.guards._companions import GUARDED_COLUMNS, companion_ddl
 from mljobs.guards._errors import remember_table
 from mljobs.guards._retention import is_open
 from mljobs.states import MlJobStatus

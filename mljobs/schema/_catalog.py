@@ -17,7 +17,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import StaticPool
 
 from mljobs.errors import InvalidValueError, SchemaError
-from mljobs.guards._companions import GUARD_ROLES, companion_names, leases_of, quoted, schema_of
+from mljobs.guards._beside import leases_of, tables_beside
+from mljobs.guards._companions import GUARD_ROLES, companion_names, quoted, schema_of
 from mljobs.guards._overview import VIEW_COLUMNS, Overview, overview_of
 from mljobs.schema._hazards import hazards
 
@@ -234,10 +235,7 @@ def _job_tables(metadata: MetaData) -> list[Table]:
     tables = []
     for jobs in metadata.tables.values():
         if "mljobs" in jobs.info:
-            # Not those tables themselves, which are of another MetaData where this one is a copy.
-            names = (jobs.info[key].name for key in ("mljobs", "mljobs_workers"))
-            beside = (name if jobs.schema is None else f"{jobs.schema}.{name}" for name in names)
-            tables += [jobs, *(metadata.tables[name] for name in beside if name in metadata.tables)]
+            tables += [jobs, *tables_beside(jobs)]
     return tables
 
 

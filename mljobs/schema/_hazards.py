@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from sqlalchemy import Connection, Table, text
 
-from mljobs.guards._companions import companion_names, leases_of, qualified_name, quoted, schema_of
+from mljobs.guards._beside import leases_of, tables_beside
+from mljobs.guards._companions import companion_names, qualified_name, schema_of
 from mljobs.guards._retention import door_triggers
 from mljobs.guards._unique import finished_key
 
@@ -80,11 +81,6 @@ _BESIDE = (
 )
 
 
-def _tables_beside(jobs: Table) -> list[str]:
-    """Return the names of the tables of leases and of workers."""
-    return [jobs.info[key].name for key in ("mljobs", "mljobs_workers") if key in jobs.info]
-
-
 def _of_postgresql(connection: Connection, jobs: Table) -> Iterator[str]:
     values = {"name": qualified_name(connection, jobs)}
     for (rule,) in connection.execute(_RULES, values):
@@ -114,12 +110,8 @@ def _of_postgresql(connection: Connection, jobs: Table) -> Iterator[str]:
 
 def _beside_on_postgresql(connection: Connection, jobs: Table) -> Iterator[str]:
     """Yield one sentence for each trigger on the tables of leases and of workers."""
-    schema = schema_of(connection, jobs)
-    for name in _tables_beside(jobs):
-        known = (
-            quoted(connection, name) if schema is None else f"{quoted(connection, schema)}.{quoted(connection, name)}"
-        )
-        for trigger, table in connection.execute(_BESIDE_TRIGGERS, {"name": known}):
+    for beside in tables_beside(jobs):
+        for trigger, table in connection.execute(_BESIDE_TRIGGERS, {"name": qualified_name(connection, beside)}):
             yield _BESIDE.format(trigger=trigger, table=table)
 
 
@@ -159,7 +151,7 @@ def _triggers_of_sqlite(connection: Connection, jobs: Table, prefix: str) -> Ite
     """Yield one sentence for each trigger of a host that opens the door, or gets between a statement and the guard."""
     names = companion_names(jobs.name)
     ours = {*names.values(), *door_triggers(jobs)}
-    beside = {names["door"], names["counts"], *_tables_beside(jobs)}
+    beside = {names["door"], names["counts"], *(table.name for table in tables_beside(jobs))}
     door, writes = (
         re.compile(rf'(?<![\w"]){before}["\[`]?{re.escape(name)}(?!\w)', re.IGNORECASE)
         for before, name in (("", names["door"]), (r"(?:UPDATE|INTO|DELETE\s+FROM)\s+(?:OR\s+\w+\s+)?", jobs.name))
