@@ -73,9 +73,12 @@ class PoolPlace(ExecutorPlace):
                 return
             self._sent[run.claim.job_id] = self._pool
         super().start(run, handler)
-        _look_again(self._pool)
+        processes = _processes(self._pool)
         with self._lock:
-            self._known.update(_processes(self._pool))
+            begun = processes.keys() - self._known.keys()
+            self._known.update(processes)
+        if begun:
+            _look_again(self._pool)
 
     def _call(self, run: Run, handler: Handler) -> RemoteCall:
         return super()._call(run, handler).with_note(str(self._notes / run.claim.job_id.hex))
