@@ -23,7 +23,7 @@ from mljobs.board import create_app
 from mljobs.board._pages import render_now
 from mljobs.board._site import Links
 
-_VIEWERS, _SECONDS = 20, 5.0
+VIEWERS, _SECONDS = 20, 5.0
 _SQLITE = """
 WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < {rows} - 1)
 INSERT INTO ml_jobs (id, kind, target_name, status, progress, created_at, started_at, finished_at, error_message, spec_json,
@@ -99,22 +99,26 @@ def ask(store: JobStore) -> None:
         print(f"{name:24} {shown}  {answer.status_code} {len(answer.content):>8,} bytes", flush=True)
 
 
-async def watch(store: JobStore) -> None:
-    """Print how many looks 20 viewers cost."""
-    app = create_app(store)
-    hub = app.state.site.hub
-    view = hub.view(("now", ""), lambda: render_now(app.state.site, Links("")))
+def open_viewers(store: JobStore) -> tuple[Any, list[asyncio.Task[None]]]:
+    """Open a board's page *now* for 20 viewers; return the hub that they hear, and the viewers."""
+    site = create_app(store).state.site
+    view = site.hub.view(("now", ""), lambda: render_now(site, Links("")))
 
     async def follow() -> None:
-        async for _ in hub.follow(view, ""):
+        async for _ in site.hub.follow(view, ""):
             pass
 
-    viewers = [asyncio.create_task(follow()) for _ in range(_VIEWERS)]
+    return site.hub, [asyncio.create_task(follow()) for _ in range(VIEWERS)]
+
+
+async def watch(store: JobStore) -> None:
+    """Print how many looks 20 viewers cost."""
+    hub, viewers = open_viewers(store)
     await asyncio.sleep(2)
     before, used = hub.looks, time.process_time()
     await asyncio.sleep(_SECONDS)
     looks, used = hub.looks - before, time.process_time() - used
-    print(f"{_VIEWERS} viewers: {looks / _SECONDS:.1f} looks a second, {100 * used / _SECONDS:.1f} % of one core")
+    print(f"{VIEWERS} viewers: {looks / _SECONDS:.1f} looks a second, {100 * used / _SECONDS:.1f} % of one core")
     hub.stop()
     await asyncio.wait(viewers, timeout=5)
 

@@ -14,12 +14,9 @@ import sys
 import time
 
 from benchmarks.bench import database
+from benchmarks.board import VIEWERS, open_viewers
 from mljobs import JobStore
-from mljobs.board import create_app
-from mljobs.board._pages import render_now
-from mljobs.board._site import Links
 
-VIEWERS = 20
 REPEATS = int(os.environ.get("BENCH_REPEATS", "8"))
 _PROGRAM = [sys.executable, "-m", "benchmarks.drain.programs.mljobs_"]
 
@@ -27,15 +24,7 @@ _PROGRAM = [sys.executable, "-m", "benchmarks.drain.programs.mljobs_"]
 async def look(url: str) -> None:
     """Keep 20 viewers open until the input ends."""
     with JobStore(url) as store:
-        app = create_app(store)
-        hub = app.state.site.hub
-        view = hub.view(("now", ""), lambda: render_now(app.state.site, Links("")))
-
-        async def follow() -> None:
-            async for _ in hub.follow(view, ""):
-                pass
-
-        viewers = [asyncio.create_task(follow()) for _ in range(VIEWERS)]
+        hub, viewers = open_viewers(store)
         await hub.now()
         print("ready", flush=True)
         begin, used = time.perf_counter(), time.process_time()
