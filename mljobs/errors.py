@@ -37,6 +37,7 @@ from uuid import UUID
 
 from sqlalchemy.exc import DontWrapMixin
 
+from mljobs._printable import printable
 from mljobs.states import MlJobStatus
 
 _SHOWN = 80
@@ -111,9 +112,9 @@ class FilterError(InvalidValueError):
         self.word = word
         self.known = tuple(known)
         self.suggestion = suggestion
-        repair = f"; did you mean {_one_line(suggestion)}?" if suggestion else ""
+        repair = f"; did you mean {printable(suggestion)}?" if suggestion else ""
         there_is = f" (there are {', '.join(self.known)})" if self.known else ""
-        self.args = (f"filter word {shown(word)}, character {position + 1}: {_one_line(reason)}{repair}{there_is}",)
+        self.args = (f"filter word {shown(word)}, character {position + 1}: {printable(reason)}{repair}{there_is}",)
 
     @property
     def repaired(self) -> str | None:
@@ -145,10 +146,6 @@ class AmbiguousIdError(InvalidValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.text, self.candidates)
-
-
-def _one_line(text: str) -> str:
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 class JobDecodeError(MlJobsError, ValueError):

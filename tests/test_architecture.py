@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mljobs"
 
 ROOMS = [
-    ("_lazy", "states", "errors", "_values", "_fields"),
+    ("_lazy", "_printable", "states", "errors", "_values", "_fields"),
     ("types",),
     ("guards",),
     ("record",),

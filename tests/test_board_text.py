@@ -13,7 +13,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from mljobs import JobStore, MlJob
-from mljobs.board._html import Html, plain, verbatim
+from mljobs._printable import printable
+from mljobs.board._html import Html, verbatim
 from tests.boards import client, ended, send
 
 HOSTILE = (
@@ -170,7 +171,7 @@ def test_a_form_brings_back_the_very_text_of_a_filter(store: JobStore) -> None:
 def test_the_finalizer_leaves_html_and_numbers_alone() -> None:
     assert Html("<b>{}</b> {}").format("\x1b<i>", Html("<u>")) == "<b>\\x1b&lt;i&gt;</b> <u>"
     assert Html("{:.1f}").format(1.25) == "1.2"
-    assert plain("a\u202eb\n\tc") == "a\\u202eb\n\tc"
+    assert printable("a\u202eb\n\tc", kept="\n\t") == "a\\u202eb\n\tc"
     assert verbatim('a"\r\n\u202e') == "a&#34;&#13;&#10;&#8238;"
 
 

@@ -6,12 +6,7 @@ from typing import Any, Self
 
 from markupsafe import Markup, escape
 
-
-def plain(text: str) -> str:
-    r"""Return text with each character that has no shape written out: ``\x1b[31m`` instead of a colour."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+from mljobs._printable import printable
 
 
 class Html(Markup):
@@ -28,7 +23,7 @@ class Html(Markup):
 def shown(value: Any) -> Any:
     """Return what a template puts into a page instead of a value: its finalizer."""
     if isinstance(value, str) and not isinstance(value, Markup):
-        return plain(value)
+        return printable(value, kept="\n\t")
     return value
 
 

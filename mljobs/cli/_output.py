@@ -15,6 +15,8 @@ from typing import Any
 
 import typer
 
+from mljobs._printable import printable
+
 STATUS_COLOURS = {"queued": "", "running": "34", "completed": "32", "failed": "31", "cancelled": "33"}
 _NARROW = 60
 _GAP = "  "
@@ -42,13 +44,8 @@ def coloured(text: str, code: str) -> str:
     return f"\x1b[{code}m{text}\x1b[0m"
 
 
-def escaped(text: str) -> str:
-    """Return ``text`` on one line, with what a terminal would obey shown as escapes."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else _escape(c) for c in text)
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape", "backslashreplace").decode("ascii")
+escaped = printable
+"""What each line that is printed says of anybody's text."""
 
 
 def cells(text: str) -> int:

@@ -7,6 +7,7 @@ import sqlite3
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from mljobs._printable import printable
 from mljobs.db._texts import is_no_utf8
 from mljobs.guards._errors import plan_is_outdated
 
@@ -45,9 +46,7 @@ def first_line(error: BaseException | str) -> str:
 
 def one_line(text: str, most: int = _LINE_MAX) -> str:
     """Return a text as one line of log: control characters escaped, and of a long one both ends."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in shortened(text, most)
-    )
+    return printable(shortened(text, most))
 
 
 def shortened(text: str, most: int) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Final, Protocol, TextIO
 
+from mljobs._printable import printable
 from mljobs.record._html import rows_html, status_html
 from mljobs.store._outcomes import Followed, Snapshot
 
@@ -228,13 +229,6 @@ def _ended(followed: Followed[Any]) -> str:
 
 def _left_out(rows: Sequence[object]) -> str:
     return f"and {len(rows) - _ROWS_SHOWN:,} more" if len(rows) > _ROWS_SHOWN else ""
-
-
-def printable(text: str) -> str:
-    """Return text on one line, with what a terminal would obey shown as escapes."""
-    return "".join(
-        one if one.isprintable() else one.encode("unicode_escape", "backslashreplace").decode() for one in text
-    )
 
 
 def table_lines(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -115,7 +115,7 @@ class Followed(Sequence[M], Generic[M]):
         rows = []
         for job, spec, found in zip(self.jobs, specs, numbers, strict=True):
             took = "" if job.duration_ms is None else _span(job.duration_ms)
-            error = [(job.error_message or "").partition("\n")[0]] if failed else []
+            error = [job.error_line or ""] if failed else []
             values = [_short(found.get(key, "")) for key in keys]
             wanted = [_short(spec.get(key, "")) for key in differing]
             rows.append([job.id.hex[-8:], job.target_name, *wanted, str(job.status), took, *values, *error])
