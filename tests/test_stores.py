@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
@@ -251,6 +252,48 @@ def test_an_async_listener_whose_connection_is_lost_polls_and_listens_again(post
 
     asyncio.run(main())
     admin.dispose()
+
+
+@pytest.mark.parametrize("driver", [DRIVERS["postgresql-psycopg-async"], DRIVERS["postgresql-asyncpg"]])
+def test_more_tasks_than_connections_take_turns_and_one_that_is_cancelled_leaves_its_place(
+    postgres_url: str, driver: str
+) -> None:
+    url = postgres_url.replace("postgresql+psycopg", driver)
+
+    def sleep(bind: Any) -> None:
+        bind.exec_driver_sql("SELECT pg_sleep(60)")
+
+    async def main() -> None:
+        async with AsyncJobStore(url, pool_size=4, max_overflow=0, pool_timeout=30) as store:
+            asleep = [asyncio.create_task(store.run(sleep, atomic=False)) for _ in range(2)]
+            done = [asyncio.create_task(store.submit("train", f"t{number}")) for number in range(20)]
+            await asyncio.sleep(0)
+            for task in asleep:
+                task.cancel()
+            assert len({job.id for job in await asyncio.gather(*done)}) == 20
+            assert all(
+                isinstance(one, asyncio.CancelledError) for one in await asyncio.gather(*asleep, return_exceptions=True)
+            )
+            assert len(await store.claim(worker="w", limit=50)) == 20
+
+    asyncio.run(main())
+
+
+def test_a_task_waits_for_a_connection_as_long_as_the_pool_lets_it(postgres_url: str) -> None:
+    async def main() -> None:
+        url = postgres_url.replace("+psycopg", "+asyncpg")
+        async with AsyncJobStore(url, pool_size=3, max_overflow=0, pool_timeout=0.01) as store:
+            asleep = asyncio.create_task(
+                store.run(lambda bind: bind.exec_driver_sql("SELECT pg_sleep(60)"), atomic=False)
+            )
+            await asyncio.sleep(0)
+            with pytest.raises(PoolTimeoutError):
+                await store.submit("train", "spam")
+            asleep.cancel()
+            await asyncio.wait([asleep])
+            await store.submit("train", "spam")
+
+    asyncio.run(main())
 
 
 def test_an_end_that_cannot_be_recorded_is_noted_on_the_error(sqlite_url: str) -> None:

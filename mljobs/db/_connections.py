@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import QueuePool
+from sqlalchemy.util import greenlet_spawn
 
 from mljobs.db._engines import at_level
+
+R = TypeVar("R")
 
 _FOR_TRANSACTIONS = 2  # of any pool, as a worker's rescue and a retry need
 _FRESH_SECONDS = 1.0
@@ -93,6 +98,47 @@ class ConnectionCache:
         """Give all back to the pool."""
         while self._idle:
             self._idle.pop()[0].close()
+
+
+class AsyncConnectionCache(ConnectionCache):
+    """The same for the tasks of an event loop, which are many: one that finds all in use waits for the next, in turn."""
+
+    def __init__(self, engine: Engine, size: int) -> None:
+        super().__init__(engine, size)
+        self._places = asyncio.Semaphore(size)
+
+    async def run(self, operation: Callable[[Connection], R]) -> R:
+        """Return what ``operation`` returns, which runs in a greenlet.
+
+        Raises:
+            TimeoutError: SQLAlchemy's; no connection became free within the pool's own timeout.
+        """
+        if not self._size:
+            return await greenlet_spawn(self._run, operation)
+        if self._places.locked():
+            await self._wait()
+        else:
+            await self._places.acquire()
+        try:
+            return await greenlet_spawn(self._run, operation)
+        finally:
+            self._places.release()
+
+    def _run(self, operation: Callable[[Connection], R]) -> R:
+        with self.use() as connection:
+            return operation(connection)
+
+    async def _wait(self) -> None:
+        pool: Any = self._engine.pool
+        try:
+            async with asyncio.timeout(pool.timeout()):
+                await self._places.acquire()
+        except TimeoutError:
+            raise PoolTimeoutError(f"none of {self._size} connections became free within {pool.timeout()} s") from None
+
+    async def aclose(self) -> None:
+        """Give all back to the pool."""
+        await greenlet_spawn(self.close)
 
 
 class JoinedConnection:

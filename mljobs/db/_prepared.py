@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from sqlalchemy.util import await_only
+
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Dialect
     from sqlalchemy.sql.expression import Executable
@@ -38,7 +40,7 @@ class _Compiled:
         self.names: Sequence[str] = tuple(compiled.positiontup or ())
         self.positional: bool = compiled.positional
         self.numbered: str | None = None
-        if dialect.driver == "psycopg" and not dialect.is_async:
+        if dialect.driver == "psycopg":
             self.numbered, self.names = _numbered(self.text)
         self.bind: dict[str, _Process] = {}
         for bind, name in compiled.bind_names.items():
@@ -159,8 +161,8 @@ def _unwatched(connection: Any) -> bool:
     """Whether nobody listens to the statements of this connection, and it is in a transaction that goes on.
 
     SQLAlchemy makes an object of each column of each result, which takes longer than many of our statements. Where
-    somebody listens (an instrumentation, ``echo``), where it has to begin a transaction first or to refuse, and with
-    drivers that it adapts, the statement goes the whole way.
+    somebody listens (an instrumentation, ``echo``), and where it has to begin a transaction first or to refuse, the
+    statement goes the whole way.
     """
     transaction = connection.get_nested_transaction() or connection.get_transaction()
     return (
@@ -176,12 +178,17 @@ def _unwatched(connection: Any) -> bool:
     )
 
 
-_PLAIN_DRIVERS = frozenset({"psycopg", "pysqlite"})
+_PLAIN_DRIVERS = frozenset({"psycopg", "pysqlite", "asyncpg"})
 
 
 def _by_cursor(connection: Any, compiled: _Compiled, values: Any) -> Sequence[Sequence[Any]]:
     cursor = None
+    rows: Sequence[Sequence[Any]]
     try:
+        if compiled.numbered is not None and connection.dialect.is_async:
+            cursor, rows = await_only(_by_async_psycopg(connection, compiled, values))
+            compiled.describe(cursor)
+            return rows
         if compiled.numbered is not None:
             cursor = connection.dialect.dbapi.RawCursor(connection.connection.dbapi_connection)
             cursor.execute(compiled.numbered, compiled.in_order(values))
@@ -189,9 +196,16 @@ def _by_cursor(connection: Any, compiled: _Compiled, values: Any) -> Sequence[Se
             cursor = connection.connection.cursor()
             cursor.execute(compiled.text, values)
         compiled.describe(cursor)
-        rows: Sequence[Sequence[Any]] = cursor.fetchall() if compiled.returns_rows else []
+        rows = cursor.fetchall() if compiled.returns_rows else []
         cursor.close()
     except BaseException as error:
         connection._handle_dbapi_exception(error, compiled.text, values, cursor, None)  # noqa: SLF001 - there is no public way
         raise
     return rows
+
+
+async def _by_async_psycopg(connection: Any, compiled: _Compiled, values: Any) -> tuple[Any, Sequence[Sequence[Any]]]:
+    """Send and fetch in one coroutine: each that a greenlet awaits costs two switches."""
+    cursor = connection.dialect.dbapi.AsyncRawCursor(connection.connection.driver_connection)
+    await cursor.execute(compiled.numbered, compiled.in_order(values))
+    return cursor, await cursor.fetchall() if compiled.returns_rows else []

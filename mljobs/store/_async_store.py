@@ -19,7 +19,7 @@ except ImportError as error:
     raise ImportError("AsyncJobStore needs the extra: pip install 'mljobs[async]'") from error
 
 from mljobs import events, jobs
-from mljobs.db._connections import begin, engines_of, savepoint
+from mljobs.db._connections import AsyncConnectionCache, begin, cache_size, engines_of, savepoint
 from mljobs.db._engines import async_url, engine_options, refuse_memory, set_up_connections, sync_url, url_from_env
 from mljobs.db._wake import AsyncChangeListener
 from mljobs.errors import InvalidValueError
@@ -57,6 +57,8 @@ from mljobs.store._store import JobStore
 from mljobs.store._transferring import AsyncTransfers
 
 R = TypeVar("R")
+
+_CACHE = 16
 
 
 def new_async_engine(url: str | URL, *, autocommit: bool = False, **options: Any) -> AsyncEngine:
@@ -109,7 +111,9 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
         if not isinstance(bind, AsyncEngine):
             raise source_error(source, "expected a URL, an AsyncEngine, an AsyncConnection or an async_sessionmaker")
         single, transactional = engines_of(bind.sync_engine, owned=self._owned)
-        self._single, self._transactional = AsyncEngine(single), AsyncEngine(transactional)
+        self._transactional = AsyncEngine(transactional)
+        # Of a store that is closed: a connection that is never given back is an error to SQLAlchemy's async pools.
+        self._single = AsyncConnectionCache(single, cache_size(single, _CACHE) if self._owned else 0)
         self._engine = self._transactional if self._owned else bind
         self._sync_url = sync_url(keeper_url or bind.url)
         if self._sessions is None and not is_plain_record(model):
@@ -154,13 +158,10 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
         if self._sessions is not None:
             async with self._sessions.begin() as session:
                 return cast("R", await session.run_sync(partial(self._in_session, operation)))
-        if atomic:
-            async with self._transactional.begin() as connection:
-                return await connection.run_sync(operation)
-        async with self._single.connect() as connection:
-            result = await connection.run_sync(operation)
-            await connection.commit()
-            return result
+        if not atomic and self.engine.dialect.name == "postgresql":
+            return await self._single.run(operation)
+        async with self._transactional.begin() as connection:
+            return await connection.run_sync(operation)
 
     def _in_session(self, operation: Callable[[Bind], R], session: Session) -> R:
         read_committed(session, self.model)
@@ -343,6 +344,7 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
         for follower in list(self._followers):
             await follower.close()
         if self._owned:
+            await self._single.aclose()
             await self._engine.dispose()
 
     async def __aenter__(self) -> Self:
