@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, event, text
+from sqlalchemy import create_engine, event, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
@@ -190,3 +190,32 @@ def test_nobody_takes_the_job_between_the_look_at_the_lease_and_the_write(url: s
         event.listen(store.engine, "before_cursor_execute", take)
         session.commit()
     assert len(refused) == 1
+
+
+def test_a_flush_looks_at_the_rows_of_all_its_leased_records_at_once_and_the_next_flush_looks_anew(url: str) -> None:
+    looks: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("SELECT ml_jobs.id, ml_jobs.lease"):
+            looks.append(statement)
+
+    with JobStore(url) as store, Session(store.engine, expire_on_commit=False) as session:
+        store.submit_many([("train", f"t{number}", {}) for number in range(4)])
+        claims = jobs.claim(session, worker="w", limit=3)
+        free = session.scalars(select(MlJob).where(MlJob.lease.is_(None))).one()
+        session.commit()
+        event.listen(store.engine, "before_cursor_execute", note)
+        for progress in (10, 20, 30):
+            for job in (free, *(claim.job for claim in claims)):
+                job.progress = progress
+            if progress < 30:
+                session.flush()
+                assert len(looks) == progress // 10
+        session.commit()
+        store.requeue(claims[1])
+        for claim in claims:
+            claim.job.progress = 40
+        with pytest.raises(LeaseLostError) as refused:
+            session.commit()
+        assert (refused.value.job_id, len(looks)) == (claims[1].job_id, 4)
+        assert {store.get(claim.job_id).progress for claim in claims} == {0, 30}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import event, false, select, update
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.orm import Mapper, attributes, object_session
+from sqlalchemy.orm import Mapper, Session, attributes, object_session
 from sqlalchemy.sql.ddl import SchemaDropper
 from sqlalchemy.sql.elements import ClauseElement
 
@@ -144,7 +146,7 @@ def _check_lease(mapper: Mapper[Any], connection: Connection, target: Any) -> No
         raise InvalidValueError(
             "lease", wanted, "it goes when the job finishes or is requeued: call the record's method"
         )
-    found = _lock(connection, table, job_id)
+    found = _locked(mapper, connection, target, job_id)
     if found is None or found.lease == lease:  # where no row is there, the flush says so
         return
     if found.status.is_terminal:
@@ -152,12 +154,53 @@ def _check_lease(mapper: Mapper[Any], connection: Connection, target: Any) -> No
     raise LeaseLostError(job_id, lease)
 
 
-def _lock(connection: Connection, table: Any, job_id: Any) -> Any:
-    """Return the present ``lease``, ``status`` and ``finished_at`` of a row, which nobody else changes until the commit."""
-    statement = select(table.c.lease, table.c.status, table.c.finished_at).where(table.c.id == job_id)
+_Rows = dict[tuple[Connection, Any, Any], Any]
+_LOOKED_AT: WeakKeyDictionary[Session, _Rows] = WeakKeyDictionary()
+"""What the present flush of a session has locked and not yet checked, by connection, table and id."""
+_AT_ONCE = 500
+
+
+def _locked(mapper: Mapper[Any], connection: Connection, target: Any, job_id: Any) -> Any:
+    """Return the present ``lease``, ``status`` and ``finished_at`` of a row, which nobody else changes until the commit.
+
+    The first record of a flush has the rows of all of them locked, for a round trip each costs as much as the whole flush.
+    """
+    table: Any = mapper.columns["status"].table
+    session = object_session(target)
+    if session is None:
+        return _lock(connection, table, [job_id]).get((connection, table, job_id))
+    rows = _LOOKED_AT.get(session)
+    if rows is None:
+        rows = _LOOKED_AT[session] = {}
+        event.listen(session, "after_flush", _forget)
+        event.listen(session, "after_soft_rollback", _forget)
+    if (connection, table, job_id) not in rows:
+        ids = {job_id, *(_stored(job, "id") for job in session.dirty if _is_written_under_lease(mapper, job))}
+        rows |= _lock(connection, table, sorted(ids))
+    return rows.pop((connection, table, job_id), None)
+
+
+def _is_written_under_lease(mapper: Mapper[Any], job: object) -> bool:
+    state = attributes.instance_state(job)
+    if state.mapper.base_mapper is not mapper.base_mapper or _GUARDED.isdisjoint(state.committed_state):
+        return False
+    return isinstance(state.committed_state.get("lease", state.dict.get("lease")), int)
+
+
+def _forget(session: Session, _: object) -> None:
+    _LOOKED_AT[session].clear()
+
+
+def _lock(connection: Connection, table: Any, ids: Sequence[Any]) -> _Rows:
     if connection.dialect.name == "sqlite":  # an UPDATE of no row takes the write lock all the same
         connection.execute(update(table).where(false()).values(lease=table.c.lease))
-    return connection.execute(statement.with_for_update(key_share=True)).first()
+    columns = (table.c.id, table.c.lease, table.c.status, table.c.finished_at)
+    rows: _Rows = dict.fromkeys((connection, table, one) for one in ids)
+    for start in range(0, len(ids), _AT_ONCE):
+        some = table.c.id.in_(ids[start : start + _AT_ONCE])
+        statement = select(*columns).where(some).order_by(table.c.id).with_for_update(key_share=True)
+        rows |= {(connection, table, row.id): row for row in connection.execute(statement)}
+    return rows
 
 
 def _held(connection: Connection, table: Any, job_id: Any, lease: int) -> JobHeldError | LeaseLostError:
