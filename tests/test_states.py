@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mljobs import MlJobStatus
+from mljobs.states import ACTIVE, TERMINAL
 
 PACKAGE = Path(__file__).parent.parent / "mljobs"
 
@@ -43,3 +44,21 @@ def test_the_place_has_decided_for_every_state(place: str) -> None:
 
 def test_no_place_is_said_to_have_decided_that_names_no_state() -> None:
     assert DECIDED.keys() <= set(PLACES)
+
+
+def test_the_short_conditions_of_postgresqls_triggers_are_true_for_all_that_is_refused() -> None:
+    """One comparison by bytes each; of what is legal they let the guard's function look at cancelled jobs that waited."""
+    from mljobs.guards._companions import _LAST_REFUSED
+
+    states = {state.value.encode(): state for state in MlJobStatus}
+    assert [state for token, state in states.items() if token <= max(TERMINAL).encode()] == list(TERMINAL)
+    looked_at = {
+        (old, new)
+        for old_token, old in states.items()
+        for new_token, new in states.items()
+        if old_token + new_token <= _LAST_REFUSED.encode()
+    }
+    refused = {(old, new) for old in states.values() for new in states.values() if old.is_terminal}
+    refused |= {(old, new) for old in ACTIVE for new in MlJobStatus if old is not new and not old.can_become(new)}
+    assert looked_at - refused == {(MlJobStatus.QUEUED, MlJobStatus.CANCELLED)}
+    assert refused <= looked_at

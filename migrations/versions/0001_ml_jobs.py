@@ -100,23 +100,27 @@ BEGIN
       ERRCODE = '23000', CONSTRAINT = 'mljobs_terminal_state', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
       DETAIL = 'id=' || OLD.id || ' status=' || OLD.status,
       HINT = 'A finished job never changes. Submit a new one with retry_of set to this id.';
+  ELSIF OLD.status = 'queued' AND NEW.status IN ('completed') THEN
+    RAISE EXCEPTION 'mljobs: this state may not follow the present one' USING
+      ERRCODE = '23000', CONSTRAINT = 'mljobs_illegal_transition', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
+      DETAIL = 'id=' || OLD.id || ' status=' || OLD.status || ' wanted=' || NEW.status;
+  ELSIF TG_OP = 'DELETE' THEN
+    RETURN OLD;
   END IF;
-  RAISE EXCEPTION 'mljobs: this state may not follow the present one' USING
-    ERRCODE = '23000', CONSTRAINT = 'mljobs_illegal_transition', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME,
-    DETAIL = 'id=' || OLD.id || ' status=' || OLD.status || ' wanted=' || NEW.status;
+  RETURN NEW;
 END
 $mljobs$""",
     """\
 CREATE TRIGGER ml_jobs_guard_update BEFORE UPDATE OF id, kind, target_name, status, progress, created_at, started_at, finished_at, error_message, spec_json, metrics_json, attempts, priority, run_after, exclusive, retry_of, worker, lease ON ml_jobs FOR EACH ROW
-WHEN (OLD.status OPERATOR(pg_catalog.=) ANY (ARRAY['completed', 'failed', 'cancelled']::pg_catalog.text[]))
+WHEN (OLD.status OPERATOR(pg_catalog.~<=~) 'failed')
 EXECUTE FUNCTION ml_jobs_guard()""",
     """\
 CREATE TRIGGER ml_jobs_guard_after AFTER UPDATE ON ml_jobs FOR EACH ROW
-WHEN (OLD.status OPERATOR(pg_catalog.=) ANY (ARRAY['completed', 'failed', 'cancelled']::pg_catalog.text[]) OR OLD.status OPERATOR(pg_catalog.=) 'queued' AND NEW.status OPERATOR(pg_catalog.=) 'completed')
+WHEN ((OLD.status OPERATOR(pg_catalog.||) NEW.status) OPERATOR(pg_catalog.~<=~) 'queuedcompleted')
 EXECUTE FUNCTION ml_jobs_guard()""",
     """\
 CREATE TRIGGER ml_jobs_guard_delete BEFORE DELETE ON ml_jobs FOR EACH ROW
-WHEN (OLD.status OPERATOR(pg_catalog.=) ANY (ARRAY['completed', 'failed', 'cancelled']::pg_catalog.text[])
+WHEN (OLD.status OPERATOR(pg_catalog.~<=~) 'failed'
   AND coalesce(pg_catalog.current_setting('mljobs.retention', true), '') OPERATOR(pg_catalog.<>) 'on')
 EXECUTE FUNCTION ml_jobs_guard()""",
     """\
