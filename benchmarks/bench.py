@@ -15,6 +15,8 @@ from mljobs import metadata
 from tests import postgres
 
 REPEATS = int(os.environ.get("BENCH_REPEATS", "5"))
+reported: list[dict[str, list[float]]] = []
+"""What was printed so far: of each rival jobs a second, repeat by repeat."""
 
 
 @contextmanager
@@ -43,10 +45,10 @@ def clear(url: str, *, keep_finished: bool = False) -> None:
     engine.dispose()
 
 
-def compare(rivals: dict[str, Callable[[], float]], repeats: int = REPEATS) -> dict[str, list[float]]:
+def compare(rivals: dict[str, Callable[[], float]], repeats: int | None = None) -> dict[str, list[float]]:
     """Run the rivals in turn, ``repeats`` times; each returns operations a second."""
     rates: dict[str, list[float]] = {name: [] for name in rivals}
-    for _ in range(repeats):
+    for _ in range(REPEATS if repeats is None else repeats):
         for name, run in rivals.items():
             rates[name].append(run())
     return rates
@@ -54,6 +56,7 @@ def compare(rivals: dict[str, Callable[[], float]], repeats: int = REPEATS) -> d
 
 def report(title: str, rates: dict[str, list[float]], target: float | None = None) -> None:
     """Print the median and spread of each, and its ratio to the first, pair by pair."""
+    reported.append(rates)
     names = list(rates)
     bound = rates[names[0]]
     print(f"\n{title}")

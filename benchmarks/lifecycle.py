@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
-from sqlalchemy import Connection, create_engine, event, text
+from sqlalchemy import create_engine, text
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 from uuid_utils.compat import uuid7
@@ -24,7 +24,6 @@ from mljobs.db._prepared import Prepared, _Compiled
 from mljobs.jobs import _finishing, _holding
 from mljobs.jobs._claiming import _claim_statement
 from mljobs.jobs._submitting import _insertion
-from mljobs.record._mixin import MlJobMixin
 
 SCALE = float(os.environ.get("BENCH_SCALE", "1"))
 SPEC = {"model": "gradient boosting", "depth": 6, "lr": 0.05, "features": ["age", "country", "clicks_7d"]}
@@ -192,18 +191,20 @@ def _in_threads(work: Callable[[], None], threads: int) -> None:
         worker.join()
 
 
-def claims(url: str, finished: int = 0) -> None:
+def claims(url: str, cases: Sequence[tuple[int, int, int]] | None = None) -> None:
+    """Claim and complete: batches of so many, in so many threads, so many jobs."""
+    every = (
+        (1, 1, scaled(1000)),
+        (1, 2, scaled(1000)),
+        (1, 4, scaled(1000)),
+        (1, 8, scaled(1000)),
+        (10, 1, scaled(5000)),
+        (100, 1, scaled(20_000)),
+        (100, 2, scaled(20_000)),
+    )
     with JobStore(url, pool_size=10) as store:
         clear(url, keep_finished=True)
-        for batch, threads, number in (
-            (1, 1, scaled(1000)),
-            (1, 2, scaled(1000)),
-            (1, 4, scaled(1000)),
-            (1, 8, scaled(1000)),
-            (10, 1, scaled(5000)),
-            (100, 1, scaled(20_000)),
-            (100, 2, scaled(20_000)),
-        ):
+        for batch, threads, number in every if cases is None else cases:
             rounds = max(1, number // batch // threads)
             jobs_in_all = rounds * batch * threads
 
@@ -223,7 +224,7 @@ def claims(url: str, finished: int = 0) -> None:
                 fill(n)
                 return rate(n, lambda: _in_threads(lambda: _store_worker(store, batch, rounds), threads))
 
-            title = f"claim + complete, batches of {batch}, {threads} threads, {finished:,} finished rows"
+            title = f"claim + complete, batches of {batch}, {threads} threads"
             target = 0.75 if batch == 1 else 0.8
             report(title, compare({"raw psycopg, same statements": by_raw, "store": by_store}), target)
 
@@ -295,44 +296,6 @@ def life(url: str) -> None:
 
         rivals = {"raw psycopg, same statements": lives(one_raw), "store": lives(one_store)}
         report(f"create + 10 progress values + finish, {number} times", compare(rivals))
-
-
-def switch_guard(connection: Connection, verb: str) -> None:
-    """Enable or disable all triggers of the guard."""
-    names = "SELECT tgname FROM pg_trigger WHERE tgrelid = 'ml_jobs'::regclass AND tgname LIKE 'ml_jobs_guard%'"
-    for name in connection.scalars(text(names)).all():
-        connection.execute(text(f"ALTER TABLE ml_jobs {verb} TRIGGER {name}"))
-
-
-def guard(url: str) -> None:
-    """A flush of 5,000 changed rows, with hooks and trigger and without either."""
-    number = scaled(5000)
-    engine = create_engine(url, poolclass=NullPool)
-
-    def flush(*, guarded: bool) -> float:
-        clear(url)
-        from mljobs.guards import _hooks as guards  # noqa: PLC0415
-
-        with engine.begin() as connection:
-            switch_guard(connection, "ENABLE" if guarded else "DISABLE")
-        if not guarded:
-            event.remove(MlJobMixin, "before_update", guards._check_update)
-        try:
-            with Session(engine) as session:
-                session.add_all([MlJob(kind="train", target_name="spam", spec_json="{}") for _ in range(number)])
-                session.commit()
-                found = session.query(MlJob).all()
-                for job in found:
-                    job.progress = 50
-                return rate(number, session.flush)
-        finally:
-            if not guarded:
-                event.listen(MlJobMixin, "before_update", guards._check_update, propagate=True)
-            with engine.begin() as connection:
-                switch_guard(connection, "ENABLE")
-
-    rivals = {"no guard": lambda: flush(guarded=False), "hooks and trigger": lambda: flush(guarded=True)}
-    report(f"flush of {number:,} changed rows", compare(rivals), 0.9)
 
 
 def heartbeats(url: str) -> None:
@@ -435,7 +398,6 @@ PARTS: dict[str, Callable[[str], None]] = {
     "submit_many": submit_many,
     "claims": claims,
     "life": life,
-    "guard": guard,
     "heartbeats": heartbeats,
     "notify": notify,
     "flat": flat,
