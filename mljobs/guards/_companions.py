@@ -4,12 +4,13 @@ The text derives from the transition table and from the columns that the mixin b
 any table, so a host's own table name, schema and ``schema_translate_map`` work. Migrations hold a frozen copy of the
 text, never a call to this module.
 
-PostgreSQL: one function and seven triggers. BEFORE UPDATE OF our columns, BEFORE DELETE and BEFORE TRUNCATE refuse early.
-AFTER UPDATE looks a second time: a host's own BEFORE trigger may have rewritten columns that are in no SET list. The columns
-are compared in the function, and only of a record that was final. Three AFTER triggers refuse what no client could read: times
-out of range, and U+0000 or a lone surrogate in JSON. A CHECK would be read and evaluated at each UPDATE, whatever it sets. The
-function names nothing through the caller's ``search_path`` and obeys no row policy; conditions and the wake function name their
-operators. The retention door is ``SET LOCAL mljobs.retention = 'on'``; it opens DELETE only. See :mod:`mljobs.guards._retention`.
+PostgreSQL: one function and seven triggers. BEFORE UPDATE OF our columns, BEFORE DELETE and BEFORE TRUNCATE refuse
+early. AFTER UPDATE looks a second time: a host's own BEFORE trigger may have rewritten columns that are in no SET
+list. The columns are compared in the function, and only of a record that was final. Three AFTER triggers refuse what
+no client could read: times out of range, and U+0000 or a lone surrogate in JSON. A CHECK would be read and evaluated
+at each UPDATE, whatever it sets. The function names nothing through the caller's ``search_path`` and obeys no row
+policy; conditions and the wake function name their operators. The retention door is ``SET LOCAL mljobs.retention =
+'on'``; it opens DELETE only. See :mod:`mljobs.guards._retention`.
 
 SQLite: four triggers, an index and a small table, ``<table>_guard``, with two rows. ``retention`` is the door for deletes.
 ``replace`` answers a question that SQLite's triggers cannot ask: whether the statement that fired them says OR REPLACE,
@@ -78,8 +79,8 @@ _ILLEGAL_EDGES = [
 _ILLEGAL_EDGE = " OR ".join(f"OLD.status = '{old}' AND NEW.status IN ({listed(new)})" for old, new in _ILLEGAL_EDGES)
 
 
-# PostgreSQL reads and plans a trigger's condition anew for each statement, which costs a single row more than the rest of the
-# guard. So each is one comparison, by bytes: true up to the last that is refused. The function decides.
+# PostgreSQL reads and plans a trigger's condition anew for each statement, which costs a single row more than the rest of
+# the guard. So each is one comparison, by bytes: true up to the last that is refused. The function decides.
 _WAS_FINISHED = f"OLD.status OPERATOR(pg_catalog.~<=~) '{max(TERMINAL)}'"
 _LAST_REFUSED = max(
     f"{old}{new}"
