@@ -12,7 +12,7 @@ from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from enum import Enum, StrEnum
 from operator import ge, gt, le, lt
-from typing import Any, Final, Literal
+from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import (
@@ -40,11 +40,9 @@ from mljobs.jobs._expressions import Glob, JsonNumber, JsonText, JsonWord, Numbe
 from mljobs.jobs._statements import constant, in_active_state
 from mljobs.jobs._words import Form, Operator, Pattern, Term, Value, written
 from mljobs.record._sql import epoch_millis
-from mljobs.states import ACTIVE, MlJobStatus
+from mljobs.states import ACTIVE, TERMINAL, MlJobStatus
 
 _ID_DIGITS: Final = 32
-_ID_SELECTIVE: Final = 8
-"""Digits that an id begins with, from which on few jobs share them: UUIDv7s of one minute have eight in common."""
 _DAY: Final = timedelta(days=1)
 _BEYOND_BIGINT: Final = 2**63
 
@@ -156,35 +154,6 @@ def _column(model: Model, field: Field) -> Any:
     return getattr(model, str(field.column))
 
 
-# ------------------------------------------------------------------------------------------------- which index serves
-
-Reach = Literal["index", "narrow", "none"]
-"""How a term is found: an index in the order of creation serves it (or it names few jobs), an index serves it where few
-pass, or each job has to be looked at."""
-
-
-def reach_of(term: Term, *, by_end: bool = False) -> Reach:
-    """Return how the jobs that pass a term are found.
-
-    Args:
-        term: Of a filter.
-        by_end: Whether they are wanted in the order of end, not of creation.
-    """
-    if by_end:
-        return "index" if term.name == "finished" else "narrow" if reach_of(term) == "index" else "none"
-    if term.name in ("created", "retry_of"):
-        return "index"
-    if term.name == "target" and all(isinstance(value, Pattern) and value.exact is not None for value in term.values):
-        return "index"
-    if term.name == "status" and (set(term.values) <= {MlJobStatus.FAILED} or set(term.values) <= set(ACTIVE)):
-        return "index"
-    if term.name == "id" and all(
-        isinstance(value, Pattern) and len(value.parts[0]) >= _ID_SELECTIVE for value in term.values
-    ):
-        return "index"
-    return "narrow" if term.name == "finished" else "none"
-
-
 # ------------------------------------------------------------------------------------------------------- conditions
 
 
@@ -206,12 +175,14 @@ def condition_of(term: Term, model: Model, now: datetime) -> ColumnElement[bool]
     if field.form == "token" and field.name in ("kind", "status"):
         enum = model.__kinds__ if field.name == "kind" else MlJobStatus
         members = [to_member(enum, field.name, value) for value in term.values]
-        if field.name == "status" and len(members) == 1:
+        if len(members) == 1:
             # As the partial indexes say it: SQLite compares word by word.
             if members[0] in ACTIVE:
                 return and_(*in_active_state(table_of(model), MlJobStatus(members[0])))
-            one: ColumnElement[bool] = table_of(model).c.status == constant(members[0])
+            one: ColumnElement[bool] = table_of(model).c[field.name] == constant(members[0])
             return one
+        if set(members) == set(TERMINAL):
+            members = list(TERMINAL)  # in the order of the index
         found: ColumnElement[bool] = _column(model, field).in_(members)
         return found
     make = _MAKERS[field.form]

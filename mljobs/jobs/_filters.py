@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement
 from mljobs._values import storable_text, to_utc, utc_now
 from mljobs.errors import FilterError, InvalidValueError
 from mljobs.jobs._base import JobRef, Model, id_of
-from mljobs.jobs._conditions import Field, condition_of, fields_of, reach_of, tokens_of
+from mljobs.jobs._conditions import Field, condition_of, fields_of, tokens_of
 from mljobs.jobs._sentences import said
 from mljobs.jobs._words import (
     Operator,
@@ -198,20 +198,6 @@ class Selection:
     def conditions(self) -> list[ColumnElement[bool]]:
         """Return all conditions, with times counted from now."""
         return [*self.filter.conditions(self.model), *self.where]
-
-    def divided(
-        self, *, by_end: bool = False
-    ) -> tuple[list[ColumnElement[bool]], list[ColumnElement[bool]], list[ColumnElement[bool]]]:
-        """Return the conditions by how jobs that pass them are found: by index, by index if few pass, by looking.
-
-        Args:
-            by_end: Whether they are wanted in the order of end, not of creation.
-        """
-        now = utc_now()
-        parts: dict[str, list[ColumnElement[bool]]] = {"index": [], "narrow": [], "none": [*self.where]}
-        for term in self.filter.terms:
-            parts[reach_of(term, by_end=by_end)].append(condition_of(term, self.model, now))
-        return parts["index"], parts["narrow"], parts["none"]
 
     def __bool__(self) -> bool:
         return bool(self.filter) or bool(self.where)

@@ -10,12 +10,13 @@ from datetime import datetime
 from typing import Any, Final, Literal, get_args
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, func, literal, select, tuple_
+from sqlalchemy import ColumnElement, Subquery, func, literal, select, tuple_, union_all
 
 from mljobs._values import from_millis, to_job_id, to_millis
 from mljobs.errors import InvalidValueError
 from mljobs.jobs._base import Bind, check_count, connection_of, is_postgres, table_of
 from mljobs.jobs._filters import Selection
+from mljobs.jobs._serving import Range, branches, divided
 from mljobs.states import ACTIVE
 
 MAX_PAGE = 10_000
@@ -90,11 +91,25 @@ class Paging:
             InvalidValueError: ``after`` is no cursor of this order.
         """
         start = None if after is None else read_cursor(after, self._order)
+        branches = self._branches()
+        if branches:
+            return self._merge(read, branches, start)
         served, looked_at = self.divided(sort_all=scan)
         if not scan and looked_at:
             return self._look(read, served, looked_at, start)
         where = [*self._between(start, None), *served, *looked_at]
         return self._full(read(where, self._by, self._limit + 1), None)
+
+    def count(self, most: int) -> int:
+        """Return how many jobs are selected, or ``most`` where it is as many or more."""
+        number = 0
+        for branch in self._branches() or [self]:
+            served, looked_at = branch.divided(sort_all=True)
+            # In the order of an index: PostgreSQL would read the table from its beginning, where the newest jobs are not.
+            number += self._number([*served, *looked_at], most - number, branch._by)  # noqa: SLF001 - of this class
+            if number >= most:
+                break
+        return number
 
     def divided(self, *, sort_all: bool) -> tuple[list[ColumnElement[bool]], list[ColumnElement[bool]]]:
         """Return the conditions that an index serves, and those for which each job has to be looked at.
@@ -102,13 +117,17 @@ class Paging:
         Args:
             sort_all: Take what is only served where few jobs pass as served.
         """
-        served, narrow, looked_at = self._chosen.divided(by_end=self._by_end)
-        if narrow and self._few([*served, *narrow]):
+        parts = divided(self._chosen, by_end=self._by_end)
+        ranges = [condition for each in parts.ranges for condition in each.conditions]
+        few = next(filter(self._few, parts.ranges), None)
+        if few is not None:
             self._sort_few()
-            return [*served, *narrow], looked_at
-        if narrow and sort_all:
-            return [*served, *narrow], looked_at
-        return served, [*narrow, *looked_at]
+            job_id = table_of(self._chosen.model).c.id
+            # By themselves, or SQLite would rather read the whole table than look up what it takes for many.
+            ranges.append(job_id.in_(union_all(*(select(job_id).where(*each) for each in few.alternatives))))
+        elif not sort_all:
+            return parts.served, [*ranges, *parts.looked_at]
+        return [*parts.served, *ranges], parts.looked_at
 
     @property
     def reach(self) -> int:
@@ -124,14 +143,41 @@ class Paging:
         cursor = cursor_of(kept[-1], self._order) if len(jobs) > self._limit else None
         return Found(kept, cursor, scanned)
 
-    def _few(self, where: Sequence[ColumnElement[bool]]) -> bool:
-        some = select(table_of(self._chosen.model).c.id).where(*where).limit(_FEW + 1).subquery()
+    def _branches(self) -> list[Paging]:
+        chosen = [] if self._by_end else branches(self._chosen)
+        return [Paging(self._session, one, self._order, self._limit) for one in chosen]
+
+    def _merge(self, read: Reader, branches: Sequence[Paging], start: Place | None) -> Found:
+        """Read each branch in order by its own index, and the first of all."""
+        most = self._limit + 1
+        merged = union_all(*(select(branch._part(start)) for branch in branches)).subquery()  # noqa: SLF001 - of this class
+        by = [column.desc() if self._order in _DOWNWARDS else column.asc() for column in merged.c]
+        ids = select(merged.c[1]).order_by(*by).limit(most)
+        self._sort_few()
+        return self._full(read([table_of(self._chosen.model).c.id.in_(ids)], self._by, most), None)
+
+    def _part(self, start: Place | None) -> Subquery:
+        """Return the places of the first jobs after ``start``."""
+        served, _ = self.divided(sort_all=False)
+        places = select(*self._key).where(*self._between(start, None), *served)
+        return places.order_by(*self._by).limit(self._limit + 1).subquery()
+
+    def _few(self, found: Range) -> bool:
+        number = 0
+        for each in found.alternatives:
+            number += self._number(each, _FEW + 1 - number, ())
+            if number > _FEW:
+                return False
+        return True
+
+    def _number(self, where: Sequence[ColumnElement[bool]], most: int, by: Sequence[Any]) -> int:
+        some = select(table_of(self._chosen.model).c.id).where(*where).order_by(*by).limit(most).subquery()
         number: int = (
             connection_of(self._session, self._chosen.model)
             .execute(select(func.count()).select_from(some))
             .scalar_one()
         )
-        return number <= _FEW
+        return number
 
     def _look(
         self,
@@ -161,16 +207,22 @@ class Paging:
         return None if row is None else (row[0], row[1])
 
     def _between(self, start: Place | None, end: Place | None) -> list[ColumnElement[bool]]:
-        """Return the conditions for what comes after ``start`` and up to ``end``."""
-        here = tuple_(*self._key)
+        """Return the conditions for what comes after ``start`` and up to ``end``.
+
+        Times are compared by themselves too: from the pairs alone PostgreSQL takes a window for a third of the table, and
+        reads all of it.
+        """
+        here, moment = tuple_(*self._key), self._key[0]
         newest = self._order in _DOWNWARDS
         bounds: list[ColumnElement[bool]] = []
         if self._by_end:
             bounds.append(table_of(self._chosen.model).c.finished_at.is_not(None))
         if start is not None:
             bounds.append(here < self._there(start) if newest else here > self._there(start))
+            bounds.append(moment <= start[0] if newest else moment >= start[0])
         if end is not None:
             bounds.append(here >= self._there(end) if newest else here <= self._there(end))
+            bounds.append(moment >= end[0] if newest else moment <= end[0])
         return bounds
 
     def _there(self, place: Place) -> Any:

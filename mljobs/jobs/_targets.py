@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
-from sqlalchemy import Boolean, Connection, String, func, select, type_coerce
+from sqlalchemy import (
+    ARRAY,
+    Boolean,
+    Connection,
+    String,
+    Text,
+    UnaryExpression,
+    bindparam,
+    func,
+    literal,
+    select,
+    true,
+    type_coerce,
+)
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.sql.operators import custom_op
 
 from mljobs._values import storable_text
 from mljobs.jobs._base import Bind, Model, check_count, connection_of, is_postgres, lock_sqlite, table_of
-from mljobs.jobs._filters import Filter, conditions
-from mljobs.jobs._paging import MAX_PAGE
+from mljobs.jobs._filters import Filter, selection
+from mljobs.jobs._paging import MAX_PAGE, Paging
 from mljobs.jobs._summaries import JobSummary, summaries_of
 from mljobs.record._models import MlJob
 
@@ -25,10 +38,7 @@ def count_up_to(session: Bind, limit: int, filter: Filter | str | None = None, *
         filter: A :class:`~mljobs.Filter`, or its text.
         model: The mapped job class.
     """
-    table = table_of(model)
-    some = select(table.c.id).where(*conditions(model, filter)).limit(limit).subquery()
-    found: int = connection_of(session, model).scalar(select(func.count()).select_from(some)) or 0
-    return found
+    return Paging(session, selection(model, filter, None, {})).count(limit)
 
 
 def target_names(
@@ -46,14 +56,18 @@ def target_names(
     check_count("limit", limit, MAX_PAGE)
     names = table_of(model).c.target_name
     connection = connection_of(session, model)
-    first = select(func.min(names).label("name"))
+    # In the order of the index: by bytes, which on PostgreSQL have operators of their own.
+    postgres = is_postgres(connection)
+    later, begin = ("~>~", "~>=~") if postgres else (">", ">=")
+    by = UnaryExpression(names, modifier=custom_op("USING ~<~")) if postgres else names.asc()
+    first = select(names.label("name")).order_by(by).limit(1)
     if after is not None:
-        first = first.where(names > storable_text("after", after))
+        first = first.where(names.op(later, is_comparison=True)(storable_text("after", after)))
     if prefix:
-        first = first.where(names >= storable_text("prefix", prefix))
-    found = first.cte("found", recursive=True)
-    following = select(func.min(names)).where(names > found.c.name).scalar_subquery()
-    steps = found.union_all(select(following).where(found.c.name.is_not(None)))
+        first = first.where(names.op(begin, is_comparison=True)(storable_text("prefix", prefix)))
+    found = select(first.subquery().c.name).cte("found", recursive=True)
+    following = select(names).where(names.op(later, is_comparison=True)(found.c.name)).order_by(by).limit(1)
+    steps = found.union_all(select(following.scalar_subquery()).where(found.c.name.is_not(None)))
     listed = []
     for name in connection.scalars(select(type_coerce(steps.c.name, String())).limit(limit)):
         if name is None or not name.startswith(prefix):
@@ -75,19 +89,19 @@ def target_jobs(
     """
     check_count("limit", limit, MAX_PAGE)
     table, connection = table_of(model), connection_of(session, model)
-    ids: dict[str, list[Any]] = {}
-    for target in dict.fromkeys(targets):
-        newest = select(table.c.id).where(table.c.target_name == target)
-        newest = newest.order_by(table.c.created_at.desc(), table.c.id.desc()).limit(limit)
-        ids[target] = list(connection.scalars(newest))
-    found = {job.id: job for job in _in_parts(connection, ids, model)}
-    return {target: [found[one] for one in own if one in found] for target, own in ids.items()}
-
-
-def _in_parts(connection: Connection, ids: dict[str, list[Any]], model: Model) -> list[JobSummary]:
-    wanted = [one for own in ids.values() for one in own]
-    parts = (wanted[at : at + 1000] for at in range(0, len(wanted), 1000))
-    return [job for part in parts for job in summaries_of(connection, part, text=0, model=model)]
+    found: dict[str, list[JobSummary]] = {target: [] for target in targets}
+    newest = select(table.c.id).order_by(table.c.created_at.desc(), table.c.id.desc()).limit(limit)
+    if is_postgres(connection):
+        wanted = func.unnest(literal(list(found), ARRAY(Text()))).table_valued("name").render_derived(name="wanted")
+        each = newest.where(table.c.target_name == wanted.c.name).lateral()
+        ids = connection.scalars(select(each.c.id).select_from(wanted.join(each, true()))).all()
+    else:  # it has no LATERAL, and a statement more costs it little
+        one = newest.where(table.c.target_name == bindparam("name"))
+        ids = [job_id for target in found for job_id in connection.scalars(one, {"name": target})]
+    for at in range(0, len(ids), MAX_PAGE):
+        for job in summaries_of(connection, ids[at : at + MAX_PAGE], text=0, model=model):
+            found[job.target_name].append(job)
+    return found
 
 
 def limit_time(session: Bind, seconds: float, *, model: Model = MlJob) -> None:

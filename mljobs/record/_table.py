@@ -13,7 +13,7 @@ from mljobs._values import MAX_MS, MAX_PROGRESS
 from mljobs.guards._companions import listed, short_name, without_parameters
 from mljobs.guards._errors import exclusive_index
 from mljobs.guards._hooks import install_triggers
-from mljobs.states import ACTIVE, MlJobStatus
+from mljobs.states import ACTIVE, TERMINAL, MlJobStatus
 from mljobs.types import PostgresCheck, SqliteCheck, UtcMillis
 
 
@@ -105,11 +105,13 @@ def _readable_json(name: str) -> str:
 def _add_indexes(table: sa.Table) -> None:
     columns = table.c
 
-    def index(suffix: str, *keys: Any, where: str | None = None) -> None:
-        condition: dict[str, Any] = (
-            {} if where is None else {"postgresql_where": sa.text(where), "sqlite_where": sa.text(where)}
-        )
-        sa.Index(_name("ix", table, suffix), *keys, **condition)
+    def index(suffix: str, *keys: Any, where: str | None = None, by_bytes: bool = False) -> None:
+        options: dict[str, Any] = {}
+        if where is not None:
+            options |= {"postgresql_where": sa.text(where), "sqlite_where": sa.text(where)}
+        if by_bytes:  # whatever the collation of the database: so it serves the beginning of a name as well as `=`
+            options["postgresql_ops"] = {"target_name": "text_pattern_ops"}
+        sa.Index(_name("ix", table, suffix), *keys, **options)
 
     index(
         "queue",
@@ -128,9 +130,31 @@ def _add_indexes(table: sa.Table) -> None:
     )
     index("active", columns.target_name, columns.kind, where=f"status IN ({listed(ACTIVE)})")
     index("created", columns.created_at, columns.id)
-    index("finished", columns.finished_at, columns.id, where="finished_at IS NOT NULL")
-    index("target", columns.target_name, columns.created_at, columns.id)
-    index("failed", columns.created_at, columns.id, where=f"status = '{MlJobStatus.FAILED}'")
+    # Of the finished ones only, so that a job is written into it once; those at work are few.
+    done = f"status IN ({listed(TERMINAL)})"
+    index("finished_kind", columns.kind, columns.created_at, columns.id, where=done)
+    # Kind and state for those who count what finished: they are written once, for a finished job never changes.
+    index(
+        "finished",
+        columns.finished_at,
+        columns.id,
+        columns.kind,
+        columns.status,
+        where="finished_at IS NOT NULL",
+    )
+    index("target", columns.target_name, columns.created_at, columns.id, by_bytes=True)
+    # With OR, from which SQLite infers that a plain comparison with one of the two is served.
+    ended = f"status = '{MlJobStatus.FAILED}' OR status = '{MlJobStatus.CANCELLED}'"
+    index("failed", columns.status, columns.created_at, columns.id, where=ended)
+    index(
+        "failed_target",
+        columns.status,
+        columns.target_name,
+        columns.created_at,
+        columns.id,
+        where=ended,
+        by_bytes=True,
+    )
     index("retries", columns.retry_of, where="retry_of IS NOT NULL")
     index("lease", columns.lease, where="lease IS NOT NULL")
     # The second column is always true here: it tells SQLite's message from that of a host's own index on the target.
