@@ -26,7 +26,7 @@ def test_what_a_page_quotes_from_an_example_stands_there(page: str, source: str,
 
 def test_every_framework_has_its_page_and_every_page_quotes_or_runs_code() -> None:
     pages = {path.stem for path in (DOCS / "howto").glob("*.md")}
-    assert pages == {"fastapi", "flask", "litestar", "django", "errors", "events", "sweep"}
+    assert pages == {"fastapi", "flask", "litestar", "django", "errors", "events", "search", "sweep"}
     quoting = {page for page, _, _ in QUOTED}
     for path in (DOCS / "howto").glob("*.md"):
         assert "```python\n" in path.read_text() or path.relative_to(ROOT).as_posix() in quoting

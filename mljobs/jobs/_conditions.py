@@ -42,7 +42,7 @@ from mljobs.jobs._words import Form, Operator, Pattern, Term, Value, written
 from mljobs.record._sql import epoch_millis
 from mljobs.states import ACTIVE, TERMINAL, MlJobStatus
 
-_ID_DIGITS: Final = 32
+ID_DIGITS: Final = 32
 _DAY: Final = timedelta(days=1)
 _BEYOND_BIGINT: Final = 2**63
 
@@ -288,11 +288,11 @@ def _id_is(term: Term, field: Field, model: Model, value: Value, _now: datetime)
         raise InvalidValueError(term.name, value, "expected a beginning or an end of an id")
     column = _column(model, field)
     begin, end = value.parts[0], value.parts[1] if len(value.parts) > 1 else ""
-    if len(begin) == _ID_DIGITS and not end:
+    if len(begin) == ID_DIGITS and not end:
         return column == UUID(begin)
     found = []
     if begin:
-        lowest, highest = (UUID(begin.ljust(_ID_DIGITS, digit)) for digit in "0f")
+        lowest, highest = (UUID(begin.ljust(ID_DIGITS, digit)) for digit in "0f")
         found.append(and_(column >= lowest, column <= highest))
     if end:
         found.append(func.replace(cast(column, String), "-", "").like(literal(f"%{end}", Text())))

@@ -10,7 +10,7 @@ from typing import Final, Literal
 from sqlalchemy import ColumnElement
 
 from mljobs._values import utc_now
-from mljobs.jobs._conditions import condition_of
+from mljobs.jobs._conditions import ID_DIGITS, condition_of
 from mljobs.jobs._filters import Filter, Selection
 from mljobs.jobs._words import Pattern, Term
 from mljobs.states import ACTIVE, TERMINAL, MlJobStatus
@@ -66,14 +66,18 @@ def reach_of(term: Term) -> Reach:
         "kind": not values,  # which no job passes
         "status": values <= set(ACTIVE) or values in ({MlJobStatus.FAILED}, {MlJobStatus.CANCELLED}),
         "target": all(pattern.exact is not None for pattern in patterns),
-        "id": all(len(pattern.parts[0]) >= _ID_SELECTIVE for pattern in patterns),
+        "id": all(len(pattern.parts[0]) == ID_DIGITS for pattern in patterns),
     }
     if in_order.get(term.name, False):
         return "index"
     if term.name == "kind":
         return "kind"
-    beginning = len(patterns) == 1 and patterns[0].parts[1:] == ("",) and patterns[0].parts[0] != ""
-    return "range" if term.name == "finished" or (term.name == "target" and beginning) else "none"
+    ranges = {
+        "finished": True,
+        "id": all(len(pattern.parts[0]) >= _ID_SELECTIVE for pattern in patterns),
+        "target": len(patterns) == 1 and patterns[0].parts[1:] == ("",) and patterns[0].parts[0] != "",
+    }
+    return "range" if ranges.get(term.name, False) else "none"
 
 
 def divided(chosen: Selection, *, by_end: bool = False) -> Divided:
