@@ -28,31 +28,31 @@ _SQLITE = """
 WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < {rows} - 1)
 INSERT INTO ml_jobs (id, kind, target_name, status, progress, created_at, started_at, finished_at, error_message, spec_json,
                      metrics_json, attempts, priority, exclusive, worker)
-SELECT printf('%012x7%03x8%015x', {now} - ({rows} - i) * 900, i % 4096, i),
+SELECT printf('%012x7%03x8%015x', {now} - ({rows} - i) * {span} / {rows}, i % 4096, i),
   CASE i % 4 WHEN 0 THEN 'train' WHEN 1 THEN 'backfill' WHEN 2 THEN 'feature_refresh' ELSE 'drift_compute' END,
   'target_' || (i % 500), CASE WHEN i % 30 = 0 THEN 'failed' WHEN i % 97 = 0 THEN 'cancelled' ELSE 'completed' END, 100,
-  {now} - ({rows} - i) * 900, {now} - ({rows} - i) * 900 + 400, {now} - ({rows} - i) * 900 + 400 + i % 500,
+  {now} - ({rows} - i) * {span} / {rows}, {now} - ({rows} - i) * {span} / {rows} + 400, {now} - ({rows} - i) * {span} / {rows} + 400 + i % 500,
   CASE WHEN i % 30 = 0 THEN 'ValueError: row ' || i || ' is NaN' END, '{{"lr": 0.' || (i % 9 + 1) || ', "depth": ' || (i % 7) || '}}',
   CASE WHEN i % 30 THEN '{{"f1": 0.' || (i % 1000) || '}}' END, 1, 0, 0, 'w' || (i % 20) FROM n"""
 _POSTGRES = """
 INSERT INTO ml_jobs (id, kind, target_name, status, progress, created_at, started_at, finished_at, error_message, spec_json,
                      metrics_json, attempts, priority, exclusive, worker)
-SELECT (lpad(to_hex({now} - ({rows} - i) * 900), 12, '0') || '7' || lpad(to_hex(i % 4096), 3, '0') || '8' || lpad(to_hex(i), 15, '0'))::uuid,
+SELECT (lpad(to_hex({now} - ({rows} - i) * {span} / {rows}), 12, '0') || '7' || lpad(to_hex(i % 4096), 3, '0') || '8' || lpad(to_hex(i), 15, '0'))::uuid,
   (ARRAY['train', 'backfill', 'feature_refresh', 'drift_compute'])[i % 4 + 1], 'target_' || (i % 500),
   CASE WHEN i % 30 = 0 THEN 'failed' WHEN i % 97 = 0 THEN 'cancelled' ELSE 'completed' END, 100, at, at + interval '400 ms',
   at + (400 + i % 500) * interval '1 ms', CASE WHEN i % 30 = 0 THEN 'ValueError: row ' || i || ' is NaN' END,
   json_build_object('lr', (i % 9 + 1) / 10.0, 'depth', i % 7), CASE WHEN i % 30 > 0 THEN json_build_object('f1', (i % 1000) / 1000.0) END,
   1, 0, false, 'w' || (i % 20)
-FROM (SELECT i, date_trunc('milliseconds', to_timestamp(({now} - ({rows} - i) * 900) / 1000.0)) AS at
+FROM (SELECT i, date_trunc('milliseconds', to_timestamp(({now} - ({rows} - i) * {span} / {rows}) / 1000.0)) AS at
       FROM generate_series(0::bigint, {rows} - 1) AS i) AS n"""
 
 
-def fill(store: JobStore, rows: int) -> None:
-    """Insert finished jobs, one each 0.9 seconds up to now, and some that run and wait."""
+def fill(store: JobStore, rows: int, *, apart: float = 900) -> None:
+    """Insert finished jobs, one each 900 milliseconds up to now, or so many, and some that run and wait."""
     statement = _POSTGRES if store.engine.dialect.name == "postgresql" else _SQLITE
     with store.engine.begin() as connection:
         connection.execution_options(no_parameters=True).exec_driver_sql(
-            statement.format(rows=rows, now=int(time.time() * 1000))
+            statement.format(rows=rows, span=int(rows * apart), now=int(time.time() * 1000))
         )
     with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("ANALYZE"))

@@ -37,7 +37,6 @@ from mljobs.store._following import (
     closed_meanwhile,
     poll_seconds,
     wait_steps,
-    watch_steps,
 )
 from mljobs.store._keeper import Keeper
 from mljobs.store._methods import (
@@ -55,6 +54,7 @@ from mljobs.store._recording import record_end
 from mljobs.store._run import Run, worker_name
 from mljobs.store._store import JobStore
 from mljobs.store._transferring import AsyncTransfers
+from mljobs.store._watching import watch_steps
 
 R = TypeVar("R")
 

@@ -29,7 +29,7 @@ from mljobs.record._models import MlJob
 from mljobs.store._base import LEASE_GIVEN_BACK, Store, bind_of, read_committed, source_error, store_method
 from mljobs.store._bulk import BulkActions
 from mljobs.store._display import display_for
-from mljobs.store._following import Follower, FollowSteps, Read, closed_meanwhile, poll_seconds, wait_steps, watch_steps
+from mljobs.store._following import Follower, FollowSteps, Read, closed_meanwhile, poll_seconds, wait_steps
 from mljobs.store._keeper import Keeper
 from mljobs.store._methods import (
     claim_method,
@@ -45,6 +45,7 @@ from mljobs.store._outcomes import Followable, Followed, followed_steps, followi
 from mljobs.store._recording import record_end
 from mljobs.store._run import Run, worker_name
 from mljobs.store._transferring import Transfers
+from mljobs.store._watching import watch_steps
 
 _CACHE_OWNED = 16
 _CACHE_SHARED = 2  # of a host's pool
@@ -227,7 +228,8 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
     ) -> Iterator[M]:
         """Yield each job that is added or changes (state, progress, attempts), from now on.
 
-        A job that changes twice between two looks is yielded once, as it is then.
+        A job that changes twice between two looks is yielded once, as it is then. One that is committed five minutes or more
+        after its times were taken may be missed.
 
         Args:
             filter: A :class:`~mljobs.Filter`, or its text; None for all jobs.

@@ -1,0 +1,480 @@
+"""What a watch reads and remembers: late commits, clocks that differ, few columns, few rows, bounded memory.
+
+A look is called by hand here, and the clock is the test's, so that nothing waits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from itertools import combinations
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Connection, Engine, create_engine, event, insert, update
+from sqlalchemy.orm import Session
+
+from mljobs import JobStore, MlJob, jobs
+from mljobs._values import utc_now
+from mljobs.jobs._filters import selection
+from mljobs.store import _watching
+from mljobs.store._following import Read
+from mljobs.store._watching import _Watch
+
+TABLE = MlJob.__table__
+MINUTE = timedelta(minutes=1)
+
+
+class Looks:
+    """A watch whose looks are called."""
+
+    def __init__(self, engine: Engine, filter: str | None = None, **fields: Any) -> None:  # noqa: A002 - as in a store
+        self.watch = _Watch(selection(MlJob, filter, None, fields))
+        self._engine = engine
+        self.look()
+
+    def look(self) -> list[MlJob]:
+        """Return what one look yields."""
+        steps, found, answer = self.watch.look(), list[MlJob](), None
+        while True:
+            try:
+                step = steps.send(answer)
+            except StopIteration:
+                return found
+            answer = None
+            if isinstance(step, Read):
+                with self._engine.begin() as connection:
+                    answer = step.operation(connection)
+            else:
+                found.append(step)
+
+    def seen(self) -> list[tuple[str, str]]:
+        """Return target and state of what one look yields."""
+        return [(job.target_name, str(job.status)) for job in self.look()]
+
+    @property
+    def remembered(self) -> int:
+        """How many ids and states it holds."""
+        watch = self.watch
+        return len(watch._created) + len(watch._finished) + len(watch._running) + len(watch._queued)
+
+
+class Clock:
+    """The clock of the watch, which tests set."""
+
+    def __init__(self) -> None:
+        self.now = utc_now()
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(_watching, "utc_now", made)
+    return made
+
+
+def add(connection: Connection, name: str, created_at: datetime, **values: Any) -> Any:
+    """Insert a job and return its id."""
+    job = MlJob(kind="train", target_name=name)
+    values = {"id": job.id, "kind": "train", "target_name": name, "spec_json": "{}", "created_at": created_at, **values}
+    connection.execute(insert(TABLE).values(status="queued", progress=0).values(values))
+    return job.id
+
+
+def _set(engine: Engine, job_id: Any, **values: Any) -> None:
+    with engine.begin() as connection:
+        connection.execute(update(TABLE).where(TABLE.c.id == job_id).values(**values))
+
+
+# ------------------------------------------------------------------------------------------- transactions that stay open
+
+
+def _create_late(engine: Engine) -> Iterator[None]:
+    job = MlJob(kind="train", target_name="late")  # its time is taken, and nothing is written
+    yield
+    with Session(engine) as session:
+        session.add(job)
+        session.flush()
+        yield
+        session.commit()
+
+
+def _finish_late(engine: Engine) -> Iterator[None]:
+    with engine.connect() as connection:
+        job_id = add(connection, "late", utc_now() - 60 * MINUTE)
+        connection.commit()
+        yield
+        jobs.cancel(connection, job_id)
+        yield
+        connection.commit()
+
+
+def _live_late(engine: Engine) -> Iterator[None]:
+    with engine.connect() as connection:
+        job = MlJob(kind="train", target_name="late")
+        yield
+        with connection.begin_nested():  # a subtransaction, whose id no snapshot holds
+            jobs.submit_many(connection, [job])
+            jobs.complete(connection, jobs.claim_one(connection, job.id, worker="w"))
+        yield
+        connection.commit()
+
+
+INTERLEAVED = [sorted(chosen) for chosen in combinations(range(5), 3)]
+"""At which of five steps the late transaction takes its time, writes and commits; another job is done at the others."""
+
+
+@pytest.mark.parametrize("life", [_create_late, _finish_late, _live_late])
+def test_a_commit_that_comes_late_is_seen_once_at_the_next_look(
+    postgres_url: str, life: Callable[[Engine], Iterator[None]]
+) -> None:
+    engine = create_engine(postgres_url)
+    with JobStore(postgres_url) as store:
+        for places in INTERLEAVED:
+            looks, late, found = Looks(engine), life(engine), list[list[str]]()
+            for step in range(5):
+                if step in places:
+                    next(late, None)
+                else:
+                    store.cancel(store.submit("train", "other"))
+                found.append([name for name, _ in looks.seen()])
+            assert found == [
+                ["late"] if step == places[-1] else [] if step in places else ["other"] for step in range(5)
+            ], places
+    engine.dispose()
+
+
+@pytest.fixture
+def busy(sqlite_url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """A database with so many jobs in the last five minutes that a look, whose slices have three, reads a part of them."""
+    monkeypatch.setattr(_watching, "_SLICE", 3)
+    engine = create_engine(sqlite_url)
+    with engine.begin() as connection:
+        for number in range(60):
+            add(connection, "before", clock.now - timedelta(seconds=5 * number))
+    yield engine
+    engine.dispose()
+
+
+def test_what_is_late_is_seen_once_among_many_that_are_not(busy: Engine, clock: Clock) -> None:
+    looks, found = Looks(busy), list[str]()
+    for number in range(40):
+        clock.now += timedelta(seconds=5)
+        with busy.begin() as connection:
+            for _ in range(4):
+                add(connection, "new", clock.now)
+            if number == 10:
+                for minutes in (1, 2, 3, 4):
+                    late = clock.now - minutes * MINUTE
+                    add(connection, f"{minutes} late", late)
+                    add(connection, f"{minutes} ended late", late - 60 * MINUTE, status="failed", finished_at=late)
+        seen = [name for name, _ in looks.seen()]
+        assert seen.count("new") == 4
+        found += [name for name in seen if name != "new"]
+    assert sorted(found) == sorted(f"{minutes} {what}" for minutes in (1, 2, 3, 4) for what in ("late", "ended late"))
+
+
+def test_what_is_a_little_late_or_by_a_clock_that_is_slow_is_seen_at_the_next_look(busy: Engine, clock: Clock) -> None:
+    looks = Looks(busy)
+    with busy.begin() as connection:
+        add(connection, "by a clock that is fast", clock.now + 60 * MINUTE)
+    assert len(looks.look()) == 1
+    for milliseconds in (900, 500):
+        with busy.begin() as connection:
+            add(connection, "late", clock.now - timedelta(milliseconds=milliseconds))
+        assert [name for name, _ in looks.seen()] == ["late"]
+    written = clock.now
+    for _ in range(20):
+        clock.now += timedelta(seconds=20)  # ahead of who submits, more and more
+        written += timedelta(seconds=15)
+        with busy.begin() as connection:
+            add(connection, "slow", written)
+        assert [name for name, _ in looks.seen()] == ["slow"]
+
+
+ACTS = st.one_of(
+    st.tuples(st.just("add"), st.integers(0, 290)),
+    st.tuples(st.just("add finished"), st.integers(0, 290)),
+    st.tuples(st.sampled_from(["claim", "requeue", "progress"]), st.integers(0, 9)),
+    st.tuples(st.just("finish"), st.integers(0, 9), st.integers(0, 290)),
+    st.tuples(st.just("wait"), st.integers(0, 100)),
+    st.tuples(st.just("look")),
+)
+
+
+class World:
+    """Some jobs, and what a watch has said of them."""
+
+    def __init__(self, engine: Engine, clock: Clock) -> None:
+        self.engine, self.clock = engine, clock
+        self.jobs: list[Any] = []
+        self.states: dict[Any, tuple[str, int, int]] = {}
+        self.said: dict[Any, list[tuple[str, int, int]]] = {}
+
+    def act(self, act: tuple[Any, ...]) -> None:
+        name, *numbers = act
+        late = self.clock.now - timedelta(seconds=numbers[-1] if numbers else 0)
+        with self.engine.begin() as connection:
+            if name.startswith("add"):
+                values = {"status": "failed", "finished_at": late} if name == "add finished" else {}
+                job_id = add(connection, "x", late, **values)
+                self.jobs.append(job_id)
+                self.states[job_id] = (values.get("status", "queued"), 0, 0)
+            elif name not in ("wait", "look") and self.jobs:
+                self._change(connection, name, self.jobs[numbers[0] % len(self.jobs)], late)
+
+    def _change(self, connection: Connection, name: str, job_id: Any, late: datetime) -> None:
+        status, progress, attempts = self.states[job_id]
+        if name == "claim" and status == "queued":
+            after = ("running", progress, attempts + 1)
+        elif name == "requeue" and status == "running":
+            after = ("queued", progress, attempts)
+        elif name == "progress" and status == "running":
+            after = (status, (progress + 7) % 100, attempts)
+        elif name == "finish" and status in ("queued", "running"):
+            after = ("cancelled", progress, attempts)
+        else:
+            return
+        self.states[job_id] = after
+        values = dict(zip(("status", "progress", "attempts"), after, strict=True))
+        ended = {"finished_at": late} if name == "finish" else {}
+        connection.execute(update(TABLE).where(TABLE.c.id == job_id).values(**values, **ended))
+
+    def hear(self, jobs: list[MlJob]) -> None:
+        for job in jobs:
+            self.said.setdefault(job.id, []).append((str(job.status), job.progress, job.attempts))
+
+
+def test_whatever_comes_in_whatever_order_the_last_state_is_said_and_none_twice(
+    sqlite_url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"_SLICE": 2, "_FIRST_SLICE": 3, "_AT_ONCE": 2, "_CHANGES_KEPT": 3, "_QUICK": 60.0}.items():
+        monkeypatch.setattr(_watching, name, value)
+    engine = create_engine(sqlite_url)
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(ACTS, max_size=8), st.lists(ACTS, max_size=25))
+    def check(before: list[tuple[Any, ...]], acts: list[tuple[Any, ...]]) -> None:
+        clock.now += timedelta(days=1)  # the jobs of the example before are out of sight
+        world = World(engine, clock)
+        for act in before:
+            world.act(act)
+        first, looks = dict(world.states), Looks(engine)
+        for act in acts:
+            world.act(act)
+            clock.now += timedelta(seconds=act[1] if act[0] == "wait" else 1)
+            if act[0] in ("look", "claim"):
+                world.hear(looks.look())
+        for _ in range(2 * len(world.jobs) + 4):
+            clock.now += timedelta(seconds=1)
+            world.hear(looks.look())
+        for job_id, state in world.states.items():
+            said = world.said.get(job_id, [])
+            assert all(one != other for one, other in zip([first.get(job_id), *said], said, strict=False))
+            assert [first.get(job_id), *said][-1] == state, (state, said)
+        assert looks.look() == []
+
+    check()
+    engine.dispose()
+
+
+# --------------------------------------------------------------------------------------------------- what is yielded
+
+
+def test_a_job_that_leaves_the_filter_is_yielded_once_more_and_is_new_when_it_comes_back(url: str) -> None:
+    engine = create_engine(url)
+    with JobStore(url) as store:
+        looks, running = Looks(engine, "status:queued"), Looks(engine, status="running")
+        job = store.submit("train", "a")
+        assert (looks.seen(), running.seen()) == ([("a", "queued")], [])
+        claim = store.claim_one(job, worker="w")
+        assert (looks.seen(), running.seen()) == ([("a", "running")], [("a", "running")])
+        store.set_progress(claim, 5)
+        assert (looks.seen(), running.seen()) == ([], [("a", "running")])
+        store.requeue(claim)
+        assert (looks.seen(), running.seen()) == ([("a", "queued")], [("a", "queued")])
+        store.requeue(store.claim_one(job, worker="w"))  # begun and put back between two looks
+        assert (looks.seen(), running.seen()) == ([("a", "queued")], [])
+        store.complete(store.claim_one(job, worker="w"))
+        assert (looks.seen(), running.seen()) == ([("a", "completed")], [])
+        assert (looks.seen(), running.seen()) == ([], [])
+    engine.dispose()
+
+
+def test_jobs_are_yielded_in_the_order_in_which_they_changed_and_as_they_are_then(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_watching, "_AT_ONCE", 1)
+    engine = create_engine(sqlite_url)
+    with JobStore(sqlite_url) as store:
+        ids = store.submit_many([("train", name, None) for name in ("a", "b", "c")], ids=True)
+        looks, moment = Looks(engine), utc_now()
+        for number, job_id in enumerate(reversed(ids)):
+            _set(engine, job_id, status="cancelled", finished_at=moment + timedelta(seconds=number))
+        assert [name for name, _ in looks.seen()] == ["c", "b", "a"]
+        first, second = (store.submit("train", name) for name in ("d", "e"))
+        steps, found, answer = looks.watch.look(), list[tuple[str, str]](), None
+        with engine.connect() as connection:
+            for _ in range(5):
+                step = steps.send(answer)
+                answer = step.operation(connection) if isinstance(step, Read) else None
+                if isinstance(step, MlJob):
+                    found.append((step.target_name, str(step.status)))
+                    store.cancel(second)
+                connection.rollback()
+        assert found == [(first.target_name, "queued"), ("e", "cancelled")]
+        assert list(steps) == looks.look() == []
+    engine.dispose()
+
+
+def test_who_takes_his_time_with_a_job_misses_none(sqlite_url: str, clock: Clock) -> None:
+    engine = create_engine(sqlite_url)
+    looks = Looks(engine)
+    with engine.begin() as connection:
+        ended = {"status": "failed", "finished_at": clock.now + 2 * MINUTE}
+        add(connection, "meanwhile", clock.now + MINUTE, **ended)
+    clock.now += 60 * MINUTE
+    assert looks.seen() == [("meanwhile", "failed")]
+    engine.dispose()
+
+
+@pytest.mark.parametrize("minutes", [-4, 4, 60])
+def test_the_clock_of_who_submits_may_differ(sqlite_url: str, clock: Clock, minutes: int) -> None:
+    engine = create_engine(sqlite_url)
+    looks = Looks(engine)
+    with engine.begin() as connection:
+        add(connection, "a", clock.now + minutes * MINUTE)
+    assert looks.seen() == [("a", "queued")]
+    clock.now += timedelta(seconds=10)
+    with engine.begin() as connection:
+        add(connection, "b", clock.now)
+    assert looks.seen() == [("b", "queued")]
+    for moved in (5.5 * MINUTE, timedelta(0), -2 * MINUTE, timedelta(0)):  # it is set back
+        clock.now += moved
+        assert looks.seen() == []
+    engine.dispose()
+
+
+def test_an_import_of_what_finished_long_ago_is_not_yielded(sqlite_url: str, clock: Clock) -> None:
+    engine = create_engine(sqlite_url)
+    looks, hour = Looks(engine), clock.now - 60 * MINUTE
+    with engine.begin() as connection:
+        add(connection, "old", hour, status="failed", finished_at=hour)
+        add(connection, "ended before it was created", clock.now, status="failed", finished_at=hour)
+        add(connection, "old and running", hour, status="running", started_at=hour)
+    assert looks.seen() == [("old and running", "running"), ("ended before it was created", "failed")][::-1]
+    assert looks.seen() == []
+    engine.dispose()
+
+
+# ----------------------------------------------------------------------------------------------------- what it costs
+
+
+@contextmanager
+def sent(engine: Engine) -> Iterator[list[tuple[str, Any]]]:
+    """Yield the statements that an engine sends in the block, with their parameters."""
+    statements: list[tuple[str, Any]] = []
+
+    def note(_1: Any, _2: Any, statement: str, parameters: Any, *_: Any) -> None:
+        statements.append((statement, parameters))
+
+    event.listen(engine, "before_cursor_execute", note)
+    yield statements
+    event.remove(engine, "before_cursor_execute", note)
+
+
+def test_no_look_reads_the_table_or_whole_records_of_what_did_not_change(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_watching, "_SLICE", 10)
+    engine = create_engine(url)
+    with JobStore(url) as store, engine.begin() as connection:
+        long_ago = utc_now() - 6000 * MINUTE
+        old = [
+            {"created_at": long_ago + number * MINUTE, "finished_at": long_ago + number * MINUTE, "status": "failed"}
+            for number in range(1500)
+        ]
+        store.submit_many([MlJob(kind="train", target_name="x", **values) for values in old])
+        store.submit_many([("train", "x", None)] * 30)
+        claims = store.claim(worker="w", limit=10)
+        connection.exec_driver_sql("ANALYZE")
+    with sent(engine) as statements, JobStore(url) as store:
+        for looks in (Looks(engine), Looks(engine, "kind:train target:x status:running,completed")):
+            jobs_before = len(statements)
+            store.submit("train", "x")
+            store.complete(claims.pop())
+            assert looks.look()
+            assert looks.look() == []
+            whole = [text for text, _ in statements[jobs_before:] if "spec_json" in text]
+            assert len(whole) == 1
+            assert re.search(r"\.id IN \(", whole[0])
+    with engine.connect() as connection:
+        explain = "EXPLAIN " if engine.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN "
+        assert len(statements) > 12
+        for statement, parameters in statements:
+            plan = [str(row[-1]) for row in connection.exec_driver_sql(explain + statement, parameters)]
+            assert not [line for line in plan if re.search(r"Seq Scan on ml_jobs|SCAN ml_jobs$", line)], plan
+    engine.dispose()
+
+
+def test_what_a_watch_remembers_is_bounded(sqlite_url: str, clock: Clock) -> None:
+    engine = create_engine(sqlite_url)
+    looks, most = Looks(engine), 0
+    for _ in range(40):
+        clock.now += MINUTE
+        with engine.begin() as connection:
+            for number in range(5):
+                ended = {"status": "failed", "finished_at": clock.now} if number else {}
+                add(connection, "x", clock.now, **ended)
+        assert len(looks.look()) == 5
+        most = max(most, looks.remembered)
+    assert most <= 5 * 8 + 8  # the jobs of seven minutes; of those that are queued the state too
+    clock.now += 20 * MINUTE
+    looks.look()
+    looks.look()
+    assert looks.remembered == 0
+    engine.dispose()
+
+
+def test_of_many_queued_jobs_the_latest_are_remembered(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_watching, "_QUEUED_KEPT", 3)
+    engine = create_engine(sqlite_url)
+    with JobStore(sqlite_url) as store:
+        looks = Looks(engine)
+        ids = store.submit_many([("train", str(number), None) for number in range(9)], ids=True)
+        assert len(looks.look()) == 9
+        assert len(looks.watch._queued) == 3
+        store.claim_one(ids[0], worker="w")
+        store.cancel(ids[1])
+        assert looks.seen() == [("0", "running"), ("1", "cancelled")]
+        assert looks.look() == []
+    engine.dispose()
+
+
+def test_jobs_begun_by_hand_are_looked_for_less_often_where_that_takes_long(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = create_engine(sqlite_url)
+    with JobStore(sqlite_url) as store, engine.begin() as connection:
+        by_hand, leased = (add(connection, name, utc_now() - 60 * MINUTE) for name in ("by hand", "leased"))
+        connection.commit()
+        looks = Looks(engine)
+        monkeypatch.setattr(_watching, "_QUICK", -1.0)
+        monkeypatch.setattr(_watching, "_REST", 1e9)
+        assert looks.look() == []
+        _set(engine, by_hand, status="running")
+        claim = store.claim_one(leased, worker="w")
+        assert looks.seen() == [("leased", "running")]
+        looks.watch._by_hand_after = 0.0
+        assert looks.seen() == [("by hand", "running")]
+        store.set_progress(claim, 5)
+        _set(engine, by_hand, progress=7)
+        assert sorted(looks.seen()) == [("by hand", "running"), ("leased", "running")]
+    engine.dispose()
