@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -46,6 +47,12 @@ def _stored(target: object, name: str) -> Any:
     if history.deleted:
         return history.deleted[0]
     return history.unchanged[0] if history.unchanged else None
+
+
+def _stored_id(target: object) -> Any:
+    """Return what ``_stored`` does for the id, which hardly ever changes."""
+    state = attributes.instance_state(target)
+    return _stored(target, "id") if "id" in state.committed_state else state.dict.get("id") or _stored(target, "id")
 
 
 def _changes(state: InstanceState[Any]) -> dict[str, tuple[object, object]]:
@@ -120,6 +127,7 @@ def _check_attempt(target: Any, wanted: MlJobStatus, changes: dict[str, tuple[ob
 
 
 _OF_THE_CLAIM = ("worker", "attempts", "started_at")
+_SET_BY_CLAIM = frozenset({"lease", *_OF_THE_CLAIM})
 
 
 def _check_lease(mapper: Mapper[Any], connection: Connection, target: Any) -> None:
@@ -132,25 +140,27 @@ def _check_lease(mapper: Mapper[Any], connection: Connection, target: Any) -> No
         TerminalStateError: The job has finished meanwhile.
     """
     state = attributes.instance_state(target)
-    job_id, wanted = _stored(target, "id"), state.dict.get("lease")
-    lease = state.committed_state.get("lease", wanted)
+    committed = state.committed_state
+    job_id, wanted = _stored_id(target), state.dict.get("lease")
+    lease = committed.get("lease", wanted)
     if isinstance(wanted, int) and wanted != lease:  # by merge; only a claim makes a lease
         raise LeaseLostError(job_id, wanted)
     if not isinstance(lease, int):  # set without ever being loaded
         return
-    changes = _changes(state)
     table: Any = mapper.columns["status"].table
-    if any(name in changes and changes[name][1] is not None for name in _OF_THE_CLAIM):
-        raise _held(connection, table, job_id, lease)
-    if "lease" in changes and "status" not in changes:
-        raise InvalidValueError(
-            "lease", wanted, "it goes when the job finishes or is requeued: call the record's method"
-        )
+    if not _SET_BY_CLAIM.isdisjoint(committed):
+        changes = _changes(state)
+        if any(name in changes and changes[name][1] is not None for name in _OF_THE_CLAIM):
+            raise _held(connection, table, job_id, lease)
+        if "lease" in changes and "status" not in changes:
+            raise InvalidValueError(
+                "lease", wanted, "it goes when the job finishes or is requeued: call the record's method"
+            )
     found = _locked(mapper, connection, target, job_id)
-    if found is None or found.lease == lease:  # where no row is there, the flush says so
+    if found is None or found[1] == lease:  # where no row is there, the flush says so
         return
-    if found.status.is_terminal:
-        raise TerminalStateError(job_id, found.status, found.finished_at, changes)
+    if found[2].is_terminal:
+        raise TerminalStateError(job_id, found[2], found[3], _changes(state))
     raise LeaseLostError(job_id, lease)
 
 
@@ -161,7 +171,7 @@ _AT_ONCE = 500
 
 
 def _locked(mapper: Mapper[Any], connection: Connection, target: Any, job_id: Any) -> Any:
-    """Return the present ``lease``, ``status`` and ``finished_at`` of a row, which nobody else changes until the commit.
+    """Return the present id, lease, status and end of a row, which nobody else changes until the commit.
 
     The first record of a flush has the rows of all of them locked, for a round trip each costs as much as the whole flush.
     """
@@ -175,8 +185,8 @@ def _locked(mapper: Mapper[Any], connection: Connection, target: Any, job_id: An
         event.listen(session, "after_flush", _forget)
         event.listen(session, "after_soft_rollback", _forget)
     if (connection, table, job_id) not in rows:
-        ids = {job_id, *(_stored(job, "id") for job in session.dirty if _is_written_under_lease(mapper, job))}
-        rows |= _lock(connection, table, sorted(ids))
+        ids = {job_id, *(_stored_id(job) for job in session.dirty if _is_written_under_lease(mapper, job))}
+        rows |= _lock(connection, table, sorted(ids, key=attrgetter("int")))
     return rows.pop((connection, table, job_id), None)
 
 
@@ -199,7 +209,7 @@ def _lock(connection: Connection, table: Any, ids: Sequence[Any]) -> _Rows:
     for start in range(0, len(ids), _AT_ONCE):
         some = table.c.id.in_(ids[start : start + _AT_ONCE])
         statement = select(*columns).where(some).order_by(table.c.id).with_for_update(key_share=True)
-        rows |= {(connection, table, row.id): row for row in connection.execute(statement)}
+        rows |= {(connection, table, row[0]): row for row in connection.execute(statement)}
     return rows
 
 
