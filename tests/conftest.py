@@ -7,11 +7,13 @@ How to write a fast test:
   to do with the database take ``sqlite_url``.
 - Do not create databases, servers, virtual environments or wheels: each test's database is fresh already, and most of
   them are old ones that were emptied. A test that changes the schema by DDL costs a new one, a tenth of a second.
+- Cases that may share a database share a test: a loop, and around each ``tests.cases.case``, which names it in a failure.
+  A parameter costs a database and its engines each time, a tenth of a second.
 - A short Python command runs through ``python`` (`tests.fork_server`), which forks a process that has imported SQLAlchemy,
   Alembic and mljobs; processes of `multiprocessing` start by ``tests.fork_server.forkserver()``. Only a test of the start
   itself starts Python, which costs half a second.
 - Wait by `tests.waiting.until` or an event, never by a sleep; let a lease or a poll that must run out be short.
-- Import what only one test needs, and takes long to import, in that test.
+- Import what only one test needs, and takes long to import, in that test: each test process imports every file.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from sqlalchemy.pool import NullPool
 from mljobs import JobStore, metadata
 from tests import postgres
 from tests.backends import DRIVERS, Backend
+from tests.compiled_once import compile_once
 from tests.databases import Databases
 from tests.fork_server import ForkServer
 
@@ -52,12 +55,14 @@ def pytest_configure() -> None:
     """Keep the databases in memory, where there is room, and let processes keep compiled modules.
 
     On a disk the suite takes twice as long; and each process that tests start would compile the package anew. And let
-    Ctrl-C be heard, by what tests start too.
+    Ctrl-C be heard, by what tests start too. Statements are compiled once, see ``compiled_once.py``.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
         signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
+    gc.disable()  # until all is collected
+    compile_once()
     if "TMPDIR" not in os.environ and _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > _MEMORY_BYTES:
         os.environ["TMPDIR"] = str(_MEMORY)
         tempfile.tempdir = None  # so that it is looked up again
@@ -69,9 +74,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Keep the garbage collector from what was imported and collected, which stays to the end."""
-    gc.collect()
+    """Keep the garbage collector from what was imported and collected, which stays to the end, and let it rest longer."""
     gc.freeze()
+    gc.enable()
+    gc.set_threshold(20_000)
 
 
 def pytest_xdist_auto_num_workers() -> int:
