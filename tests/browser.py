@@ -1,17 +1,12 @@
-"""A real browser for the tests of the board, and a server that it opens."""
+"""A real browser for the tests of the board."""
 
 from __future__ import annotations
 
 import base64
 import shutil
-import socket
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
@@ -101,25 +96,3 @@ def _program(*names: str) -> str:
         if found:
             return found
     raise RuntimeError(f"install {names[0]}: the tests of the board need a browser")
-
-
-@contextmanager
-def served(app: Any, port: int = 0) -> Iterator[str]:
-    """Serve an application from a thread, and end it with its open streams."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", port))
-        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1, lifespan="off")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            stop: Callable[[], None] | None = (
-                getattr(getattr(app.state, "site", None), "hub", None) and app.state.site.hub.stop
-            )
-            if stop is not None:
-                stop()
-            server.should_exit = True
-            thread.join(PATIENCE)

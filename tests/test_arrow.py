@@ -9,7 +9,6 @@ from typing import Any
 from uuid import UUID
 
 import duckdb
-import polars as pl
 import pyarrow as pa
 import pytest
 from sqlalchemy import Engine, text
@@ -20,6 +19,7 @@ from mljobs._values import from_millis
 from mljobs.guards._companions import GUARDED_COLUMNS
 from mljobs.transfer._arrow import arrow_batches, reader_of, to_arrow
 from tests.backends import Backend
+from tests.cases import case
 from tests.host_application import HostBase, Team, TrainingRun
 
 COLUMNS = [name for name in GUARDED_COLUMNS if name != "lease"]
@@ -213,9 +213,8 @@ def test_ids_may_be_arrows_own_uuids(backend: Backend) -> None:
     assert {row["id"]: row["retry_of"] for row in table.to_pylist()} == {job["id"]: job["retry_of"] for job in held}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_what_is_asked_wrongly_is_named(engine: Engine) -> None:
+    for options, message in [
         ({"columns": ["nothing"]}, "'columns' cannot be 'nothing'"),
         ({"columns": ["id", "id"]}, "once at most"),
         ({"columns": []}, "'columns' cannot be .*expected at least one"),
@@ -224,14 +223,12 @@ def test_ids_may_be_arrows_own_uuids(backend: Backend) -> None:
         ({"ids": "int"}, "'string' or 'uuid'"),
         ({"status": "done"}, "expected one of queued"),
         ({"model": int}, "mapped class"),
-    ],
-)
-def test_what_is_asked_wrongly_is_named(engine: Engine, options: dict[str, Any], message: str) -> None:
-    with Session(engine) as session:
-        with pytest.raises(InvalidValueError, match=message):
-            to_arrow(session, **options)
-        with pytest.raises(InvalidValueError, match=r"batch.*expected an int"):
-            arrow_batches(session, batch=0)
+    ]:
+        with case(options), Session(engine) as session:
+            with pytest.raises(InvalidValueError, match=message):
+                to_arrow(session, **options)
+            with pytest.raises(InvalidValueError, match=r"batch.*expected an int"):
+                arrow_batches(session, batch=0)
 
 
 def test_objects_whose_keys_are_data_are_not_spread_without_end(engine: Engine) -> None:
@@ -268,6 +265,8 @@ def test_a_hosts_own_table_is_read_with_its_kinds_and_columns(engine: Engine) ->
 
 
 def test_data_frames_read_the_types(engine: Engine) -> None:
+    import polars as pl
+
     with Session(engine) as session:
         held = _add(session)
         table = to_arrow(session, spread=("metrics",))

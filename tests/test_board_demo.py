@@ -10,7 +10,6 @@ import pytest
 
 from mljobs import JobStore, MlJobStatus
 from mljobs._values import utc_now
-from mljobs.board import _digits
 from mljobs.board._demo import History, failures
 from mljobs.board._live import Live
 from mljobs.cli._app import run
@@ -60,6 +59,8 @@ def test_its_workers_go_on_and_one_is_silent(sqlite_url: str) -> None:
 
 
 def test_what_it_trains_is_real_and_reported(sqlite_url: str) -> None:
+    from mljobs.board import _digits
+
     with JobStore(sqlite_url) as store:
         spec = {**_digits.spec(random.Random(1)), "epochs": 3, "lr": 0.01, "hidden": 32}
         stop = threading.Event()

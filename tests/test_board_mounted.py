@@ -17,7 +17,7 @@ from mljobs import JobStore, MlJobStatus
 from mljobs.board import Access, create_app
 from mljobs.db._engines import async_url
 from tests.boards import FORM, history
-from tests.browser import served
+from tests.served import served
 
 TEAM = {"X-Team": "ml"}
 

@@ -8,15 +8,16 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import dask
 import pytest
-from distributed import Client, LocalCluster
 
 from mljobs import JobStore, MlJob, MlJobStatus, Worker
 from tests import worker_app
 from tests.waiting import until
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = MlJobStatus
 PAGE = Path(__file__).parent.parent / "docs" / "executors.md"
@@ -24,6 +25,9 @@ PAGE = Path(__file__).parent.parent / "docs" / "executors.md"
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
+    import dask
+    from distributed import Client, LocalCluster
+
     settings = {"distributed.scheduler.allowed-failures": 0, "distributed.worker.daemon": True}
     with (
         dask.config.set(settings),

@@ -7,7 +7,6 @@ import threading
 from typing import Any
 from uuid import uuid4
 
-import pandas as pd
 import pytest
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
@@ -169,6 +168,8 @@ def test_a_job_and_a_page_are_shown_as_html_in_which_nothing_runs(engine: Engine
 
 
 def test_frames_have_a_column_for_each_key_of_spec_and_metrics(store: Any) -> None:
+    import pandas as pd
+
     _fill(store)
     frame = store.to_pandas(status="completed")
     assert isinstance(frame, pd.DataFrame)

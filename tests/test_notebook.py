@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import nbclient
-import nbformat
 import pytest
 
 CELLS = (
@@ -37,6 +35,9 @@ work.join()
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_a_notebook_shows_progress_outcomes_jobs_and_pages(sqlite_url: str) -> None:
+    import nbclient
+    import nbformat
+
     cells = [nbformat.v4.new_code_cell(cell.format(url=sqlite_url) if "{{" in cell else cell) for cell in CELLS]
     notebook = nbformat.v4.new_notebook(cells=cells)
     nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()

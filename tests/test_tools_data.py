@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import duckdb
-import pandas as pd
-import polars as pl
 import pytest
 from sqlalchemy import Engine, String, cast, create_engine, func, select
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -51,6 +48,8 @@ def _plain(engine: Engine) -> str:
 
 
 def test_pandas_reads_records_with_their_types(engine: Engine, ids: tuple[UUID, UUID]) -> None:
+    import pandas as pd
+
     frame = pd.read_sql(select(MlJob).order_by(MlJob.id), engine)
     assert list(frame.columns) == COLUMNS
     assert list(frame["id"]) == list(ids)
@@ -62,6 +61,8 @@ def test_pandas_reads_records_with_their_types(engine: Engine, ids: tuple[UUID, 
 
 
 def test_pandas_reads_what_a_query_works_out(engine: Engine, ids: tuple[UUID, UUID]) -> None:
+    import pandas as pd
+
     took = (MlJob.finished_at - MlJob.started_at).label("took")
     frame = pd.read_sql(select(MlJob.target_name, MlJob.metric("f1").label("f1"), took).order_by("f1"), engine)
     assert frame["f1"].dropna().tolist() == [0.5]
@@ -69,6 +70,8 @@ def test_pandas_reads_what_a_query_works_out(engine: Engine, ids: tuple[UUID, UU
 
 
 def test_pandas_reads_through_an_async_engine(backend: Backend) -> None:
+    import pandas as pd
+
     backend.run(_jobs)
     if isinstance(backend.engine, AsyncEngine):
 
@@ -84,6 +87,8 @@ def test_pandas_reads_through_an_async_engine(backend: Backend) -> None:
 
 
 def test_pandas_reads_the_view_by_name(engine: Engine, ids: tuple[UUID, UUID]) -> None:
+    import pandas as pd
+
     frame = pd.read_sql("SELECT * FROM ml_jobs_overview ORDER BY id", engine)
     assert list(frame["target_name"]) == ["spam", "ham"]
     assert {"age", "duration", "stuck", "note"} <= set(frame.columns)
@@ -93,6 +98,8 @@ def test_pandas_reads_the_view_by_name(engine: Engine, ids: tuple[UUID, UUID]) -
 
 
 def test_polars_reads_records_with_their_types(engine: Engine, ids: tuple[UUID, UUID]) -> None:
+    import polars as pl
+
     columns: list[Any] = [column for column in MlJob.__table__.columns if column.name not in ("id", "retry_of")]
     statement = select(cast(MlJob.id, String).label("id"), *columns).order_by(MlJob.id)
     with engine.connect() as connection:
@@ -105,6 +112,8 @@ def test_polars_reads_records_with_their_types(engine: Engine, ids: tuple[UUID, 
 
 
 def test_polars_reads_by_adbc(engine: Engine, ids: tuple[UUID, UUID]) -> None:
+    import polars as pl
+
     frame = pl.read_database_uri("SELECT * FROM ml_jobs ORDER BY id", _plain(engine), engine="adbc")
     assert frame.columns == COLUMNS
     first = frame["id"][0]
@@ -113,6 +122,8 @@ def test_polars_reads_by_adbc(engine: Engine, ids: tuple[UUID, UUID]) -> None:
 
 
 def test_polars_reads_by_connectorx(engine: Engine, ids: tuple[UUID, UUID]) -> None:
+    import polars as pl
+
     frame = pl.read_database_uri("SELECT * FROM ml_jobs ORDER BY id", _plain(engine), engine="connectorx")
     assert frame.columns == COLUMNS
     assert UUID(frame["id"][0]) == ids[0]
@@ -123,6 +134,8 @@ def test_polars_reads_by_connectorx(engine: Engine, ids: tuple[UUID, UUID]) -> N
 
 
 def test_duckdbs_postgres_reader_attaches_the_database(postgres_url: str) -> None:
+    import duckdb
+
     """The extension comes from a wheel: DuckDB would fetch it from the network."""
     engine = create_engine(postgres_url, poolclass=NullPool)
     with Session(engine) as session:
@@ -149,6 +162,8 @@ def test_duckdbs_postgres_reader_attaches_the_database(postgres_url: str) -> Non
 
 
 def test_duckdb_that_may_write_is_stopped_by_the_guard(postgres_url: str) -> None:
+    import duckdb
+
     engine = create_engine(postgres_url, poolclass=NullPool)
     with Session(engine) as session:
         _jobs(session)

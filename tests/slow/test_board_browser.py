@@ -11,7 +11,8 @@ import pytest
 from mljobs import JobStore, MlJobStatus
 from mljobs.board import Access, create_app
 from tests.boards import Made, history
-from tests.browser import Browser, served
+from tests.browser import Browser
+from tests.served import served
 
 LIVE = "document.querySelector('#live [data-word]').textContent === 'Live'"
 
