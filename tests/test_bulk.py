@@ -21,6 +21,7 @@ from mljobs.db._rows import insert_rows
 from mljobs.db._wire import insert_wire, read_wire, wire_of
 from mljobs.jobs import table_of
 from tests.backends import Backend
+from tests.cases import case
 
 TABLE = MlJob.__table__
 NAMES = [column.name for column in TABLE.columns]
@@ -105,26 +106,24 @@ def test_a_duplicate_key_is_an_integrity_error(backend: Backend) -> None:
     backend.run(act)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
+def test_a_value_that_no_database_can_hold_is_named(backend: Backend) -> None:
+    def act(session: Session, field: str, value: object) -> None:
+        with pytest.raises(InvalidValueError) as caught:
+            insert_rows(session.connection(), TABLE, NAMES, [row(), row(**{field: value})])
+        assert (caught.value.field, caught.value.value) == (field, value)
+        session.rollback()
+
+    for field, value in (
         ("target_name", "nul\x00"),
         ("target_name", "lone \ud800"),
         ("error_message", "nul\x00"),
         ("spec_json", "{"),
         ("metrics_json", "NaN"),
         ("spec_json", 5),
-    ],
-)
-def test_a_value_that_no_database_can_hold_is_named(backend: Backend, field: str, value: object) -> None:
-    def act(session: Session) -> None:
-        with pytest.raises(InvalidValueError) as caught:
-            insert_rows(session.connection(), TABLE, NAMES, [row(), row(**{field: value})])
-        assert (caught.value.field, caught.value.value) == (field, value)
-        session.rollback()
-
-    backend.run(act)
-    assert stored(backend) == []
+    ):
+        with case(field, value):
+            backend.run(act, field, value)
+            assert stored(backend) == []
 
 
 def test_a_connection_that_breaks_is_an_operational_error_and_is_not_used_again(backend: Backend) -> None:

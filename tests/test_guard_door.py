@@ -16,6 +16,7 @@ from sqlalchemy.pool import NullPool
 from mljobs import InvalidValueError, JobStore, MlJob, MlJobMixin, TerminalStateError, jobs, schema
 from mljobs.guards import retention
 from tests.backends import Backend
+from tests.cases import case
 
 ALL_FINISHED = delete(MlJob).where(MlJob.is_terminal)
 
@@ -102,20 +103,20 @@ WAYS_OUT: list[Callable[[Session], None]] = [
 ]
 
 
-@pytest.mark.parametrize("leave", WAYS_OUT, ids=lambda way: way.__name__.strip("_"))
-def test_the_door_is_shut_however_the_block_is_left(backend: Backend, leave: Callable[[Session], None]) -> None:
-    backend.run(_finish)
-
-    def block(session: Session) -> None:
+def test_the_door_is_shut_however_the_block_is_left(backend: Backend) -> None:
+    def block(session: Session, leave: Callable[[Session], None]) -> None:
         leave(session)
         if leave is not _commits_past_the_session:
             _is_shut(session)  # for the rest of the transaction too
         session.rollback()
 
-    backend.run(block)
-    _is_shut(backend.outside)
-    assert len(backend.run(lambda session: session.scalars(select(MlJob)).all())) == 1
-    schema.verify(backend.outside)
+    backend.run(_finish)
+    for leave in WAYS_OUT:
+        with case(leave.__name__):
+            backend.run(block, leave)
+            _is_shut(backend.outside)
+            assert len(backend.run(lambda session: session.scalars(select(MlJob)).all())) == 1
+            schema.verify(backend.outside)
 
 
 def test_what_the_block_deletes_is_gone_and_the_door_shut_in_the_same_transaction(backend: Backend) -> None:

@@ -37,6 +37,7 @@ from mljobs.transfer import _mapping as mapping_module
 from mljobs.transfer import _redis as redis_module
 from tests import redis_server
 from tests.backends import Backend
+from tests.cases import case
 from tests.host_application import HostBase, TrainingRun
 from tests.leases import expire_leases
 from tests.transfer_jobs import NOW, empty, job, put, queued, stored
@@ -65,19 +66,20 @@ def client(redis_url: str, request: pytest.FixtureRequest) -> Iterator[redis.Red
 # ------------------------------------------------------------------------------------------------------- mappings
 
 
-@pytest.mark.parametrize("prefix", ["", PREFIX, "jobs/*[?]\\:"])
-def test_a_dump_and_a_load_keep_every_byte(backend: Backend, store: Any, prefix: str) -> None:
+def test_a_dump_and_a_load_keep_every_byte(backend: Backend, store: Any) -> None:
     jobs = [job(target_name="\N{SNOWMAN}"), queued(), job(status="failed", error_message="x\n")]
     put(backend, *jobs)
-    mapping: dict[str, str] = {"other": "is left alone"}
-    assert store.dump_kv(mapping, prefix) == 3
-    assert mapping == {"other": "is left alone"} | {prefix + one.id.hex: one.to_json() for one in jobs}
-    del mapping["other"]
     before = stored(backend)
-    empty(backend)
-    assert store.load_kv(mapping, prefix=prefix).inserted == 3
-    assert stored(backend) == before
-    assert store.load_kv(mapping, prefix).skipped == 3
+    for prefix in ("", PREFIX, "jobs/*[?]\\:"):
+        with case(prefix):
+            mapping: dict[str, str] = {"other": "is left alone"}
+            assert store.dump_kv(mapping, prefix) == 3
+            assert mapping == {"other": "is left alone"} | {prefix + one.id.hex: one.to_json() for one in jobs}
+            del mapping["other"]
+            empty(backend)
+            assert store.load_kv(mapping, prefix=prefix).inserted == 3
+            assert stored(backend) == before
+            assert store.load_kv(mapping, prefix).skipped == 3
 
 
 def test_extended_and_filtered_like_an_export(backend: Backend, store: Any) -> None:
@@ -191,24 +193,26 @@ def test_in_a_session_it_is_part_of_the_callers_transaction(backend: Backend) ->
 # ---------------------------------------------------------------------------------------------------------- Redis
 
 
-@pytest.mark.parametrize("prefix", ["", PREFIX, "jobs*[?]\\^:"])
 def test_redis_gets_and_gives_every_byte(
-    backend: Backend, store: Any, client: redis.Redis, prefix: str, monkeypatch: pytest.MonkeyPatch
+    backend: Backend, store: Any, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_module, "_PIPELINE", 40)
     jobs = [job(target_name="\N{SNOWMAN}"), *(queued(target_name=f"t{number}") for number in range(100))]
     put(backend, *jobs)
-    assert store.dump_kv(client, prefix) == len(jobs)
-    assert client.dbsize() == len(jobs)
-    raw: Any = client.get(prefix + jobs[0].id.hex)
-    assert (raw.encode() if isinstance(raw, str) else raw) == jobs[0].to_json().encode()
-    if prefix:
-        client.set("other", "is left alone")
-    assert store.load_kv(client, prefix).skipped == len(jobs)
     before = stored(backend)
-    empty(backend)
-    assert store.load_kv(client, prefix).inserted == len(jobs)
-    assert stored(backend) == before
+    for prefix in ("", PREFIX, "jobs*[?]\\^:"):
+        with case(prefix):
+            client.flushall()
+            assert store.dump_kv(client, prefix) == len(jobs)
+            assert client.dbsize() == len(jobs)
+            raw: Any = client.get(prefix + jobs[0].id.hex)
+            assert (raw.encode() if isinstance(raw, str) else raw) == jobs[0].to_json().encode()
+            if prefix:
+                client.set("other", "is left alone")
+            assert store.load_kv(client, prefix).skipped == len(jobs)
+            empty(backend)
+            assert store.load_kv(client, prefix).inserted == len(jobs)
+            assert stored(backend) == before
 
 
 def test_redis_values_of_another_kind_are_rejected(backend: Backend, store: Any, client: redis.Redis) -> None:

@@ -27,6 +27,7 @@ from mljobs import (
     jobs,
 )
 from tests.backends import Backend
+from tests.cases import case
 from tests.leases import count_leases, expire_leases
 
 QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = MlJobStatus
@@ -54,21 +55,19 @@ def test_a_submitted_job_is_queued_and_complete(store: Any) -> None:
     assert store.get(job.id.hex).id == store.get(job).id == job.id
 
 
-@pytest.mark.parametrize(
-    ("arguments", "field"),
-    [
+def test_bad_input_names_the_field_and_nothing_is_written(store: Any) -> None:
+    for arguments, field in (
         (("training", "spam"), "kind"),
         (("train", 5), "target_name"),
         (("train", "a\x00b"), "target_name"),
         (("train", "spam", float("nan")), "spec"),
         (("train", "spam", object()), "spec"),
-    ],
-)
-def test_bad_input_names_the_field_and_nothing_is_written(store: Any, arguments: Any, field: str) -> None:
-    with pytest.raises(InvalidValueError) as caught:
-        store.submit(*arguments)
-    assert caught.value.field == field
-    assert len(store.find()) == 0
+    ):
+        with case(arguments):
+            with pytest.raises(InvalidValueError) as caught:
+                store.submit(*arguments)
+            assert caught.value.field == field
+            assert len(store.find()) == 0
 
 
 def test_unless_active_returns_the_job_that_is_there(store: Any) -> None:
@@ -131,20 +130,18 @@ def test_submit_many_takes_records_and_tuples_from_a_generator(store: Any) -> No
     assert store.submit_many([]) == 0
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
+def test_a_bad_record_leaves_nothing_of_submit_many(store: Any) -> None:
+    for bad in (
         ("train", "spam"),
         ("nope", "spam", {}),
         "train",
         MlJob(kind="train", target_name="a\x00b"),
         MlJob(kind="train", target_name="x", spec_json="{"),
-    ],
-)
-def test_a_bad_record_leaves_nothing_of_submit_many(store: Any, bad: Any) -> None:
-    with pytest.raises(InvalidValueError):
-        store.submit_many([("train", "good", {}), bad])
-    assert len(store.find()) == 0
+    ):
+        with case(bad):
+            with pytest.raises(InvalidValueError):
+                store.submit_many([("train", "good", {}), bad])
+            assert len(store.find()) == 0
 
 
 def test_retry_is_a_new_record_and_leaves_the_old_one_alone(store: Any) -> None:
@@ -188,11 +185,12 @@ def test_pages_meet_without_gap_or_overlap_while_jobs_come(store: Any) -> None:
         assert seen[:7] == (wanted[::-1] if order == "newest" else wanted)
 
 
-@pytest.mark.parametrize("cursor", ["", "nonsense", "e30", "W10", "WyJvIiwwLCIwMCJd", "é", None.__class__])
-def test_a_foreign_cursor_is_refused(store: Any, cursor: Any) -> None:
-    with pytest.raises(InvalidValueError) as caught:
-        store.find(after=cursor)
-    assert caught.value.field == "after"
+def test_a_foreign_cursor_is_refused(store: Any) -> None:
+    for cursor in ("", "nonsense", "e30", "W10", "WyJvIiwwLCIwMCJd", "é", None.__class__):
+        with case(cursor):
+            with pytest.raises(InvalidValueError) as caught:
+                store.find(after=cursor)
+            assert caught.value.field == "after"
 
 
 def test_find_filters_by_all_that_it_names(store: Any) -> None:
@@ -318,9 +316,8 @@ def test_claim_one_takes_the_job_that_is_named_or_says_why_not(store: Any) -> No
         store.claim_one(uuid4(), worker="w")
 
 
-@pytest.mark.parametrize(
-    ("values", "field"),
-    [
+def test_a_wrong_argument_of_claim_is_named(store: Any) -> None:
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"worker": ""}, "worker"),
         ({"worker": "w\x00"}, "worker"),
         ({"worker": "w", "limit": 0}, "limit"),
@@ -328,12 +325,12 @@ def test_claim_one_takes_the_job_that_is_named_or_says_why_not(store: Any) -> No
         ({"worker": "w", "lease": 0}, "lease"),
         ({"worker": "w", "lease": float("nan")}, "lease"),
         ({"worker": "w", "kinds": ["x"]}, "kinds"),
-    ],
-)
-def test_a_wrong_argument_of_claim_is_named(store: Any, values: Any, field: str) -> None:
-    with pytest.raises(InvalidValueError) as caught:
-        store.claim(**values)
-    assert caught.value.field == field
+    ]
+    for values, field in wrong:
+        with case(values):
+            with pytest.raises(InvalidValueError) as caught:
+                store.claim(**values)
+            assert caught.value.field == field
 
 
 def test_the_token_grows_with_every_claim_and_never_comes_back(store: Any) -> None:
@@ -416,11 +413,8 @@ LATE: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("write", LATE)
 @pytest.mark.parametrize("next_state", ["queued", "claimed", "completed", "cancelled", "deleted"])
-def test_a_late_worker_gets_an_error_and_writes_nothing(
-    store: Any, backend: Backend, write: str, next_state: str
-) -> None:
+def test_a_late_worker_gets_an_error_and_writes_nothing(store: Any, backend: Backend, next_state: str) -> None:
     store.submit("train", "spam")
     (late,) = store.claim(worker="slow")
     expire_leases(backend.outside)
@@ -435,22 +429,25 @@ def test_a_late_worker_gets_an_error_and_writes_nothing(
         with backend.outside.begin() as connection:
             connection.exec_driver_sql("DELETE FROM ml_jobs")
     before = [job.to_json() for job in store.find()]
-    with pytest.raises(LeaseLostError):
-        LATE[write](store, late)
-    assert [job.to_json() for job in store.find()] == before
-    assert tokens(store.renew([late]).lost) == [late.token]
+    for name, write in LATE.items():
+        with case(name):
+            with pytest.raises(LeaseLostError):
+                write(store, late)
+            assert [job.to_json() for job in store.find()] == before
+            assert tokens(store.renew([late]).lost) == [late.token]
 
 
-@pytest.mark.parametrize("write", LATE)
-def test_a_worker_whose_job_was_cancelled_gets_an_error_and_changes_nothing(store: Any, write: str) -> None:
-    job = store.submit("train", "spam")
-    (claim,) = store.claim(worker="w")
-    assert store.cancel(job.id) is True
-    before = store.get(job.id).to_json()
-    with pytest.raises(TerminalStateError) as caught:
-        LATE[write](store, claim)
-    assert caught.value.status is CANCELLED
-    assert store.get(job.id).to_json() == before
+def test_a_worker_whose_job_was_cancelled_gets_an_error_and_changes_nothing(store: Any) -> None:
+    for name, write in LATE.items():
+        with case(name):
+            job = store.submit("train", "spam")
+            (claim,) = store.claim(worker="w")
+            assert store.cancel(job.id) is True
+            before = store.get(job.id).to_json()
+            with pytest.raises(TerminalStateError) as caught:
+                write(store, claim)
+            assert caught.value.status is CANCELLED
+            assert store.get(job.id).to_json() == before
 
 
 @pytest.mark.parametrize("end", ["complete", "fail", "requeue"])
@@ -560,13 +557,14 @@ def test_many_outcomes_are_recorded_at_once_each_with_its_own_answer(store: Any)
     assert [type(e) for e in store.set_progress_many([(spare, 1)])] == [LeaseLostError]
 
 
-@pytest.mark.parametrize("metrics", [float("inf"), {1, 2}, {"x": "\ud800"}, {"n": "\x00"}])
-def test_metrics_that_no_database_can_hold_are_refused_and_the_lease_stays(store: Any, metrics: Any) -> None:
-    store.submit("train", "spam")
-    (claim,) = store.claim(worker="w")
-    with pytest.raises(InvalidValueError):
-        store.complete(claim, metrics)
-    store.complete(claim, {"ok": 1})
+def test_metrics_that_no_database_can_hold_are_refused_and_the_lease_stays(store: Any) -> None:
+    for metrics in (float("inf"), {1, 2}, {"x": "\ud800"}, {"n": "\x00"}):
+        with case(metrics):
+            store.submit("train", "spam")
+            (claim,) = store.claim(worker="w")
+            with pytest.raises(InvalidValueError):
+                store.complete(claim, metrics)
+            store.complete(claim, {"ok": 1})
 
 
 def test_cancel_of_a_missing_job_is_an_error(store: Any) -> None:

@@ -24,6 +24,7 @@ from mljobs import (
 from mljobs.store._run import Run
 from tests import worker_app
 from tests.backends import Backend
+from tests.cases import case
 
 QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = MlJobStatus
 
@@ -138,46 +139,46 @@ def worker_of(store: Any, **options: Any) -> Worker:
     return Worker(store, **{"poll": 0.05, "grace": 20, **options})
 
 
-@pytest.mark.parametrize(
-    ("policy", "raised", "tries"),
-    [
-        ({}, ValueError, 3),
-        ({"retry_on": OSError}, ValueError, 1),
-        ({"retry_on": OSError}, ConnectionError, 3),
-        ({"retry_on": [OSError, KeyError]}, KeyError, 3),
-        ({"give_up_on": (ValueError, TypeError)}, ValueError, 1),
-        ({"give_up_on": ValueError}, OSError, 3),
-        ({"retry_on": OSError, "give_up_on": ConnectionError}, ConnectionError, 1),
-        ({}, GiveUp, 1),
-        ({"retry_on": Exception}, GiveUp, 1),
-    ],
-)
+POLICIES: list[tuple[dict[str, Any], type[Exception], int]] = [
+    ({}, ValueError, 3),
+    ({"retry_on": OSError}, ValueError, 1),
+    ({"retry_on": OSError}, ConnectionError, 3),
+    ({"retry_on": [OSError, KeyError]}, KeyError, 3),
+    ({"give_up_on": (ValueError, TypeError)}, ValueError, 1),
+    ({"give_up_on": ValueError}, OSError, 3),
+    ({"retry_on": OSError, "give_up_on": ConnectionError}, ConnectionError, 1),
+    ({}, GiveUp, 1),
+    ({"retry_on": Exception}, GiveUp, 1),
+]
+
+
 @pytest.mark.parametrize("coroutine", [False, True])
-def test_only_a_failure_that_is_worth_it_is_retried(
-    store: JobStore, policy: Any, raised: type[Exception], tries: int, *, coroutine: bool
-) -> None:
-    worker = worker_of(store)
+def test_only_a_failure_that_is_worth_it_is_retried(store: JobStore, *, coroutine: bool) -> None:
+    for policy, raised, tries in POLICIES:
+        worker = worker_of(store)
 
-    def train(_run: Run) -> None:
-        raise raised("C must be positive")
+        def train(_run: Run, raised: type[Exception] = raised) -> None:
+            raise raised("C must be positive")
 
-    async def train_async(run: Run) -> None:
-        await asyncio.sleep(0)
-        train(run)
+        async def train_async(_run: Run, raised: type[Exception] = raised) -> None:
+            await asyncio.sleep(0)
+            raise raised("C must be positive")
 
-    worker.handles("train", retries=2, backoff=0, **policy)(train_async if coroutine else train)
-    store.submit("train", "spam")
-    tally = worker.run(until_idle=True)
-    assert (tally.jobs, tally.retried) == ({"failed": tries}, tries - 1)
-    assert all("C must be positive" in str(job.error_message) for job in store.find())
+        with case(policy, raised):
+            worker.handles("train", retries=2, backoff=0, **policy)(train_async if coroutine else train)
+            store.submit("train", "spam")
+            tally = worker.run(until_idle=True)
+            assert (tally.jobs, tally.retried) == ({"failed": tries}, tries - 1)
+            assert all("C must be positive" in str(job.error_message) for job in store.find())
 
 
-@pytest.mark.parametrize("policy", [{}, {"retry_on": OSError}])
-def test_metrics_that_json_cannot_hold_are_a_failure_like_any_other(store: JobStore, policy: Any) -> None:
-    worker = worker_of(store)
-    worker.handles("train", retries=1, backoff=0, **policy)(lambda _run: {"loss": float("nan")})
-    store.submit("train", "spam")
-    assert worker.run(until_idle=True).retried == (0 if policy else 1)
+def test_metrics_that_json_cannot_hold_are_a_failure_like_any_other(store: JobStore) -> None:
+    for policy in [{}, {"retry_on": OSError}]:
+        with case(policy):
+            worker = worker_of(store)
+            worker.handles("train", retries=1, backoff=0, **policy)(lambda _run: {"loss": float("nan")})
+            store.submit("train", "spam")
+            assert worker.run(until_idle=True).retried == (0 if policy else 1)
 
 
 def test_a_process_of_a_pool_says_whether_its_failure_is_worth_a_retry(store: JobStore) -> None:
@@ -191,9 +192,10 @@ def test_a_process_of_a_pool_says_whether_its_failure_is_worth_a_retry(store: Jo
     assert {job.target_name for job in store.find() if job.retry_of is not None} == {"OSError"}
 
 
-@pytest.mark.parametrize("field", ["retry_on", "give_up_on"])
-@pytest.mark.parametrize("value", ["ValueError", 3, [int], ValueError("x")])
-def test_what_is_no_exception_class_is_refused_as_a_policy(store: JobStore, field: str, value: Any) -> None:
-    with pytest.raises(InvalidValueError) as caught:
-        worker_of(store).handles("train", **{field: value})
-    assert caught.value.field == field
+def test_what_is_no_exception_class_is_refused_as_a_policy(store: JobStore) -> None:
+    for value in ["ValueError", 3, [int], ValueError("x")]:
+        for field in ["retry_on", "give_up_on"]:
+            with case(value, field):
+                with pytest.raises(InvalidValueError) as caught:
+                    worker_of(store).handles("train", **{field: value})
+                assert caught.value.field == field

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -13,19 +14,23 @@ from sqlalchemy.orm import Session
 from mljobs import MlJob, MlJobStatus, TerminalStateError
 from mljobs._values import utc_now
 from tests.backends import Backend, Blocking
-
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "The declarative_mixin decorator")  # advanced-alchemy 1.12 on SQLAlchemy 2.1
-    from advanced_alchemy.filters import BeforeAfter, CollectionFilter, LimitOffset, OrderBy, SearchFilter
-    from advanced_alchemy.repository import SQLAlchemyAsyncRepository, SQLAlchemySyncRepository
+from tests.cases import case
 
 
-class Jobs(SQLAlchemySyncRepository[MlJob]):
-    model_type = MlJob
+@cache
+def _repositories() -> tuple[Any, Any]:
+    """Return the blocking repository and the one for asyncio."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The declarative_mixin decorator")  # advanced-alchemy 1.12 on SQLAlchemy 2.1
+        from advanced_alchemy.repository import SQLAlchemyAsyncRepository, SQLAlchemySyncRepository
 
+    class Jobs(SQLAlchemySyncRepository[MlJob]):
+        model_type = MlJob
 
-class AsyncJobs(SQLAlchemyAsyncRepository[MlJob]):
-    model_type = MlJob
+    class AsyncJobs(SQLAlchemyAsyncRepository[MlJob]):
+        model_type = MlJob
+
+    return Jobs, AsyncJobs
 
 
 @pytest.fixture
@@ -43,9 +48,10 @@ def session(backend: Backend) -> Any:
 @pytest.fixture
 def jobs(backend: Backend, session: Any) -> Any:
     """A repository whose methods block."""
+    blocking, for_asyncio = _repositories()
     if isinstance(session, Blocking):
-        return Blocking(AsyncJobs(session=session._target), backend.wait)
-    return Jobs(session=session)
+        return Blocking(for_asyncio(session=session._target), backend.wait)
+    return blocking(session=session)
 
 
 def _job(target: str = "spam", **values: Any) -> MlJob:
@@ -53,6 +59,8 @@ def _job(target: str = "spam", **values: Any) -> MlJob:
 
 
 def test_jobs_are_added_got_listed_changed_and_deleted(jobs: Any, session: Any) -> None:
+    from advanced_alchemy.filters import BeforeAfter, CollectionFilter, LimitOffset, OrderBy, SearchFilter
+
     job = jobs.add(_job(spec={"lr": 0.1}))
     jobs.add_many([_job("ham"), _job("eggs", priority=5)])
     session.commit()
@@ -101,19 +109,20 @@ CHANGES: dict[str, Callable[[Any, MlJob], object]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_finished_job_refuses_every_way_to_change_it_by_our_error(jobs: Any, session: Any, name: str) -> None:
-    job = _job()
-    job.start()
-    job.complete({"f1": 0.5})
-    job_id = jobs.add(job).id
-    session.commit()
-    with pytest.raises(Exception, match=r"completed|terminal state") as caught:
-        CHANGES[name](jobs, job)
-    chain: list[BaseException | None] = [caught.value]
-    while chain[-1] is not None:
-        chain.append(chain[-1].__cause__ or chain[-1].__context__)
-    assert any(isinstance(error, TerminalStateError) for error in chain), chain
-    session.rollback()
-    session.expunge_all()
-    assert (jobs.get(job_id).progress, jobs.get(job_id).target_name) == (100, "spam")
+def test_a_finished_job_refuses_every_way_to_change_it_by_our_error(jobs: Any, session: Any) -> None:
+    for name, change in CHANGES.items():
+        with case(name):
+            job = _job(name)
+            job.start()
+            job.complete({"f1": 0.5})
+            job_id = jobs.add(job).id
+            session.commit()
+            with pytest.raises(Exception, match=r"completed|terminal state") as caught:
+                change(jobs, job)
+            chain: list[BaseException | None] = [caught.value]
+            while chain[-1] is not None:
+                chain.append(chain[-1].__cause__ or chain[-1].__context__)
+            assert any(isinstance(error, TerminalStateError) for error in chain), chain
+            session.rollback()
+            session.expunge_all()
+            assert (jobs.get(job_id).progress, jobs.get(job_id).target_name) == (100, name)

@@ -22,6 +22,7 @@ from mljobs import (
 )
 from mljobs.store._run import Run
 from mljobs.worker._recording import OutcomeWriter
+from tests.cases import case
 from tests.workers import ended, fail, worker_of
 
 QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = MlJobStatus
@@ -298,21 +299,19 @@ def _generator(run: Run) -> Iterator[int]:
 def _of_job(job: MlJob) -> None: ...  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("function", "why"),
-    [
+def test_a_handler_that_cannot_work_is_refused_when_it_is_named(store: JobStore) -> None:
+    for function, why in [
         (_two, "one argument"),
         (_none, "one argument"),
         (_generator, "generator"),
         (_of_job, "MlJob"),
         (3, "expected a function"),
         (Run, "expected a function"),
-    ],
-)
-def test_a_handler_that_cannot_work_is_refused_when_it_is_named(store: JobStore, function: Any, why: str) -> None:
-    with pytest.raises(InvalidValueError, match=why) as caught:
-        worker_of(store).handles("train")(function)
-    assert caught.value.field == "handler"
+    ]:
+        with case(function):
+            with pytest.raises(InvalidValueError, match=why) as caught:
+                worker_of(store).handles("train")(function)
+            assert caught.value.field == "handler"
 
 
 class _Callable:
@@ -331,38 +330,38 @@ async def _added(number: int, run: Run) -> int:
     return number + run.attempt
 
 
-@pytest.mark.parametrize(
-    ("function", "metrics"),
-    [(_Callable(), 1), (_AsyncCallable(), 1), (partial(_added, 2), 3), (partial(partial(_added), 2), 3)],
-)
-def test_whatever_can_be_called_with_a_run_is_a_handler(store: JobStore, function: Any, metrics: int) -> None:
-    worker = worker_of(store)
-    worker.handles("train")(function)
-    job = store.submit("train", "spam")
-    worker.run(until_idle=True)
-    assert ended(store, job).metrics == metrics
+def test_whatever_can_be_called_with_a_run_is_a_handler(store: JobStore) -> None:
+    for function, metrics in [
+        (_Callable(), 1),
+        (_AsyncCallable(), 1),
+        (partial(_added, 2), 3),
+        (partial(partial(_added), 2), 3),
+    ]:
+        with case(function):
+            worker = worker_of(store)
+            worker.handles("train")(function)
+            job = store.submit("train", "spam")
+            worker.run(until_idle=True)
+            assert ended(store, job).metrics == metrics
 
 
-@pytest.mark.parametrize(
-    ("options", "field"),
-    [
+def test_a_policy_out_of_range_is_refused(store: JobStore) -> None:
+    for options, field in [
         ({"retries": -1}, "retries"),
         ({"retries": True}, "retries"),
         ({"backoff": -5}, "backoff"),
         ({"backoff": "soon"}, "backoff"),
         ({"backoff": float("inf")}, "backoff"),
         ({"backoff": float("nan")}, "backoff"),
-    ],
-)
-def test_a_policy_out_of_range_is_refused(store: JobStore, options: Any, field: str) -> None:
-    with pytest.raises(InvalidValueError) as caught:
-        worker_of(store).handles("train", **options)(lambda run: None)
-    assert caught.value.field == field
+    ]:
+        with case(options):
+            with pytest.raises(InvalidValueError) as caught:
+                worker_of(store).handles("train", **options)(lambda run: None)
+            assert caught.value.field == field
 
 
-@pytest.mark.parametrize(
-    ("options", "field"),
-    [
+def test_a_worker_out_of_range_is_refused(store: JobStore) -> None:
+    for options, field in [
         ({"concurrency": 0}, "concurrency"),
         ({"concurrency": "4"}, "concurrency"),
         ({"lease": 0}, "lease"),
@@ -375,12 +374,11 @@ def test_a_policy_out_of_range_is_refused(store: JobStore, options: Any, field: 
         ({"ahead": -1}, "ahead"),
         ({"max_attempts": 0}, "max_attempts"),
         ({"executor": 4}, "executor"),
-    ],
-)
-def test_a_worker_out_of_range_is_refused(store: JobStore, options: Any, field: str) -> None:
-    with pytest.raises(InvalidValueError) as caught:
-        Worker(store, **options)
-    assert caught.value.field == field
+    ]:
+        with case(options):
+            with pytest.raises(InvalidValueError) as caught:
+                Worker(store, **options)
+            assert caught.value.field == field
 
 
 def test_nothing_is_claimed_before_everything_is_known_to_fit(store: JobStore, empty_url: str) -> None:
@@ -491,23 +489,27 @@ def test_a_coroutine_sleeps_without_its_loop_and_wakes_when_it_is_cancelled(stor
     thread.join()
 
 
-@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), "1", True, None])
-def test_a_sleep_takes_seconds(store: JobStore, seconds: Any) -> None:
+def test_a_sleep_takes_seconds(store: JobStore) -> None:
     store.submit("train", "spam")
     run = Run(store.claim(worker="w")[0])
-    for sleep in (run.sleep, lambda seconds: asyncio.run(run.sleep_async(seconds))):
-        with pytest.raises(InvalidValueError) as caught:
-            sleep(seconds)
-        assert caught.value.field == "seconds"
+    wrong: list[Any] = [-1, float("nan"), float("inf"), "1", True, None]
+    for seconds in wrong:
+        for sleep in (run.sleep, lambda seconds: asyncio.run(run.sleep_async(seconds))):
+            with case(seconds, sleep):
+                with pytest.raises(InvalidValueError) as caught:
+                    sleep(seconds)
+                assert caught.value.field == "seconds"
 
 
-@pytest.mark.parametrize("percent", ["x", None, float("nan"), float("inf")])
-def test_progress_takes_a_number(store: JobStore, percent: Any) -> None:
+def test_progress_takes_a_number(store: JobStore) -> None:
     store.submit("train", "spam")
     run = Run(store.claim(worker="w")[0])
-    with pytest.raises(InvalidValueError) as caught:
-        run.progress(percent)
-    assert caught.value.field == "percent"
+    wrong: list[Any] = ["x", None, float("nan"), float("inf")]
+    for percent in wrong:
+        with case(percent):
+            with pytest.raises(InvalidValueError) as caught:
+                run.progress(percent)
+            assert caught.value.field == "percent"
 
 
 def test_a_backoff_that_takes_no_number_is_refused_at_once(store: JobStore) -> None:

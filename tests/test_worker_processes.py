@@ -10,7 +10,8 @@ import pytest
 from sqlalchemy import select
 
 from mljobs import JobStore, MlJob, MlJobStatus
-from tests.worker_process import WorkerProcess
+from tests.fork_server import ForkServer
+from tests.worker_process import ROOT, WorkerProcess
 
 QUEUED, _, COMPLETED, FAILED, _ = MlJobStatus
 
@@ -201,11 +202,11 @@ def test_every_job_is_run_once_by_two_processes(url: str, store: JobStore) -> No
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_nothing_is_claimed(
-    sqlite_url: str, arguments: list[str], said: str
+    sqlite_url: str, python: ForkServer, arguments: list[str], said: str
 ) -> None:
     with JobStore(sqlite_url) as store:
         job = submit(store, "return")
-        code, err = work(sqlite_url, *arguments)
+        code, err = work(python, sqlite_url, *arguments)
         assert code == 1
         assert err.startswith("mljobs: ")
         assert said in err
@@ -222,21 +223,20 @@ def test_a_wrong_command_line_is_one_line_and_nothing_is_claimed(
         ("sqlite:////nowhere/at/all.db", "unable to open database file"),
     ],
 )
-def test_a_database_that_is_not_there_is_one_line(url: str, said: str) -> None:
-    code, err = work(url, "tests.worker_app:worker")
+def test_a_database_that_is_not_there_is_one_line(python: ForkServer, url: str, said: str) -> None:
+    code, err = work(python, url, "tests.worker_app:worker")
     assert code == 1
     assert said in err
     assert "secret" not in err
     assert (err.startswith("mljobs: "), err.count("\n")) == (True, 1)
 
 
-def test_a_database_without_the_tables_is_one_line_that_says_what_to_do(empty_url: str) -> None:
-    code, err = work(empty_url, "tests.worker_app:worker")
+def test_a_database_without_the_tables_is_one_line_that_says_what_to_do(python: ForkServer, empty_url: str) -> None:
+    code, err = work(python, empty_url, "tests.worker_app:worker")
     assert code == 1
     assert err == "mljobs: there is no table ml_jobs: run `mljobs upgrade`, or your own migrations\n"
 
 
-def work(url: str, *arguments: str) -> tuple[int, str]:
-    with WorkerProcess(url, *arguments[1:], app=arguments[0]) as worker:
-        code = worker.ends()
-    return code, "".join(line + "\n" for line in worker.lines)
+def work(python: ForkServer, url: str, *arguments: str) -> tuple[int, str]:
+    done = python.run("-m", "mljobs", "work", *arguments, cwd=ROOT, env={"MLJOBS_DATABASE_URL": url})
+    return done.returncode, done.stdout + done.stderr

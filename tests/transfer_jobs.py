@@ -10,10 +10,7 @@ from uuid import UUID
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from mljobs import (
-    MlJob,
-    metadata,
-)
+from mljobs import MlJob, testing
 from tests.backends import Backend
 
 VECTORS = Path(__file__).parent / "vectors" / "kv_records.jsonl"
@@ -48,8 +45,7 @@ def stored(backend: Backend) -> dict[UUID, str]:
 
 
 def empty(backend: Backend) -> None:
-    metadata.drop_all(backend.outside)
-    metadata.create_all(backend.outside)
+    testing.empty(backend.outside)
 
 
 def put(backend: Backend, *jobs: MlJob) -> None:
