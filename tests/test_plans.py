@@ -73,7 +73,7 @@ def test_a_write_under_leases_finds_its_records_one_by_one_by_their_ids(postgres
     asked: list[tuple[Any, dict[str, Any], str]] = [
         (_finishing._FINISH.statement(MlJob), finish, "j"),
         (_holding._REPORT.statement(MlJob), finish | report, "j"),
-        (_exchanging._statement(MlJob, "any", 10), {**finish, "worker": "w", "lease": timedelta(seconds=60)}, "j_2"),
+        (_exchanging._statement(MlJob, "any", 10), {**finish, "worker": "w", "lease": timedelta(seconds=60)}, "j_1"),
     ]
     for statement, parameters, alias in asked:
         for mode in ("custom", "generic"):

@@ -104,7 +104,7 @@ def kept(store: Any, clock: Clock, number: int = 1) -> tuple[Keeper, list[Run]]:
     """Return a keeper without its thread: the test says when."""
     keeper = Keeper(store, 3600, clock)
     runs = [Run(claim) for claim in claimed(store, number)]
-    keeper._runs.update(enumerate(runs))
+    keeper._runs.update(runs)
     return keeper, runs
 
 

@@ -194,7 +194,7 @@ def test_progress_is_written_once_a_second_and_the_last_value_never_lost(flaky: 
     claim = _claimed(flaky)
     with Keeper(flaky, 3600, clock) as keeper:
         run = Run(claim)
-        keeper._runs[claim] = run  # without its thread: the test says when
+        keeper._runs.add(run)  # without its thread: the test says when
         flaky.calls.clear()
         for value in range(50):
             run.progress(value)
@@ -219,7 +219,7 @@ def test_a_database_that_is_away_for_a_whole_lease_costs_the_lease(flaky: FlakyS
     with Keeper(flaky, 60, clock) as keeper:
         run = Run(claim)
         run.until = clock() + 60
-        keeper._runs[claim] = run
+        keeper._runs.add(run)
         flaky.away = True
         clock.now += 59
         keeper.renew()
@@ -237,7 +237,7 @@ def test_a_database_that_comes_back_in_time_costs_nothing(flaky: FlakyStore) -> 
     with Keeper(flaky, 60, clock) as keeper:
         run = Run(claim)
         run.until = clock() + 60
-        keeper._runs[claim] = run
+        keeper._runs.add(run)
         for away in (True, False, True):
             flaky.away = away
             clock.now += 40
@@ -251,7 +251,7 @@ def test_a_process_that_stood_still_for_a_lease_looks_whether_it_is_its_own_stil
     with Keeper(flaky, 60, clock) as keeper:
         run = Run(claim)
         run.until = clock() + 60
-        keeper._runs[claim] = run
+        keeper._runs.add(run)
         flaky.calls.clear()
         clock.now += 59
         keeper.catch_up()

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 from sqlalchemy.util import await_only
 
 if TYPE_CHECKING:
+    import psycopg
     from sqlalchemy.engine import Connection, Dialect
     from sqlalchemy.sql.expression import Executable
 
@@ -24,6 +25,97 @@ _Process = Callable[[Any], Any]
 _Schemas = Mapping[str | None, str | None]
 
 _TENANTS = 100  # of whose texts each statement keeps
+_FEW = 8  # rows whose values are made at once: to be able to make them later costs as much
+
+
+class Answer(Protocol):
+    """The rows that a statement returned."""
+
+    def __len__(self) -> int:
+        """How many rows."""
+
+    def rows(self) -> list[Row]:
+        """Return the Python values of all rows."""
+
+    def row(self, at: int) -> Row:
+        """Return the Python values of a row."""
+
+    def column(self, at: int) -> list[Any]:
+        """Return the Python values of a column, of all rows."""
+
+
+class RowsAnswer:
+    """An answer whose rows the driver has read.
+
+    Args:
+        rows: As the driver gives them.
+        compiled: The statement; None where the rows hold Python values.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[Any]], compiled: _Compiled | None = None) -> None:
+        self._rows = rows
+        self._compiled = compiled
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def rows(self) -> list[Row]:
+        """Return the Python values of all rows."""
+        read = list if self._compiled is None else self._compiled.row
+        return [read(row) for row in self._rows]
+
+    def row(self, at: int) -> Row:
+        """Return the Python values of a row."""
+        return list(self._rows[at]) if self._compiled is None else self._compiled.row(self._rows[at])
+
+    def column(self, at: int) -> list[Any]:
+        """Return the Python values of a column, of all rows."""
+        process = None if self._compiled is None else self._compiled.process_of(at)
+        if process is None:
+            return [row[at] for row in self._rows]
+        return [None if row[at] is None else process(row[at]) for row in self._rows]
+
+
+class UnreadAnswer:
+    """An answer of psycopg: the text that the server sent, of which a value is made when somebody asks for it.
+
+    Args:
+        connection: Whose types make the values.
+        result: What the server sent.
+        compiled: The statement.
+    """
+
+    def __init__(self, connection: psycopg.Connection[Any], result: Any, compiled: _Compiled) -> None:
+        from psycopg.adapt import Transformer  # noqa: PLC0415 - SQLite does without psycopg
+
+        self._result = result
+        self._compiled = compiled
+        self._transformer = Transformer.from_context(connection)
+        self._transformer.set_pgresult(result)
+
+    def __len__(self) -> int:
+        return int(self._result.ntuples)
+
+    def rows(self) -> list[Row]:
+        """Return the Python values of all rows."""
+        return [self.row(at) for at in range(len(self))]
+
+    def row(self, at: int) -> Row:
+        """Return the Python values of a row."""
+        return self._compiled.row(self._transformer.load_rows(at, at + 1, tuple)[0])
+
+    def column(self, at: int) -> list[Any]:
+        """Return the Python values of a column, of all rows."""
+        result, process = self._result, self._compiled.process_of(at)
+        load = self._transformer.get_loader(result.ftype(at), result.fformat(at)).load
+        made: dict[bytes | None, Any] = {None: None}  # many columns have few values
+        values = []
+        for row in range(result.ntuples):
+            raw = result.get_value(row, at)
+            if raw not in made:
+                made[raw] = load(raw) if process is None else process(load(raw))
+            values.append(made[raw])
+        return values
 
 
 class _Compiled:
@@ -49,7 +141,7 @@ class _Compiled:
                 self.bind[name] = process
         self._types = [column.type.dialect_impl(dialect) for column in getattr(statement, "exported_columns", ())]
         self._dialect = dialect
-        self._result: list[tuple[int, _Process]] | None = None
+        self._result: dict[int, _Process] | None = None
         self.returns_rows = bool(self._types)
         for name in self.fixed:
             if name in self.bind:
@@ -70,16 +162,20 @@ class _Compiled:
         if self._result is None and self.returns_rows:
             codes = [column[1] for column in cursor.description]
             processes = [of.result_processor(self._dialect, code) for of, code in zip(self._types, codes, strict=True)]
-            self._result = [(at, process) for at, process in enumerate(processes) if process is not None]
+            self._result = {at: process for at, process in enumerate(processes) if process is not None}
 
     def row(self, raw: Sequence[Any]) -> Row:
         """Return the Python values of a row of a cursor that was described."""
         values = list(raw)
-        for at, process in self._result or ():
+        for at, process in (self._result or {}).items():
             value = values[at]
             if value is not None:
                 values[at] = process(value)
         return values
+
+    def process_of(self, at: int) -> _Process | None:
+        """Return what makes Python values of what the driver gives for one column; None where nothing is to be done."""
+        return (self._result or {}).get(at)
 
 
 def _numbered(text: str) -> tuple[str, Sequence[str]]:
@@ -116,26 +212,26 @@ class Prepared:
             connection: Where to run it.
             parameters: By name; names that the statement does not use are ignored.
         """
-        rows, read = self.fetched(connection, parameters)
-        return [read(raw) for raw in rows]
+        return self._send(connection, parameters, late=False).rows()
 
-    def fetched(
-        self, connection: Connection, parameters: Mapping[str, Any]
-    ) -> tuple[Sequence[Sequence[Any]], Callable[[Sequence[Any]], Row]]:
-        """Run the statement; return its rows as the driver gives them, and what makes Python values of one.
+    def answer(self, connection: Connection, parameters: Mapping[str, Any]) -> Answer:
+        """Run the statement; return its rows, whose Python values are made when they are asked for.
 
         Args:
             connection: Where to run it.
             parameters: By name; names that the statement does not use are ignored.
         """
-        dialect = connection.dialect
-        compiled = self._text(dialect, connection.get_execution_options().get("schema_translate_map") or {})
+        return self._send(connection, parameters, late=True)
+
+    def _send(self, connection: Connection, parameters: Mapping[str, Any], *, late: bool) -> Answer:
+        schemas = connection.get_execution_options().get("schema_translate_map") or {}
+        compiled = self._text(connection.dialect, schemas)
         values = compiled.parameters(parameters)
         if _unwatched(connection):
-            return _by_cursor(connection, compiled, values), compiled.row
+            return _by_cursor(connection, compiled, values, late=late)
         result = connection.exec_driver_sql(compiled.text, values)
         compiled.describe(result.cursor)
-        return result.fetchall() if result.returns_rows else [], compiled.row
+        return RowsAnswer(result.fetchall() if result.returns_rows else (), compiled)
 
     def _text(self, dialect: Dialect, schemas: _Schemas) -> _Compiled:
         """Return the text for a dialect, and for the schemas of a tenant."""
@@ -181,31 +277,35 @@ def _unwatched(connection: Any) -> bool:
 _PLAIN_DRIVERS = frozenset({"psycopg", "pysqlite", "asyncpg"})
 
 
-def _by_cursor(connection: Any, compiled: _Compiled, values: Any) -> Sequence[Sequence[Any]]:
+def _by_cursor(connection: Any, compiled: _Compiled, values: Any, *, late: bool) -> Answer:
+    """Send the statement; ``late`` says that the values of many rows are to be made when they are asked for."""
     cursor = None
-    rows: Sequence[Sequence[Any]]
     try:
         if compiled.numbered is not None and connection.dialect.is_async:
-            cursor, rows = await_only(_by_async_psycopg(connection, compiled, values))
-            compiled.describe(cursor)
-            return rows
-        if compiled.numbered is not None:
+            cursor, rows = await_only(_by_async_psycopg(connection, compiled, values, late=late))
+        elif compiled.numbered is not None:
             cursor = connection.dialect.dbapi.RawCursor(connection.connection.dbapi_connection)
             cursor.execute(compiled.numbered, compiled.in_order(values))
+            rows = cursor.fetchall() if compiled.returns_rows and not (late and cursor.rowcount > _FEW) else None
         else:
             cursor = connection.connection.cursor()
             cursor.execute(compiled.text, values)
+            rows = cursor.fetchall() if compiled.returns_rows else ()
         compiled.describe(cursor)
-        rows = cursor.fetchall() if compiled.returns_rows else []
-        cursor.close()
+        if rows is None and compiled.returns_rows:
+            return UnreadAnswer(cursor.connection, cursor.pgresult, compiled)
+        if not connection.dialect.is_async:
+            cursor.close()
     except BaseException as error:
         connection._handle_dbapi_exception(error, compiled.text, values, cursor, None)  # noqa: SLF001 - there is no public way
         raise
-    return rows
+    return RowsAnswer(rows or (), compiled)
 
 
-async def _by_async_psycopg(connection: Any, compiled: _Compiled, values: Any) -> tuple[Any, Sequence[Sequence[Any]]]:
+async def _by_async_psycopg(
+    connection: Any, compiled: _Compiled, values: Any, *, late: bool
+) -> tuple[Any, Sequence[Sequence[Any]] | None]:
     """Send and fetch in one coroutine: each that a greenlet awaits costs two switches."""
     cursor = connection.dialect.dbapi.AsyncRawCursor(connection.connection.driver_connection)
     await cursor.execute(compiled.numbered, compiled.in_order(values))
-    return cursor, await cursor.fetchall() if compiled.returns_rows else []
+    return cursor, await cursor.fetchall() if compiled.returns_rows and not (late and cursor.rowcount > _FEW) else None

@@ -7,7 +7,7 @@ stopped, or the lease expires.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import sqlalchemy as sa
@@ -16,7 +16,7 @@ from sqlalchemy.dialects.postgresql import insert as insert_on_postgres
 from sqlalchemy.orm import Session
 
 from mljobs._values import to_member
-from mljobs.db._prepared import Prepared
+from mljobs.db._prepared import Answer, Prepared, RowsAnswer
 from mljobs.errors import TargetLockedError
 from mljobs.jobs._base import (
     Bind,
@@ -34,13 +34,12 @@ from mljobs.jobs._base import (
     lock_sqlite,
     model_and_id,
     per_model,
-    record,
     refusal,
     state_of,
     table_of,
     whole_table_of,
 )
-from mljobs.jobs._claims import Claim, Lease, RowReader, UnreadJob
+from mljobs.jobs._claims import Claim, ClaimedRows, Lease, UnreadJob
 from mljobs.jobs._picking import pick_statement, queued_jobs
 from mljobs.jobs._refusing import start_refusal, unless_target_taken, without_waiting
 from mljobs.jobs._statements import (
@@ -250,8 +249,9 @@ def _started(
     session: Bind, connection: sa.Connection, model: Model, which: str, parameters: dict[str, Any]
 ) -> tuple[list[Claim[Any]], int]:
     statement = _claim_statement(model, which, inline_limit(parameters["limit"]))
-    rows, values = statement.fetched(connection, parameters)
-    return claims_of(session, model, rows, parameters["worker"], values), rows[0][0]
+    answer = statement.answer(connection, parameters)
+    first = answer.row(0)
+    return claims_of(session, model, answer, first, parameters["worker"]), first[0]
 
 
 def _on_sqlite(
@@ -279,44 +279,38 @@ def _start_in_turn(
     tokens = {lock: token for token, lock in _lease_statement(model).rows(connection, own)}
     of_jobs = {"id": [job_id for job_id, _ in chosen], "token": [tokens[lock] for _, lock in chosen]}
     own |= table_parameters("chosen", SQLITE, **of_jobs)
-    rows = [(len(picked), parameters["expires"], *row) for row in _start_statement(model).rows(connection, own)]
-    return claims_of(session, model, rows, parameters["worker"], list), len(picked)
+    at_id = _at(model, "id") - _BEFORE_RECORD
+    in_order = {job_id.int: at for at, (job_id, _) in enumerate(chosen)}
+    started = sorted(_start_statement(model).rows(connection, own), key=lambda row: in_order[row[at_id].int])
+    rows = [(len(picked), parameters["expires"], *row) for row in started]
+    claims = claims_of(session, model, RowsAnswer(rows), rows[0], parameters["worker"]) if rows else []
+    return claims, len(picked)
 
 
-def claims_of(
-    session: Bind,
-    model: Model,
-    rows: Sequence[Sequence[Any]],
-    worker: str,
-    values: Callable[[Sequence[Any]], Sequence[Any]],
-) -> list[Claim[Any]]:
-    """Return claims in the order of the queue; their records are members of the caller's session, if it is one.
+def claims_of(session: Bind, model: Model, answer: Answer, first: Sequence[Any], worker: str) -> list[Claim[Any]]:
+    """Return claims in the order of the rows; their records are members of the caller's session, if it is one.
 
     Args:
         session: The caller's session or connection.
         model: The mapped job class.
-        rows: Of the claim's statement; of one without an id nothing was started.
+        answer: The rows of the claim's statement; one without an id where nothing was started.
+        first: The values of the first row: one statement, one moment.
         worker: Under which name.
-        values: Makes Python values of what the driver gives.
     """
-    at_id, at_lease = _at(model, "id"), _at(model, "lease")
-    rows = sorted((row for row in rows if row[at_id] is not None), key=_queue_order(model))
-    if not rows:
-        return []
-    first = values(rows[0])  # one statement, one moment
     expires_at, acquired_at = first[1], first[_at(model, "started_at")]
-    ids: dict[int, list[Any]] = {}
-    for row in rows:
-        ids.setdefault(row[at_lease], []).append(row[at_id])
-    leases = {token: Lease(token, acquired_at, of_lease) for token, of_lease in ids.items()}
-    columns = slice(_BEFORE_RECORD, _BEFORE_RECORD + len(table_of(model).columns))
+    ids, kinds, tokens = (answer.column(_at(model, column)) for column in ("id", "kind", "lease"))
+    if ids[0] is None:
+        return []
+    of_lease: dict[int, list[int]] = {}
+    for token, job_id in zip(tokens, ids, strict=True):
+        of_lease.setdefault(token, []).append(job_id.int)
+    leases = {token: Lease(token, acquired_at, job_ids) for token, job_ids in of_lease.items()}
+    rows = ClaimedRows(model, answer, slice(_BEFORE_RECORD, _BEFORE_RECORD + len(table_of(model).columns)))
     jobs: Iterable[Any]
     if isinstance(session, sa.Connection) and is_plain_record(model):
-        reader = RowReader(model, columns, _at(model, "kind"), values)
-        jobs = (UnreadJob(reader, row, row[at_id]) for row in rows)
+        jobs = (UnreadJob(rows, at, job_id, kind) for at, (job_id, kind) in enumerate(zip(ids, kinds, strict=True)))
     else:
-        jobs = loaded(session, model, [record(model, values(row)[columns]) for row in rows])
-    tokens = [row[at_lease] for row in rows]
+        jobs = loaded(session, model, [rows.read(at) for at in range(len(answer))])
     return [Claim(job, token, worker, expires_at, leases[token]) for job, token in zip(jobs, tokens, strict=True)]
 
 
@@ -324,12 +318,6 @@ def claims_of(
 def _at(model: Model, column: str) -> int:
     """Return where in a row this column of the record is."""
     return _BEFORE_RECORD + [column.name for column in table_of(model).columns].index(column)
-
-
-@per_model
-def _queue_order(model: Model) -> Callable[[Sequence[Any]], Any]:
-    priority, created, job_id = (_at(model, name) for name in ("priority", "created_at", "id"))
-    return lambda row: (-row[priority], row[created], row[job_id].int)  # UUIDs compare in Python, and slowly
 
 
 def inline_limit(limit: int) -> int:
@@ -350,7 +338,7 @@ def _lease_values(dialect: str, target_lock: Any) -> tuple[Any, ...]:
     return sa.bindparam("worker", type_=sa.Text()), now_of(dialect), expiry_of(dialect), target_lock
 
 
-def claim_rows(model: Model, which: str, limit: int, dialect: str) -> sa.Select[Any]:
+def claim_rows(model: Model, which: str, limit: int, dialect: str, beside: sa.Subquery | None = None) -> sa.Select[Any]:
     """PostgreSQL: pick, lease and start in one statement.
 
     The jobs that start are found by an array of ids, and the token of an exclusive one by a JSON object of targets, not by
@@ -358,13 +346,13 @@ def claim_rows(model: Model, which: str, limit: int, dialect: str) -> sa.Select[
     five hundred with five hundred.
 
     Returns:
-        For each job that was started: how many were picked, the end of the lease, the record. At least one row.
+        For each job that was started, in the order of the queue: how many were picked, the end of the lease, the record,
+        and the one row ``beside``. At least one row.
     """
     jobs: Any = table_of(model).alias("j")
-    leases = model.__leases__
     picked = queued_jobs(model, which, limit, dialect).with_for_update(skip_locked=True, key_share=True).cte("picked")
-    in_order = aggregate_order_by(picked.c.id, picked.c.priority.desc(), picked.c.created_at, picked.c.id)
-    first = sa.func.array_agg(in_order, type_=sa.ARRAY(JobId()))[constant(1)]
+    by_queue = aggregate_order_by(picked.c.id, picked.c.priority.desc(), picked.c.created_at, picked.c.id)
+    first = sa.func.array_agg(by_queue, type_=sa.ARRAY(JobId()))[constant(1)]
     exclusive: list[sa.ColumnElement[bool]] = [picked.c.exclusive]
     if "timeout" in which.split():
         # Is in force for the locks that this statement takes from here on; only where there is a target to wait for.
@@ -373,20 +361,7 @@ def claim_rows(model: Model, which: str, limit: int, dialect: str) -> sa.Select[
     alone = (
         sa.select(picked.c.target_name, first.label("id")).where(*exclusive).group_by(picked.c.target_name).cte("alone")
     )
-    shared = sa.select(sa.cast(sa.null(), sa.Text()).label("target_lock")).where(
-        sa.exists(1).where(~picked.c.exclusive)
-    )
-    locks = shared.union_all(sa.select(alone.c.target_name)).subquery("locks")
-    leased = (
-        insert_on_postgres(leases)
-        # Two claims that take several targets wait for each other in one order.
-        .from_select(
-            _LEASE_COLUMNS, sa.select(*_lease_values(dialect, locks.c.target_lock)).order_by(locks.c.target_lock)
-        )
-        .on_conflict_do_nothing()
-        .returning(leases.c.token, leases.c.target_lock)
-        .cte("leased")
-    )
+    leased = _leases_of(model, picked, alone, dialect)
     own = sa.select(sa.func.jsonb_object_agg(leased.c.target_lock, leased.c.token, type_=JSONB())).where(
         leased.c.target_lock.is_not(None)
     )
@@ -406,9 +381,24 @@ def claim_rows(model: Model, which: str, limit: int, dialect: str) -> sa.Select[
         .cte("begun")
     )
     number = sa.select(sa.func.count().label("picked")).select_from(picked).subquery("number")
-    return sa.select(number.c.picked, expiry_of(dialect).label("expires_at"), *begun.columns).select_from(
-        number.outerjoin(begun, sa.true())
+    source: Any = number if beside is None else number.join(beside, sa.true())
+    more = () if beside is None else beside.columns
+    rows = sa.select(number.c.picked, expiry_of(dialect).label("expires_at"), *begun.columns, *more)
+    in_order = begun.c.priority.desc(), begun.c.created_at, begun.c.id
+    return rows.select_from(source.outerjoin(begun, sa.true())).order_by(*in_order)
+
+
+def _leases_of(model: Model, picked: sa.CTE, alone: sa.CTE, dialect: str) -> sa.CTE:
+    """Return the INSERT of one lease for all jobs that are not exclusive, and of one for each target that can be had."""
+    leases = model.__leases__
+    shared = sa.select(sa.cast(sa.null(), sa.Text()).label("target_lock")).where(
+        sa.exists(1).where(~picked.c.exclusive)
     )
+    locks = shared.union_all(sa.select(alone.c.target_name)).subquery("locks")
+    # Two claims that take several targets wait for each other in one order.
+    rows = sa.select(*_lease_values(dialect, locks.c.target_lock)).order_by(locks.c.target_lock)
+    insert = insert_on_postgres(leases).from_select(_LEASE_COLUMNS, rows).on_conflict_do_nothing()
+    return insert.returning(leases.c.token, leases.c.target_lock).cte("leased")
 
 
 @per_model

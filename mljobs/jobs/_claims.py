@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Generic
 from typing import cast as typed
 from uuid import UUID
 
+import msgspec
+
+from mljobs.db._prepared import Answer
 from mljobs.errors import InvalidValueError
 from mljobs.jobs._base import M, Model, owner_of, record
-from mljobs.record._models import MlJob
 
 
 class Lease:
@@ -21,17 +23,17 @@ class Lease:
         token: Names the lease in the record of each of its jobs.
         acquired_at: When it was made, by the database's clock. With the token it names the lease for ever: a token alone
             could come back, from a restarted sequence or a restored backup.
-        open: Ids of its jobs that this process has not ended; None where another process may have ended some.
+        open: Ids, as integers, of its jobs that this process has not ended; None where another process may have ended some.
     """
 
     __slots__ = ("acquired_at", "open", "token")
 
-    def __init__(self, token: int, acquired_at: datetime | None, job_ids: Iterable[UUID] | None) -> None:
+    def __init__(self, token: int, acquired_at: datetime | None, job_ids: Iterable[int] | None) -> None:
         self.token = token
         self.acquired_at = acquired_at
         self.open = None if job_ids is None else set(job_ids)
 
-    def is_left_empty_without(self, job_ids: set[UUID]) -> bool:
+    def is_left_empty_without(self, job_ids: set[int]) -> bool:
         """Whether no job stays under this lease once these have left it."""
         return self.open is not None and self.open <= job_ids
 
@@ -61,13 +63,13 @@ class Claim(Generic[M]):
         self.token = token
         self.worker = worker
         self.expires_at = expires_at
-        self.lease = Lease(token, None, (job.id,)) if lease is None else lease
+        self.lease = Lease(token, None, (job.id.int,)) if lease is None else lease
 
     @property
     def job(self) -> M:
         """The record as it was claimed."""
         if isinstance(self._job, UnreadJob):
-            self._job = typed("M", self._job.read())
+            self._job = typed("M", self._job.rows.read(self._job.at))
         return self._job
 
     @property
@@ -78,17 +80,17 @@ class Claim(Generic[M]):
     @property
     def model(self) -> type[M]:
         """The mapped class of the job."""
-        return typed("type[M]", self._job.reader.model) if isinstance(self._job, UnreadJob) else type(self._job)
+        return typed("type[M]", self._job.rows.model) if isinstance(self._job, UnreadJob) else type(self._job)
 
     @property
     def ended(self) -> bool:
         """Whether this process has recorded the end of this claim already."""
-        return self.lease.open is not None and self.job_id not in self.lease.open
+        return self.lease.open is not None and self.job_id.int not in self.lease.open
 
     def note_end(self) -> None:
         """Remember that this claim holds its job no more."""
         if self.lease.open is not None:
-            self.lease.open.discard(self.job_id)
+            self.lease.open.discard(self.job_id.int)
 
     def until(self, expires_at: datetime) -> Claim[M]:
         """Return the same claim with another end."""
@@ -108,42 +110,38 @@ class Claim(Generic[M]):
 
 
 @dataclass(frozen=True, slots=True)
-class RowReader:
-    """What makes records of the rows of a claim.
+class ClaimedRows:
+    """The rows of a claim, of which records are made.
 
     Attributes:
         model: The mapped job class.
+        answer: The rows.
         columns: Where in a row the record is.
-        at_kind: Where its kind is.
-        values: Makes Python values of what the driver gives.
     """
 
     model: Model
+    answer: Answer
     columns: slice
-    at_kind: int
-    values: Callable[[Sequence[Any]], Sequence[Any]]
+
+    def read(self, at: int) -> Any:
+        """Return the record in a row."""
+        return record(self.model, self.answer.row(at)[self.columns])
 
 
-class UnreadJob:
-    """A job that nobody has asked for yet, in its row: a busy worker often needs no more than its id and kind."""
+class UnreadJob(msgspec.Struct, gc=False):
+    """A job that nobody has asked for yet: a busy worker often needs no more than its id and kind.
 
-    __slots__ = ("id", "reader", "row")
+    Attributes:
+        rows: Where its record is.
+        at: In which row.
+        id: Its id.
+        kind: The token of its kind.
+    """
 
-    def __init__(self, reader: RowReader, row: Sequence[Any], job_id: UUID) -> None:
-        self.reader = reader
-        self.row = row
-        self.id = job_id
-
-    @property
-    def kind(self) -> str:
-        """The token of its kind."""
-        kind: str = self.row[self.reader.at_kind]
-        return kind
-
-    def read(self) -> MlJob:
-        """Return the record."""
-        job: MlJob = record(self.reader.model, self.reader.values(self.row)[self.reader.columns])
-        return job
+    rows: ClaimedRows
+    at: int
+    id: UUID
+    kind: str
 
 
 @dataclass(frozen=True, slots=True)

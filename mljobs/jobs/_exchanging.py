@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import sqlalchemy as sa
-
 from mljobs.db._prepared import Prepared
 from mljobs.jobs._base import Bind, JobRef, M, Model, connection_of, is_postgres, per_model
 from mljobs.jobs._claiming import (
@@ -22,7 +20,6 @@ from mljobs.jobs._claims import Claim, model_of
 from mljobs.jobs._fencing import in_one, read_answer
 from mljobs.jobs._finishing import Outcome, answers, finish_many, finish_update, one_for_each_job, outcome_parameters
 from mljobs.jobs._refusing import unless_target_taken, without_waiting
-from mljobs.jobs._statements import NULL
 from mljobs.record._models import MlJob
 
 
@@ -74,11 +71,9 @@ def finish_and_claim(
     parameters |= {"limit": limit, **outcome_parameters(connection.dialect.name, distinct)}
 
     def run(which: str) -> tuple[list[Claim[Any]], Any]:
-        rows, values = _statement(model, which, inline_limit(limit)).fetched(connection, parameters)
-        # A row of the claim says how many jobs were picked, the row of the finish does not.
-        claims = claims_of(session, model, [row for row in rows if row[0] is not None], worker, values)
-        (written,) = [read_answer(row[-2:]) for row in rows if row[0] is None]
-        return claims, written
+        answer = _statement(model, which, inline_limit(limit)).answer(connection, parameters)
+        first = answer.row(0)
+        return claims_of(session, model, answer, first, worker), read_answer(first[-2:])
 
     try:
         claims, written = without_waiting(which, lambda which: unless_target_taken(connection, lambda: run(which)))
@@ -89,18 +84,14 @@ def finish_and_claim(
 
 @per_model
 def _statement(model: Model, which: str, limit: int) -> Prepared:
-    """Return the rows of ``claim_rows``, and that of ``in_one`` behind NULLs.
+    """Return the rows of ``claim_rows``, each with the row of ``in_one``.
 
     Jobs that end here are running in the statement's snapshot, and those that are picked are queued, so no row is
     written twice.
     """
 
     def build(dialect: str) -> Any:
-        claimed = claim_rows(model, which, limit, dialect)
-        finished = in_one(model, finish_update, ends=True)
-        nothing = [NULL] * len(claimed.selected_columns)
-        answered = finished.subquery("finished").c
-        types = [sa.cast(sa.null(), column.type).label(column.name) for column in answered]
-        return sa.union_all(claimed.add_columns(*types), sa.select(*nothing, *answered))
+        finished = in_one(model, finish_update, ends=True).subquery("finished")
+        return claim_rows(model, which, limit, dialect, finished)
 
     return Prepared(build)

@@ -7,7 +7,7 @@ the lease is the same one, and not another under a number that came back, is see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -18,7 +18,7 @@ from mljobs.db._prepared import Prepared
 from mljobs.errors import LeaseLostError, TerminalStateError
 from mljobs.jobs._base import Model, per_model, refusal_and_start, table_of
 from mljobs.jobs._claims import Claim
-from mljobs.jobs._statements import POSTGRES, SQLITE, constant, in_rows, parameter_table, table_parameters
+from mljobs.jobs._statements import POSTGRES, SQLITE, Array, constant, in_rows, parameter_table, table_parameters
 from mljobs.states import MlJobStatus
 from mljobs.types import JobId
 
@@ -30,12 +30,16 @@ class Written:
     """What a write found.
 
     Attributes:
-        ids: The jobs that were written.
-        tokens: The leases that stood when it began.
+        ids: The jobs that were written; None for all.
+        tokens: The leases that stood when it began; of no interest where all were written.
     """
 
-    ids: frozenset[UUID] | set[UUID]
-    tokens: frozenset[int] | set[int]
+    ids: Collection[UUID] | None
+    tokens: Collection[int]
+
+    def __contains__(self, claim: Claim[Any]) -> bool:
+        """Whether the job of this claim was written."""
+        return self.ids is None or claim.job_id in self.ids
 
 
 def wanted_table(dialect: str, **columns: Any) -> Any:
@@ -52,7 +56,7 @@ def claim_parameters(dialect: str, claims: Sequence[Claim[Any]], **columns: Sequ
 def lease_parameters(dialect: str, claims: Iterable[Claim[Any]]) -> dict[str, Any]:
     """Return the parameters of the leases of these claims, and which of them have no other job, as far as is known."""
     claims = list(claims)
-    ids = {claim.job_id for claim in claims}
+    ids = {claim.job_id.int for claim in claims}
     leases = {claim.token: claim.lease for claim in claims}
     return table_parameters(
         _LEASES,
@@ -133,23 +137,26 @@ def in_one(model: Model, write: Write, *, ends: bool) -> Any:
         ends: Whether the jobs leave their leases, and leases that are empty then go.
 
     Returns:
-        One row: the ids that were written, and the tokens of the leases that stood.
+        One row: the ids that were written, and the tokens of the leases that stood; NULLs where all were written.
     """
     jobs = table_of(model).alias("j")
     held = standing_leases(model, POSTGRES).cte("held")
     written = write(model, jobs, held, POSTGRES).returning(jobs.c.id).cte("written")
     ids, tokens = sa.select(written.c.id), sa.select(held.c.token)
-    statement = sa.select(
-        sa.func.array(ids.scalar_subquery(), type_=sa.ARRAY(JobId())).label("ids"),
-        sa.func.array(tokens.scalar_subquery(), type_=sa.ARRAY(sa.BigInteger())).label("tokens"),
-    )
+    fewer = sa.func.count() < sa.func.cardinality(sa.bindparam(f"{_WANTED}_id", type_=Array(JobId())))
+    missed = sa.select(fewer.label("some")).select_from(written).subquery("missed")
+
+    def found(values: sa.Select[Any], item: Any) -> Any:
+        return sa.case((missed.c.some, sa.func.array(values.scalar_subquery(), type_=sa.ARRAY(item))))
+
+    statement = sa.select(found(ids, JobId()).label("ids"), found(tokens, sa.BigInteger()).label("tokens"))
     return statement.add_cte(delete_empty(model, held, ids, POSTGRES).cte("released")) if ends else statement
 
 
 def read_answer(row: Sequence[Any]) -> Written:
     """Return what the row of ``in_one`` says."""
     ids, tokens = row
-    return Written(frozenset(ids), frozenset(tokens))
+    return Written(ids, tokens or ())
 
 
 class FencedWrite:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
+import msgspec
 import sqlalchemy as sa
 
 from mljobs import events
@@ -48,8 +49,7 @@ _FAILED = MlJobStatus.FAILED
 _QUEUED = MlJobStatus.QUEUED
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True, gc=False):
     """How the work on one claim ended. Made by ``completed``, ``failed`` and ``requeued``, so no illegal mix exists."""
 
     claim: Claim[Any]
@@ -184,10 +184,7 @@ def finish_many(session: Bind, outcomes: Iterable[Outcome]) -> list[Exception | 
 
 def one_for_each_job(outcomes: Iterable[Outcome]) -> list[Outcome]:
     """Return one outcome for each job, in the order of their ids: of a claim given twice the first."""
-    first: dict[Claim[Any], Outcome] = {}
-    for outcome in outcomes:
-        first.setdefault(outcome.claim, outcome)
-    return [first[claim] for claim in newest_by_job(first)]
+    return newest_by_job(outcomes, attrgetter("claim"))
 
 
 def record_outcomes(
@@ -234,10 +231,11 @@ def answers(
         written: What the write found.
     """
     connection = connection_of(session, model)
-    done = {id(outcome) for outcome in tried if outcome.claim.job_id in written.ids}
+    everything = written.ids is None and len(tried) == len(outcomes)
+    done = set() if everything else {id(outcome) for outcome in tried if outcome.claim in written}
     errors: list[Exception | None] = []
     for outcome in outcomes:
-        recorded = id(outcome) in done
+        recorded = everything or id(outcome) in done
         errors.append(None if recorded else explain(connection, model, outcome.claim, written, outcome.status))
         outcome.claim.note_end()
     ids = [outcome.claim.job_id for outcome in outcomes]

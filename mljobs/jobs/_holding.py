@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
@@ -38,6 +38,7 @@ from mljobs.jobs._statements import POSTGRES, expiry_of, in_rows, moments
 from mljobs.jobs._transitions import report_values
 from mljobs.states import MlJobStatus
 
+_T = TypeVar("_T")
 _PROGRESS_MAX = 100
 
 
@@ -187,7 +188,7 @@ def report_many(session: Bind, reports: Iterable[Report]) -> list[Any]:
     if not is_postgres(connection):
         lock_sqlite(connection, model)
     latest = {report.claim: report for report in given}
-    claims = newest_by_job(latest)
+    claims = newest_by_job(latest, _itself)
     dialect = connection.dialect.name
     values: dict[str, list[Any]] = {
         "progress": [latest[claim].progress for claim in claims],
@@ -195,7 +196,7 @@ def report_many(session: Bind, reports: Iterable[Report]) -> list[Any]:
     }
     parameters = claim_parameters(dialect, claims, **values) | lease_parameters(dialect, claims)
     written = _REPORT.run(connection, model, parameters)
-    done = {claim for claim in claims if claim.job_id in written.ids}
+    done = {claim for claim in claims if claim in written}
     errors = [
         None if report.claim in done else explain(connection, model, report.claim, written, MlJobStatus.RUNNING)
         for report in given
@@ -204,17 +205,31 @@ def report_many(session: Bind, reports: Iterable[Report]) -> list[Any]:
     return errors
 
 
-def newest_by_job(claims: Iterable[Claim[Any]]) -> list[Claim[Any]]:
-    """Return one claim for each job, in the order of the ids; of several the newest, for no other can hold it.
+def newest_by_job(given: Iterable[_T], claim_of: Callable[[_T], Claim[Any]]) -> list[_T]:
+    """Return one for each job, in the order of the ids: of several that with the newest claim, for no other can hold it.
 
     Writes that wait for each other's records take them in this order.
+
+    Args:
+        given: Claims, or what has one.
+        claim_of: Returns the claim; of one claim given twice the first counts.
     """
-    newest: dict[Any, Claim[Any]] = {}
-    for claim in claims:
-        known = newest.get(claim.job_id)
-        if known is None or (claim.lease.acquired_at, claim.token) > (known.lease.acquired_at, known.token):
-            newest[claim.job_id] = claim
-    return sorted(newest.values(), key=lambda claim: claim.job_id.int)
+    newest: dict[int, _T] = {}
+    for one in given:
+        claim = claim_of(one)
+        job_id = claim.job_id.int  # UUIDs are hashed and compared in Python, and slowly
+        known = newest.setdefault(job_id, one)
+        if known is not one and _age(claim) > _age(claim_of(known)):
+            newest[job_id] = one
+    return [newest[job_id] for job_id in sorted(newest)]
+
+
+def _itself(claim: Claim[Any]) -> Claim[Any]:
+    return claim
+
+
+def _age(claim: Claim[Any]) -> Any:
+    return claim.lease.acquired_at, claim.token
 
 
 def _percent(value: int) -> int:
@@ -265,13 +280,13 @@ def _end(connection: sa.Connection, model: Model, claims: Sequence[Claim[Any]]) 
     if not is_postgres(connection):
         lock_sqlite(connection, model)
     dialect = connection.dialect.name
-    newest = newest_by_job(claims)
+    newest = newest_by_job(claims, _itself)
     written = _RELEASE.run(
         connection, model, {**claim_parameters(dialect, newest), **lease_parameters(dialect, claims)}
     )
     held = 0
     for claim in claims:
-        held += claim.job_id in written.ids or (claim.token in written.tokens and not claim.ended)
+        held += claim in written or (claim.token in written.tokens and not claim.ended)
         claim.note_end()
     return held
 

@@ -124,7 +124,7 @@ def _put_back(
         outcomes = one_for_each_job(map(outcome_of, part))
         written = record_outcomes(connection, model, outcomes, write)
         for outcome in outcomes:
-            if outcome.claim.job_id in written.ids:
+            if outcome.claim in written:
                 failed = outcome.status is MlJobStatus.FAILED
                 (rescued.failed if failed else rescued.requeued).append(outcome.claim.job_id)
 

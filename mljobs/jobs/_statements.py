@@ -13,20 +13,17 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from sqlalchemy.types import NullType, TypeDecorator
+from sqlalchemy.types import TypeDecorator
 
 from mljobs._values import utc_now
 from mljobs.states import ACTIVE, MlJobStatus
-from mljobs.types import UtcMillis
+from mljobs.types import JobId, UtcMillis
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect
     from sqlalchemy.types import TypeEngine
 
 POSTGRES, SQLITE = "postgresql", "sqlite"
-
-NULL: Any = sa.literal_column("NULL", NullType())
-"""NULL without the label that SQLAlchemy gives each of its own."""
 
 
 def constant(value: str | int) -> Any:
@@ -111,10 +108,49 @@ def _unchanged(value: Any) -> Any:
     return value
 
 
+class Array(TypeDecorator[list[Any]]):
+    """An array of PostgreSQL, made into its text here for psycopg, which takes longer over each item than the server.
+
+    Args:
+        item: The type of the items.
+    """
+
+    impl = sa.ARRAY
+    cache_ok = True
+
+    def __init__(self, item: TypeEngine[Any]) -> None:
+        self.item = item
+        super().__init__(item)
+
+    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any] | None:
+        if not dialect.driver.startswith("psycopg"):
+            return super().bind_processor(dialect)
+        process = self.item.dialect_impl(dialect).bind_processor(dialect) or _unchanged
+        write = next((write for of, write in _ITEMS if isinstance(self.item, of)), _quoted)
+
+        def text(values: Sequence[Any]) -> str:
+            items = ["NULL" if value is None else write(process(value)) for value in values]
+            return f"{{{','.join(items)}}}"
+
+        return text
+
+
+def _quoted(value: Any) -> str:
+    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+_ITEMS: tuple[tuple[Any, Callable[[Any], str]], ...] = (
+    (JobId, lambda value: value if isinstance(value, str) else f"{value.int:032x}"),
+    (sa.Integer, str),
+    (sa.Boolean, str),
+)
+
+
 def any_of(column: sa.ColumnElement[Any], name: str, item: TypeEngine[Any], dialect_name: str) -> Any:
     """Return the condition that ``column`` is in the list parameter ``name``: one text for lists of any length."""
     if dialect_name == POSTGRES:
-        return column == sa.any_(sa.bindparam(name, type_=sa.ARRAY(item)))
+        return column == sa.any_(sa.bindparam(name, type_=Array(item)))
     items = sa.func.json_each(sa.bindparam(name, type_=_Json((item,), rows=False))).table_valued("value")
     return column.in_(sa.select(items.c.value))
 
@@ -143,7 +179,7 @@ def parameter_table(name: str, dialect_name: str, **columns: TypeEngine[Any]) ->
     """
     if dialect_name == POSTGRES:
         arrays = [
-            sa.select(sa.bindparam(f"{name}_{column}", type_=sa.ARRAY(item))).scalar_subquery()
+            sa.select(sa.bindparam(f"{name}_{column}", type_=Array(item))).scalar_subquery()
             for column, item in columns.items()
         ]
         typed = [sa.column(column, item) for column, item in columns.items()]

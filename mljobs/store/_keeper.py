@@ -73,10 +73,9 @@ class Keeper:
         self._every = min(lease / 3, _RENEW_SECONDS) if every is None else every
         self._clock = clock
         self._on_renewal = on_renewal
-        self._runs: dict[Claim[Any], Run[Any]] = {}
+        self._runs: set[Run[Any]] = set()
         self._changed = threading.Condition()
         self._closed = False
-        self._resting = False
         self._thread: threading.Thread | None = None
 
     def add(self, run: Run[Any]) -> None:
@@ -94,9 +93,7 @@ class Keeper:
         with self._changed:
             for run in runs:
                 run.until = until
-                self._runs[run.claim] = run
-            if self._resting:
-                self._changed.notify_all()
+                self._runs.add(run)
         self.start()
 
     def start(self) -> None:
@@ -113,8 +110,7 @@ class Keeper:
     def remove_many(self, runs: Iterable[Run[Any]]) -> None:
         """Stop keeping the leases of these runs."""
         with self._changed:
-            for run in runs:
-                self._runs.pop(run.claim, None)
+            self._runs.difference_update(runs)
 
     def overdue(self, run: Run[Any]) -> bool:
         """Whether this run's lease may have ended unnoticed, because the whole process stood still."""
@@ -123,21 +119,21 @@ class Keeper:
     def catch_up(self) -> None:
         """Renew now if a lease may have ended unnoticed: what nobody else took is ours still."""
         with self._changed:
-            late = any(run.until <= self._clock() for run in self._runs.values())
+            late = any(run.until <= self._clock() for run in self._runs)
         if late:
             self.renew()
 
     def renew(self) -> bool:
         """Renew all leases now, and tell the runs what was found; return False where the database is away."""
         with self._changed:
-            runs = dict(self._runs)
-            first_end = min((run.until for run in runs.values()), default=0.0)
+            runs = {run.claim: run for run in self._runs}
+            first_end = min((run.until for run in self._runs), default=0.0)
         if not runs:
             return True
         asked = self._clock()
         try:
             with answers_within(answer_seconds(self._lease, first_end - asked)):
-                renewal = self._store.renew([run.claim for run in runs.values()], lease=self._lease)
+                renewal = self._store.renew(runs, lease=self._lease)
         except CONNECTION_ERRORS as error:
             logger.warning("cannot renew %d leases: %s", len(runs), first_line(error))
             self._give_up_expired()
@@ -145,8 +141,7 @@ class Keeper:
         with self._changed:
             for claim in (*renewal.held, *renewal.cancelled):
                 runs[claim].until = asked + self._lease
-            for claim in renewal.lost:
-                self._runs.pop(claim, None)
+            self._runs.difference_update(runs[claim] for claim in renewal.lost)
         for claim in renewal.cancelled:
             runs[claim].mark_cancelled()
         for claim in renewal.lost:
@@ -157,7 +152,7 @@ class Keeper:
         """Write the progress and metrics that are due, of all runs in one statement; of ``only`` whatever is there."""
         now = self._clock()
         with self._changed:
-            runs = [only] if only is not None else list(self._runs.values())
+            runs = [only] if only is not None else list(self._runs)
         due = [(run, run.take_report(now, everything=only is not None)) for run in runs]
         reports = [(run, report) for run, report in due if report is not None]
         if not reports:
@@ -180,9 +175,8 @@ class Keeper:
         """Where nothing could be renewed for a whole lease, somebody else may have the job by now."""
         now = self._clock()
         with self._changed:
-            expired = [run for run in self._runs.values() if run.until <= now]
-            for run in expired:
-                del self._runs[run.claim]
+            expired = [run for run in self._runs if run.until <= now]
+            self._runs.difference_update(expired)
         for run in expired:
             run.mark_lost()
 
@@ -192,12 +186,6 @@ class Keeper:
             with self._changed:
                 if not self._closed:
                     self._changed.wait(max(0.0, min(due - self._clock(), _WRITE_SECONDS)))
-                if not self._runs and not self._closed:  # nothing to keep, so not a tick until there is
-                    self._resting = True
-                    self._changed.wait(None if self._on_renewal is None else max(0.0, due - self._clock()))
-                    self._resting = False
-                    if self._on_renewal is None:
-                        due = self._clock() + self._every
                 if self._closed:
                     return
             try:

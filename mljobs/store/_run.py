@@ -40,25 +40,22 @@ class Run(Generic[M]):
         until: When the lease ends as far as its keeper knows, on the keeper's clock.
     """
 
-    __slots__ = (
-        "_cancelled", "_lost", "_metrics", "_metrics_set", "_progress", "_reported", "_stopping", "_unreported",
-        "_woken", "_written", "claim", "retryable", "until",
-    )  # fmt: skip
+    # What most runs never set is the class's, for a run of a short job is made and dropped in microseconds.
+    retryable = True
+    until = 0.0
+    _metrics: Any = None
+    _metrics_set = False
+    _reported = False
+    _unreported = False
+    _progress: int | None = None
+    _written = 0.0
+    _cancelled = False
+    _lost = False
+    _stopping = False
+    _woken: threading.Event | None = None  # made when somebody sleeps
 
     def __init__(self, claim: Claim[M]) -> None:
         self.claim = claim
-        self.until = 0.0
-        self.retryable = True
-        self._metrics: Any = None
-        self._metrics_set = False
-        self._reported = False
-        self._unreported = False
-        self._progress: int | None = None
-        self._written = 0.0
-        self._cancelled = False
-        self._lost = False
-        self._stopping = False
-        self._woken: threading.Event | None = None  # made when somebody sleeps: a short job never does
 
     def __repr__(self) -> str:
         return f"<Run of job {self.claim.job_id}, attempt {self.attempt}, lease {self.claim.token}>"

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from mljobs.db._failures import first_line, one_line, shortened
 from mljobs.jobs import Claim, Outcome
 from mljobs.states import MlJobStatus
@@ -16,8 +18,7 @@ from mljobs.worker._handlers import Handler
 logger = logging.getLogger("mljobs.worker")
 
 
-@dataclass(slots=True)
-class FinishedRun:
+class FinishedRun(msgspec.Struct, eq=False, gc=False):
     """One run that has ended.
 
     Attributes:
@@ -75,12 +76,10 @@ _ALARMING = ("failed", "lost")
 
 def log_outcomes(entries: Sequence[FinishedRun], words: Sequence[str]) -> None:
     """Log one line on what became of each job."""
-    if not logger.isEnabledFor(logging.WARNING):
-        return
+    shown = None if logger.isEnabledFor(logging.INFO) else _ALARMING
     for entry, word in zip(entries, words, strict=True):
-        level = logging.WARNING if word in _ALARMING else logging.INFO
-        if level == logging.WARNING or logger.isEnabledFor(logging.INFO):
-            _log(level, entry, word)
+        if shown is None or word in shown:
+            _log(logging.WARNING if word in _ALARMING else logging.INFO, entry, word)
 
 
 def _log(level: int, entry: FinishedRun, word: str) -> None:

@@ -105,7 +105,7 @@ class Prefetcher:
         self._changed = threading.Condition(self._lock)
         self._buffer: deque[Run] = deque()
         self._buffered_at = 0.0
-        self._under_way: dict[Claim, Run] = {}
+        self._under_way: set[Run] = set()
         self._claiming = False
         self._drained = False  # the last claim found less than was asked for: there is hardly more
         self._stopped = False
@@ -142,7 +142,10 @@ class Prefetcher:
                     self._claiming = False
                     self._writer.nudge()
                     idle = self._stopped and not self._under_way
-                    self._changed.notify_all()
+                    if self._stopped:
+                        self._changed.notify_all()
+                    else:
+                        self._changed.notify()  # who claims next
                 if idle:
                     self._on_idle()
 
@@ -160,7 +163,7 @@ class Prefetcher:
                         return True
                     if self._buffer:
                         run = self._buffer.popleft()
-                        self._under_way[run.claim] = run
+                        self._under_way.add(run)
                         self._writer.nudge()
                         return run
                 self._writer.nudge()
@@ -188,7 +191,7 @@ class Prefetcher:
     def ended(self, run: Run) -> None:
         """Take note that this run's handler has ended, and its outcome is with the writer."""
         with self._lock:
-            self._under_way.pop(run.claim, None)
+            self._under_way.discard(run)
             self._ended += 1
             if self._stopped:
                 if not self._under_way and not self._claiming:
@@ -310,7 +313,7 @@ class Prefetcher:
             self._buffered_at = self._clock()
             stopped = self._stopped
             if self._waiting:
-                self._changed.notify_all()
+                self._changed.notify(len(runs))
         if stopped:
             self._put_back_buffered()
         if self._slept and self._clock() - self._woken_at > _BUSY_SECONDS:
@@ -409,7 +412,7 @@ class Prefetcher:
     def under_way(self) -> list[Run]:
         """Return the runs whose handlers have not ended."""
         with self._lock:
-            return list(self._under_way.values())
+            return list(self._under_way)
 
     @property
     def busy(self) -> bool:
@@ -421,8 +424,7 @@ class Prefetcher:
         """Wait no more for these."""
         with self._lock:
             self.abandoned += len(runs)
-            for run in runs:
-                self._under_way.pop(run.claim, None)
+            self._under_way.difference_update(runs)
 
     def close(self) -> None:
         """Stop listening."""

@@ -17,7 +17,7 @@ from mljobs import jobs
 from mljobs.db._failures import database_is_away, first_line
 from mljobs.db._timeouts import answers_within, limit_idle_transaction
 from mljobs.errors import TerminalStateError
-from mljobs.jobs import Claim, Outcome
+from mljobs.jobs import Outcome
 from mljobs.jobs._base import connection_of
 from mljobs.states import MlJobStatus
 from mljobs.store._keeper import Keeper
@@ -30,8 +30,12 @@ from mljobs.worker._retrying import submit_retry
 logger = logging.getLogger("mljobs.worker")
 
 BATCH_WAIT = 0.003
-"""Seconds that an outcome waits at most for others, to be written with them."""
-BATCH = 1000
+"""Seconds that an outcome waits for others, to be written with them."""
+MANY = 16
+"""So many within ``BATCH_WAIT`` come from jobs so short that the next claim, which takes them along, is near."""
+MANY_WAIT = 0.05
+"""Seconds that these wait for it at most."""
+BATCH = 2048
 """The most outcomes that one statement writes."""
 
 
@@ -66,7 +70,7 @@ class OutcomeWriter:
         self._filled = threading.Event()
         self._closing = threading.Event()
         self._hurry = threading.Event()
-        self._requeued: set[Claim] = set()
+        self._requeued: set[Run] = set()
         self._writing = 0
         self._no_writer = threading.Condition()
         self._thread = threading.Thread(target=self._loop, name="mljobs-writer", daemon=True)
@@ -76,7 +80,7 @@ class OutcomeWriter:
 
     def put(self, entry: FinishedRun) -> None:
         """Add what has ended; the next claim writes it. Where none may follow, call ``nudge``."""
-        if entry.run.claim in self._requeued:
+        if self._requeued and entry.run in self._requeued:
             return
         (self._waiting if entry.batchable else self._others).append(entry)
 
@@ -97,7 +101,7 @@ class OutcomeWriter:
         # An error means that it ended, or was lost, at the last moment, and has been counted as that.
         results = zip(runs, outcomes, errors, strict=True)
         done = [FinishedRun(run, outcome, None, 0.0) for run, outcome, error in results if error is None]
-        self._requeued.update(entry.run.claim for entry in done)
+        self._requeued.update(entry.run for entry in done)
         self._end(done, ["requeued"] * len(done))
 
     # -------------------------------------------------------------------------------- what the thread that writes calls
@@ -227,6 +231,8 @@ class OutcomeWriter:
         while True:
             self._filled.wait()
             self._hurry.wait(BATCH_WAIT)
+            if len(self._waiting) >= MANY:
+                self._hurry.wait(MANY_WAIT - BATCH_WAIT)
             self._filled.clear()
             if self._closing.is_set():
                 return

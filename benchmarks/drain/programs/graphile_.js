@@ -9,8 +9,10 @@ const say = (line) => process.stdout.write(`${line}\n`);
 async function fill(number) {
   await runMigrations({ connectionString: url, logger });
   const utils = await makeWorkerUtils({ connectionString: url, logger });
-  await utils.withPgClient((client) =>
-    client.query("select graphile_worker.add_job('noop', '{}'::json) from generate_series(1, $1::int)", [number]));
+  // In parts: within one transaction each call would walk past the row of the task that all calls before it have rewritten.
+  for (let left = number; left > 0; left -= 500)
+    await utils.withPgClient((client) =>
+      client.query("select graphile_worker.add_job('noop', '{}'::json) from generate_series(1, $1::int)", [Math.min(left, 500)]));
   await utils.release();
 }
 
