@@ -114,6 +114,7 @@ class Prefetcher:
         self._claimer_waits = False  # for the end of what is under way, to see that nothing is left
         self._rate = 0.0
         self._ended = 0
+        self._intervals: deque[tuple[int, float]] = deque()
         self._recorded = 0  # how many times: an outcome may free a target that a claim has just found taken
         self._since = clock()
         self._listener = store.new_listener(workers=True)
@@ -207,12 +208,25 @@ class Prefetcher:
         return min(self._settings.ahead, int(self._rate * min(AHEAD_SECONDS, self._settings.lease / 4)))
 
     def _measure(self) -> None:
-        """Take the rate of the time since the last claim that found something."""
+        """Take the rate of the last ``AHEAD_SECONDS`` at least; of the time since the last claim, where that is higher.
+
+        The latter alone would swing: few jobs beside a long claim of many, then many beside a short claim of few.
+        """
         now = self._clock()
-        span = now - self._since
-        if self._ended and span > 0:
-            self._rate = self._ended / span
+        ended, seconds = self._ended, now - self._since
         self._ended, self._since = 0, now
+        if not ended or seconds <= 0:
+            return
+        intervals = self._intervals
+        intervals.append((ended, seconds))
+        whole = sum(seconds for _, seconds in intervals)
+        while whole - intervals[0][1] >= AHEAD_SECONDS:
+            whole -= intervals.popleft()[1]
+        self._rate = max(ended / seconds, sum(ended for ended, _ in intervals) / whole)
+
+    def _forget_rate(self) -> None:
+        self._rate, self._ended, self._since = 0.0, 0, self._clock()
+        self._intervals.clear()
 
     def _number(self) -> int:
         """Return how many to claim; of many a round number, so that few statements are prepared."""
@@ -357,12 +371,10 @@ class Prefetcher:
             return True
 
     def _sleep(self) -> None:
-        self._measure()
-        self._rate = 0.0
         self._listener.wait(self._settings.poll)
         self._woken_at = self._clock()
         with self._lock:
-            self._since = self._woken_at
+            self._forget_rate()
 
     def recorded(self, entries: Sequence[FinishedRun]) -> None:
         """Claim again soon if a job has ended whose target other jobs may have waited for."""
@@ -381,7 +393,7 @@ class Prefetcher:
         with self._lock:
             if not self._buffer or self._clock() - self._buffered_at < STALE_SECONDS:
                 return
-            self._rate = 0.0
+            self._forget_rate()
         self._put_back_buffered()
 
     def _put_back_buffered(self) -> None:
