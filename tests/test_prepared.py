@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from decimal import Decimal
 from enum import Enum
@@ -146,3 +148,54 @@ def test_a_claim_reads_columns_of_any_type_that_a_host_has_added(empty_url: str,
             assert len({type(value) for value in values}) == 1, name
         store.complete(claim)
         assert store.retry(got, again=True).price == Decimal("1.50")
+
+
+def test_the_records_of_a_claim_of_many_are_read_when_somebody_asks_from_any_thread_and_when_the_store_is_closed(
+    url: str,
+) -> None:
+    with JobStore(url) as store:
+        store.submit_many([("train", f"t{number}", {"n": number}) for number in range(60)])
+        claims = store.claim(worker="w", limit=60, lease=3600)
+        assert [claim.kind for claim in claims] == ["train"] * 60
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(lambda claim: claim.job, claims * 3))
+    assert [job.spec["n"] for job in read] == list(range(60)) * 3
+    assert {(job.id, job.attempts, job.worker, job.lease) for job in read} == {
+        (claim.job_id, 1, "w", claim.token) for claim in claims
+    }
+    assert {job.started_at for job in read} == {claims[0].lease.acquired_at}
+    copies = pickle.loads(pickle.dumps(claims))
+    assert [(copy, copy.job.spec, copy.expires_at) for copy in copies] == [
+        (claim, claim.job.spec, claim.expires_at) for claim in claims
+    ]
+
+
+_TEXTS = [
+    "",
+    "NULL",
+    "null",
+    '"',
+    "\\",
+    '\\"',
+    "{a,b}",
+    "a, b",
+    " x ",
+    "\n\t",
+    "é漢🙂",
+    "'; --",
+    "%s %(x)s $1",
+    '{"k": "\\u0041"}',
+]
+
+
+def test_texts_of_a_batch_are_stored_as_they_are(url: str) -> None:
+    with JobStore(url) as store:
+        store.submit_many([("train", "t", None)] * len(_TEXTS) * 2)
+        claims = store.claim(worker="w", limit=len(_TEXTS) * 2)
+        failures = list(zip(claims, _TEXTS, strict=False))
+        results = list(zip(claims[len(_TEXTS) :], _TEXTS, strict=True))
+        outcomes = [jobs.Outcome.failed(claim, reason) for claim, reason in failures]
+        outcomes += [jobs.Outcome.completed(claim, [text]) for claim, text in results]
+        assert store.finish_many(outcomes) == [None] * len(outcomes)
+        assert [store.get(claim.job_id).error_message for claim, _ in failures] == _TEXTS
+        assert [store.get(claim.job_id).metrics for claim, _ in results] == [[text] for text in _TEXTS]

@@ -20,7 +20,9 @@ from mljobs import (
     SchemaError,
     Worker,
 )
+from mljobs.store._keeper import Keeper
 from mljobs.store._run import Run
+from mljobs.worker._prefetching import ClaimSettings, Prefetcher
 from mljobs.worker._recording import OutcomeWriter
 from tests.cases import case
 from tests.workers import ended, fail, worker_of
@@ -281,6 +283,22 @@ def test_short_jobs_are_claimed_ahead_and_long_ones_are_not(store: JobStore) -> 
     store.submit_many([("train", "short", {}) for _ in range(50)])
     slow.run(until_idle=True)
     assert max(limits) <= 2
+
+
+def test_how_many_are_claimed_ahead_does_not_swing_with_the_length_of_single_claims(store: JobStore) -> None:
+    now = 0.0
+    settings = ClaimSettings(worker="w", kinds=["train"], lease=60, slots=1, ahead=10_000, poll=1, until_idle=True)
+    keeper, writer = Keeper(store, 60), OutcomeWriter(store, Keeper(store, 60))
+    prefetcher = Prefetcher(store, settings, keeper=keeper, writer=writer, on_idle=lambda: None, clock=lambda: now)
+    ahead = []
+    for jobs_ended, seconds in [(1000, 0.2), (60, 0.1)] * 5:
+        now += seconds
+        prefetcher._ended = jobs_ended
+        prefetcher._measure()
+        ahead.append(prefetcher._ahead())
+    writer.close()
+    assert min(ahead[1:]) > 800
+    assert max(ahead) <= 1250
 
 
 # ------------------------------------------------------------------------------------------------------ wrong from the start
