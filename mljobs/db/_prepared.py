@@ -10,112 +10,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from sqlalchemy.util import await_only
 
+from mljobs.db._answers import Answer, Row, RowsAnswer, UnreadAnswer
+
 if TYPE_CHECKING:
-    import psycopg
     from sqlalchemy.engine import Connection, Dialect
     from sqlalchemy.sql.expression import Executable
 
-Row = Any  # a sequence of values
 _Process = Callable[[Any], Any]
 _Schemas = Mapping[str | None, str | None]
 
 _TENANTS = 100  # of whose texts each statement keeps
 _FEW = 8  # rows whose values are made at once: to be able to make them later costs as much
-
-
-class Answer(Protocol):
-    """The rows that a statement returned."""
-
-    def __len__(self) -> int:
-        """How many rows."""
-
-    def rows(self) -> list[Row]:
-        """Return the Python values of all rows."""
-
-    def row(self, at: int) -> Row:
-        """Return the Python values of a row."""
-
-    def column(self, at: int) -> list[Any]:
-        """Return the Python values of a column, of all rows."""
-
-
-class RowsAnswer:
-    """An answer whose rows the driver has read.
-
-    Args:
-        rows: As the driver gives them.
-        compiled: The statement; None where the rows hold Python values.
-    """
-
-    def __init__(self, rows: Sequence[Sequence[Any]], compiled: _Compiled | None = None) -> None:
-        self._rows = rows
-        self._compiled = compiled
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def rows(self) -> list[Row]:
-        """Return the Python values of all rows."""
-        read = list if self._compiled is None else self._compiled.row
-        return [read(row) for row in self._rows]
-
-    def row(self, at: int) -> Row:
-        """Return the Python values of a row."""
-        return list(self._rows[at]) if self._compiled is None else self._compiled.row(self._rows[at])
-
-    def column(self, at: int) -> list[Any]:
-        """Return the Python values of a column, of all rows."""
-        process = None if self._compiled is None else self._compiled.process_of(at)
-        if process is None:
-            return [row[at] for row in self._rows]
-        return [None if row[at] is None else process(row[at]) for row in self._rows]
-
-
-class UnreadAnswer:
-    """An answer of psycopg: the text that the server sent, of which a value is made when somebody asks for it.
-
-    Args:
-        connection: Whose types make the values.
-        result: What the server sent.
-        compiled: The statement.
-    """
-
-    def __init__(self, connection: psycopg.Connection[Any], result: Any, compiled: _Compiled) -> None:
-        from psycopg.adapt import Transformer  # noqa: PLC0415 - SQLite does without psycopg
-
-        self._result = result
-        self._compiled = compiled
-        self._transformer = Transformer.from_context(connection)
-        self._transformer.set_pgresult(result)
-
-    def __len__(self) -> int:
-        return int(self._result.ntuples)
-
-    def rows(self) -> list[Row]:
-        """Return the Python values of all rows."""
-        return [self.row(at) for at in range(len(self))]
-
-    def row(self, at: int) -> Row:
-        """Return the Python values of a row."""
-        return self._compiled.row(self._transformer.load_rows(at, at + 1, tuple)[0])
-
-    def column(self, at: int) -> list[Any]:
-        """Return the Python values of a column, of all rows."""
-        result, process = self._result, self._compiled.process_of(at)
-        load = self._transformer.get_loader(result.ftype(at), result.fformat(at)).load
-        made: dict[bytes | None, Any] = {None: None}  # many columns have few values
-        values = []
-        for row in range(result.ntuples):
-            raw = result.get_value(row, at)
-            if raw not in made:
-                made[raw] = load(raw) if process is None else process(load(raw))
-            values.append(made[raw])
-        return values
 
 
 class _Compiled:

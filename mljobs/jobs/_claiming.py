@@ -16,7 +16,8 @@ from sqlalchemy.dialects.postgresql import insert as insert_on_postgres
 from sqlalchemy.orm import Session
 
 from mljobs._values import to_member
-from mljobs.db._prepared import Answer, Prepared, RowsAnswer
+from mljobs.db._answers import Answer, RowsAnswer
+from mljobs.db._prepared import Prepared
 from mljobs.errors import TargetLockedError
 from mljobs.jobs._base import (
     Bind,

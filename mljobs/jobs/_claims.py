@@ -11,7 +11,7 @@ from uuid import UUID
 
 import msgspec
 
-from mljobs.db._prepared import Answer
+from mljobs.db._answers import Answer
 from mljobs.errors import InvalidValueError
 from mljobs.jobs._base import M, Model, owner_of, record
 
