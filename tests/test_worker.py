@@ -297,6 +297,7 @@ def test_how_many_are_claimed_ahead_does_not_swing_with_the_length_of_single_cla
         prefetcher._measure()
         ahead.append(prefetcher._ahead())
     writer.close()
+    prefetcher.close()
     assert min(ahead[1:]) > 800
     assert max(ahead) <= 1250
 
