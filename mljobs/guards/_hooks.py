@@ -25,7 +25,7 @@ from mljobs.guards._beside import leases_of
 from mljobs.guards._companions import GUARDED_COLUMNS, companion_ddl
 from mljobs.guards._errors import remember_table
 from mljobs.guards._retention import is_open
-from mljobs.states import MlJobStatus
+from mljobs.states import ACTIVE, MlJobStatus
 
 if TYPE_CHECKING:
     from sqlalchemy import Table
@@ -76,16 +76,16 @@ def remember_start(job: Any) -> None:
     attributes.instance_dict(job)[_STARTED] = job.started_at
 
 
-def _check_update(mapper: Mapper[Any], connection: Connection, target: Any) -> None:
-    state = attributes.instance_state(target)
-    committed, present = state.committed_state, state.dict
-    if committed.keys().isdisjoint(_GUARDED):  # a host's own columns stay writable
+def _check_update(mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> None:
+    """Look at each record of a flush, and closer at what is not the frequent case, for which no histories are asked."""
+    committed = state.committed_state
+    if _GUARDED.isdisjoint(committed):  # a host's own columns stay writable
         return
-    status = present.get("status")
-    if "status" in committed or status is None or status.is_terminal:  # else the frequent case: no histories are asked
-        _check_step(mapper, connection, target)
+    present = state.dict
+    if "status" in committed or present.get("status") not in ACTIVE:
+        _check_step(mapper, connection, state.obj())
     if present.get("lease") is not None or "lease" in committed:
-        _check_lease(mapper, connection, target)
+        _check_lease(mapper, connection, state.obj())
 
 
 def _check_step(mapper: Mapper[Any], connection: Connection, target: Any) -> None:
@@ -290,7 +290,8 @@ def _terminal(
 
 def install_hooks(mixin: type) -> None:
     """Guard the flushes of every class that is mapped with ``mixin``, now or later."""
-    event.listen(mixin, "before_update", _check_update, propagate=True)
+    # Called as it is: SQLAlchemy's wrapper, which hands over the record and drops a result, takes longer than the check.
+    event.listen(mixin, "before_update", _check_update, propagate=True, raw=True, retval=True)
     event.listen(mixin, "before_delete", _check_delete, propagate=True)
     event.listen(mixin, "before_insert", _check_insert, propagate=True)
 
