@@ -42,6 +42,7 @@ ROLES = {
 }
 MEASURED_ALONE = {"postgresql": ROLES["postgresql"][:5], "sqlite": ROLES["sqlite"][:4]}  # the others see none of these
 OF_UPDATES = ("update", "after", "key")  # which see a write of the progress alone
+FLUSHED = 250
 HELD, FREE = "drift_compute", "backfill"  # kinds of the jobs that are flushed: under leases, and not
 
 
@@ -64,12 +65,12 @@ class Variant:
         try:
             yield
         finally:
-            event.listen(MlJobMixin, "before_update", _hooks._check_update, propagate=True)
+            event.listen(MlJobMixin, "before_update", _hooks._check_update, propagate=True, raw=True, retval=True)
 
     def vacuum(self) -> None:
         """Remove old row versions, and look up the server's processes."""
         if self.store.engine.dialect.name == "postgresql":
-            with self.store.engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+            with self.store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 connection.execute(text("VACUUM ANALYZE ml_jobs"))
                 mine = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND client_port IS NOT NULL"
                 self.pids = list(connection.scalars(text(mine)))
@@ -215,13 +216,16 @@ def in_batches(costs: Costs, number: int) -> None:
 
 
 def flush(costs: Costs, kind: str, number: int) -> None:
-    """A flush of changed progress: of jobs that nobody holds, or of running ones."""
+    """Flushes of changed progress, of 250 records each: of jobs that nobody holds, or of running ones."""
     sessions = {one.name: Session(one.store.engine) for one in costs.turns}
-    for session in sessions.values():
-        for job in session.scalars(select(MlJob).where(MlJob.kind == kind).order_by(MlJob.id).limit(number)):
-            job.progress = (job.progress + 7) % 100
-    name = "flush" if kind == FREE else "flush under leases"
-    costs.run(name, number, lambda one: sessions[one.name].flush())
+    chosen = select(MlJob).where(MlJob.kind == kind).order_by(MlJob.id).limit(number)
+    found = {name: session.scalars(chosen).all() for name, session in sessions.items()}
+    title = "flush" if kind == FREE else "flush under leases"
+    for start in range(0, number, FLUSHED):
+        for jobs in found.values():
+            for job in jobs[start : start + FLUSHED]:
+                job.progress = (job.progress + 7) % 100
+        costs.run(title, min(FLUSHED, number - start), lambda one: sessions[one.name].flush())
     for session in sessions.values():
         session.commit()
         session.close()
