@@ -50,9 +50,10 @@ CREATE TABLE ml_jobs (
     "CREATE INDEX ix_ml_jobs_active ON ml_jobs (target_name, kind) WHERE status IN ('queued', 'running')",
     "CREATE INDEX ix_ml_jobs_created ON ml_jobs (created_at, id)",
     """\
-CREATE INDEX ix_ml_jobs_failed ON ml_jobs (status, created_at, id) WHERE status = 'failed' OR status = 'cancelled'""",
+CREATE INDEX ix_ml_jobs_failed ON ml_jobs (status, created_at, id, kind) \
+WHERE status = 'failed' OR status = 'cancelled'""",
     """\
-CREATE INDEX ix_ml_jobs_failed_target ON ml_jobs (status, target_name text_pattern_ops, created_at, id) \
+CREATE INDEX ix_ml_jobs_failed_target ON ml_jobs (status, target_name text_pattern_ops, created_at, id, kind) \
 WHERE status = 'failed' OR status = 'cancelled'""",
     """\
 CREATE INDEX ix_ml_jobs_finished ON ml_jobs (finished_at, id, kind, status) WHERE finished_at IS NOT NULL""",
@@ -63,7 +64,7 @@ WHERE status IN ('completed', 'failed', 'cancelled')""",
     "CREATE INDEX ix_ml_jobs_lease ON ml_jobs (lease) WHERE lease IS NOT NULL",
     "CREATE INDEX ix_ml_jobs_queue ON ml_jobs (priority DESC, created_at, id) WHERE status = 'queued'",
     "CREATE INDEX ix_ml_jobs_retries ON ml_jobs (retry_of) WHERE retry_of IS NOT NULL",
-    "CREATE INDEX ix_ml_jobs_target ON ml_jobs (target_name text_pattern_ops, created_at, id)",
+    "CREATE INDEX ix_ml_jobs_target ON ml_jobs (target_name text_pattern_ops, created_at, id, kind)",
     """\
 CREATE UNIQUE INDEX uq_ml_jobs_exclusive ON ml_jobs (target_name, exclusive) WHERE "exclusive" AND status = 'running'""",
     """\
@@ -281,9 +282,10 @@ CREATE TABLE ml_jobs (
     "CREATE INDEX ix_ml_jobs_active ON ml_jobs (target_name, kind) WHERE status IN ('queued', 'running')",
     "CREATE INDEX ix_ml_jobs_created ON ml_jobs (created_at, id)",
     """\
-CREATE INDEX ix_ml_jobs_failed ON ml_jobs (status, created_at, id) WHERE status = 'failed' OR status = 'cancelled'""",
+CREATE INDEX ix_ml_jobs_failed ON ml_jobs (status, created_at, id, kind) \
+WHERE status = 'failed' OR status = 'cancelled'""",
     """\
-CREATE INDEX ix_ml_jobs_failed_target ON ml_jobs (status, target_name, created_at, id) \
+CREATE INDEX ix_ml_jobs_failed_target ON ml_jobs (status, target_name, created_at, id, kind) \
 WHERE status = 'failed' OR status = 'cancelled'""",
     """\
 CREATE INDEX ix_ml_jobs_finished ON ml_jobs (finished_at, id, kind, status) WHERE finished_at IS NOT NULL""",
@@ -294,7 +296,7 @@ WHERE status IN ('completed', 'failed', 'cancelled')""",
     "CREATE INDEX ix_ml_jobs_lease ON ml_jobs (lease) WHERE lease IS NOT NULL",
     "CREATE INDEX ix_ml_jobs_queue ON ml_jobs (priority DESC, created_at, id) WHERE status = 'queued'",
     "CREATE INDEX ix_ml_jobs_retries ON ml_jobs (retry_of) WHERE retry_of IS NOT NULL",
-    "CREATE INDEX ix_ml_jobs_target ON ml_jobs (target_name, created_at, id)",
+    "CREATE INDEX ix_ml_jobs_target ON ml_jobs (target_name, created_at, id, kind)",
     """\
 CREATE UNIQUE INDEX uq_ml_jobs_exclusive ON ml_jobs (target_name, "exclusive") WHERE "exclusive" AND status = 'running'""",
     "CREATE TABLE IF NOT EXISTS ml_jobs_guard (name TEXT NOT NULL PRIMARY KEY, open INTEGER NOT NULL)",

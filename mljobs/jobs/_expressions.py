@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from decimal import Decimal
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 from sqlalchemy import Double, Numeric, Text
 from sqlalchemy.engine import Dialect
@@ -37,6 +37,10 @@ class Glob(FunctionElement[bool]):
     type = Boolean()
     inherit_cache = True
     name: Literal["glob"] = "glob"
+
+    def self_group(self, against: object = None) -> Self:  # noqa: ARG002 - SQLAlchemy's signature
+        """Return the comparison as it is: with the ``= 1`` that SQLAlchemy would add, SQLite's index serves it not."""
+        return self
 
 
 @compiles(Glob)

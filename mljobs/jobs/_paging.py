@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any, Final, Literal, get_args
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Subquery, func, literal, select, tuple_, union_all
+from sqlalchemy import ColumnElement, Subquery, and_, false, func, literal, select, tuple_, union_all
 
 from mljobs._values import from_millis, to_job_id, to_millis
 from mljobs.errors import InvalidValueError
@@ -126,8 +126,14 @@ class Paging:
             # By themselves, or SQLite would rather read the whole table than look up what it takes for many.
             ranges.append(job_id.in_(union_all(*(select(job_id).where(*each) for each in few.alternatives))))
         elif not sort_all:
-            return parts.served, [*ranges, *parts.looked_at]
+            return parts.served, self._without_index([*ranges, *parts.looked_at])
         return [*parts.served, *ranges], parts.looked_at
+
+    def _without_index(self, looked_at: list[ColumnElement[bool]]) -> list[ColumnElement[bool]]:
+        """Return the conditions so that no index serves them: SQLite would take one for a window of another."""
+        if not looked_at or is_postgres(connection_of(self._session, self._chosen.model)):
+            return looked_at
+        return [func.coalesce(and_(*looked_at), false())]
 
     @property
     def reach(self) -> int:

@@ -142,16 +142,18 @@ def _add_indexes(table: sa.Table) -> None:
         columns.status,
         where="finished_at IS NOT NULL",
     )
-    index("target", columns.target_name, columns.created_at, columns.id, by_bytes=True)
+    # The kind comes last in what others lead to: a kind that is not there is not looked up in the table.
+    index("target", columns.target_name, columns.created_at, columns.id, columns.kind, by_bytes=True)
     # With OR, from which SQLite infers that a plain comparison with one of the two is served.
     ended = f"status = '{MlJobStatus.FAILED}' OR status = '{MlJobStatus.CANCELLED}'"
-    index("failed", columns.status, columns.created_at, columns.id, where=ended)
+    index("failed", columns.status, columns.created_at, columns.id, columns.kind, where=ended)
     index(
         "failed_target",
         columns.status,
         columns.target_name,
         columns.created_at,
         columns.id,
+        columns.kind,
         where=ended,
         by_bytes=True,
     )

@@ -64,8 +64,8 @@ def upgrade() -> None:
     with op.batch_alter_table('training_runs', schema=None) as batch_op:
         batch_op.create_index(batch_op.f('ix_training_runs_active'), ['target_name', 'kind'], unique=False, postgresql_where=sa.text("status IN ('queued', 'running')"), sqlite_where=sa.text("status IN ('queued', 'running')"))
         batch_op.create_index(batch_op.f('ix_training_runs_created'), ['created_at', 'id'], unique=False)
-        batch_op.create_index(batch_op.f('ix_training_runs_failed'), ['status', 'created_at', 'id'], unique=False, postgresql_where=sa.text("status = 'failed' OR status = 'cancelled'"), sqlite_where=sa.text("status = 'failed' OR status = 'cancelled'"))
-        batch_op.create_index(batch_op.f('ix_training_runs_failed_target'), ['status', 'target_name', 'created_at', 'id'], unique=False, postgresql_where=sa.text("status = 'failed' OR status = 'cancelled'"), sqlite_where=sa.text("status = 'failed' OR status = 'cancelled'"), postgresql_ops={'target_name': 'text_pattern_ops'})
+        batch_op.create_index(batch_op.f('ix_training_runs_failed'), ['status', 'created_at', 'id', 'kind'], unique=False, postgresql_where=sa.text("status = 'failed' OR status = 'cancelled'"), sqlite_where=sa.text("status = 'failed' OR status = 'cancelled'"))
+        batch_op.create_index(batch_op.f('ix_training_runs_failed_target'), ['status', 'target_name', 'created_at', 'id', 'kind'], unique=False, postgresql_where=sa.text("status = 'failed' OR status = 'cancelled'"), sqlite_where=sa.text("status = 'failed' OR status = 'cancelled'"), postgresql_ops={'target_name': 'text_pattern_ops'})
         batch_op.create_index(batch_op.f('ix_training_runs_finished'), ['finished_at', 'id', 'kind', 'status'], unique=False, postgresql_where=sa.text('finished_at IS NOT NULL'), sqlite_where=sa.text('finished_at IS NOT NULL'))
         batch_op.create_index(batch_op.f('ix_training_runs_finished_kind'), ['kind', 'created_at', 'id'], unique=False, postgresql_where=sa.text("status IN ('completed', 'failed', 'cancelled')"), sqlite_where=sa.text("status IN ('completed', 'failed', 'cancelled')"))
         batch_op.create_index(batch_op.f('ix_training_runs_kind'), ['kind', sa.literal_column('priority DESC'), 'created_at', 'id'], unique=False, postgresql_where=sa.text("status = 'queued'"), sqlite_where=sa.text("status = 'queued'"))
@@ -73,7 +73,7 @@ def upgrade() -> None:
         batch_op.create_index(batch_op.f('ix_training_runs_owner_id'), ['owner_id'], unique=False)
         batch_op.create_index(batch_op.f('ix_training_runs_queue'), [sa.literal_column('priority DESC'), 'created_at', 'id'], unique=False, postgresql_where=sa.text("status = 'queued'"), sqlite_where=sa.text("status = 'queued'"))
         batch_op.create_index(batch_op.f('ix_training_runs_retries'), ['retry_of'], unique=False, postgresql_where=sa.text('retry_of IS NOT NULL'), sqlite_where=sa.text('retry_of IS NOT NULL'))
-        batch_op.create_index(batch_op.f('ix_training_runs_target'), ['target_name', 'created_at', 'id'], unique=False, postgresql_ops={'target_name': 'text_pattern_ops'})
+        batch_op.create_index(batch_op.f('ix_training_runs_target'), ['target_name', 'created_at', 'id', 'kind'], unique=False, postgresql_ops={'target_name': 'text_pattern_ops'})
         batch_op.create_index(batch_op.f('uq_training_runs_exclusive'), ['target_name', 'exclusive'], unique=True, postgresql_where=sa.text('"exclusive" AND status = \'running\''), sqlite_where=sa.text('"exclusive" AND status = \'running\''))
 
     op.create_table('training_runs_leases',
