@@ -103,62 +103,35 @@ def _readable_json(name: str) -> str:
 
 
 def _add_indexes(table: sa.Table) -> None:
+    """Add the indexes; docs/benchmarks.md says which question each serves and what it costs a write."""
     columns = table.c
 
-    def index(suffix: str, *keys: Any, where: str | None = None, by_bytes: bool = False) -> None:
+    def index(suffix: str, keys: str, where: str | None = None, *, by_bytes: bool = False) -> None:
         options: dict[str, Any] = {}
         if where is not None:
             options |= {"postgresql_where": sa.text(where), "sqlite_where": sa.text(where)}
         if by_bytes:  # whatever the collation of the database: so it serves the beginning of a name as well as `=`
             options["postgresql_ops"] = {"target_name": "text_pattern_ops"}
-        sa.Index(_name("ix", table, suffix), *keys, **options)
+        named = (columns[key].desc() if key == "priority" else columns[key] for key in keys.split())
+        sa.Index(_name("ix", table, suffix), *named, **options)
 
-    index(
-        "queue",
-        columns.priority.desc(),
-        columns.created_at,
-        columns.id,
-        where=f"status = '{MlJobStatus.QUEUED}'",
-    )
-    index(
-        "kind",
-        columns.kind,
-        columns.priority.desc(),
-        columns.created_at,
-        columns.id,
-        where=f"status = '{MlJobStatus.QUEUED}'",
-    )
-    index("active", columns.target_name, columns.kind, where=f"status IN ({listed(ACTIVE)})")
-    index("created", columns.created_at, columns.id)
+    queued = f"status = '{MlJobStatus.QUEUED}'"
+    index("queue", "priority created_at id", queued)
+    index("kind", "kind priority created_at id", queued)
+    index("active", "target_name kind", f"status IN ({listed(ACTIVE)})")
+    index("created", "created_at id")
     # Of the finished ones only, so that a job is written into it once; those at work are few.
-    done = f"status IN ({listed(TERMINAL)})"
-    index("finished_kind", columns.kind, columns.created_at, columns.id, where=done)
+    index("finished_kind", "kind created_at id", f"status IN ({listed(TERMINAL)})")
     # Kind and state for those who count what finished: they are written once, for a finished job never changes.
-    index(
-        "finished",
-        columns.finished_at,
-        columns.id,
-        columns.kind,
-        columns.status,
-        where="finished_at IS NOT NULL",
-    )
-    # The kind comes last in what others lead to: a kind that is not there is not looked up in the table.
-    index("target", columns.target_name, columns.created_at, columns.id, columns.kind, by_bytes=True)
+    index("finished", "finished_at id kind status", "finished_at IS NOT NULL")
+    # The kind comes last in what others lead to: a job of another kind is not looked up in the table.
+    index("target", "target_name created_at id kind", by_bytes=True)
     # With OR, from which SQLite infers that a plain comparison with one of the two is served.
     ended = f"status = '{MlJobStatus.FAILED}' OR status = '{MlJobStatus.CANCELLED}'"
-    index("failed", columns.status, columns.created_at, columns.id, columns.kind, where=ended)
-    index(
-        "failed_target",
-        columns.status,
-        columns.target_name,
-        columns.created_at,
-        columns.id,
-        columns.kind,
-        where=ended,
-        by_bytes=True,
-    )
-    index("retries", columns.retry_of, where="retry_of IS NOT NULL")
-    index("lease", columns.lease, where="lease IS NOT NULL")
+    index("failed", "status created_at id kind", ended)
+    index("failed_target", "status target_name created_at id kind", ended, by_bytes=True)
+    index("retries", "retry_of", "retry_of IS NOT NULL")
+    index("lease", "lease", "lease IS NOT NULL")
     # The second column is always true here: it tells SQLite's message from that of a host's own index on the target.
     running = sa.text(f"\"exclusive\" AND status = '{MlJobStatus.RUNNING}'")
     sa.Index(
