@@ -17,7 +17,8 @@ from mljobs._values import MAX_MS, from_millis
 from mljobs.db._prepared import Prepared
 from mljobs.jobs._base import Bind, Model, connection_of, is_plain_record, per_model, table_of
 from mljobs.jobs._paging import Place
-from mljobs.jobs._statements import constant, in_active_state
+from mljobs.jobs._statements import POSTGRES, any_of, constant, in_active_state
+from mljobs.record._sql import epoch_millis
 from mljobs.states import MlJobStatus
 
 Conditions = Sequence[sa.ColumnElement[bool]]
@@ -39,30 +40,22 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Slices:
-    """What was read.
+class Slice:
+    """A part of the jobs in the order of creation or of end.
 
     Attributes:
-        states: The jobs that pass.
-        ends: For each slice the first place after it; None where it reaches the end of the order.
-        newest: For each slice the last time in its order, of all jobs.
+        met: Time, in epoch milliseconds, and id of those that pass, as ints.
+        end: The first place after it; None where it reaches the end of the order.
+        newest: The last time in the order, of all jobs; None where there are none.
     """
 
-    states: list[State]
-    ends: list[Place | None]
-    newest: list[datetime | None]
+    met: list[tuple[int, int]]
+    end: Place | None
+    newest: datetime | None
 
 
-def read_slices(
-    bind: Bind,
-    model: Model,
-    where: Conditions,
-    starts: Sequence[tuple[bool, Place]],
-    size: int,
-    *,
-    running: str = "none",
-) -> Slices:
-    """Return the states in some slices, each of ``size`` jobs at most, before the conditions are applied.
+def read_slice(bind: Bind, model: Model, where: Conditions, start: Place, *, by_end: bool, size: int) -> Slice:
+    """Return which jobs are in a slice.
 
     A job that has ended is in the order of end only; except where it ended before it was created, as a host may say.
 
@@ -70,87 +63,97 @@ def read_slices(
         bind: The caller's session or connection.
         model: The mapped job class.
         where: What jobs have to pass.
-        starts: Where the slices start: whether in the order of end, or else of creation, and the first place in it.
-        size: How many jobs are looked at in each.
-        running: Which running jobs are read too: ``"none"``; those under a ``"lease"``; ``"all"``, for which it looks at all
-            queued ones too, for lack of an index.
+        start: The first place.
+        by_end: Whether in the order of end; else of creation.
+        size: How many jobs are in it at most, before the conditions are applied.
     """
-    connection, orders = connection_of(bind, model), tuple(by_end for by_end, _ in starts)
-    places: dict[str, Any] = {"size": size}
-    for number, (_, place) in enumerate(starts):
-        places[f"moment{number}"], places[f"id{number}"] = place
-    ends: list[Place | None] = [None] * len(starts)
-    newest: list[datetime | None] = [None] * len(starts)
-    for number, latest, moment, job_id in _edges(model, orders).rows(connection, places):
+    connection, end, newest = connection_of(bind, model), None, None
+    places = {"moment": start[0], "id": start[1], "size": size}
+    for latest, moment, job_id in _edges(model, by_end).rows(connection, places):
         if latest:
-            newest[number] = moment
+            newest = moment
         else:
-            ends[number] = (moment, job_id)
-    for number, end in enumerate(ends):
-        places[f"end_moment{number}"], places[f"end_id{number}"] = end or _END
+            end = moment, job_id
+    places["end_moment"], places["end_id"] = end or _END
+    dialect = connection.dialect.name
     if where or not is_plain_record(model):
-        found: Any = connection.execute(_states(model, orders, running, where), places)
+        rows: Any = connection.execute(_slice(model, by_end, dialect, where), places)
     else:
-        found = _all_states(model, orders, running).rows(connection, places)
-    return Slices([State(*row) for row in found], ends, newest)
+        rows, _ = _whole_slice(model, by_end).fetched(connection, places)
+    if dialect == POSTGRES:
+        return Slice([(moment, job_id.int) for moment, job_id in rows], end, newest)
+    return Slice([(moment, int(digits, 16)) for moment, digits in rows], end, newest)
 
 
 @per_model
-def _edges(model: Model, orders: tuple[bool, ...]) -> Prepared:
-    """Return the statement for the last time in each order, and for the first place after each slice."""
-    table, parts = table_of(model), []
-    for number, by_end in enumerate(orders):
-        key = _key(table, by_end)
-        ended = [table.c.finished_at.is_not(None)] if by_end else []
-        last = sa.select(*key).where(*ended).order_by(*(column.desc() for column in key)).limit(constant(1))
-        after = sa.select(*key).where(*ended, sa.tuple_(*key) >= _place(table, "", number)).order_by(*key)
-        after = after.limit(constant(1)).offset(sa.bindparam("size", type_=sa.Integer()))
-        for latest, statement in ((1, last), (0, after)):
-            found = statement.subquery()
-            parts.append(sa.select(constant(number).label("number"), constant(latest).label("latest"), *found.c))
-    return Prepared(lambda _: sa.union_all(*parts))
+def _edges(model: Model, by_end: bool) -> Prepared:  # noqa: FBT001 - one of two
+    """Return the statement for the last time in an order, and for the first place after a slice."""
+    table = table_of(model)
+    key = _key(table, by_end)
+    ended = [table.c.finished_at.is_not(None)] if by_end else []
+    last = sa.select(*key).where(*ended).order_by(*(column.desc() for column in key)).limit(constant(1))
+    after = sa.select(*key).where(*ended, sa.tuple_(*key) >= _place(table)).order_by(*key)
+    after = after.limit(constant(1)).offset(sa.bindparam("size", type_=sa.Integer()))
+    found = [(constant(1), last.subquery()), (constant(0), after.subquery())]
+    return Prepared(lambda _: sa.union_all(*(sa.select(latest.label("latest"), *rows.c) for latest, rows in found)))
 
 
 @per_model
-def _all_states(model: Model, orders: tuple[bool, ...], running: str) -> Prepared:
-    return Prepared(lambda _: _states(model, orders, running, ()))
+def _whole_slice(model: Model, by_end: bool) -> Prepared:  # noqa: FBT001 - one of two
+    return Prepared(lambda dialect_name: _slice(model, by_end, dialect_name, ()))
 
 
-def _states(model: Model, orders: Sequence[bool], running: str, where: Conditions) -> Any:
-    """Return the statement for the jobs that pass in each slice, and for those that run."""
-    table, parts = table_of(model), list[Any]()
-    if running == "all":
-        parts.append(in_active_state(table, MlJobStatus.RUNNING))
-    elif running == "lease":
-        parts.append([table.c.status == constant(MlJobStatus.RUNNING), table.c.lease.is_not(None)])
-    for number, by_end in enumerate(orders):
-        key = sa.tuple_(*_key(table, by_end))
-        # PostgreSQL takes the partial index only where its own condition stands in the statement.
-        not_by_end = sa.func.coalesce(table.c.finished_at < table.c.created_at, sa.true())
-        mine = table.c.finished_at.is_not(None) if by_end else not_by_end
-        parts.append([key >= _place(table, "", number), key < _place(table, "end_", number), mine])
-    return sa.union_all(*(_select(model).where(*part, *where) for part in parts))
+def _slice(model: Model, by_end: bool, dialect_name: str, where: Conditions) -> sa.Select[Any]:  # noqa: FBT001 - one of two
+    table = table_of(model)
+    moment, job_id = _key(table, by_end)
+    # As SQLite keeps it: a UUID of each takes longer than all the rest.
+    raw_id = job_id if dialect_name == POSTGRES else sa.type_coerce(job_id, sa.String())
+    # PostgreSQL takes the partial index only where its own condition stands in the statement.
+    ended = [table.c.finished_at.is_not(None), table.c.finished_at >= table.c.created_at]
+    mine = ended if by_end else [sa.func.coalesce(table.c.finished_at < table.c.created_at, sa.true())]
+    key = sa.tuple_(moment, job_id)
+    statement = sa.select(epoch_millis(moment), raw_id)
+    return _of(model, statement).where(key >= _place(table), key < _place(table, "end_"), *mine, *where)
 
 
 def _key(table: sa.Table, by_end: bool) -> tuple[Any, Any]:  # noqa: FBT001 - one of two
     return (table.c.finished_at if by_end else table.c.created_at), table.c.id
 
 
-def _place(table: sa.Table, prefix: str, number: int) -> Any:
-    return sa.tuple_(
-        sa.bindparam(f"{prefix}moment{number}", type_=table.c.created_at.type),
-        sa.bindparam(f"{prefix}id{number}", type_=table.c.id.type),
-    )
+def _place(table: sa.Table, prefix: str = "") -> Any:
+    moment = sa.bindparam(f"{prefix}moment", type_=table.c.created_at.type)
+    return sa.tuple_(moment, sa.bindparam(f"{prefix}id", type_=table.c.id.type))
+
+
+def read_running(bind: Bind, model: Model, where: Conditions, *, leased: bool) -> list[State]:
+    """Return the states of the jobs that run.
+
+    Args:
+        bind: The caller's session or connection.
+        model: The mapped job class.
+        where: What jobs have to pass.
+        leased: Only those under a lease. The others are looked for among all that are queued, for lack of an index.
+    """
+    table = table_of(model)
+    under_lease = [table.c.status == constant(MlJobStatus.RUNNING), table.c.lease.is_not(None)]
+    running = under_lease if leased else in_active_state(table, MlJobStatus.RUNNING)
+    rows = connection_of(bind, model).execute(_select(model).where(*running, *where))
+    return [State(*row) for row in rows]
 
 
 def read_states(bind: Bind, model: Model, where: Conditions, ids: Sequence[UUID]) -> list[tuple[State, bool]]:
     """Return the states of these jobs, and whether each passes."""
+    connection, table = connection_of(bind, model), table_of(model)
     passes = sa.case((sa.and_(sa.true(), *where), constant(1)), else_=constant(0))
-    statement = _select(model).add_columns(passes).where(table_of(model).c.id.in_(ids))
-    return [(State(*row[:-1]), bool(row[-1])) for row in connection_of(bind, model).execute(statement)]
+    these = any_of(table.c.id, "ids", table.c.id.type, connection.dialect.name)
+    rows = connection.execute(_select(model).add_columns(passes).where(these), {"ids": list(ids)})
+    return [(State(*row[:-1]), bool(row[-1])) for row in rows]
 
 
 def _select(model: Model) -> sa.Select[Any]:
-    table = table_of(model)
-    statement = sa.select(*(table.c[name] for name in State._fields))
-    return statement if is_plain_record(model) else statement.select_from(model)  # of a subclass its own jobs only
+    return _of(model, sa.select(*(table_of(model).c[name] for name in State._fields)))
+
+
+def _of(model: Model, statement: sa.Select[Any]) -> sa.Select[Any]:
+    """Return the statement, of a subclass for its own jobs only."""
+    return statement if is_plain_record(model) else statement.select_from(model)

@@ -17,10 +17,10 @@ from itertools import islice
 from typing import Any, TypeVar
 from uuid import UUID
 
-from mljobs._values import utc_now
+from mljobs._values import from_millis, to_millis, utc_now
 from mljobs.jobs import Bind, Model
 from mljobs.jobs._base import table_of
-from mljobs.jobs._changes import FIRST_ID, Slices, State, read_slices, read_states
+from mljobs.jobs._changes import FIRST_ID, Slice, State, read_running, read_slice, read_states
 from mljobs.jobs._filters import Selection
 from mljobs.jobs._paging import Place
 from mljobs.jobs._reading import fetch
@@ -95,22 +95,28 @@ class _Order:
             self.since, self._begun = max(self.since, self._begun - _OVERLAP), now
             self.next = (self.since, FIRST_ID)
             self.near = max(self.near, self.next)
-            for second in [second for second in self._ids if second < int(self.since.timestamp())]:
+            for second in [second for second in self._ids if second < to_millis(self.since) // 1000]:
                 del self._ids[second]
         return self.next
 
-    def is_new(self, moment: datetime, job_id: UUID) -> bool:
-        """Whether a job is met for the first time; it is remembered."""
-        if moment < self.since:
-            return False
-        ids = self._ids[int(moment.timestamp())]
-        before = len(ids)
-        ids.add(job_id.int)
-        return len(ids) > before
+    def new(self, met: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return which of these jobs, each a time in milliseconds and an id, are met for the first time; remember them."""
+        found = []
+        for moment, number in met:
+            ids = self._ids[moment // 1000]
+            if number not in ids:
+                ids.add(number)
+                found.append((moment, number))
+        return found
+
+    def add(self, moment: datetime, job_id: UUID) -> None:
+        """Take a job as met."""
+        if moment >= self.since:
+            self._ids[to_millis(moment) // 1000].add(job_id.int)
 
     def forget(self, moment: datetime, job_id: UUID) -> None:
         """Take a job as not met, so that it is new when it is met again."""
-        self._ids[int(moment.timestamp())].discard(job_id.int)
+        self._ids[to_millis(moment) // 1000].discard(job_id.int)
 
     def __len__(self) -> int:
         return sum(map(len, self._ids.values()))
@@ -129,9 +135,9 @@ class _Watch:
         self._at = utc_now()
         self._created, self._finished = _Order(by_end=False, now=self._at), _Order(by_end=True, now=self._at)
         self._running: dict[UUID, _Key] = {}
-        self._queued: dict[UUID, tuple[_Key, datetime]] = {}
+        self._queued: dict[UUID, tuple[_Key | None, datetime]] = {}
         self._missing: set[UUID] = set()
-        self._changed: dict[UUID, State] = {}
+        self._changed: dict[UUID, tuple[int, bool]] = {}
         self._first = True
         self._by_hand_after = 0.0
 
@@ -139,20 +145,36 @@ class _Watch:
         """Read what has changed since the last look, and yield it; the first look only remembers."""
         now = utc_now()
         elapsed, self._at = now - self._at, now
-        orders = self._created, self._finished
-        places = [order.begin(now) for order in orders]
+        where = self._chosen.conditions()
+        starts = [(order, order.begin(now)) for order in (self._created, self._finished)]
         self._queued = {job_id: kept for job_id, kept in self._queued.items() if kept[1] >= self._created.since}
         self._missing = {*self._running, *self._queued}
-        where = self._chosen.conditions()
-        found: Slices = yield Read(lambda bind: self._begin(bind, places, where))
-        yield from self._take(found.states)
-        for order, place, end, newest in zip(orders, places, found.ends, found.newest, strict=True):
-            order.next = end
-            yield from self._read_on(order, (place[0] + _PACE * elapsed, FIRST_ID), where)
-            order.near = (min(newest or now, now) - _SLACK, FIRST_ID)
+        running, slices = yield Read(lambda bind: self._begin(bind, starts, where))
+        for state in running:
+            self._take(state)
+        for (order, start), found in zip(starts, slices, strict=True):
+            order.next = yield from self._meet(order, found)
+            yield from self._read_on(order, (start[0] + _PACE * elapsed, FIRST_ID), where)
+            order.near = (min(found.newest or now, now) - _SLACK, FIRST_ID)
         yield from self._read_missing(where)
         yield from self._hand_out()
         self._first = False
+
+    def _begin(
+        self, bind: Bind, starts: Sequence[tuple[_Order, Place]], where: Sequence[Any]
+    ) -> tuple[list[State], list[Slice]]:
+        """Read the jobs that run, and the first slice of each order."""
+        begin = time.monotonic()
+        leased = begin < self._by_hand_after
+        running = read_running(bind, self._model, where, leased=leased)
+        now = time.monotonic()
+        if not leased and now - begin > _QUICK:
+            self._by_hand_after = now + (now - begin) * _REST
+        return running, [self._slice(bind, order, start, where) for order, start in starts]
+
+    def _slice(self, bind: Bind, order: _Order, start: Place, where: Sequence[Any]) -> Slice:
+        size = _FIRST_SLICE if self._first else _SLICE
+        return read_slice(bind, self._model, where, start, by_end=order.by_end, size=size)
 
     def _read_on(self, order: _Order, target: Place, where: Sequence[Any]) -> FollowSteps:
         """Read the next slices, as far as ``target``; then what is new, unless they have reached it."""
@@ -162,87 +184,81 @@ class _Watch:
         while near is not None:
             near = yield from self._read_slice(order, near, where)
 
-    def _read_slice(self, order: _Order, place: Place, where: Sequence[Any]) -> FollowSteps:
-        found: Slices = yield Read(
-            lambda bind: read_slices(bind, self._model, where, [(order.by_end, place)], self._size)
-        )
-        yield from self._take(found.states)
-        return found.ends[0]
+    def _read_slice(self, order: _Order, start: Place, where: Sequence[Any]) -> FollowSteps:
+        found: Slice = yield Read(lambda bind: self._slice(bind, order, start, where))
+        return (yield from self._meet(order, found))
 
-    def _begin(self, bind: Bind, places: Sequence[Place], where: Sequence[Any]) -> Slices:
-        """Read the first slice of each order, and the jobs that run."""
-        begin = time.monotonic()
-        running = "all" if begin >= self._by_hand_after else "lease"
-        starts = list(zip((False, True), places, strict=True))
-        found = read_slices(bind, self._model, where, starts, self._size, running=running)
-        now = time.monotonic()
-        if running == "all" and now - begin > _QUICK and not self._first:
-            self._by_hand_after = now + (now - begin) * _REST
-        return found
-
-    @property
-    def _size(self) -> int:
-        return _FIRST_SLICE if self._first else _SLICE
-
-    def _read_missing(self, where: Sequence[Any]) -> FollowSteps:
-        """Read those that ran, or were queued, and that no slice had: they may not pass any more, or be deleted."""
-        for ids in _several(self._missing & {*self._running, *self._queued}, _AT_ONCE):
-            read = Read(lambda bind, ids=ids: read_states(bind, self._model, where, ids))  # type: ignore[misc]
-            found: list[tuple[State, bool]] = yield read
-            self._take_only([state for state, _ in found])
-            for job_id in {*ids}.difference(state.id for state, passes in found if passes):
-                self._running.pop(job_id, None)
-                self._queued.pop(job_id, None)
-            for state in [state for state, passes in found if not passes]:
-                self._created.forget(state.created_at, state.id)
-
-    def _take(self, states: Iterable[State]) -> FollowSteps:
-        self._take_only(states)
+    def _meet(self, order: _Order, found: Slice) -> FollowSteps:
+        """Take the jobs of a slice that are new as changed; return where the slice ends."""
+        new = order.new(found.met)
+        if self._first:
+            new = [] if order.by_end else new[-_QUEUED_KEPT:]
+        for moment, number in new:
+            job_id = UUID(int=number)
+            if self._first:
+                self._keep_queued(job_id, None, from_millis(moment))
+            elif order.by_end or job_id not in self._queued:
+                self._changed[job_id] = moment, True
+                self._missing.discard(job_id)
         if len(self._changed) >= _CHANGES_KEPT:
             yield from self._hand_out()
+        return found.end
 
-    def _take_only(self, states: Iterable[State]) -> None:
-        self._changed |= {state.id: state for state in states if self._is_change(state)}
+    def _read_missing(self, where: Sequence[Any]) -> FollowSteps:
+        """Read those that ran, or were queued, and do not run: they may not pass any more, or be deleted."""
+        for ids in _several({*self._queued} if self._first else {*self._missing}, _AT_ONCE):
+            read = Read(lambda bind, ids=ids: read_states(bind, self._model, where, ids))  # type: ignore[misc]
+            found: list[tuple[State, bool]] = yield read
+            for state, passes in found:
+                self._take(state, passes=passes)
+            for job_id in {*ids}.difference(state.id for state, _ in found):  # deleted
+                self._running.pop(job_id, None)
+                self._queued.pop(job_id, None)
 
-    def _is_change(self, state: State) -> bool:
-        """Whether this is not what was known of the job; it is remembered."""
+    def _take(self, state: State, *, passes: bool = True) -> None:
+        """Remember a state, and take the job as changed if it is another than before."""
+        moment = state.finished_at or state.started_at or state.created_at
+        if self._remember(state, passes=passes):
+            self._changed[state.id] = to_millis(moment), passes
+
+    def _remember(self, state: State, *, passes: bool) -> bool:
+        """Remember a state, of a job that does not pass nothing; return whether it is another than before."""
         job_id, status, progress, attempts, created_at, _, finished_at = state
-        key = (status, progress, attempts)
+        key: _Key = (status, progress, attempts)
         self._missing.discard(job_id)
         before = self._running.pop(job_id, None)
         if before is None and (kept := self._queued.pop(job_id, None)) is not None:
             before = kept[0]
-        if finished_at is None or finished_at < created_at:
-            new = self._created.is_new(created_at, job_id)
+        if not passes:
+            self._created.forget(created_at, job_id)
+        elif finished_at is not None and finished_at >= created_at:
+            self._finished.add(finished_at, job_id)
         else:
-            new = self._finished.is_new(finished_at, job_id)
-        if status is MlJobStatus.RUNNING:
+            self._created.add(created_at, job_id)
+        if passes and status is MlJobStatus.RUNNING:
             self._running[job_id] = key
-            return before != key
-        if status is MlJobStatus.QUEUED and (new or before is not None):
-            self._queued[job_id] = key, created_at
-            if len(self._queued) > _QUEUED_KEPT:
-                del self._queued[next(iter(self._queued))]
-        return new if before is None else before != key
+        elif passes and status is MlJobStatus.QUEUED:
+            self._keep_queued(job_id, key, created_at)
+        return before != key
+
+    def _keep_queued(self, job_id: UUID, key: _Key | None, created_at: datetime) -> None:
+        self._queued[job_id] = key, created_at
+        if len(self._queued) > _QUEUED_KEPT:
+            del self._queued[next(iter(self._queued))]
 
     def _hand_out(self) -> FollowSteps:
         """Read the changed jobs whole, in the order in which they changed, and yield them."""
         changed, self._changed = self._changed, {}
         if self._first:
             return
-        states = sorted(changed.values(), key=lambda one: (one.finished_at or one.started_at or one.created_at, one.id))
-        for ids in _several([state.id for state in states], _AT_ONCE):
+        for ids in _several(sorted(changed, key=lambda job_id: (changed[job_id][0], job_id)), _AT_ONCE):
             where = [table_of(self._model).c.id.in_(ids)]
             found: list[MlJob] = yield Read(lambda bind, where=where: fetch(bind, self._model, where))  # type: ignore[misc]
             by_id = {job.id: job for job in found}
             for job in [by_id[job_id] for job_id in ids if job_id in by_id]:
-                self._remember(job)
+                state = State(*(getattr(job, name) for name in State._fields))
+                self._remember(state, passes=changed[job.id][1])  # it may have changed since it was met
                 yield job
-
-    def _remember(self, job: MlJob) -> None:
-        """Know a job as it is handed out: it may have changed since its state was read."""
-        if job.is_terminal or job.id in self._running or job.id in self._queued:
-            self._is_change(State(*(getattr(job, name) for name in State._fields)))
 
 
 def _several(values: Iterable[T], number: int) -> Iterator[list[T]]:
