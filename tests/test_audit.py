@@ -19,6 +19,7 @@ from sqlalchemy.pool import NullPool
 
 from mljobs import InvalidValueError, JobStore, MlJob, compare
 from mljobs.transfer import Compared, Difference, DigestLine, check_digest, digest, pruned_note, read_digest
+from mljobs.transfer import _alongside as alongside
 from mljobs.transfer import _comparing as comparing
 from tests.backends import Backend
 from tests.test_cli import run
@@ -192,12 +193,34 @@ def test_the_order_of_the_file_and_what_stands_between_in_the_table_make_no_diff
             told: list[Difference] = []
             store.compare("now.ndjson", on_difference=told.append)
             assert [one.line for one in told] == sorted(one.line for one in told)
-        Path("twice.ndjson").write_bytes(b"".join(line for line in lines[:300] for _ in range(2)))
+        there = [line for line in lines if json.loads(line)["id"] not in gone | {altered.hex}]
+        Path("twice.ndjson").write_bytes(b"".join(line for line in there[:300] for _ in range(2)))
         assert store.compare("twice.ndjson").equal == 600
         part = [line for at, line in enumerate(lines) if at % 7 == 0 and json.loads(line)["id"] not in gone]
         Path("part.ndjson").write_bytes(b"".join(part))
         assert store.compare("part.ndjson").total == len(part)
         assert store.compare("part.ndjson").missing == ()
+
+
+def test_a_file_in_another_order_is_compared_beside_the_table_again_where_they_meet(
+    backend: Backend, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alongside, "_PART", 5)
+    monkeypatch.setattr(alongside, "_LOST", 1)
+    monkeypatch.setattr(comparing, "_PART", 5)
+    found_again: list[Any] = []
+    start = alongside.TableLines.start
+    monkeypatch.setattr(
+        alongside.TableLines, "start", lambda self, after: (found_again.append(after), start(self, after))
+    )
+    url = backend.outside.url.render_as_string(hide_password=False)
+    ids = put(url, *(finished(number) for number in range(60)))
+    store.export_jobs("jobs.ndjson")
+    lines = Path("jobs.ndjson").read_bytes().splitlines(keepends=True)
+    rotated = b"".join(lines[40:] + lines[:40])
+    assert store.compare(io.BytesIO(rotated)) == Compared(equal=60)
+    assert found_again[0] is None
+    assert UUID(str(found_again[1])) in ids
 
 
 def test_the_first_millisecond_of_1970_equals_the_zero_that_reddb_writes(url: str) -> None:

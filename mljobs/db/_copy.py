@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Row = Sequence[Any]
 CHUNK = 2000
+_IN_TRANSACTION = 2
+"""libpq's ``PQTRANS_INTRANS``."""
 
 
 def copy_in(
@@ -108,7 +110,7 @@ _COPIES = {
 
 def copy_out(
     connection: Connection, text: str, values: dict[str, Any], types: Sequence[str], chunk: int
-) -> Iterator[list[tuple[Any, ...]]]:
+) -> Generator[list[tuple[Any, ...]], None, None]:
     """Yield the rows of a COPY by psycopg, in lists of at most ``chunk``.
 
     Args:
@@ -118,10 +120,12 @@ def copy_out(
         types: What psycopg is told of each column.
         chunk: At most so many rows at once.
     """
-    connection.exec_driver_sql("SELECT 1")
+    driver: Any = connection.connection.driver_connection
+    if not connection.in_transaction() or driver.pgconn.transaction_status != _IN_TRANSACTION:
+        connection.exec_driver_sql("SELECT 1")
     read = _read_async if connection.dialect.is_async else _read
     with _refusing_statements(connection), translating(connection):
-        yield from read(connection.connection.driver_connection, text, values, types, chunk)
+        yield from read(driver, text, values, types, chunk)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from sqlalchemy import Boolean, SmallInteger, Text, cast, literal_column, select, type_coerce
+from sqlalchemy import Boolean, SmallInteger, Text, cast, select, type_coerce
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import NullType
 
@@ -26,6 +26,9 @@ from mljobs.types import JobId, JsonText, UtcMillis
 
 if TYPE_CHECKING:
     from sqlalchemy import Column, ColumnElement, Connection, Select, Table
+
+Parts = Generator[list[tuple[Any, ...]], None, None]
+"""Rows, in lists."""
 
 _POSTGRES_EPOCH_MS = 946_684_800_000  # 2000-01-01, where PostgreSQL counts microseconds from
 
@@ -128,9 +131,8 @@ def read_wire(
     chunk: int = CHUNK,
     *,
     order_by: ColumnElement[Any] | None = None,
-    limit: int | None = None,
     beside: Sequence[ColumnElement[Any]] = (),
-) -> Generator[list[tuple[Any, ...]], None, None]:
+) -> Parts:
     """Yield rows of the record's columns in wire form, in lists of at most ``chunk``.
 
     The connection is busy until the last row, or until the iterator is closed (use ``contextlib.closing``).
@@ -141,9 +143,34 @@ def read_wire(
         where: Conditions, to be combined with AND.
         chunk: At most so many rows at once.
         order_by: A column; None for the order that the database has them in.
-        limit: At most so many rows at all; None for all.
         beside: Columns of a host's own, whose values come behind the others as their types give them. With these it is no
             COPY: see ``wire_of``.
+    """
+    return wire_reader(connection, columns, where, chunk, order_by=order_by, beside=beside)({})
+
+
+def wire_reader(
+    connection: Connection,
+    columns: Sequence[Column[Any]],
+    where: Sequence[ColumnElement[bool]],
+    chunk: int = CHUNK,
+    *,
+    order_by: ColumnElement[Any] | None = None,
+    limit: ColumnElement[int] | None = None,
+    beside: Sequence[ColumnElement[Any]] = (),
+) -> Callable[[dict[str, Any]], Parts]:
+    """Return what reads as ``read_wire`` does, given the values of the statement's own parameters.
+
+    To compile the statement takes as long as to read some hundred rows: who reads part after part compiles it once.
+
+    Args:
+        connection: The caller's.
+        columns: Columns of the record, of one table.
+        where: Conditions, to be combined with AND; ``bindparam("name", None)`` stands for a value that is given later.
+        chunk: At most so many rows at once.
+        order_by: A column; None for the order that the database has them in.
+        limit: At most so many rows at all; None for all.
+        beside: See ``read_wire``.
     """
     dialect = connection.dialect
     copied = dialect.driver == "psycopg" and not beside
@@ -154,33 +181,33 @@ def read_wire(
             cast(values, Text) if isinstance(column.type, JsonText) else values
             for column, values in zip(columns, untyped, strict=True)
         ]
-    statement = select(*untyped, *beside).where(*where).order_by(order_by)
-    if limit is not None:
-        statement = statement.limit(literal_column(str(limit)))
-    if copied:
-        compiled: Any = statement.compile(
-            dialect=dialect,
-            compile_kwargs={"render_postcompile": True},
-            schema_translate_map=connection.get_execution_options().get("schema_translate_map") or {},
-            render_schema_translate=True,
-        )
-        values = {name: _bound_value(compiled, name, value) for name, value in compiled.params.items()}
+    statement = select(*untyped, *beside).where(*where).order_by(order_by).limit(limit)
+    if not copied:
+        streamed = statement.execution_options(stream_results=True)
+        return lambda given: _streamed(connection, streamed, given, chunk)
+    compiled: Any = statement.compile(
+        dialect=dialect,
+        compile_kwargs={"render_postcompile": True},
+        schema_translate_map=connection.get_execution_options().get("schema_translate_map") or {},
+        render_schema_translate=True,
+    )
+    types = [_wire_type(column) for column in columns]
+
+    def copy(given: dict[str, Any]) -> Parts:
+        values = {name: _bound_value(compiled, name, value) for name, value in {**compiled.params, **given}.items()}
         query = compiled.string if values else compiled.string % ()
-        text = f"COPY ({query}) TO STDOUT (FORMAT binary)"
-        yield from copy_out(connection, text, values, [_wire_type(column) for column in columns], chunk)
-        return
-    yield from _streamed(connection, statement, chunk)
+        return copy_out(connection, f"COPY ({query}) TO STDOUT (FORMAT binary)", values, types, chunk)
+
+    return copy
 
 
-def _streamed(
-    connection: Connection, statement: Select[Any], chunk: int
-) -> Generator[list[tuple[Any, ...]], None, None]:
+def _streamed(connection: Connection, statement: Select[Any], given: dict[str, Any], chunk: int) -> Parts:
     """Yield the rows of a statement; begun again, behind those that were yielded, where a text has to be read leniently."""
     number = 0
     last: tuple[Any, ...] = ()
     failure: DBAPIError | None = None
     while True:
-        result = connection.execute(statement.execution_options(stream_results=True))
+        result = connection.execute(statement, given)
         skip = number
         try:
             with translating(connection):  # asyncpg's cursors raise its own classes

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import BigInteger, ColumnElement, func, literal_column, select
+from sqlalchemy import BigInteger, Text, bindparam, cast, func, literal_column, select
+from sqlalchemy.types import UserDefinedType
 
-from mljobs.db._wire import read_wire
+from mljobs.db._wire import wire_reader
 from mljobs.guards._companions import qualified_name
 from mljobs.states import TERMINAL
 from mljobs.transfer._encoding import line_maker
+from mljobs.transfer._lines import lines_of
 from mljobs.transfer._rows import ID, SHARED, STATUS, Row, without_host_part
 
 if TYPE_CHECKING:
@@ -31,12 +33,21 @@ OWN_KEY: Final = b'"attempts":'
 """In a line of an extended export."""
 
 _PART: Final = 250
-_BYTES: Final = 2 << 20
+_BYTES: Final = 4 << 20
 """About so many bytes of lines are one range, and may be kept in memory."""
 _LONGEST_RANGE: Final = 8_192
 _TID_RANGES_SINCE: Final = (14,)
 _FINISHED: Final = frozenset(status.value for status in TERMINAL)
 _PAGE: Final = "(ctid::text::point)[0]::bigint"
+
+
+class _Tid(UserDefinedType[str]):
+    """PostgreSQL's place of a row: page and number."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: object) -> str:
+        return "TID"
 
 
 def has_order(connection: Connection, column: Column[Any]) -> bool:
@@ -60,33 +71,43 @@ class TableLines:
         self, connection: Connection, columns: Sequence[Column[Any]], make_lines: Callable[[list[Row]], bytes]
     ) -> None:
         self._connection = connection
-        self._columns = columns
+        self._id = columns[ID]
         self._make_lines = make_lines
-        self._place = literal_column("ctid" if connection.dialect.name == "postgresql" else "rowid", BigInteger())
-        self._length = 16
+        if connection.dialect.name == "postgresql":
+            self._ranges_after = self._pages
+            page: Any = literal_column("ctid")
+            first, end = (cast(cast(bindparam(name, None, type_=Text()), Text), _Tid) for name in ("first", "end"))
+            self._read = wire_reader(connection, columns, [page >= first, page < end], _PART)
+        else:
+            self._ranges_after = self._rowids
+            rowid: Any = literal_column("rowid", BigInteger())
+            after, length = (bindparam(name, None, type_=BigInteger()) for name in ("after", "length"))
+            self._read = wire_reader(connection, columns, [rowid > after], _PART, order_by=rowid, limit=length)
+        self._length = 64
         self.start(None)
 
     def start(self, after: Any) -> None:
-        """Begin at the first row, for None; or about at that of an id, in the driver's form."""
+        """Begin at the first row, for None; or about at that of an id."""
         self._range: Iterator[list[Row]] = iter(())
         self._kept: list[list[Row]] = []
         self._bytes = 0
-        self._ranges = self._pages(after) if self._connection.dialect.name == "postgresql" else self._rowids(after)
+        self._ranges = self._ranges_after(after)
 
-    def next(self) -> list[bytes]:
-        """Return the lines of some rows; none at the end."""
+    def next(self) -> tuple[bytes, int]:
+        """Return some lines, each with its line feed, and how many; none at the end."""
         while True:
             rows = self._kept.pop(0) if self._kept else next(self._range, None)
             if rows is None:
                 following = next(self._ranges, None)
                 if following is None:
-                    return []
+                    return b"", 0
                 self._range = following
                 continue
-            lines = self._make_lines([row for row in rows if row[STATUS] in _FINISHED])
+            finished = [row for row in rows if row[STATUS] in _FINISHED]
+            lines = self._make_lines(finished)
             self._bytes += len(lines)
             if lines:
-                return lines.split(b"\n")[:-1]
+                return lines, len(finished)
 
     def settle(self) -> None:
         """Read the present range to its end, which leaves the connection to another statement."""
@@ -97,26 +118,18 @@ class TableLines:
         self._length = max(1, self._length // 2) if self._bytes > _BYTES else min(_LONGEST_RANGE, self._length * 2)
         self._bytes = 0
 
-    def _read(self, *where: ColumnElement[bool], limit: int | None = None) -> Iterator[list[Row]]:
-        order = None if limit is None else self._place
-        return read_wire(self._connection, self._columns, where, _PART, order_by=order, limit=limit)
-
     def _place_of(self, expression: str, job_id: Any) -> Any:
-        column = self._columns[ID]
-        found = select(literal_column(expression, BigInteger())).select_from(column.table)
-        return self._connection.execute(found.where(column == job_id)).scalar()
+        found = select(literal_column(expression, BigInteger())).select_from(self._id.table)
+        return self._connection.execute(found.where(self._id == job_id)).scalar()
 
     def _pages(self, after: Any) -> Iterator[Iterator[list[Row]]]:
-        name = qualified_name(self._connection, self._columns[ID].table)
+        name = qualified_name(self._connection, self._id.table)
         size = func.pg_relation_size(name) / func.current_setting("block_size").cast(BigInteger())
         end = int(self._connection.execute(select(size)).scalar_one())
         page = 0 if after is None else self._place_of(_PAGE, after) or 0
         while page < end:
             following = page + self._length
-            yield self._read(
-                self._place >= literal_column(f"'({page},0)'::tid"),
-                self._place < literal_column(f"'({following},0)'::tid"),
-            )
+            yield self._read({"first": f"({page},0)", "end": f"({following},0)"})
             page = following
             self._adapt()
 
@@ -125,14 +138,14 @@ class TableLines:
         while rowid is not None:
             number, last = 0, None
 
-            def counted(limit: int, rowid: int = rowid) -> Iterator[list[Row]]:
+            def counted(given: dict[str, Any]) -> Iterator[list[Row]]:
                 nonlocal number, last
-                for rows in self._read(self._place > literal_column(str(rowid)), limit=limit):
+                for rows in self._read(given):
                     number, last = number + len(rows), rows[-1][ID]
                     yield rows
 
             length = self._length * _PART
-            yield counted(length)
+            yield counted({"after": rowid, "length": length})
             rowid = None if number < length else self._place_of("rowid", last)
             self._adapt()
 
@@ -151,50 +164,77 @@ class Alongside:
         self._columns = columns
         self._wire = wire
         self._table: TableLines | None = None
-        self._ahead: list[bytes] = []
+        self._ahead, self._ahead_number = b"", 0
+        """Lines of the table that come next, and how many."""
         self._attempts = _ATTEMPTS if has_order(connection, columns[ID]) else 0
         self._lost = False
+        self._is_exact = True
+        """Whether lines are of the record alone."""
         self._matched = 0
         """Since the table was last started."""
 
-    def unmatched(self, lines: list[bytes]) -> list[int]:
-        """Return the places of the lines that the table does not have here; they may be elsewhere, or differ."""
-        if not self._attempts or not lines:
+    @property
+    def seeks(self) -> bool:
+        """Whether the orders have parted, and ``find_again`` may bring them together."""
+        return self._lost and self._attempts > 0
+
+    def next_lines(self) -> tuple[bytes, int]:
+        """Return what a file of the same order has next, and how many lines that is; nothing where it may have another."""
+        if self._lost or self._table is None or not self._is_exact:
+            return b"", 0
+        if not self._ahead:
+            self._ahead, self._ahead_number = self._table.next()
+        return self._ahead, self._ahead_number
+
+    def pass_lines(self) -> None:
+        """Go on behind ``next_lines``: the file has them too."""
+        self._matched += self._ahead_number
+        self._ahead = b""
+
+    def compare(self, lines: list[bytes]) -> list[int]:
+        """Return the places of the lines that the table does not have next; they may be elsewhere, or differ."""
+        if self._lost or not self._attempts:
             return list(range(len(lines)))
         extended = OWN_KEY in lines[0]
-        if extended:
-            lines = [without_host_part(line) for line in lines]
         if self._table is None:
             columns = self._columns if extended else self._columns[:SHARED]
             self._table = TableLines(self._connection, columns, line_maker(self._wire, extended=extended))
+        if extended:
+            without = [without_host_part(line) for line in lines]
+            self._is_exact, lines = without == lines, without
+        others = self._search(self._table, lines)
+        if others:
+            self._table.settle()
+        return others
+
+    def _search(self, table: TableLines, lines: list[bytes]) -> list[int]:
         others: list[int] = []
+        ahead = lines_of(self._ahead)
         at, without, before = 0, 0, self._matched
         while at < len(lines):
-            self._ahead = self._ahead or self._table.next()
-            number = min(len(self._ahead), len(lines) - at)
+            ahead = ahead or lines_of(table.next()[0])
+            number = min(len(ahead), len(lines) - at)
             if not number or without > _LOST:
                 self._lost = True
                 break
-            if self._ahead[:number] == lines[at : at + number]:
-                self._ahead = self._ahead[number:]
+            if ahead[:number] == lines[at : at + number]:
+                ahead = ahead[number:]
                 at, without, self._matched = at + number, 0, self._matched + number
                 continue
-            here = {line: place for place, line in enumerate(self._ahead)}
+            here = {line: place for place, line in enumerate(ahead)}
             found = [place for place in range(at, at + number) if lines[place] in here]
             if found:
                 matched = {*found}
                 others += [place for place in range(at, found[-1]) if place not in matched]
-                self._ahead = self._ahead[max(here[lines[place]] for place in found) + 1 :]
+                ahead = ahead[max(here[lines[place]] for place in found) + 1 :]
                 at, without, self._matched = found[-1] + 1, 0, self._matched + len(found)
-            elif number < len(self._ahead):  # too few to say that the table is elsewhere
+            elif number < len(ahead):  # too few to say that the table is elsewhere
                 self._lost = self._matched == before
                 break
             else:
-                self._ahead, without = [], without + 1
-        others += range(at, len(lines))
-        if others:
-            self._table.settle()
-        return others
+                ahead, without = [], without + 1
+        self._ahead, self._ahead_number = b"".join(line + b"\n" for line in ahead), len(ahead)
+        return [*others, *range(at, len(lines))]
 
     def settle(self) -> None:
         """Leave the connection to other statements."""
@@ -210,5 +250,5 @@ class Alongside:
         if not self._lost or self._table is None or job_id is None:
             return
         self._attempts = _ATTEMPTS if self._matched > _WORTH else self._attempts - 1
-        self._matched, self._ahead, self._lost = 0, [], False
-        self._table.start(job_id)
+        self._matched, self._ahead, self._lost = 0, b"", False
+        self._table.start(self._wire.id_out(job_id))

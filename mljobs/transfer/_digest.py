@@ -8,18 +8,18 @@ the line before and this line without its own, so no earlier line can be altered
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from operator import itemgetter
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
-from sqlalchemy import ColumnElement, Connection, func, select
+from sqlalchemy import ColumnElement, Connection, bindparam, func, select
 
 from mljobs._values import to_utc, utc_now
-from mljobs.db._wire import read_wire, wire_of
+from mljobs.db._wire import wire_of, wire_reader
 from mljobs.errors import InvalidValueError
 from mljobs.jobs import Bind, Model, table_of
 from mljobs.jobs._base import connection_of, is_postgres
@@ -27,11 +27,12 @@ from mljobs.record._models import MlJob
 from mljobs.states import TERMINAL
 from mljobs.transfer._encoding import line_maker
 from mljobs.transfer._results import OnProgress, Progress
-from mljobs.transfer._rows import ID, SHARED, Row, columns_of
+from mljobs.transfer._rows import ID, SHARED, STATUS, Row, columns_of
 
 _PART: Final = 250
 _SORTED_MAX: Final = 10_000
 """So many rows of a day are kept in memory."""
+_FINISHED: Final = frozenset(status.value for status in TERMINAL)
 _DAY: Final = timedelta(days=1)
 _FIRST_DAY: Final = date(1970, 1, 1)
 _CHAIN_START: Final = "0" * 64
@@ -156,18 +157,14 @@ def digest(
     reader = _Days(session, model, progress)
     last = max((line.day for line in so_far if isinstance(line.day, str)), default=None)
     start = _FIRST_DAY if last is None else date.fromisoformat(last) + _DAY
-    days: list[date | None] = list(reader.days(start, before or utc_now().date()))
-    if undated or (undated is None and not so_far):
-        days.append(None)
+    with_undated = undated or (undated is None and not so_far)
     chain = so_far[-1].chain if so_far else _CHAIN_START
     made: list[DigestLine] = []
-    for day in days:
-        content = reader.read(day)
-        if content.finished:
-            made.append(content.line(day, chain))
-            chain = made[-1].chain
-            if on_line is not None:
-                on_line(made[-1])
+    for day, content in reader.days(start, before or utc_now().date(), undated=with_undated):
+        made.append(content.line(day, chain))
+        chain = made[-1].chain
+        if on_line is not None:
+            on_line(made[-1])
     return made
 
 
@@ -237,14 +234,13 @@ def check_digest(
                 twice.add(line.day)
             expected[line.day] = content
     limit = max(notes, default=None)
-    reader = _Days(session, model, progress)
     days: set[date | None] = {None if day is None else date.fromisoformat(day) for day in expected}
-    dated = [day for day in days if day is not None]
-    if dated:  # and those before and between, which the digest does not know
-        days.update(reader.days(_FIRST_DAY, max(dated) + _DAY))
+    after_last = max((day for day in days if day is not None), default=_FIRST_DAY - _DAY) + _DAY
+    # With those before and between, which the digest does not know.
+    found = dict(_Days(session, model, progress).days(_FIRST_DAY, after_last, undated=None in days))
     result = DigestCheck()
-    for day in sorted(days, key=lambda day: day or date.max):
-        state = _state(day, expected.get(_name(day), _Content()), reader.read(day), limit)
+    for day in sorted({*days, *found}, key=lambda day: day or date.max):
+        state = _state(day, expected.get(_name(day), _Content()), found.get(day, _Content()), limit)
         if _name(day) in twice:
             state = "different"
         if state is not None:
@@ -273,59 +269,81 @@ class _Days:
         self._lines = line_maker(wire_of(self._connection), extended=False)
         self._progress = progress
         self._records = 0
-
-    def days(self, start: date, end: date) -> Iterator[date]:
-        """Yield the days from ``start``, before ``end``, on which anything has ``finished_at``; by index, one look each."""
         finished_at = self._table.c.finished_at
-        while True:
-            statement = select(func.min(finished_at)).where(
-                finished_at >= _midnight(start), finished_at < _midnight(end)
-            )
-            moment: datetime | None = self._connection.execute(statement).scalar()
-            if moment is None:
-                return
-            yield moment.date()
-            start = moment.date() + _DAY
+        start, end = (bindparam(name, None, type_=finished_at.type) for name in ("start", "end"))
+        self._in_span = [finished_at >= start, finished_at < end]
+        self._first = select(func.min(finished_at)).where(*self._in_span)
 
-    def read(self, day: date | None) -> _Content:
-        """Return what has finished on a day; None for records without a day."""
-        finished_at = self._table.c.finished_at
-        where: list[ColumnElement[bool]] = [self._table.c.status.in_(TERMINAL)]
-        if day is None:
-            where.append(finished_at.is_(None))
-        else:
-            where += [finished_at >= _midnight(day), finished_at < _midnight(day + _DAY)]
-        total = 0
-        sha256 = hashlib.sha256()
-        for rows in self._by_id(where):
-            sha256.update(self._lines(rows))
-            total += len(rows)
-            self._records += len(rows)
+    def days(self, start: date, end: date, *, undated: bool) -> Iterator[tuple[date | None, _Content]]:
+        """Yield each day on which something has finished, and what the table holds of it.
+
+        Args:
+            start: The first day.
+            end: The day after the last.
+            undated: Whether what has finished without a day comes last, under None.
+        """
+        rows_of = self._rows_by_id(*self._in_span)
+        day = self._first_day(start, end)
+        while day is not None and day < end:
+            content = self._content(rows_of(_span(day, day + _DAY)))
+            if content.finished:
+                yield day, content
+            day += _DAY
+            # The day after mostly has records too: it is looked for only behind one that has none.
+            if not content.finished:
+                day = self._first_day(day, end)
+        if undated:
+            status, finished_at = self._table.c.status, self._table.c.finished_at
+            content = self._content(self._rows_by_id(status.in_(TERMINAL), finished_at.is_(None))({}))
+            if content.finished:
+                yield None, content
+
+    def _first_day(self, start: date, end: date) -> date | None:
+        """Return the first day from ``start``, before ``end``, on which anything has ``finished_at``; by index."""
+        moment: datetime | None = self._connection.execute(self._first, _span(start, end)).scalar()
+        return None if moment is None else moment.date()
+
+    def _content(self, parts: Iterator[list[Row]]) -> _Content:
+        total, sha256 = 0, hashlib.sha256()
+        for rows in parts:
+            finished = [row for row in rows if row[STATUS] in _FINISHED]  # a third of the time that SQLite takes for it
+            sha256.update(self._lines(finished))
+            total += len(finished)
+            self._records += len(finished)
             if self._progress is not None:
                 self._progress(Progress(self._records))
         return _Content(total, sha256.hexdigest())
 
-    def _by_id(self, where: Sequence[ColumnElement[bool]]) -> Iterator[list[Row]]:
-        """Yield rows in the order of their ids, in parts.
+    def _rows_by_id(self, *where: ColumnElement[bool]) -> Callable[[dict[str, Any]], Iterator[list[Row]]]:
+        """Return what reads the rows for which ``where`` holds in the order of their ids, in parts.
 
-        PostgreSQL sorts them while the lines of others are made. SQLite would take twice as long as it takes here, so there
-        only a day with more than some thousand is sorted by the database, on its disk if it has to.
+        PostgreSQL sorts them. SQLite takes longer for it than to sort them here, so it sorts only what is too much to be
+        kept in memory, on its disk if it has to.
         """
-        kept: list[Row] = []
-        if not is_postgres(self._connection):
-            with closing(read_wire(self._connection, self._columns, where, _PART)) as parts:
+        order = self._columns[ID]
+        read_sorted = wire_reader(self._connection, self._columns, where, _PART, order_by=order)
+        if is_postgres(self._connection):
+            return read_sorted
+        read = wire_reader(self._connection, self._columns, where, _PART)
+
+        def read_and_sort(given: dict[str, Any]) -> Iterator[list[Row]]:
+            kept: list[Row] = []
+            with closing(read(given)) as parts:
                 for rows in parts:
                     kept += rows
                     if len(kept) > _SORTED_MAX:
                         break
-                else:
-                    kept.sort(key=itemgetter(ID))
-                    yield from (kept[start : start + _PART] for start in range(0, len(kept), _PART))
-                    return
-            kept.clear()
-        order = self._columns[ID]
-        with closing(read_wire(self._connection, self._columns, where, _PART, order_by=order)) as sorted_parts:
-            yield from sorted_parts
+            if len(kept) > _SORTED_MAX:
+                kept.clear()
+                yield from read_sorted(given)
+            kept.sort(key=itemgetter(ID))
+            yield from (kept[start : start + _PART] for start in range(0, len(kept), _PART))
+
+        return read_and_sort
+
+
+def _span(start: date, end: date) -> dict[str, datetime]:
+    return {"start": _midnight(start), "end": _midnight(end)}
 
 
 def _midnight(day: date) -> datetime:
