@@ -154,7 +154,7 @@ def test_a_trigger_of_a_host_that_leaves_a_delete_out_leaves_no_door_open_on_sql
         with retention(session, MlJob):
             session.execute(ALL_FINISHED)
         session.commit()
-        jobs.prune(session, older_than=timedelta(0))
+        assert jobs.prune(session, older_than=timedelta(0)) == 0
         session.commit()
         schema.verify(engine)
         with pytest.raises(Exception, match=r"(?i)savepoint"), retention(session, MlJob):
