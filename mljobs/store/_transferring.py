@@ -12,7 +12,7 @@ from functools import partial, wraps
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
-from mljobs.store._base import async_store_method, store_method
+from mljobs.store._base import async_store_method, method_signature, store_method
 
 if TYPE_CHECKING:
     from mljobs import transfer
@@ -28,50 +28,56 @@ class _Lazy:
     Args:
         make: Returns the method.
         operation: The name of the operation, of a submodule as ``_arrow.to_arrow``.
-        documented: The operation whose docstring the method has; None for ``operation``.
     """
 
-    def __init__(self, make: Callable[..., Any], operation: str, documented: str | None = None) -> None:
+    def __init__(self, make: Callable[..., Any], operation: str) -> None:
         self._make = make
         self._operation = operation
-        self._documented = documented or operation
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._owner, self._name = owner, name
 
     def __get__(self, store: Any, owner: type) -> Any:
         method = self._make(_operation(self._operation))
-        method.__doc__ = _operation(self._documented).__doc__
         method.__name__ = self._name
         setattr(self._owner, self._name, method)
         return method.__get__(store, owner)
 
 
 def _operation(name: str) -> Any:
-    module, _, function = f"mljobs.transfer.{name}".rpartition(".")
-    return getattr(import_module(module), function)
+    from mljobs import transfer  # noqa: PLC0415 - loaded when it is first used
+
+    submodule, _, function = name.rpartition(".")
+    return getattr(import_module(f"mljobs.transfer.{submodule}") if submodule else transfer, function)
 
 
 _in_transaction = partial(store_method, atomic=True)
 _in_transaction_async = partial(async_store_method, atomic=True)
 
 
-def _import(new_import: Callable[P, transfer.Import]) -> Callable[Concatenate[Transfers, P], transfer.Imported]:
+def _import(
+    operation: Callable[Concatenate[Any, P], transfer.Imported],
+) -> Callable[Concatenate[Transfers, P], transfer.Imported]:
     """Return the method that runs an import, a transaction for each batch."""
+    new_import: Callable[P, Any] = operation.new_import  # type: ignore[attr-defined]
 
     @wraps(new_import)
     def run(self: Any, /, *args: P.args, **kw: P.kwargs) -> transfer.Imported:
         kw.setdefault("model", self.model)
-        return new_import(*args, **kw).run_in_batches(self.connect)
+        result: transfer.Imported = new_import(*args, **kw).run_in_batches(self.connect)
+        return result
 
+    run.__signature__ = method_signature(operation)  # type: ignore[attr-defined]
     return run
 
 
 def _import_async(
-    new_import: Callable[P, transfer.Import],
+    operation: Callable[Concatenate[Any, P], transfer.Imported],
 ) -> Callable[Concatenate[AsyncTransfers, P], Coroutine[Any, Any, transfer.Imported]]:
     """Return the coroutine method that runs an import, a transaction for each batch."""
     from sqlalchemy.util import greenlet_spawn  # noqa: PLC0415 - blocking hosts may not have greenlet
+
+    new_import: Callable[P, Any] = operation.new_import  # type: ignore[attr-defined]
 
     @wraps(new_import)
     async def run(self: Any, /, *args: P.args, **kw: P.kwargs) -> transfer.Imported:
@@ -94,8 +100,10 @@ def _import_async(
                             raise
                         attempts += 1
                 work.record(done)
-        return work.result
+        found: transfer.Imported = work.result
+        return found
 
+    run.__signature__ = method_signature(operation)  # type: ignore[attr-defined]
     return run
 
 
@@ -128,9 +136,9 @@ class Transfers:
 
     if TYPE_CHECKING:
         export_jobs = store_method(transfer.export_jobs)
-        import_jobs = _import(transfer.file_import)
+        import_jobs = _import(transfer.import_jobs)
         dump_kv = store_method(transfer.dump_kv)
-        load_kv = _import(transfer.kv_import)
+        load_kv = _import(transfer.load_kv)
         compare = store_method(transfer.compare)
         digest = store_method(transfer.digest)
         check_digest = store_method(transfer.check_digest)
@@ -140,9 +148,9 @@ class Transfers:
         arrow_batches = _reader(arrow.arrow_batches)
     else:
         export_jobs = _Lazy(_in_transaction, "export_jobs")
-        import_jobs = _Lazy(_import, "file_import", "import_jobs")
+        import_jobs = _Lazy(_import, "import_jobs")
         dump_kv = _Lazy(_in_transaction, "dump_kv")
-        load_kv = _Lazy(_import, "kv_import", "load_kv")
+        load_kv = _Lazy(_import, "load_kv")
         compare = _Lazy(_in_transaction, "compare")
         digest = _Lazy(_in_transaction, "digest")
         check_digest = _Lazy(_in_transaction, "check_digest")
@@ -157,9 +165,9 @@ class AsyncTransfers:
 
     if TYPE_CHECKING:
         export_jobs = async_store_method(transfer.export_jobs)
-        import_jobs = _import_async(transfer.file_import)
+        import_jobs = _import_async(transfer.import_jobs)
         dump_kv = async_store_method(transfer.dump_kv)
-        load_kv = _import_async(transfer.kv_import)
+        load_kv = _import_async(transfer.load_kv)
         compare = async_store_method(transfer.compare)
         digest = async_store_method(transfer.digest)
         check_digest = async_store_method(transfer.check_digest)
@@ -168,9 +176,9 @@ class AsyncTransfers:
         to_polars = async_store_method(frames.to_polars)
     else:
         export_jobs = _Lazy(_in_transaction_async, "export_jobs")
-        import_jobs = _Lazy(_import_async, "file_import", "import_jobs")
+        import_jobs = _Lazy(_import_async, "import_jobs")
         dump_kv = _Lazy(_in_transaction_async, "dump_kv")
-        load_kv = _Lazy(_import_async, "kv_import", "load_kv")
+        load_kv = _Lazy(_import_async, "load_kv")
         compare = _Lazy(_in_transaction_async, "compare")
         digest = _Lazy(_in_transaction_async, "digest")
         check_digest = _Lazy(_in_transaction_async, "check_digest")

@@ -21,9 +21,9 @@ from mljobs.transfer._comparing import Compared, Difference, OnDifference, compa
 from mljobs.transfer._digest import DigestCheck, DigestLine, check_digest, digest, pruned_note, read_digest
 from mljobs.transfer._exporting import export_jobs
 from mljobs.transfer._files import File
-from mljobs.transfer._importing import Import, file_import, import_jobs
+from mljobs.transfer._importing import import_jobs
 from mljobs.transfer._judging import OnConflict
-from mljobs.transfer._kv import KvStore, dump_kv, kv_import, load_kv
+from mljobs.transfer._kv import KvStore, dump_kv, load_kv
 from mljobs.transfer._mapping import JobMapping
 from mljobs.transfer._results import Imported, OnProgress, Problem, Progress
 
@@ -34,7 +34,6 @@ __all__ = [
     "DigestCheck",
     "DigestLine",
     "File",
-    "Import",
     "Imported",
     "JobMapping",
     "KvStore",
@@ -48,9 +47,7 @@ __all__ = [
     "digest",
     "dump_kv",
     "export_jobs",
-    "file_import",
     "import_jobs",
-    "kv_import",
     "load_kv",
     "pruned_note",
     "read_digest",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Final, Protocol, Self
+from functools import wraps
+from inspect import Parameter, signature
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, Self
 
 from mljobs.jobs import Bind, Model
 from mljobs.record._models import MlJob
@@ -18,6 +20,7 @@ from mljobs.transfer._writing import Done, Writer, may_pass
 _TRIES: Final = 5
 """How often a transaction is begun that meets another import's; each time one of the two goes through."""
 
+P = ParamSpec("P")
 Reject = Callable[[Problem, Iterable[bytes]], None]
 
 
@@ -197,7 +200,29 @@ class FileInput:
         self._open.close()
 
 
-def file_import(
+def import_operation(new_import: Callable[P, Import]) -> Callable[Concatenate[Bind, P], Imported]:
+    """Return the operation that runs an import in the caller's transaction.
+
+    Args:
+        new_import: Returns the import. It is kept under this name on the operation, for stores, which run it in a
+            transaction for each batch.
+    """
+
+    @wraps(new_import)
+    def run(session: Bind, /, *args: P.args, **kw: P.kwargs) -> Imported:
+        return new_import(*args, **kw).run(session)
+
+    own = Parameter("session", Parameter.POSITIONAL_ONLY, annotation="Bind")
+    declared = signature(new_import)
+    run.__signature__ = declared.replace(  # type: ignore[attr-defined]
+        parameters=[own, *declared.parameters.values()], return_annotation="Imported"
+    )
+    run.new_import = new_import  # type: ignore[attr-defined]
+    return run
+
+
+@import_operation
+def import_jobs(
     file: File,
     *,
     on_conflict: OnConflict = "skip",
@@ -207,31 +232,6 @@ def file_import(
     defaults: Mapping[str, Any] | None = None,
     model: Model = MlJob,
 ) -> Import:
-    """Return the import of a file; see ``import_jobs``."""
-    place = rejects_file(file, rejects)  # before the file is opened: it may be refused
-    return Import(
-        FileInput(file),
-        on_conflict=on_conflict,
-        requeue_running=requeue_running,
-        rejects=place,
-        progress=progress,
-        model=model,
-        defaults=defaults,
-    )
-
-
-def import_jobs(
-    session: Bind,
-    /,
-    file: File,
-    *,
-    on_conflict: OnConflict = "skip",
-    requeue_running: bool = False,
-    rejects: File | None = None,
-    progress: OnProgress | None = None,
-    defaults: Mapping[str, Any] | None = None,
-    model: Model = MlJob,
-) -> Imported:
     """Read records from NDJSON, one a line, in the caller's transaction, in constant memory.
 
     A finished record is never overwritten: an equal one is skipped, another is refused. A line that is no record is
@@ -261,13 +261,13 @@ def import_jobs(
         TransferError: The file cannot be read to its end. What was read before may stand; the import can be run again.
         OSError: The file cannot be opened.
     """
-    work = file_import(
-        file,
+    place = rejects_file(file, rejects)  # before the file is opened: it may be refused
+    return Import(
+        FileInput(file),
         on_conflict=on_conflict,
         requeue_running=requeue_running,
-        rejects=rejects,
+        rejects=place,
         progress=progress,
         model=model,
         defaults=defaults,
     )
-    return work.run(session)

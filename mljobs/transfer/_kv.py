@@ -19,11 +19,11 @@ from mljobs.transfer import _redis as redis
 from mljobs.transfer._encoding import records
 from mljobs.transfer._exporting import rows_reader
 from mljobs.transfer._files import File
-from mljobs.transfer._importing import Import, Reject
+from mljobs.transfer._importing import Import, Reject, import_operation
 from mljobs.transfer._judging import OnConflict
 from mljobs.transfer._lines import BATCH_BYTES, BATCH_LINES, Batch
 from mljobs.transfer._rejects import rejects_file
-from mljobs.transfer._results import Imported, OnProgress, Problem, Progress
+from mljobs.transfer._results import OnProgress, Problem, Progress
 
 KvStore = Any
 """A ``MutableMapping[str, str]`` or ``MutableMapping[str, bytes]``, a ``dbm`` file, or a client of Redis or Valkey."""
@@ -80,9 +80,8 @@ def dump_kv(
     return total
 
 
+@import_operation
 def load_kv(
-    session: Bind,
-    /,
     mapping: KvStore,
     prefix: str = "",
     *,
@@ -92,7 +91,7 @@ def load_kv(
     progress: OnProgress | None = None,
     defaults: Mapping[str, Any] | None = None,
     model: Model = MlJob,
-) -> Imported:
+) -> Import:
     """Read records from a key-value store, in the caller's transaction, by the rules of ``import_jobs``.
 
     Keys that do not begin with the prefix are not looked at. A key under it that is no id, or not that of its record, is
@@ -117,31 +116,6 @@ def load_kv(
         InvalidValueError: Not a key-value store, or an argument is not one of its choices.
         JobExistsError: A record is there, and ``on_conflict`` is ``"error"``.
     """
-    work = kv_import(
-        mapping,
-        prefix,
-        on_conflict=on_conflict,
-        requeue_running=requeue_running,
-        rejects=rejects,
-        progress=progress,
-        defaults=defaults,
-        model=model,
-    )
-    return work.run(session)
-
-
-def kv_import(
-    mapping: KvStore,
-    prefix: str = "",
-    *,
-    on_conflict: OnConflict = "skip",
-    requeue_running: bool = False,
-    rejects: File | None = None,
-    progress: OnProgress | None = None,
-    defaults: Mapping[str, Any] | None = None,
-    model: Model = MlJob,
-) -> Import:
-    """Return the import from a key-value store; see ``load_kv``."""
     return Import(
         _KvInput(mapping, _check_prefix(prefix)),
         on_conflict=on_conflict,
