@@ -1,6 +1,10 @@
-"""Text without what a terminal, a log or a page would obey."""
+"""Text for people: without what a terminal, a log or a page would obey; and spans of time."""
 
 from __future__ import annotations
+
+from datetime import timedelta
+
+_UNITS = (("d", 86_400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1))
 
 
 def printable(text: str, kept: str = "") -> str:
@@ -13,3 +17,21 @@ def printable(text: str, kept: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def span_text(seconds: float | timedelta, gap: str = "", *, days_from: int = 1) -> str:
+    """Return a span of time: ``0.4s``, ``12s``, ``4m10s``, ``2h05m``, ``3d04h``; never below zero, for clocks are set.
+
+    Args:
+        seconds: How long.
+        gap: Stands between the numbers and units: with a space it is ``4 m 10 s``.
+        days_from: From so many days on it is told in days.
+    """
+    left = max(0.0, seconds.total_seconds() if isinstance(seconds, timedelta) else seconds)
+    if left < 10:
+        return f"{left:.1f}{gap}s"
+    whole = round(left)
+    for unit, size, smaller, part in _UNITS:
+        if whole >= size * (days_from if unit == "d" else 1):
+            return f"{whole // size}{gap}{unit}{gap}{whole % size // part:02}{gap}{smaller}"
+    return f"{whole}{gap}s"

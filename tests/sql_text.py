@@ -49,7 +49,7 @@ def statements() -> Mapping[str, Mapping[str, list[Prepared]]]:
         "claim": {"PostgreSQL": [_claiming._claim_statement(MlJob, "any", 10)], "SQLite": begin},
         "renew": {
             "PostgreSQL": [_holding._renewal_statement(MlJob, True)],
-            "SQLite": [_holding._extension(MlJob), _holding._lost_statement(MlJob)],
+            "SQLite": [_holding._extend_statement(MlJob), _holding._lost_statement(MlJob)],
         },
         "progress": {
             "PostgreSQL": [_holding._REPORT.statement(MlJob)],

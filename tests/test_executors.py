@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -13,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mljobs import JobStore, MlJob, MlJobStatus, Worker
-from tests import worker_app
-from tests.waiting import until
+from tests import on_executors, worker_app
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -50,29 +47,13 @@ def file_store(sqlite_url: str) -> Iterator[JobStore]:
 
 
 def test_training_spreads_over_the_processes_of_a_dask_cluster(store: JobStore, client: Client) -> None:
-    worker = Worker(store, concurrency=4, executor=client.get_executor(), poll=0.1)
-    worker.handles("train")(worker_app.fit)
-    store.submit_many([("train", f"digits_{seed}", {"seed": seed, "epochs": 5}) for seed in range(6)])
-    assert worker.run(until_idle=True).jobs == {"completed": 6}
-    jobs = list(store.find())
-    assert all(job.metrics["accuracy"] > 0.9 for job in jobs)
+    jobs = on_executors.trains(store, client.get_executor())
     assert {job.metrics["epochs"] for job in jobs} == {5}
-    processes = {job.metrics["process"] for job in jobs}
-    assert len(processes) == 2
-    assert os.getpid() not in processes
+    assert len({job.metrics["process"] for job in jobs}) == 2
 
 
 def test_progress_and_cancels_reach_a_dask_process(store: JobStore, client: Client) -> None:
-    worker = Worker(store, executor=client.get_executor(), poll=0.1)
-    worker.handles("train")(worker_app.until_cancelled)
-    job = store.submit("train", "spam")
-    thread = threading.Thread(target=worker.run, kwargs={"until_idle": True})
-    thread.start()
-    until(lambda: store.get(job.id).progress == 10)
-    store.cancel(job.id)
-    thread.join(60)
-    assert not thread.is_alive()
-    assert store.get(job.id).status is CANCELLED
+    on_executors.reports_and_is_cancelled(store, client.get_executor())
 
 
 def test_a_dask_process_reports_metrics_while_it_runs(store: JobStore, url: str, client: Client) -> None:
@@ -84,20 +65,12 @@ def test_a_dask_process_reports_metrics_while_it_runs(store: JobStore, url: str,
 
 
 def test_a_failure_on_dask_is_the_jobs_own_with_its_reason(file_store: JobStore, client: Client) -> None:
-    worker = Worker(file_store, executor=client.get_executor(), poll=0.1)
-    worker.handles("train")(worker_app.raises)
-    job = file_store.submit("train", "spam", {"n": 2})
-    assert worker.run(until_idle=True).jobs == {"failed": 1}
-    assert str(file_store.get(job.id).error_message).startswith("tests.worker_app.raises.<locals>.Local: spec {'n': 2}")
+    reason = on_executors.fails(file_store, client.get_executor())
+    assert reason.startswith("tests.worker_app.raises.<locals>.Local: spec {'n': 2}")
 
 
 def test_a_dask_process_that_dies_puts_its_job_back_and_the_worker_goes_on(store: JobStore, client: Client) -> None:
-    worker = Worker(store, executor=client.get_executor(), poll=0.1)
-    worker.handles("train")(worker_app.dies_at_first)
-    job = store.submit("train", "spam")
-    assert worker.run(until_idle=True).jobs == {"requeued": 1, "completed": 1}
-    done = store.get(job.id)
-    assert (done.status, done.attempts) == (COMPLETED, 2)
+    on_executors.dies_and_is_done_by_another(store, client.get_executor())
 
 
 def test_a_dask_process_that_dies_every_time_fails_its_job(file_store: JobStore, client: Client) -> None:

@@ -69,7 +69,7 @@ def test_a_write_under_leases_finds_its_records_one_by_one_by_their_ids(postgres
     claims = sorted(_filled(postgres_url, analyzed=analyzed), key=lambda claim: claim.job_id.int)
     outcomes = [jobs.Outcome.completed(claim, {}) for claim in claims]
     finish = _finishing.outcome_parameters("postgresql", outcomes)
-    report = _fencing.claim_parameters("postgresql", claims, progress=[5] * len(claims), metrics=[None] * len(claims))
+    report = _fencing.wanted_parameters("postgresql", claims, progress=[5] * len(claims), metrics=[None] * len(claims))
     asked: list[tuple[Any, dict[str, Any], str]] = [
         (_finishing._FINISH.statement(MlJob), finish, "j"),
         (_holding._REPORT.statement(MlJob), finish | report, "j"),
@@ -90,7 +90,7 @@ def test_a_write_under_leases_finds_its_records_one_by_one_by_their_ids(postgres
 @pytest.mark.parametrize("analyzed", [False, True], ids=["before ANALYZE", "after"])
 def test_no_statement_of_leases_reads_the_whole_job_table(postgres_url: str, analyzed: bool) -> None:  # noqa: FBT001
     claims = _filled(postgres_url, analyzed=analyzed)
-    held = {**_fencing.claim_parameters("postgresql", claims), **_fencing.lease_parameters("postgresql", claims)}
+    held = {**_fencing.wanted_parameters("postgresql", claims), **_fencing.lease_parameters("postgresql", claims)}
     outcomes = [jobs.Outcome.requeued(claim) for claim in claims]
     asked: list[tuple[Any, dict[str, Any]]] = [
         (_holding._renewal_statement(MlJob, True), {**held, "lease": timedelta(seconds=60)}),

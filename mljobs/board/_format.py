@@ -10,10 +10,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from mljobs._printable import span_text
 from mljobs.board._html import Html
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86_400
-_LONG = 2 * _DAY
+_LONG_DAYS = 2
 _ITEMS_SHOWN = 200
 _NODES_SHOWN = 2_000
 _TEXT_SHOWN = 2_000
@@ -25,16 +26,8 @@ def duration(seconds: float | timedelta | None) -> str:
     """Return a span of time to the second: ``38 m 04 s``; never below zero, for clocks are set."""
     if seconds is None:
         return ""
-    seconds = max(0.0, seconds.total_seconds() if isinstance(seconds, timedelta) else seconds)
-    if seconds < 10:
-        return f"{seconds:.1f} s" if seconds >= 1 else f"{round(seconds * 1000)} ms"
-    whole = int(seconds)
-    if whole < _MINUTE:
-        return f"{whole} s"
-    if whole < _HOUR:
-        return f"{whole // 60} m {whole % 60:02d} s"
-    hours = f"{whole // _HOUR} h {whole % _HOUR // 60:02d} m"
-    return hours if whole < _LONG else f"{whole // _DAY} d {whole % _DAY // _HOUR:02d} h"
+    left = seconds.total_seconds() if isinstance(seconds, timedelta) else seconds
+    return f"{round(max(0.0, left) * 1000)} ms" if left < 1 else span_text(left, " ", days_from=_LONG_DAYS)
 
 
 def short(seconds: float | timedelta | None) -> str:
@@ -48,7 +41,7 @@ def short(seconds: float | timedelta | None) -> str:
         return f"{whole} s"
     if whole < _HOUR:
         return f"{whole // 60} m"
-    if whole < _LONG:
+    if whole < _LONG_DAYS * _DAY:
         return f"{whole // _HOUR} h {whole % _HOUR // 60:02d} m"
     return f"{whole // _DAY} d"
 

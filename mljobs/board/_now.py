@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -160,14 +159,6 @@ class NowView:
     def deepest(self) -> int:
         """The deepest of the queues."""
         return max((kind.ready for kind in self.around.queue.kinds), default=0) or 1
-
-    @property
-    def workers_said(self) -> str:
-        """How many workers do what, in words."""
-        number = Counter(row.state for row in self.workers)
-        return ", ".join(
-            f"{number[state]} {state}" for state in ("busy", "idle", "stopping", "silent") if number[state]
-        )
 
     @property
     def idle(self) -> bool:

@@ -15,10 +15,9 @@ from typing import Any
 
 import typer
 
-from mljobs._printable import printable
+from mljobs._printable import printable, span_text
 
 STATUS_COLOURS = {"queued": "", "running": "34", "completed": "32", "failed": "31", "cancelled": "33"}
-_NARROW = 60
 _GAP = "  "
 
 
@@ -89,20 +88,8 @@ def clock(moment: datetime | None) -> str:
 
 
 def span(seconds: float | timedelta | None) -> str:
-    """Return a span for people: ``0.4s``, ``12s``, ``4m10s``, ``2h05m``, ``3d04h``."""
-    if seconds is None:
-        return ""
-    left = seconds.total_seconds() if isinstance(seconds, timedelta) else seconds
-    if left < 10:
-        return f"{max(left, 0):.1f}s"
-    whole = round(left)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02}s"
-    if whole < 86_400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02}m"
-    return f"{whole // 86_400}d{whole % 86_400 // 3600:02}h"
+    """Return a span for people; nothing where there is none."""
+    return "" if seconds is None else span_text(seconds)
 
 
 def as_json(value: Any) -> Any:

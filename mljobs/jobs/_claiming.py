@@ -42,7 +42,7 @@ from mljobs.jobs._base import (
 )
 from mljobs.jobs._claims import Claim, ClaimedRows, Lease, UnreadJob
 from mljobs.jobs._picking import pick_statement, queued_jobs
-from mljobs.jobs._refusing import start_refusal, unless_target_taken, without_waiting
+from mljobs.jobs._refusing import ROUNDS, start_refusal, unless_target_taken, without_waiting
 from mljobs.jobs._statements import (
     SQLITE,
     constant,
@@ -63,7 +63,6 @@ DEFAULT_LEASE = 60.0
 """Seconds that a claim lasts without renewal."""
 MAX_BATCH = 10_000
 """The most jobs that one statement claims, renews or finishes."""
-_ROUNDS = 20
 _INLINE_MAX = 128
 _LOCK_TIMEOUT = 0.25
 _BEFORE_RECORD = 2
@@ -195,7 +194,7 @@ def _claim(session: Bind, model: Model, which: str, parameters: dict[str, Any], 
     claim_some = _on_postgres if is_postgres(connection) else _on_sqlite
     claims: list[Claim[Any]] = []
     # A picked job whose exclusive target was taken in the same moment gets no lease: pick again in its place.
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         parameters["limit"] = limit - len(claims)
         try:
             started, picked = claim_some(session, connection, model, which, parameters)

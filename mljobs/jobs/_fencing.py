@@ -47,7 +47,7 @@ def wanted_table(dialect: str, **columns: Any) -> Any:
     return parameter_table(_WANTED, dialect, id=JobId(), token=sa.BigInteger(), **columns)
 
 
-def claim_parameters(dialect: str, claims: Sequence[Claim[Any]], **columns: Sequence[Any]) -> dict[str, Any]:
+def wanted_parameters(dialect: str, claims: Sequence[Claim[Any]], **columns: Sequence[Any]) -> dict[str, Any]:
     """Return the parameters of ``wanted_table``."""
     ids, tokens = [claim.job_id for claim in claims], [claim.token for claim in claims]
     return table_parameters(_WANTED, dialect, id=ids, token=tokens, **columns)
@@ -81,7 +81,7 @@ def holds(jobs: Any, wanted: Any, held: Any, dialect: str) -> list[Any]:
     """Return the conditions of a write: the record names the lease, and the lease is the same one.
 
     ``IS NOT DISTINCT FROM`` is ``=`` that no index serves: a plan that finds the jobs by their lease compares all jobs
-    of a claim with all others. That the job is running goes without saying, for no other has a lease.
+    of a claim with all others. That the job is running need not be asked, for no other has a lease.
 
     Args:
         jobs: The job table, or an alias.
@@ -90,9 +90,8 @@ def holds(jobs: Any, wanted: Any, held: Any, dialect: str) -> list[Any]:
         dialect: The dialect's name.
     """
     stands = in_rows(wanted.c.token, sa.select(held.c.token), dialect)
-    if (
-        dialect == POSTGRES
-    ):  # as an expression of which the planner takes one row in two hundred to be right, so one of ten
+    if dialect == POSTGRES:
+        # As a comparison with a constant, of which the planner expects one row in two hundred: of these ten, one.
         stands = sa.case((stands, constant(1))) == constant(1)
     return [jobs.c.id == wanted.c.id, jobs.c.lease.is_not_distinct_from(wanted.c.token), stands]
 
@@ -178,7 +177,7 @@ class FencedWrite:
         Args:
             connection: In SQLite's write lock.
             model: The mapped job class.
-            parameters: ``claim_parameters`` and ``lease_parameters``, and what else the UPDATE takes.
+            parameters: ``wanted_parameters`` and ``lease_parameters``, and what else the UPDATE takes.
         """
         if connection.dialect.name == POSTGRES:
             return read_answer(self.statement(model).rows(connection, parameters)[0])

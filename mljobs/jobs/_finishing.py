@@ -30,10 +30,10 @@ from mljobs.jobs._claims import Claim, model_of
 from mljobs.jobs._fencing import (
     FencedWrite,
     Written,
-    claim_parameters,
     explain,
     holds,
     lease_parameters,
+    wanted_parameters,
     wanted_table,
 )
 from mljobs.jobs._holding import newest_by_job
@@ -211,7 +211,7 @@ def outcome_parameters(dialect: str, outcomes: Sequence[Outcome]) -> dict[str, A
         "error": [outcome.error_message for outcome in outcomes],
         "metrics": [outcome.metrics_json for outcome in outcomes],
     }
-    return claim_parameters(dialect, claims, **columns) | lease_parameters(dialect, claims)
+    return wanted_parameters(dialect, claims, **columns) | lease_parameters(dialect, claims)
 
 
 def answers(

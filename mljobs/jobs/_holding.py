@@ -27,11 +27,11 @@ from mljobs.jobs._claiming import DEFAULT_LEASE
 from mljobs.jobs._claims import Claim, Renewal, model_of
 from mljobs.jobs._fencing import (
     FencedWrite,
-    claim_parameters,
     explain,
     holds,
     lease_parameters,
     standing_leases,
+    wanted_parameters,
     wanted_table,
 )
 from mljobs.jobs._statements import POSTGRES, expiry_of, in_rows, moments
@@ -194,7 +194,7 @@ def report_many(session: Bind, reports: Iterable[Report]) -> list[Any]:
         "progress": [latest[claim].progress for claim in claims],
         "metrics": [latest[claim].metrics_json for claim in claims],
     }
-    parameters = claim_parameters(dialect, claims, **values) | lease_parameters(dialect, claims)
+    parameters = wanted_parameters(dialect, claims, **values) | lease_parameters(dialect, claims)
     written = _REPORT.run(connection, model, parameters)
     done = {claim for claim in claims if claim in written}
     errors = [
@@ -249,11 +249,11 @@ def _renewal(
 ) -> tuple[Renewal[Any], list[Claim[Any]]]:
     """Return what became of these claims; and those that are lost although their lease stands and has no other job."""
     dialect = connection.dialect.name
-    asked = {**parameters, **claim_parameters(dialect, claims), **lease_parameters(dialect, claims)}
+    asked = {**parameters, **wanted_parameters(dialect, claims), **lease_parameters(dialect, claims)}
     if dialect == POSTGRES:
         rows = _renewal_statement(model, extend).rows(connection, asked)
     else:
-        leases = (_extension if extend else _standing)(model)
+        leases = (_extend_statement if extend else _standing_statement)(model)
         rows = [(*row, None, None, None) for row in leases.rows(connection, asked)]
         rows += [(token, None, *rest) for token, *rest in _lost_statement(model).rows(connection, asked)]
     ends = {row[0]: row[1] for row in rows if row[1] is not None}
@@ -282,7 +282,7 @@ def _end(connection: sa.Connection, model: Model, claims: Sequence[Claim[Any]]) 
     dialect = connection.dialect.name
     newest = newest_by_job(claims, _itself)
     written = _RELEASE.run(
-        connection, model, {**claim_parameters(dialect, newest), **lease_parameters(dialect, claims)}
+        connection, model, {**wanted_parameters(dialect, newest), **lease_parameters(dialect, claims)}
     )
     held = 0
     for claim in claims:
@@ -296,7 +296,7 @@ def _renewal_statement(model: Model, extend: bool) -> Prepared:  # noqa: FBT001 
     def build(dialect: str) -> sa.CompoundSelect[Any]:
         lost = _lost(model, dialect)
         leases = model.__leases__
-        stand = _stand(model, dialect)
+        stand = _ends_of_standing(model, dialect)
         if extend:
             renewed = _extend(model, dialect).cte("renewed")
             stand = sa.select(renewed.c.token, renewed.c.expires_at)
@@ -308,7 +308,7 @@ def _renewal_statement(model: Model, extend: bool) -> Prepared:  # noqa: FBT001 
     return Prepared(build)
 
 
-def _stand(model: Model, dialect: str) -> sa.Select[Any]:
+def _ends_of_standing(model: Model, dialect: str) -> sa.Select[Any]:
     """Return the leases that stand, and their ends."""
     leases, held = model.__leases__, standing_leases(model, dialect).subquery("held")
     return sa.select(leases.c.token, leases.c.expires_at).join(held, held.c.token == leases.c.token)
@@ -339,15 +339,15 @@ def _lost(model: Model, dialect: str) -> sa.Select[Any]:
 
 
 @per_model
-def _extension(model: Model) -> Prepared:
+def _extend_statement(model: Model) -> Prepared:
     """SQLite: extend the leases."""
     return Prepared(lambda dialect: _extend(model, dialect))
 
 
 @per_model
-def _standing(model: Model) -> Prepared:
+def _standing_statement(model: Model) -> Prepared:
     """SQLite: the leases that stand."""
-    return Prepared(lambda dialect: _stand(model, dialect))
+    return Prepared(lambda dialect: _ends_of_standing(model, dialect))
 
 
 @per_model

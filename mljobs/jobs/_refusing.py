@@ -14,7 +14,8 @@ from mljobs.db._failures import database_is_away, first_line, may_run_again
 from mljobs.errors import MlJobsError, StartRefusedError, TargetLockedError
 from mljobs.jobs._base import Model, table_of
 
-_ROUNDS = 20
+ROUNDS = 20
+"""How often a claim picks again where others take what it has picked."""
 _LOCK_NOT_AVAILABLE = "55P03"
 
 T = TypeVar("T")
@@ -26,7 +27,7 @@ def unless_target_taken(connection: sa.Connection, execute: Callable[[], T]) -> 
     The database refuses the second job of the target, and with it the statement; the next try sees the first one. In a
     transaction that goes on, a savepoint keeps what was done before, and gives back what a failed claim has started.
     """
-    for left in reversed(range(_ROUNDS)):
+    for left in reversed(range(ROUNDS)):
         try:
             with _savepoint(connection):
                 return execute()

@@ -143,7 +143,7 @@ def submit_many(
     given: list[UUID] = []
     keep = given.append if ids else None
     if is_plain_record(model):
-        with _naming_seconds():
+        with _naming_duplicates():
             rows = _rows(jobs, values, keep)
             total = insert_rows(connection_of(session, model), table, table.columns.keys(), rows)
     else:
@@ -194,8 +194,8 @@ def _made(model: Any, values: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _naming_seconds(job_id: UUID | None = None) -> Iterator[None]:
-    """Raise our error where an id was there already.
+def _naming_duplicates(job_id: UUID | None = None) -> Iterator[None]:
+    """Raise ``JobExistsError``, which names the id, for a record that is there already.
 
     Args:
         job_id: Which it must have been, if only one record is added.
@@ -203,10 +203,10 @@ def _naming_seconds(job_id: UUID | None = None) -> Iterator[None]:
     try:
         yield
     except IntegrityError as error:
-        second = duplicate_id_error(error)
-        if second is None:
+        duplicate = duplicate_id_error(error)
+        if duplicate is None:
             raise
-        raise JobExistsError(second.job_id or job_id) from error
+        raise JobExistsError(duplicate.job_id or job_id) from error
 
 
 def _add(given_bind: Bind, job: Any) -> Any:
@@ -214,7 +214,7 @@ def _add(given_bind: Bind, job: Any) -> Any:
     if isinstance(bind, Session):
         alone = not bind.new
         bind.add(job)
-        with _naming_seconds(job.id if alone else None):
+        with _naming_duplicates(job.id if alone else None):
             bind.flush()
         return job
     model = type(job)
@@ -223,7 +223,7 @@ def _add(given_bind: Bind, job: Any) -> Any:
         return _add_row(bind, model, tuple([state.get(column.name) for column in table_of(model).columns]))
     with session_on(bind) as session:
         session.add(job)
-        with _naming_seconds(job.id):
+        with _naming_duplicates(job.id):
             session.flush()
         session.refresh(job)
         session.expunge_all()
@@ -237,7 +237,7 @@ def _add_chunks(bind: Bind, model: Model, records: Iterator[Any], keep: Callable
     total = 0
     while chunk := list(islice(records, _CHUNK)):
         bind.add_all(chunk)
-        with _naming_seconds():
+        with _naming_duplicates():
             bind.flush()
         for job in chunk:
             bind.expunge(job)
@@ -277,7 +277,7 @@ def _add_row(connection: Connection, model: Model, row: tuple[Any, ...]) -> Any:
     values = dict(zip(table_of(model).columns.keys(), row, strict=True))
     try:
         _insertion(model).rows(connection, values)
-    except IntegrityError as error:  # _naming_seconds, without its cost
+    except IntegrityError as error:  # _naming_duplicates, without its cost
         if duplicate_id_error(error) is None:
             raise
         raise JobExistsError(values["id"]) from error

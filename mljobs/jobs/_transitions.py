@@ -15,7 +15,7 @@ ATTEMPTS_MAX = 32_767
 
 
 @dataclass(frozen=True, slots=True)
-class Outcomes:
+class Effect:
     """What becomes of a job that leaves ``running``, beside its status; its lease always goes.
 
     Attributes:
@@ -27,11 +27,11 @@ class Outcomes:
     finished: bool
 
 
-OUTCOMES = {
-    MlJobStatus.COMPLETED: Outcomes(progress=100, finished=True),
-    MlJobStatus.FAILED: Outcomes(progress=None, finished=True),
-    MlJobStatus.CANCELLED: Outcomes(progress=None, finished=True),
-    MlJobStatus.QUEUED: Outcomes(progress=0, finished=False),
+EFFECTS = {
+    MlJobStatus.COMPLETED: Effect(progress=100, finished=True),
+    MlJobStatus.FAILED: Effect(progress=None, finished=True),
+    MlJobStatus.CANCELLED: Effect(progress=None, finished=True),
+    MlJobStatus.QUEUED: Effect(progress=0, finished=False),
 }
 """By the status that follows."""
 _REPORTED = (MlJobStatus.COMPLETED, MlJobStatus.FAILED, MlJobStatus.QUEUED)
@@ -78,7 +78,7 @@ def report_values(jobs: Any, dialect: str, progress: Any, metrics: Any) -> dict[
 
 
 def outcome_values(jobs: Any, dialect: str, status: Any, error: Any, metrics: Any) -> dict[str, Any]:
-    """Return the SET list of a finish, whose outcome is one of ``OUTCOMES``, by the row.
+    """Return the SET list of a finish, whose outcome is one of ``EFFECTS``, by the row.
 
     Args:
         jobs: The job table, or an alias.
@@ -89,10 +89,10 @@ def outcome_values(jobs: Any, dialect: str, status: Any, error: Any, metrics: An
     """
     progress = [
         (status == constant(of), constant(outcome.progress))
-        for of, outcome in OUTCOMES.items()
+        for of, outcome in EFFECTS.items()
         if of in _REPORTED and outcome.progress is not None
     ]
-    unfinished = sa.or_(*(status == constant(of) for of, outcome in OUTCOMES.items() if not outcome.finished))
+    unfinished = sa.or_(*(status == constant(of) for of, outcome in EFFECTS.items() if not outcome.finished))
     return {
         "status": sa.type_coerce(status, jobs.c.status.type),
         "progress": sa.case(*progress, else_=jobs.c.progress),

@@ -11,6 +11,7 @@ with the same parser, so they agree on what is JSON; a property test holds them 
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from enum import StrEnum
 from functools import cache
 from typing import Annotated, Any, Final, NoReturn, TypeVar
@@ -26,7 +27,7 @@ _E = TypeVar("_E", bound=StrEnum)
 
 _MAX_PROGRESS: Final = 100
 _MAX_INT: Final = 2**63 - 1
-_MAX_INT_DIGITS: Final = 19
+_EXPONENT_DIGITS: Final = 17
 _ID_DIGITS: Final = 32
 _SHOWN_DIGITS: Final = 40
 _BOM: Final = "\ufeff"
@@ -306,34 +307,25 @@ def _millis(values: dict[str, str], key: str) -> int:
 
 
 def _integer(values: dict[str, str], key: str) -> int:
-    """Return the number cut toward zero: 0 to 2**63 - 1.
-
-    Worked out on the digits. A float would round 17 digits, and ``int(Decimal("1e999999999"))`` would fill the memory.
-    """
+    """Return the number cut toward zero: 0 to 2**63 - 1. By ``Decimal``, for a float would round 17 digits."""
     value = values.get(key)
     if value is None or value[0] not in "-0123456789":
         _mistyped(key, "a number", value)
-    mantissa, _, exponent = value.removeprefix("-").lower().partition("e")
-    whole, _, fraction = mantissa.partition(".")
-    digits = (whole + fraction).lstrip("0")
-    if not digits:
+    mantissa, _, exponent = value.lower().partition("e")
+    number = Decimal(f"{mantissa}e{_exponent(exponent)}")
+    if not number:
         return 0
-    if value[0] == "-":
+    if number < 0:
         raise JobDecodeError(key, f"{_cut(value)} is negative")
-    leading_zeros = len(whole) + len(fraction) - len(digits)
-    size = len(whole) + _exponent(exponent) - leading_zeros
-    if size <= 0:
-        return 0
-    number = int(digits[:size].ljust(size, "0")) if size <= _MAX_INT_DIGITS else _MAX_INT + 1
-    if number > _MAX_INT:
+    if number >= _MAX_INT + 1:  # before int(), which would fill the memory with 1e999999999
         raise JobDecodeError(key, f"{_cut(value)} does not fit in 64 bits")
-    return number
+    return int(number)
 
 
 def _exponent(text: str) -> int:
+    """Return an exponent that ``Decimal`` takes: one of 18 digits outweighs any mantissa that fits in memory."""
     digits = text.lstrip("+-").lstrip("0")
-    # Beyond 18 digits it outweighs any number of digits that fits in memory; int() would refuse 5,000 of them.
-    size = int(digits or "0") if len(digits) < _MAX_INT_DIGITS else 10**_MAX_INT_DIGITS
+    size = int(digits or "0") if len(digits) < _EXPONENT_DIGITS else 10**_EXPONENT_DIGITS
     return -size if text.startswith("-") else size
 
 

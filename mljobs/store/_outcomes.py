@@ -6,12 +6,12 @@ import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, Final, Generic
 from uuid import UUID
 
 from sqlalchemy import select
 
+from mljobs._printable import span_text
 from mljobs.errors import InvalidValueError, JobNotFound
 from mljobs.jobs import Bind, Filter, JobRef, Model, Where
 from mljobs.jobs._base import M, connection_of, id_of, table_of
@@ -114,7 +114,7 @@ class Followed(Sequence[M], Generic[M]):
         titles = ["id", "target", *asked, "status", "took", *keys, *(["error"] if failed else [])]
         rows = []
         for job, spec, found in zip(self.jobs, specs, numbers, strict=True):
-            took = "" if job.duration_ms is None else _span(job.duration_ms)
+            took = "" if job.duration_ms is None else span_text(job.duration_ms / 1000)
             error = [job.error_line or ""] if failed else []
             values = [_short(found.get(key, "")) for key in keys]
             wanted = [_short(spec.get(key, "")) for key in differing]
@@ -125,12 +125,6 @@ class Followed(Sequence[M], Generic[M]):
 def _short(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
-
-def _span(millis: int) -> str:
-    return f"{millis / 1000:.1f}s" if millis < _MINUTE else str(timedelta(seconds=millis // 1000))
-
-
-_MINUTE: Final = 60_000
 
 FollowedSteps = Generator["Read | float | Snapshot", Any, "Followed[Any]"]
 Followable = Filter | str | Iterable[JobRef] | None

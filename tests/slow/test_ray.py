@@ -6,9 +6,7 @@ processes, so the README's test command leaves this file out.
 
 from __future__ import annotations
 
-import os
 import re
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from pathlib import Path
@@ -17,9 +15,8 @@ from typing import Any
 import pytest
 import ray
 
-from mljobs import JobStore, MlJobStatus, Worker
-from tests import worker_app
-from tests.waiting import until
+from mljobs import JobStore
+from tests import on_executors
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "executors.md").read_text()
@@ -46,41 +43,18 @@ def store(url: str) -> Iterator[JobStore]:
 
 
 def test_training_spreads_over_the_processes_of_ray(store: JobStore, executor: Executor) -> None:
-    worker = Worker(store, concurrency=4, executor=executor, poll=0.1, grace=120)
-    worker.handles("train")(worker_app.fit)
-    store.submit_many([("train", f"digits_{seed}", {"seed": seed, "epochs": 5}) for seed in range(6)])
-    assert worker.run(until_idle=True).jobs == {"completed": 6}
-    found = list(store.find())
-    assert all(job.metrics["accuracy"] > 0.9 for job in found)
-    assert os.getpid() not in {job.metrics["process"] for job in found}
+    on_executors.trains(store, executor, grace=120)
 
 
 def test_progress_and_cancels_reach_a_process_of_ray(store: JobStore, executor: Executor) -> None:
-    worker = Worker(store, executor=executor, poll=0.1, grace=120)
-    worker.handles("train")(worker_app.until_cancelled)
-    job = store.submit("train", "spam")
-    thread = threading.Thread(target=worker.run, kwargs={"until_idle": True})
-    thread.start()
-    until(lambda: store.get(job.id).progress == 10)
-    store.cancel(job.id)
-    thread.join(60)
-    assert not thread.is_alive()
-    assert store.get(job.id).status is MlJobStatus.CANCELLED
+    on_executors.reports_and_is_cancelled(store, executor, grace=120)
 
 
 def test_a_failure_on_ray_is_the_jobs_own_with_its_reason(store: JobStore, executor: Executor) -> None:
-    worker = Worker(store, executor=executor, poll=0.1, grace=120)
-    worker.handles("train")(worker_app.raises)
-    job = store.submit("train", "spam", {"n": 2})
-    assert worker.run(until_idle=True).jobs == {"failed": 1}
-    assert "spec {'n': 2}" in str(store.get(job.id).error_message)
+    assert "spec {'n': 2}" in on_executors.fails(store, executor, grace=120)
 
 
 def test_a_process_of_ray_that_dies_puts_its_job_back_and_the_worker_goes_on(
     store: JobStore, executor: Executor
 ) -> None:
-    worker = Worker(store, executor=executor, poll=0.1, grace=120)
-    worker.handles("train")(worker_app.dies_at_first)
-    job = store.submit("train", "spam")
-    assert worker.run(until_idle=True).jobs == {"requeued": 1, "completed": 1}
-    assert store.get(job.id).attempts == 2
+    on_executors.dies_and_is_done_by_another(store, executor, grace=120)
