@@ -12,8 +12,12 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from mljobs import JobStore, LeaseLostError, MlJob, MlJobLease, MlJobStatus, TargetLockedError, TerminalStateError, jobs
-from mljobs.jobs import Claim, _rescuing
+from mljobs.jobs import Claim, Outcome, _rescuing
 from mljobs.jobs._finishing import record_outcomes
+from mljobs.store._keeper import Keeper
+from mljobs.store._run import Run
+from mljobs.worker._finished import FinishedRun
+from mljobs.worker._recording import OutcomeWriter
 from tests.waiting import until_blocked
 
 _SECONDS = 60
@@ -151,6 +155,22 @@ def test_a_rescue_of_a_deleted_lease_leaves_a_job_that_was_claimed_meanwhile(pos
             written = record_outcomes(connection, MlJob, [old], _rescuing._FINISH_ORPHANED)
         assert old.claim not in written
         store.complete(again)
+
+
+def test_a_worker_deletes_the_lease_whose_last_jobs_ended_in_two_transactions_at_the_same_time(
+    postgres_url: str,
+) -> None:
+    with JobStore(postgres_url) as store:
+        claims = _claimed(store, 2)
+        with store.engine.begin() as one, store.engine.begin() as other:
+            for connection, claim in zip((one, other), claims, strict=True):
+                jobs.complete(connection, claim)
+        assert len(_leases(store)) == 1
+        writer = OutcomeWriter(store, Keeper(store, 60))
+        writer.settle([FinishedRun(Run(claim), Outcome.completed(claim), None, 0.0) for claim in claims], [None, None])
+        writer.release_left_over()
+        writer.close()
+        assert len(_leases(store)) == 0
 
 
 # --------------------------------------------------------------------------------------------- what an older claim can do

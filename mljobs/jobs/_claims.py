@@ -24,18 +24,27 @@ class Lease:
         acquired_at: When it was made, by the database's clock. With the token it names the lease for ever: a token alone
             could come back, from a restarted sequence or a restored backup.
         open: Ids, as integers, of its jobs that this process has not ended; None where another process may have ended some.
+        parted: Whether its jobs ended in several writes, of which each may have seen the jobs of another as still open.
     """
 
-    __slots__ = ("acquired_at", "open", "token")
+    __slots__ = ("acquired_at", "open", "parted", "token")
 
     def __init__(self, token: int, acquired_at: datetime | None, job_ids: Iterable[int] | None) -> None:
         self.token = token
         self.acquired_at = acquired_at
         self.open = None if job_ids is None else set(job_ids)
+        self.parted = False
 
     def is_left_empty_without(self, job_ids: set[int]) -> bool:
         """Whether no job stays under this lease once these have left it."""
-        return self.open is not None and self.open <= job_ids
+        empty = self.open is not None and self.open <= job_ids
+        self.parted = self.parted or not empty
+        return empty
+
+    @property
+    def may_be_left_over(self) -> bool:
+        """Whether it has no job any more, and perhaps no write has seen that."""
+        return self.parted and self.open is not None and not self.open
 
     def __reduce__(self) -> tuple[Any, ...]:
         alone = self.open is not None and len(self.open) == 1

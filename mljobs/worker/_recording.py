@@ -17,8 +17,9 @@ from mljobs import jobs
 from mljobs.db._failures import database_is_away, first_line
 from mljobs.db._timeouts import answers_within, limit_idle_transaction
 from mljobs.errors import TerminalStateError
-from mljobs.jobs import Outcome
+from mljobs.jobs import Claim, Outcome
 from mljobs.jobs._base import connection_of
+from mljobs.jobs._claims import Lease
 from mljobs.states import MlJobStatus
 from mljobs.store._keeper import Keeper
 from mljobs.store._recording import FIRST_PAUSE, LONGEST_PAUSE, was_recorded
@@ -71,6 +72,7 @@ class OutcomeWriter:
         self._closing = threading.Event()
         self._hurry = threading.Event()
         self._requeued: set[Run] = set()
+        self._left_over: dict[Lease, Claim] = {}
         self._writing = 0
         self._no_writer = threading.Condition()
         self._thread = threading.Thread(target=self._loop, name="mljobs-writer", daemon=True)
@@ -138,6 +140,9 @@ class OutcomeWriter:
     def settle(self, entries: Sequence[FinishedRun], errors: Sequence[Exception | None]) -> None:
         """Take note of what was committed, and of what was refused because the job is not ours any more."""
         self._end(entries, [self._what_became(entry, error) for entry, error in zip(entries, errors, strict=True)])
+        leases = {entry.run.claim.lease: entry.run.claim for entry in entries}
+        with self._no_writer:
+            self._left_over.update((lease, claim) for lease, claim in leases.items() if lease.may_be_left_over)
 
     def _what_became(self, entry: FinishedRun, error: Exception | None) -> str:
         outcome = entry.outcome
@@ -217,6 +222,19 @@ class OutcomeWriter:
         log_outcomes(entries, words)
         self._keeper.remove_many([entry.run for entry in entries])
         self.on_recorded(entries)
+
+    def release_left_over(self) -> None:
+        """Delete leases whose jobs ended in two writes at the same time, neither of which saw that it was the last."""
+        with self._no_writer:
+            left_over, self._left_over = self._left_over, {}
+        if left_over:
+            try:
+                with answers_within(self._answer_seconds):
+                    self._store.release(left_over.values())
+            except Exception as error:
+                if not database_is_away(error):
+                    raise
+                logger.debug("leases without jobs are left until they expire: %s", first_line(error))
 
     def done_writing(self) -> None:
         """Say that what was taken has been settled or put back."""

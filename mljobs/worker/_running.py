@@ -134,6 +134,7 @@ class WorkerRun:
         self._threads.open()
         error = self._supervise()
         self._drain(self._wind_up())
+        self._writer.release_left_over()
         return error
 
     def _drain(self, seconds: float | None) -> None:
@@ -151,6 +152,7 @@ class WorkerRun:
                 signal, detail = self._signals.get(timeout=_TICK)
             except queue.Empty:
                 self._prefetcher.put_back_stale()
+                self._writer.release_left_over()
                 if time.monotonic() >= next_rescue:
                     self._rescue()
                     next_rescue = time.monotonic() + self._settings.claims.lease * random.uniform(0.25, 0.75)  # noqa: S311
