@@ -79,7 +79,7 @@ def read_slice(bind: Bind, model: Model, where: Conditions, start: Place, *, by_
     if where or not is_plain_record(model):
         rows: Any = connection.execute(_slice(model, by_end, dialect, where), places)
     else:
-        rows, _ = _whole_slice(model, by_end).fetched(connection, places)
+        rows = _whole_slice(model, by_end).rows(connection, places)
     if dialect == POSTGRES:
         return Slice([(moment, job_id.int) for moment, job_id in rows], end, newest)
     return Slice([(moment, int(digits, 16)) for moment, digits in rows], end, newest)
