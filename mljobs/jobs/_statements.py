@@ -125,12 +125,13 @@ class Array(TypeDecorator[list[Any]]):
     def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any] | None:
         if not dialect.driver.startswith("psycopg"):
             return super().bind_processor(dialect)
-        process = self.item.dialect_impl(dialect).bind_processor(dialect) or _unchanged
-        write = next((write for of, write in _ITEMS if isinstance(self.item, of)), _quoted)
+        write = next((write for of, write in _ITEMS if isinstance(self.item, of)), None)
+        if write is None:
+            process = self.item.dialect_impl(dialect).bind_processor(dialect)
+            write = _quoted if process is None else lambda value: _quoted(process(value))
 
         def text(values: Sequence[Any]) -> str:
-            items = ["NULL" if value is None else write(process(value)) for value in values]
-            return f"{{{','.join(items)}}}"
+            return f"{{{','.join(['NULL' if value is None else write(value) for value in values])}}}"
 
         return text
 
@@ -141,7 +142,7 @@ def _quoted(value: Any) -> str:
 
 
 _ITEMS: tuple[tuple[Any, Callable[[Any], str]], ...] = (
-    (JobId, lambda value: value if isinstance(value, str) else f"{value.int:032x}"),
+    (JobId, lambda value: f"{value.int:032x}"),
     (sa.Integer, str),
     (sa.Boolean, str),
 )
