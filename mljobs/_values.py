@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -175,7 +176,18 @@ def _as_json_value(value: object) -> object:
     raise TypeError(f"{type(value).__name__} is not a JSON value")
 
 
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_as_json_value).encode
+def _encoder() -> Callable[[object], str]:
+    """Return what writes compact JSON; as ``JSONEncoder.encode`` does, which makes its encoder in C anew for each value."""
+    made = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_as_json_value)
+    make: Any = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:
+        return made.encode
+    # Without a table of what is open: of a value that holds itself the recursion limit tells.
+    parts = make(None, _as_json_value, json.encoder.encode_basestring, None, ":", ",", False, False, False)
+    return lambda value: "".join(parts(value, 0))
+
+
+_encode = _encoder()
 
 
 def _refuse_constant(token: str) -> object:

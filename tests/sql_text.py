@@ -20,6 +20,7 @@ from mljobs.jobs import (
     _holding,
     _picking,
     _rescuing,
+    _starting,
     _submitting,
 )
 
@@ -39,8 +40,8 @@ def statements() -> Mapping[str, Mapping[str, list[Prepared]]]:
     release = [_fencing.delete_statement(MlJob)]
     standing = [_fencing.standing_statement(MlJob)]
     pick = [_picking.pick_statement(MlJob, "any", 10)]
-    begin = [*pick, _claiming._lease_statement(MlJob), _claiming._start_statement(MlJob)]
-    finish = [*standing, _finishing._FINISH.part(MlJob), *release]
+    begin = [*pick, _starting.lease_statement(MlJob), _starting.start_statement(MlJob)]
+    finish = [_finishing._FINISH.part(MlJob), *standing, *release]
     expired = [_rescuing._expired_jobs(MlJob)]
     orphaned = [_rescuing._orphaned_jobs(MlJob)]
     cancel = [_finishing._cancellation(MlJob)]
@@ -53,7 +54,7 @@ def statements() -> Mapping[str, Mapping[str, list[Prepared]]]:
         },
         "progress": {
             "PostgreSQL": [_holding._REPORT.statement(MlJob)],
-            "SQLite": [*standing, _holding._REPORT.part(MlJob)],
+            "SQLite": [_holding._REPORT.part(MlJob), *standing],
         },
         "finish": {"PostgreSQL": [_finishing._FINISH.statement(MlJob)], "SQLite": finish},
         "finish-and-claim": {

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, event, inspect, select, text, update
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Session, scoped_session, sessionmaker
 from sqlalchemy.pool import NullPool
@@ -27,6 +27,7 @@ from mljobs import (
     jobs,
     on_finished,
 )
+from mljobs.db._connections import ConnectionCache
 from mljobs.events import _delivering as delivering
 from mljobs.jobs import Outcome
 from tests.backends import Backend
@@ -684,6 +685,22 @@ def test_a_subscription_ends_by_its_handle_its_block_or_with_its_target(url: str
         del other
         gc.collect()
         assert not events.subscribed()
+
+
+def test_what_finished_is_told_though_another_thread_has_the_connection_already(
+    url: str, told: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with JobStore(url) as store:
+        jobs_to_end, kept = [store.submit("train", target) for target in ("a", "b")], ConnectionCache.keep
+
+        def keep_and_use(self: ConnectionCache, connection: Connection) -> None:
+            kept(self, connection)
+            if jobs_to_end:  # as another thread would, before this one goes on
+                store.cancel(jobs_to_end.pop())
+
+        monkeypatch.setattr(ConnectionCache, "keep", keep_and_use)
+        store.cancel(jobs_to_end.pop())
+    assert sorted(told) == [("a", "cancelled"), ("b", "cancelled")]
 
 
 def test_callbacks_run_in_the_thread_that_commits(url: str) -> None:

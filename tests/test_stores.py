@@ -343,6 +343,31 @@ def test_opening_a_file_that_is_never_let_go_ends_with_the_timeout(tmp_path: Pat
     writer.close()
 
 
+def test_an_operation_waits_for_a_locked_file_as_long_as_the_timeout_says(sqlite_url: str) -> None:
+    """In turns of a few milliseconds: SQLite's own wait starves beside processes that take the lock again at once."""
+    path = sqlite_url.removeprefix("sqlite:///")
+    writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    with JobStore(sqlite_url) as store:
+        job = store.submit("train", "spam")
+        for again in (lambda: store.submit("train", "ham"), lambda: store.cancel(job), lambda: store.claim(worker="w")):
+            writer.execute("BEGIN IMMEDIATE")
+            letting_go = threading.Timer(0.03, writer.execute, ["COMMIT"])
+            letting_go.start()
+            assert again()
+            letting_go.join()
+        assert store.counts().total() == 2
+        store._single.close()
+        with store.engine.connect() as connection:  # a host's own statements wait as they did
+            assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one() == 30_000
+    with JobStore(sqlite_url, connect_args={"timeout": 0.02}) as hasty:
+        writer.execute("BEGIN IMMEDIATE")
+        with pytest.raises(OperationalError, match="locked"):
+            hasty.submit("train", "spam")
+        writer.execute("COMMIT")
+        assert hasty.counts().total() == 2
+    writer.close()
+
+
 def test_a_listener_ends_well_after_its_engine_was_disposed_of(postgres_url: str) -> None:
     engine = create_engine(postgres_url, poolclass=NullPool)
     with ChangeListener(engine, MlJob.__table__) as listener:

@@ -56,6 +56,19 @@ class RowsAnswer:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def raw(self) -> Sequence[Sequence[Any]]:
+        """The rows as the driver gave them."""
+        return self._rows
+
+    def ordered(self, key: Callable[[Sequence[Any]], Any]) -> RowsAnswer:
+        """Return the same rows in another order.
+
+        Args:
+            key: Takes a row as the driver gave it.
+        """
+        return RowsAnswer(sorted(self._rows, key=key), self._conversion) if len(self._rows) > 1 else self
+
     def rows(self) -> list[Row]:
         """Return the Python values of all rows."""
         read = list if self._conversion is None else self._conversion.row

@@ -1,14 +1,16 @@
-"""The connections of a store: one engine for single statements, one for transactions, and a cache before the pool."""
+"""The connections of a store: one engine for single operations, one for transactions, and a cache before the pool."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine
@@ -18,15 +20,20 @@ from sqlalchemy.pool import QueuePool
 from sqlalchemy.util import greenlet_spawn
 
 from mljobs.db._engines import at_level
+from mljobs.db._failures import is_locked
+from mljobs.db._prepared import LOCK_TURNS
 
 R = TypeVar("R")
 
 _FOR_TRANSACTIONS = 2  # of any pool, as a worker's rescue and a retry need
 _FRESH_SECONDS = 1.0
+_TURN_MILLISECONDS = 3  # SQLite looks for the lock again after 1 and 2 of them
+_TURNS = 80
+_LOCK_PAUSE = 0.002
 
 
 def engines_of(engine: Engine, *, owned: bool) -> tuple[Engine, Engine]:
-    """Return the engine for single statements, and the one for transactions.
+    """Return the engine for single operations, and the one for transactions.
 
     Transactions are READ COMMITTED, whatever the default of the engine, the role or the database is: each operation
     decides by the condition of one statement, or under a lock, and a higher level would only make it fail.
@@ -54,34 +61,35 @@ def cache_size(engine: Engine, wanted: int) -> int:
 
 
 class ConnectionCache:
-    """Connections for single statements, kept checked out between two operations: a checkout costs as much as the statement.
+    """Connections for single operations, kept checked out between two of them: a checkout costs as much as a statement.
+
+    On SQLite each operation is a transaction, begun and committed here, and waits for the file's write lock in a way of its
+    own. SQLite looks for the lock after 1, 2, 5 and more milliseconds, at last every 100: beside processes that take it
+    again as soon as they have let go, one that has waited long is never served. So a kept connection waits in many short
+    turns, and where these are over the operation is run again until the configured timeout is; see ``lock_pauses``.
 
     Args:
-        engine: In AUTOCOMMIT.
+        engine: In AUTOCOMMIT, on PostgreSQL, where such an operation is one statement.
         size: How many to keep at most.
+
+    Attributes:
+        begins: Whether each operation is a transaction that is begun and committed here.
     """
 
     def __init__(self, engine: Engine, size: int) -> None:
         self._engine = engine
         self._size = size
+        self.begins = engine.dialect.name == "sqlite"
+        self._busy_timeout = 0
         self._idle: deque[tuple[Connection, float]] = deque()
         self._process = os.getpid()
 
-    @contextmanager
-    def use(self) -> Iterator[Connection]:
-        """Yield a connection; one that failed goes back to the pool, which knows what to do with it."""
-        connection = self._take()
-        try:
-            yield connection
-        except BaseException:
-            connection.close()
-            raise
-        if len(self._idle) < self._size:
-            self._idle.append((connection, time.monotonic()))
-        else:
-            connection.close()
+    def use(self) -> AbstractContextManager[Connection]:
+        """Return a context manager that yields a connection for one operation."""
+        return _Use(self)
 
-    def _take(self) -> Connection:
+    def take(self) -> Connection:
+        """Return a connection that was kept, or a new one."""
         if self._process != os.getpid():  # a fork: these belong to the parent
             self._idle, self._process = deque(), os.getpid()
             self._engine.dispose(close=False)
@@ -89,15 +97,83 @@ class ConnectionCache:
             try:
                 connection, used = self._idle.pop()
             except IndexError:
-                return self._engine.connect()
+                return self._new()
             if time.monotonic() - used < _FRESH_SECONDS:
                 return connection
-            connection.close()  # the pool checks whether the server is still there
+            self.release(connection)  # the pool checks whether the server is still there
+
+    def _new(self) -> Connection:
+        connection = self._engine.connect()
+        if self.begins and self._size:
+            ((self._busy_timeout,),) = _driver(connection).execute("PRAGMA busy_timeout")
+            if self._busy_timeout > _TURN_MILLISECONDS:
+                _driver(connection).execute(f"PRAGMA busy_timeout = {_TURN_MILLISECONDS}")
+                connection.info[LOCK_TURNS] = min(_TURNS, self._busy_timeout // _TURN_MILLISECONDS)
+        return connection
+
+    def keep(self, connection: Connection) -> None:
+        """Keep a connection for the next operation, or give it back to the pool."""
+        if len(self._idle) < self._size:
+            self._idle.append((connection, time.monotonic()))
+        else:
+            self.release(connection)
+
+    def release(self, connection: Connection) -> None:
+        """Roll back what is open, and give a connection back to the pool, as it came from there."""
+        if self.begins and not connection.invalidated and connection.info.pop(LOCK_TURNS, None) is not None:
+            _driver(connection).execute(f"PRAGMA busy_timeout = {self._busy_timeout}")
+        connection.close()
+
+    def lock_pauses(self) -> Iterator[float]:
+        """Yield how many seconds to wait before each new attempt of an operation that met a locked file."""
+        end = time.monotonic() + self._busy_timeout / 1000
+        while time.monotonic() < end:
+            yield random.uniform(0, _LOCK_PAUSE)  # noqa: S311 - spread, no secret
 
     def close(self) -> None:
         """Give all back to the pool."""
         while self._idle:
-            self._idle.pop()[0].close()
+            self.release(self._idle.pop()[0])
+
+
+class _Use:
+    """One operation on a connection of a cache; one that failed goes back to the pool, which knows what to do with it."""
+
+    __slots__ = ("_cache", "_connection")
+
+    def __init__(self, cache: ConnectionCache) -> None:
+        self._cache = cache
+
+    def __enter__(self) -> Connection:
+        self._connection = connection = self._cache.take()
+        if self._cache.begins:
+            try:
+                connection.begin()
+            except BaseException:
+                self._cache.release(connection)
+                raise
+        return connection
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        cache, connection = self._cache, self._connection
+        try:
+            if kind is None and cache.begins:
+                connection.commit()
+            elif is_locked(error):  # and nothing worse: it will be tried again at once
+                connection.rollback()
+        except BaseException:
+            cache.release(connection)
+            raise
+        if kind is None or is_locked(error):
+            cache.keep(connection)
+        else:
+            cache.release(connection)
+
+
+def _driver(connection: Connection) -> Any:
+    return connection.connection.driver_connection
 
 
 class AsyncConnectionCache(ConnectionCache):
@@ -182,6 +258,5 @@ def begin(connection: Connection) -> None:
     """
     if not connection.in_transaction():
         connection.begin()
-    driver: Any = connection.connection.driver_connection
-    if connection.dialect.name == "sqlite" and not driver.in_transaction:
+    if connection.dialect.name == "sqlite" and not _driver(connection).in_transaction:
         connection.exec_driver_sql("BEGIN")

@@ -39,6 +39,14 @@ def may_run_again(error: BaseException) -> bool:
     return getattr(error.orig, "sqlstate", None) in _SERIALIZATION or plan_is_outdated(error) or is_no_utf8(error.orig)
 
 
+def is_locked(error: BaseException | None) -> bool:
+    """Whether somebody else held the write lock of a SQLite file for longer than the driver waits."""
+    if not isinstance(error, DBAPIError):
+        return False
+    code: int = getattr(error.orig, "sqlite_errorcode", 0)
+    return code & 0xFF == sqlite3.SQLITE_BUSY
+
+
 def first_line(error: BaseException | str) -> str:
     """Return the first line of what an error says, for a line of log."""
     return one_line(str(error).partition("\n")[0])

@@ -9,6 +9,7 @@ everywhere.
 from __future__ import annotations
 
 import re
+import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -60,12 +61,14 @@ class _Compiled:
     def parameters(self, given: Mapping[str, Any]) -> Any:
         values = {**self.fixed, **given}
         for name, process in self.bind.items():
-            values[name] = process(values[name])
+            value = values[name]
+            if value is not None:  # NULL, of whatever type
+                values[name] = process(value)
         return self.in_order(values) if self.positional else values
 
-    def in_order(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
+    def in_order(self, values: Mapping[str, Any]) -> Sequence[Any]:
         """Return the values in the order of the placeholders."""
-        return tuple(values[name] for name in self.names)
+        return [values[name] for name in self.names]
 
     def describe(self, cursor: Any) -> None:
         """Choose what to do to each column by what the driver says it is; SQLAlchemy asks that of a number."""
@@ -114,6 +117,7 @@ class Prepared:
         self._build = build
         self._statements: dict[str, Executable] = {}
         self._compiled: WeakKeyDictionary[Dialect, dict[Any, _Compiled]] = WeakKeyDictionary()
+        self._latest: tuple[Dialect, _Compiled] | None = None
 
     def rows(self, connection: Connection, parameters: Mapping[str, Any]) -> list[Row]:
         """Run the statement; return its rows as Python values.
@@ -139,12 +143,15 @@ class Prepared:
         values = compiled.parameters(parameters)
         if _unwatched(connection):
             return _by_cursor(connection, compiled, values, late=late)
-        result = connection.exec_driver_sql(compiled.text, values)
+        result = connection.exec_driver_sql(compiled.text, tuple(values) if compiled.positional else values)
         compiled.describe(result.cursor)
         return RowsAnswer(result.fetchall() if result.returns_rows else (), compiled)
 
     def _text(self, dialect: Dialect, schemas: _Schemas) -> _Compiled:
         """Return the text for a dialect, and for the schemas of a tenant."""
+        latest = self._latest
+        if latest is not None and latest[0] is dialect and not schemas:
+            return latest[1]
         texts = self._compiled.get(dialect)
         if texts is None:
             texts = self._compiled[dialect] = {}
@@ -154,6 +161,8 @@ class Prepared:
             if len(texts) > _TENANTS:
                 texts.clear()
             compiled = texts[key] = _Compiled(self._statement(dialect), dialect, schemas)
+        if key is None:
+            self._latest = (dialect, compiled)
         return compiled
 
     def _statement(self, dialect: Dialect) -> Executable:
@@ -171,16 +180,14 @@ def _unwatched(connection: Any) -> bool:
     statement goes the whole way.
     """
     transaction = connection.get_nested_transaction() or connection.get_transaction()
-    return (
-        transaction is not None
-        and transaction.is_active
-        and connection.dialect.driver in _PLAIN_DRIVERS
-        and not (
-            getattr(connection, "_has_events", True)
-            or getattr(connection.engine, "_has_events", True)
-            or getattr(connection, "_echo", True)
-            or connection.dialect.dispatch.do_execute
-        )
+    if transaction is None or not transaction.is_active:
+        return False
+    dialect = connection.dialect
+    return dialect.driver in _PLAIN_DRIVERS and not (
+        getattr(connection, "_has_events", True)
+        or getattr(connection.engine, "_has_events", True)
+        or getattr(connection, "_echo", True)
+        or dialect.dispatch.do_execute
     )
 
 
@@ -197,9 +204,15 @@ def _by_cursor(connection: Any, compiled: _Compiled, values: Any, *, late: bool)
             cursor = connection.dialect.dbapi.RawCursor(connection.connection.dbapi_connection)
             cursor.execute(compiled.numbered, compiled.in_order(values))
             rows = cursor.fetchall() if compiled.returns_rows and not (late and cursor.rowcount > _FEW) else None
-        else:
+        elif connection.dialect.is_async:
             cursor = connection.connection.cursor()
             cursor.execute(compiled.text, values)
+            rows = cursor.fetchall() if compiled.returns_rows else ()
+        else:
+            try:
+                cursor = connection.connection.dbapi_connection.execute(compiled.text, values)
+            except sqlite3.OperationalError as error:
+                cursor = _in_turns(connection, compiled, values, error)
             rows = cursor.fetchall() if compiled.returns_rows else ()
         compiled.describe(cursor)
         if rows is None and compiled.returns_rows:
@@ -219,3 +232,23 @@ async def _by_async_psycopg(
     cursor = connection.dialect.dbapi.AsyncRawCursor(connection.connection.driver_connection)
     await cursor.execute(compiled.numbered, compiled.in_order(values))
     return cursor, await cursor.fetchall() if compiled.returns_rows and not (late and cursor.rowcount > _FEW) else None
+
+
+LOCK_TURNS = "mljobs.lock_turns"
+"""In ``Connection.info``: how many times a statement is sent again that met SQLite's lock."""
+
+
+def _in_turns(connection: Any, compiled: _Compiled, values: Any, error: sqlite3.OperationalError) -> Any:
+    """Send a statement again while somebody else holds SQLite's write lock; return the cursor.
+
+    Nothing is asked of the pool, and no error made for SQLAlchemy: many processes may be waiting, and the one that they wait
+    for needs the processor.
+    """
+    for _ in range(connection.info.get(LOCK_TURNS, 0)):
+        if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:  # with a snapshot that is too old no wait helps
+            break
+        try:
+            return connection.connection.dbapi_connection.execute(compiled.text, values)
+        except sqlite3.OperationalError as again:
+            error = again
+    raise error

@@ -11,11 +11,12 @@ from sqlalchemy.types import BigInteger, Date, DateTime, Double, Float, LargeBin
 
 from mljobs._values import storable_json, storable_text
 from mljobs.db._copy import CHUNK, Row, copy_in
+from mljobs.db._wire import insert_wire
 from mljobs.guards._companions import qualified_name
 from mljobs.types import JobId, JsonText, PlainText, TokenType, UtcMillis
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Table
+    from sqlalchemy import Connection, Dialect, Table
 
 _Check = Callable[[Any], Any]
 
@@ -36,6 +37,9 @@ def insert_rows(connection: Connection, table: Table, columns: Sequence[str], ro
         InvalidValueError: A text or JSON that no database can hold; it names the field. Roll back; nothing stands.
         DBAPIError: What the database refused, as SQLAlchemy raises it.
     """
+    if connection.dialect.name == "sqlite" and _names_all_with_defaults(table, columns):
+        stored = _stored(connection.dialect, table, columns, iter(rows))
+        return insert_wire(connection, table, [table.c[name] for name in columns], stored)
     checked = _checked(table, columns, rows)
     types = _copy_types(table, columns) if connection.dialect.name == "postgresql" else None
     if types is None or row_security(connection, table):
@@ -47,6 +51,24 @@ def row_security(connection: Connection, table: Table) -> bool:
     """Whether policies bind this role, under which PostgreSQL refuses COPY into the table."""
     asked = select(func.row_security_active(cast(qualified_name(connection, table), Text)))
     return bool(connection.scalar(asked))
+
+
+def _names_all_with_defaults(table: Table, columns: Sequence[str]) -> bool:
+    """Whether no column is left out that SQLAlchemy would give a value."""
+    return all(column.default is None or column.name in columns for column in table.columns)
+
+
+def _stored(dialect: Dialect, table: Table, columns: Sequence[str], rows: Iterator[Row]) -> Iterator[Row]:
+    """Yield rows as the columns' types store them, which check their values too: column by column, for the speed of it."""
+    processes = [table.c[name].type.dialect_impl(dialect).bind_processor(dialect) for name in columns]
+    while chunk := list(islice(rows, CHUNK)):
+        yield from zip(
+            *(
+                values if process is None or values.count(None) == len(values) else map(process, values)
+                for process, values in zip(processes, zip(*chunk, strict=True), strict=True)
+            ),
+            strict=True,
+        )
 
 
 def _checked(table: Table, columns: Sequence[str], rows: Iterable[Row]) -> Iterator[Row]:

@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 
 from mljobs.db._binds import Bind
 from mljobs.events._connections import ConnectionPending, pending_of_connection
-from mljobs.events._delivering import Origin, Store
+from mljobs.events._delivering import Origin, Store, deliver
 from mljobs.events._sessions import SessionPending, pending_of
 
 
@@ -25,8 +25,10 @@ def delivering(inner: AbstractContextManager[Bind], store: Store) -> Iterator[Bi
     with inner as bind:
         pending = _cleared(bind, store)
         yield bind
-    if isinstance(pending, ConnectionPending):  # a session delivers by itself
-        pending.deliver()
+        # Taken before the commit: after it another thread may work on the same connection. A session delivers by itself.
+        finished = pending.take() if isinstance(pending, ConnectionPending) else []
+    if finished:
+        deliver(finished, origin_of(store))
 
 
 def collecting(bind: Bind, store: Store) -> Callable[[], list[Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from functools import wraps
+from functools import cache, wraps
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast
 from uuid import UUID
@@ -50,15 +50,7 @@ _R = TypeVar("_R")
 
 def per_model(build: Callable[Concatenate[Model, _P], _R]) -> Callable[Concatenate[Model, _P], _R]:
     """Keep what ``build`` returns for each model and each further argument."""
-    kept: dict[tuple[object, ...], _R] = {}
-
-    def find(model: Model, /, *args: _P.args, **kw: _P.kwargs) -> _R:
-        key = (model, *args)
-        if key not in kept:
-            kept[key] = build(model, *args, **kw)
-        return kept[key]
-
-    return find
+    return cast("Callable[Concatenate[Model, _P], _R]", cache(build))
 
 
 # --------------------------------------------------------------------------------------------------- connections

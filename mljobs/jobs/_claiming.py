@@ -8,6 +8,7 @@ stopped, or the lease expires.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import Any, NoReturn
 
 import sqlalchemy as sa
@@ -15,8 +16,8 @@ from sqlalchemy.dialects.postgresql import JSONB, aggregate_order_by
 from sqlalchemy.dialects.postgresql import insert as insert_on_postgres
 from sqlalchemy.orm import Session
 
-from mljobs._values import to_member
-from mljobs.db._answers import Answer, RowsAnswer
+from mljobs._values import from_millis, to_member
+from mljobs.db._answers import Answer
 from mljobs.db._prepared import Prepared
 from mljobs.errors import TargetLockedError
 from mljobs.jobs._base import (
@@ -43,15 +44,12 @@ from mljobs.jobs._base import (
 from mljobs.jobs._claims import Claim, ClaimedRows, Lease, UnreadJob
 from mljobs.jobs._picking import pick_statement, queued_jobs
 from mljobs.jobs._refusing import ROUNDS, start_refusal, unless_target_taken, without_waiting
+from mljobs.jobs._starting import LEASE_COLUMNS, lease_values, place_of, start_in_turn
 from mljobs.jobs._statements import (
-    SQLITE,
     constant,
     expiry_of,
     in_rows,
     moments,
-    now_of,
-    parameter_table,
-    table_parameters,
 )
 from mljobs.jobs._transitions import start_values
 from mljobs.record._models import MlJob
@@ -251,7 +249,7 @@ def _started(
     statement = _claim_statement(model, which, inline_limit(parameters["limit"]))
     answer = statement.answer(connection, parameters)
     first = answer.row(0)
-    return claims_of(session, model, answer, first, parameters["worker"]), first[0]
+    return claims_of(session, model, answer, lasts_of(model, first), parameters["worker"]), first[0]
 
 
 def _on_sqlite(
@@ -267,45 +265,39 @@ def _on_sqlite(
 def _start_in_turn(
     session: Bind, connection: sa.Connection, model: Model, which: str, parameters: dict[str, Any]
 ) -> tuple[list[Claim[Any]], int]:
-    picked = pick_statement(model, which, inline_limit(parameters["limit"])).rows(connection, parameters)
-    chosen: list[tuple[Any, str | None]] = []
-    locks: set[str | None] = set()
-    for job_id, exclusive, target, *_ in picked:
-        lock = target if exclusive else None
-        if lock is None or lock not in locks:
-            chosen.append((job_id, lock))
-            locks.add(lock)
-    own = {**parameters, **table_parameters("locks", SQLITE, target_lock=list(locks))}
-    tokens = {lock: token for token, lock in _lease_statement(model).rows(connection, own)}
-    of_jobs = {"id": [job_id for job_id, _ in chosen], "token": [tokens[lock] for _, lock in chosen]}
-    own |= table_parameters("chosen", SQLITE, **of_jobs)
-    at_id = _at(model, "id") - _BEFORE_RECORD
-    in_order = {job_id.int: at for at, (job_id, _) in enumerate(chosen)}
-    started = sorted(_start_statement(model).rows(connection, own), key=lambda row: in_order[row[at_id].int])
-    rows = [(len(picked), parameters["expires"], *row) for row in started]
-    claims = claims_of(session, model, RowsAnswer(rows), rows[0], parameters["worker"]) if rows else []
-    return claims, len(picked)
+    answer, picked = start_in_turn(connection, model, which, inline_limit(parameters["limit"]), parameters)
+    lasts = from_millis(parameters["now"]), from_millis(parameters["expires"])
+    return claims_of(session, model, answer, lasts, parameters["worker"], before=0), picked
 
 
-def claims_of(session: Bind, model: Model, answer: Answer, first: Sequence[Any], worker: str) -> list[Claim[Any]]:
+def claims_of(
+    session: Bind,
+    model: Model,
+    answer: Answer,
+    lasts: tuple[datetime, datetime],
+    worker: str,
+    *,
+    before: int = _BEFORE_RECORD,
+) -> list[Claim[Any]]:
     """Return claims in the order of the rows; their records are members of the caller's session, if it is one.
 
     Args:
         session: The caller's session or connection.
         model: The mapped job class.
         answer: The rows of the claim's statement; one without an id where nothing was started.
-        first: The values of the first row: one statement, one moment.
+        lasts: When the leases begin and end: one statement, one moment.
         worker: Under which name.
+        before: Columns before the record's in a row: of ``claim_rows`` two.
     """
-    expires_at, acquired_at = first[1], first[_at(model, "started_at")]
-    ids, kinds, tokens = (answer.column(_at(model, column)) for column in ("id", "kind", "lease"))
-    if ids[0] is None:
+    ids, kinds, tokens = (answer.column(before + place_of(model, column)) for column in ("id", "kind", "lease"))
+    if not ids or ids[0] is None:
         return []
+    acquired_at, expires_at = lasts
     of_lease: dict[int, list[int]] = {}
     for token, job_id in zip(tokens, ids, strict=True):
         of_lease.setdefault(token, []).append(job_id.int)
     leases = {token: Lease(token, acquired_at, job_ids) for token, job_ids in of_lease.items()}
-    rows = ClaimedRows(model, answer, slice(_BEFORE_RECORD, _BEFORE_RECORD + len(table_of(model).columns)))
+    rows = ClaimedRows(model, answer, slice(before, before + len(table_of(model).columns)))
     jobs: Iterable[Any]
     if isinstance(session, sa.Connection) and is_plain_record(model):
         jobs = (UnreadJob(rows, at, job_id, kind) for at, (job_id, kind) in enumerate(zip(ids, kinds, strict=True)))
@@ -314,10 +306,9 @@ def claims_of(session: Bind, model: Model, answer: Answer, first: Sequence[Any],
     return [Claim(job, token, worker, expires_at, leases[token]) for job, token in zip(jobs, tokens, strict=True)]
 
 
-@per_model
-def _at(model: Model, column: str) -> int:
-    """Return where in a row this column of the record is."""
-    return _BEFORE_RECORD + [column.name for column in table_of(model).columns].index(column)
+def lasts_of(model: Model, first: Sequence[Any]) -> tuple[datetime, datetime]:
+    """Return when the leases begin and end, from the first row of ``claim_rows``."""
+    return first[_BEFORE_RECORD + place_of(model, "started_at")], first[1]
 
 
 def inline_limit(limit: int) -> int:
@@ -329,13 +320,6 @@ def inline_limit(limit: int) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------- the statements
-
-
-_LEASE_COLUMNS = ("worker", "acquired_at", "expires_at", "target_lock")
-
-
-def _lease_values(dialect: str, target_lock: Any) -> tuple[Any, ...]:
-    return sa.bindparam("worker", type_=sa.Text()), now_of(dialect), expiry_of(dialect), target_lock
 
 
 def claim_rows(model: Model, which: str, limit: int, dialect: str, beside: sa.Subquery | None = None) -> sa.Select[Any]:
@@ -396,38 +380,11 @@ def _leases_of(model: Model, picked: sa.CTE, alone: sa.CTE, dialect: str) -> sa.
     )
     locks = shared.union_all(sa.select(alone.c.target_name)).subquery("locks")
     # Two claims that take several targets wait for each other in one order.
-    rows = sa.select(*_lease_values(dialect, locks.c.target_lock)).order_by(locks.c.target_lock)
-    insert = insert_on_postgres(leases).from_select(_LEASE_COLUMNS, rows).on_conflict_do_nothing()
+    rows = sa.select(*lease_values(dialect, locks.c.target_lock)).order_by(locks.c.target_lock)
+    insert = insert_on_postgres(leases).from_select(LEASE_COLUMNS, rows).on_conflict_do_nothing()
     return insert.returning(leases.c.token, leases.c.target_lock).cte("leased")
 
 
 @per_model
 def _claim_statement(model: Model, which: str, limit: int) -> Prepared:
     return Prepared(lambda dialect: claim_rows(model, which, limit, dialect))
-
-
-@per_model
-def _lease_statement(model: Model) -> Prepared:
-    """SQLite: make the leases, one for each of the ``locks``."""
-
-    def build(dialect: str) -> sa.Insert:
-        leases = model.__leases__
-        locks = parameter_table("locks", dialect, target_lock=sa.Text())
-        rows = sa.select(*_lease_values(dialect, locks.c.target_lock))
-        insert = sa.insert(leases).from_select(_LEASE_COLUMNS, rows)
-        return insert.returning(leases.c.token, leases.c.target_lock)
-
-    return Prepared(build)
-
-
-@per_model
-def _start_statement(model: Model) -> Prepared:
-    """SQLite: start the ``chosen`` jobs."""
-
-    def build(dialect: str) -> sa.Update:
-        jobs = table_of(model)
-        chosen = parameter_table("chosen", dialect, id=JobId(), token=sa.BigInteger())
-        update = sa.update(jobs).where(jobs.c.id == chosen.c.id)
-        return update.values(start_values(jobs, dialect, chosen.c.token)).returning(*jobs.columns)
-
-    return Prepared(build)

@@ -14,6 +14,7 @@ from mljobs.jobs._claiming import (
     claim_rows,
     claims_of,
     inline_limit,
+    lasts_of,
     raise_refusal,
 )
 from mljobs.jobs._claims import Claim, model_of
@@ -73,7 +74,7 @@ def finish_and_claim(
     def run(which: str) -> tuple[list[Claim[Any]], Any]:
         answer = _statement(model, which, inline_limit(limit)).answer(connection, parameters)
         first = answer.row(0)
-        return claims_of(session, model, answer, first, worker), read_answer(first[-2:])
+        return claims_of(session, model, answer, lasts_of(model, first), worker), read_answer(first[-2:])
 
     try:
         claims, written = without_waiting(which, lambda which: unless_target_taken(connection, lambda: run(which)))

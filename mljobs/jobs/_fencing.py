@@ -174,18 +174,25 @@ class FencedWrite:
     def run(self, connection: sa.Connection, model: Model, parameters: dict[str, Any]) -> Written:
         """Write what the parameters say.
 
+        On SQLite the UPDATE takes the write lock, so which leases stand is asked after it, and only where one may be gone.
+
         Args:
-            connection: In SQLite's write lock.
+            connection: Where to write.
             model: The mapped job class.
             parameters: ``wanted_parameters`` and ``lease_parameters``, and what else the UPDATE takes.
         """
         if connection.dialect.name == POSTGRES:
             return read_answer(self.statement(model).rows(connection, parameters)[0])
-        tokens = {token for token, _ in standing_statement(model).rows(connection, parameters)}
-        ids = {job_id for (job_id,) in self.part(model).rows(connection, parameters)}
-        if self._ends:
+        written = Written(None, ())
+        answer = self.part(model).answer(connection, parameters)
+        wanted, *_ = parameters[_WANTED]
+        if len(answer) < len(wanted):
+            tokens = standing_statement(model).answer(connection, parameters).column(0)
+            written = Written(set(answer.column(0)), set(tokens))
+        *_, empty = parameters[_LEASES]
+        if self._ends and any(empty):
             delete_statement(model).rows(connection, parameters)
-        return Written(ids, tokens)
+        return written
 
 
 def _update_part(model: Model, write: Write) -> sa.Update:

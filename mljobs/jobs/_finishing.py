@@ -18,8 +18,6 @@ from mljobs.jobs._base import (
     M,
     Model,
     connection_of,
-    is_postgres,
-    lock_sqlite,
     model_and_id,
     per_model,
     refresh,
@@ -198,8 +196,6 @@ def record_outcomes(
         outcomes: One for each job.
         write: What writes them in the place of this.
     """
-    if not is_postgres(connection):
-        lock_sqlite(connection, model)
     return (write or _FINISH).run(connection, model, outcome_parameters(connection.dialect.name, outcomes) | moments())
 
 

@@ -17,8 +17,6 @@ from mljobs.jobs._base import (
     Model,
     check_lease,
     connection_of,
-    is_postgres,
-    lock_sqlite,
     per_model,
     refresh,
     table_of,
@@ -185,8 +183,6 @@ def report_many(session: Bind, reports: Iterable[Report]) -> list[Any]:
         return []
     model = model_of(report.claim for report in given)
     connection = connection_of(session, model)
-    if not is_postgres(connection):
-        lock_sqlite(connection, model)
     latest = {report.claim: report for report in given}
     claims = newest_by_job(latest, _itself)
     dialect = connection.dialect.name
@@ -277,8 +273,6 @@ def _renewal(
 
 def _end(connection: sa.Connection, model: Model, claims: Sequence[Claim[Any]]) -> int:
     """Take these jobs out of their leases; return how many claims were still held."""
-    if not is_postgres(connection):
-        lock_sqlite(connection, model)
     dialect = connection.dialect.name
     newest = newest_by_job(claims, _itself)
     written = _RELEASE.run(

@@ -7,21 +7,23 @@ runs the same parts in turn under its write lock.
 
 from __future__ import annotations
 
-import json
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import sqlalchemy as sa
 from sqlalchemy.types import TypeDecorator
 
-from mljobs._values import utc_now
 from mljobs.states import ACTIVE, MlJobStatus
 from mljobs.types import JobId, UtcMillis
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect
     from sqlalchemy.types import TypeEngine
+
+_MILLISECOND = timedelta(milliseconds=1)
 
 POSTGRES, SQLITE = "postgresql", "sqlite"
 
@@ -55,7 +57,7 @@ def now_of(dialect_name: str) -> sa.ColumnElement[Any]:
         # Floored: a timestamptz(3) would round up, and a job would start in the future.
         moment = sa.func.statement_timestamp()
         return sa.func.date_trunc(constant("milliseconds"), moment, type_=sa.DateTime(timezone=True))
-    return sa.bindparam("now", type_=UtcMillis("now"))
+    return sa.bindparam("now", type_=_Moment("now"))
 
 
 def expiry_of(dialect_name: str) -> sa.ColumnElement[Any]:
@@ -64,21 +66,36 @@ def expiry_of(dialect_name: str) -> sa.ColumnElement[Any]:
         span = sa.bindparam("lease", type_=sa.Interval())
         moment = sa.func.statement_timestamp(type_=sa.DateTime(timezone=True)) + span
         return sa.func.date_trunc(constant("milliseconds"), moment, type_=sa.DateTime(timezone=True))
-    return sa.bindparam("expires", type_=UtcMillis("expires_at"))
+    return sa.bindparam("expires", type_=_Moment("expires_at"))
+
+
+class _Moment(UtcMillis):
+    """A time given in epoch milliseconds, as SQLite stores it: the statements of an operation take the same one."""
+
+    cache_ok = True
+
+    def bind_processor(self, dialect: Dialect) -> None:
+        """Leave the value as it is."""
 
 
 def moments(lease: float = 0.0) -> dict[str, Any]:
     """Return the parameters of ``now_of`` and ``expiry_of``, for a lease of so many seconds."""
     span = timedelta(seconds=lease)
-    now = utc_now()
-    return {"now": now, "lease": span, "expires": now + span}
+    now = time.time_ns() // 1_000_000
+    return {"now": now, "lease": span, "expires": now + span // _MILLISECOND}
 
 
 # ------------------------------------------------------------------------------------- lists and tables as parameters
 
 
+class Stored(tuple[Any, ...]):
+    """A column of a parameter table whose values are as SQLite stores them already."""
+
+    __slots__ = ()
+
+
 class _Json(TypeDecorator[list[Any]]):
-    """A list, or a list of rows, as JSON text for SQLite's ``json_each``; values as their own types store them.
+    """A list, or a table as its columns, as JSON text for SQLite's ``json_each``; values as their own types store them.
 
     Args:
         types: Of the values in a row.
@@ -94,14 +111,23 @@ class _Json(TypeDecorator[list[Any]]):
         super().__init__()
 
     def bind_processor(self, dialect: Dialect) -> Callable[[Any], str]:
-        processors = [of.dialect_impl(dialect).bind_processor(dialect) or _unchanged for of in self.types]
-        if not self.rows:
-            (process,) = processors
-            return lambda values: json.dumps([process(value) for value in values])
-        return lambda rows: json.dumps(
-            # A statement may read the first columns only.
-            [[process(value) for process, value in zip(processors, row, strict=False)] for row in rows]
-        )
+        processors = [of.dialect_impl(dialect).bind_processor(dialect) for of in self.types]
+        processing = [(at, process) for at, process in enumerate(processors) if process is not None]
+
+        def table(given: Sequence[Sequence[Any]]) -> str:
+            columns = list(given[: len(processors)])  # a statement may read the first ones only
+            for at, process in processing:
+                if not isinstance(columns[at], Stored):
+                    columns[at] = [process(value) for value in columns[at]]
+            return _encode(list(zip(*columns, strict=True))).decode()
+
+        if self.rows:
+            return table
+        (process,) = processors
+        return lambda values: _encode([process(value) for value in values] if process else values).decode()
+
+
+_encode = msgspec.json.Encoder().encode
 
 
 def _unchanged(value: Any) -> Any:
@@ -199,7 +225,7 @@ def table_parameters(name: str, dialect_name: str, **columns: Sequence[Any]) -> 
     """Return the parameters of ``parameter_table``, from one list for each column."""
     if dialect_name == POSTGRES:
         return {f"{name}_{column}": _or_empty(values) for column, values in columns.items()}
-    return {name: list(zip(*columns.values(), strict=True))}
+    return {name: list(columns.values())}
 
 
 def _or_empty(values: Sequence[Any]) -> list[Any]:

@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature, unwrap
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 from sqlalchemy import inspect
 from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 
-from mljobs.db._failures import may_run_again
+from mljobs.db._failures import is_locked, may_run_again
 from mljobs.errors import InvalidValueError, MlJobsError, TerminalStateError
 from mljobs.events import EventSource
 from mljobs.jobs import Bind, Model
@@ -73,7 +73,9 @@ class Connects(Protocol[M_co]):
     @property
     def model(self) -> type[M_co]: ...
 
-    def connect(self, *, atomic: bool = ...) -> AbstractContextManager[Bind]: ...
+    def operate(self, arguments: Iterable[Any], *, atomic: bool) -> AbstractContextManager[Bind]: ...
+
+    def lock_pauses(self, arguments: Iterable[Any]) -> Iterator[float]: ...
 
 
 class Runs(Protocol[M_co]):
@@ -104,16 +106,23 @@ def store_method(
     def run(self: Connects[Any], *args: P.args, **kw: P.kwargs) -> R:
         if takes_model:
             kw.setdefault("model", self.model)
-        pauses = _pauses(args, kw)
+        arguments = (*args, *kw.values())
+        pauses = lock_pauses = None
         while True:
             try:
-                with self.connect(atomic=_is_atomic(atomic, kw)) as bind:
+                with self.operate(arguments, atomic=_is_atomic(atomic, kw)) as bind:
                     try:
                         return operation(bind, *args, **kw)
                     except committed_errors as refused:
                         error = refused
             except DBAPIError as failure:
-                if (pause := next(pauses, None)) is None or not _may_run_again(self, failure):
+                if is_locked(failure):
+                    again = lock_pauses = lock_pauses or self.lock_pauses(arguments)
+                elif _may_run_again(self, failure):
+                    again = pauses = pauses or _pauses(arguments)
+                else:
+                    raise
+                if (pause := next(again, None)) is None:
                     raise
                 time.sleep(pause)
             else:
@@ -137,7 +146,7 @@ def async_store_method(
         if takes_model:
             kw.setdefault("model", self.model)
         call = partial(_result_or_error, lambda bind: operation(bind, *args, **kw), committed_errors)
-        pauses = _pauses(args, kw)
+        pauses = _pauses((*args, *kw.values()))
         while True:
             try:
                 result, error = await self.run(call, atomic=_is_atomic(atomic, kw))
@@ -154,12 +163,12 @@ def async_store_method(
     return cast("Callable[Concatenate[Runs[Any], P], Coroutine[Any, Any, R]]", run)
 
 
-def _pauses(args: tuple[Any, ...], kw: dict[str, Any]) -> Iterator[float]:
+def _pauses(arguments: Iterable[Any]) -> Iterator[float]:
     """Yield how many seconds to wait before each new attempt of a transaction that met another one.
 
     None where an argument is an iterator, which the first attempt has used up.
     """
-    if any(isinstance(value, Iterator) for value in (*args, *kw.values())):
+    if any(isinstance(value, Iterator) for value in arguments):
         return
     for attempt in range(_ATTEMPTS):
         yield random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt))  # noqa: S311 - spread, no secret

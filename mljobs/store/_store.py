@@ -9,7 +9,7 @@ or on a host's ``sessionmaker``, runs each operation in a session, so that the h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from types import TracebackType
 from typing import Any, Generic, Self, TextIO, Unpack
@@ -113,7 +113,28 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
         Args:
             atomic: Whether what is done in the block stands or falls together.
         """
-        inner = self._connect(atomic=atomic)
+        return self._told(self._connect(atomic=atomic))
+
+    def operate(self, arguments: Iterable[Any], *, atomic: bool) -> AbstractContextManager[Bind]:
+        """Return what one of the operations runs on.
+
+        Args:
+            arguments: Its arguments.
+            atomic: Whether it is several statements.
+        """
+        return self._told(self._single.use() if self._may_be_repeated(arguments) else self._connect(atomic=atomic))
+
+    def lock_pauses(self, arguments: Iterable[Any]) -> Iterator[float]:
+        """Yield how many seconds to wait before each new attempt of an operation that met a locked SQLite file."""
+        return self._single.lock_pauses() if self._may_be_repeated(arguments) else iter(())
+
+    def _may_be_repeated(self, arguments: Iterable[Any]) -> bool:
+        """Whether an operation may run on a kept connection of SQLite, and again where the file was locked."""
+        alone = self._single.begins and self._sessions is None and self._joined is None
+        return alone and not any(isinstance(value, Iterator) for value in arguments)
+
+    def _told(self, inner: AbstractContextManager[Bind]) -> AbstractContextManager[Bind]:
+        """Have what finishes in a transaction delivered to those who have subscribed."""
         if not events.subscribed():
             return inner
         if self._joined is not None:  # the host commits
@@ -128,7 +149,7 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
             return _detaching(self._sessions.begin(), self.model)
         if self._joined is not None:
             return self._joined.use()
-        if atomic or self.engine.dialect.name != "postgresql":
+        if atomic or self._single.begins:
             return self._transactional.begin()
         return self._single.use()
 

@@ -1,0 +1,92 @@
+"""What a claim does on SQLite: pick, lease and start, in turn under the write lock."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import sqlalchemy as sa
+
+from mljobs.db._answers import Answer, RowsAnswer
+from mljobs.db._prepared import Prepared
+from mljobs.jobs._base import Model, per_model, table_of
+from mljobs.jobs._picking import pick_statement
+from mljobs.jobs._statements import SQLITE, Stored, expiry_of, now_of, parameter_table, table_parameters
+from mljobs.jobs._transitions import start_values
+from mljobs.types import JobId
+
+LEASE_COLUMNS = ("worker", "acquired_at", "expires_at", "target_lock")
+"""What a claim writes into a lease."""
+
+
+def start_in_turn(
+    connection: sa.Connection, model: Model, which: str, limit: int, parameters: dict[str, Any]
+) -> tuple[Answer, int]:
+    """Pick, lease and start jobs; return the records of those that were started, and how many were picked.
+
+    Args:
+        connection: In the write lock: no target can be taken meanwhile.
+        model: The mapped job class.
+        which: What to pick, in the words of ``queued_jobs``.
+        limit: At most so many; 0 for the parameter ``limit``.
+        parameters: Of the claim.
+    """
+    # As SQLite stores them: what is picked goes back to it.
+    picked = _rows(pick_statement(model, which, limit), connection, parameters).raw
+    if not picked:
+        return RowsAnswer(()), 0
+    chosen: list[tuple[str, str | None]] = []
+    locks: set[str | None] = set()
+    for job_id, exclusive, target, *_ in picked:
+        lock = target if exclusive else None
+        if lock is None or lock not in locks:
+            chosen.append((job_id, lock))
+            locks.add(lock)
+    own = {**parameters, **table_parameters("locks", SQLITE, target_lock=list(locks))}
+    tokens = {lock: token for token, lock in _rows(lease_statement(model), connection, own).raw}
+    ids, of_jobs = Stored([job_id for job_id, _ in chosen]), [tokens[lock] for _, lock in chosen]
+    own |= table_parameters("chosen", SQLITE, id=ids, token=of_jobs)
+    started = _rows(start_statement(model), connection, own)
+    at_id, in_order = place_of(model, "id"), {job_id: at for at, job_id in enumerate(ids)}
+    return started.ordered(lambda row: in_order[row[at_id]]), len(picked)
+
+
+def _rows(statement: Prepared, connection: sa.Connection, parameters: dict[str, Any]) -> RowsAnswer:
+    return cast("RowsAnswer", statement.answer(connection, parameters))  # another there is only of psycopg
+
+
+@per_model
+def place_of(model: Model, column: str) -> int:
+    """Return where in a record this column is."""
+    return [column.name for column in table_of(model).columns].index(column)
+
+
+def lease_values(dialect: str, target_lock: Any) -> tuple[Any, ...]:
+    """Return the values of ``LEASE_COLUMNS``."""
+    return sa.bindparam("worker", type_=sa.Text()), now_of(dialect), expiry_of(dialect), target_lock
+
+
+@per_model
+def lease_statement(model: Model) -> Prepared:
+    """SQLite: make the leases, one for each of the ``locks``."""
+
+    def build(dialect: str) -> sa.Insert:
+        leases = model.__leases__
+        locks = parameter_table("locks", dialect, target_lock=sa.Text())
+        rows = sa.select(*lease_values(dialect, locks.c.target_lock))
+        insert = sa.insert(leases).from_select(LEASE_COLUMNS, rows)
+        return insert.returning(leases.c.token, leases.c.target_lock)
+
+    return Prepared(build)
+
+
+@per_model
+def start_statement(model: Model) -> Prepared:
+    """SQLite: start the ``chosen`` jobs."""
+
+    def build(dialect: str) -> sa.Update:
+        jobs = table_of(model)
+        chosen = parameter_table("chosen", dialect, id=JobId(), token=sa.BigInteger())
+        update = sa.update(jobs).where(jobs.c.id == chosen.c.id)
+        return update.values(start_values(jobs, dialect, chosen.c.token)).returning(*jobs.columns)
+
+    return Prepared(build)
