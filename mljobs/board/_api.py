@@ -21,7 +21,7 @@ from mljobs._values import from_json_text, to_job_id, to_millis, utc_now
 from mljobs.board import _streams
 from mljobs.board._access import Access, check_api_origin
 from mljobs.board._actions import body_of
-from mljobs.board._compared import TEXT_READ, compared, lower_is_better
+from mljobs.board._compared import TEXT_READ, Compared, compared, lower_is_better
 from mljobs.board._format import iso, literal, numeric
 from mljobs.board._openapi import document
 from mljobs.board._query import MOST_TEXT
@@ -289,11 +289,15 @@ async def workers(request: Request) -> Response:
     )
 
 
-async def compare(request: Request) -> Response:
-    """Return runs side by side."""
+async def _compared(request: Request) -> Compared:
     site, _ = await _viewer(request)
     ids, model = ids_of(request), site.backend.model
-    shown = compared(await site.backend.read(lambda bind: jobs.summaries_of(bind, ids, text=TEXT_READ, model=model)))
+    return compared(await site.backend.read(lambda bind: jobs.summaries_of(bind, ids, text=TEXT_READ, model=model)))
+
+
+async def compare(request: Request) -> Response:
+    """Return runs side by side."""
+    shown = await _compared(request)
     return _answer({
         "metrics": {name: {"lower_is_better": lower_is_better(name)} for name in shown.metrics},
         "differ": list(shown.varying),
@@ -349,9 +353,7 @@ async def as_csv(request: Request) -> Response:
 
 async def compare_csv(request: Request) -> Response:
     """Return runs side by side as a table."""
-    site, _ = await _viewer(request)
-    ids, model = ids_of(request), site.backend.model
-    shown = compared(await site.backend.read(lambda bind: jobs.summaries_of(bind, ids, text=TEXT_READ, model=model)))
+    shown = await _compared(request)
     names = [*shown.varying, *(name for name, _ in shown.same)]
     head = ["id", "target_name", "status", "started_at", "took_seconds", *shown.metrics, *names]
     rows = [

@@ -18,7 +18,7 @@ from mljobs.cli._options import (
     JsonOption,
     YesOption,
     ids_of,
-    is_filter,
+    named,
     parsed,
     spec_text,
     time_option,
@@ -58,7 +58,7 @@ def cancel(
       $ mljobs cancel status:queued target:'spam*' --dry-run
     """
     with open_store() as store:
-        names = _named(jobs)
+        names = named(jobs)
         if names:
             _each(ids_of(store, names), store.cancel, "cancelled", dry_run=dry_run, as_json=as_json)
         else:
@@ -95,7 +95,7 @@ def retry(
     from mljobs._values import from_json_text  # noqa: PLC0415 - loads SQLAlchemy
 
     with open_store() as store:
-        names = _named(jobs)
+        names = named(jobs)
         if not names:
             chosen = _chosen("retry", jobs, everything=everything)
             _many(_Bulk(store, "retry", chosen, "retried"), yes=yes, dry_run=dry_run, as_json=as_json)
@@ -118,19 +118,6 @@ def retry(
 
 
 # ----------------------------------------------------------------------------------------------------------- the few
-
-
-def _named(arguments: Sequence[str] | None) -> list[str]:
-    """Return the ids among the arguments.
-
-    Raises:
-        typer.BadParameter: Ids and words of a filter together.
-    """
-    given = arguments or []
-    names = [argument for argument in given if not is_filter(argument)]
-    if names and len(names) < len(given):
-        raise typer.BadParameter(f"ids and filters do not go together: {names[0]} and {given[0]}")
-    return list(names)
 
 
 def _each(
@@ -221,10 +208,20 @@ def _many(bulk: _Bulk, *, yes: bool, dry_run: bool, as_json: bool) -> None:
     elif not yes:
         output.note(f"this would {sentence}: {bulk.chosen.words()}")
         _preview(bulk)
-        if not sys.stdin.isatty():
-            raise typer.BadParameter("nobody is there to ask: say --yes, or --dry-run to look")
-        typer.confirm(f"{bulk.action.capitalize()} them?", abort=True, err=True)
+        _ask(f"{bulk.action.capitalize()} them?")
     _act(bulk, total, as_json=as_json)
+
+
+def _ask(question: str) -> None:
+    """Go on after a yes only.
+
+    Raises:
+        typer.BadParameter: There is no terminal.
+        typer.Abort: The answer is no.
+    """
+    if not sys.stdin.isatty():
+        raise typer.BadParameter("nobody is there to ask: say --yes, or --dry-run to look")
+    typer.confirm(question, abort=True, err=True)
 
 
 def _act(bulk: _Bulk, total: int, *, as_json: bool) -> None:
@@ -291,9 +288,7 @@ def prune(
                 typer.echo(f"would delete {number:,} finished jobs")
             return
         if number and not yes:
-            if not sys.stdin.isatty():
-                raise typer.BadParameter("nobody is there to ask: say --yes, or --dry-run to look")
-            typer.confirm(f"Delete {number:,} finished jobs for good?", abort=True, err=True)
+            _ask(f"Delete {number:,} finished jobs for good?")
         deleted = store.prune(chosen, older_than=limit, keep_last=keep_last) if number else 0
     if as_json:
         output.print_json([{"deleted": deleted}])

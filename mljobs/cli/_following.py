@@ -20,7 +20,7 @@ from mljobs.cli._options import (
     IdsOrFilterArgument,
     JsonOption,
     ids_of,
-    is_filter,
+    named,
     parsed,
     span_option,
 )
@@ -98,14 +98,11 @@ def watch(
       $ mljobs watch 9d4e --exit-status
       $ mljobs watch target:'spam*'
     """
-    given = jobs or []
-    names = [argument for argument in given if not is_filter(argument)]
-    if names and len(names) < len(given):
-        raise typer.BadParameter("ids and filters do not go together")
+    names = named(jobs)
     seconds = None if timeout is None else span_option("--timeout", timeout).total_seconds()
     with open_store() as store:
         ids = ids_of(store, names) if names else None
-        chosen = None if names else parsed(given)
+        chosen = None if names else parsed(jobs)
         code = follow(store, ids, chosen, seconds=seconds, interval=interval, as_json=as_json)
     raise typer.Exit(code if exit_status or code == TIMEOUT else 0)
 

@@ -75,6 +75,19 @@ def is_filter(argument: str) -> bool:
     return bool(_WORD.match(argument))
 
 
+def named(arguments: Sequence[str] | None) -> list[str]:
+    """Return the ids among the arguments.
+
+    Raises:
+        typer.BadParameter: Ids and words of a filter together.
+    """
+    names = [argument for argument in arguments or () if not is_filter(argument)]
+    words = [argument for argument in arguments or () if is_filter(argument)]
+    if names and words:
+        raise typer.BadParameter(f"ids and filters do not go together: {names[0]} and {words[0]}")
+    return names
+
+
 def ids_of(store: JobStore, arguments: Sequence[str]) -> list[UUID]:
     """Return the ids that are named; ``-`` reads them from standard input, one a line.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
 _HIDE, _SHOW = "\x1b[?25l", "\x1b[?25h"
@@ -44,9 +43,7 @@ class Screen:
             sys.stdout.write(_HIDE)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live:
             sys.stdout.write(_SHOW)
             sys.stdout.flush()

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Generator
 from functools import cache
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import event
@@ -67,9 +66,7 @@ class answers_within:  # noqa: N801 - used like a function
     def __enter__(self) -> None:
         self._before, _limit.seconds = _limit.seconds, self._seconds
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         _limit.seconds = self._before
 
 

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from functools import partial
-from types import TracebackType
 from typing import Any, Generic, Self, TextIO, TypeVar, Unpack, cast
 from weakref import WeakSet
 
@@ -350,9 +349,7 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
-from types import TracebackType
 from typing import Any, Generic, Self, TextIO, Unpack
 from weakref import WeakSet
 
@@ -371,9 +370,7 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
