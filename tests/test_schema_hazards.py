@@ -50,10 +50,10 @@ ALIKE = {
         ("'completed'", "'Completed'"),
     ],
     "postgresql": [
-        ("'completed'::text", "'completed::text'::text"),
-        ("'completed'::text", "'(completed)'::text"),
-        ("'completed'::text", "'completed '::text"),
-        ("'completed'::text", "'comp\nleted'::text"),
+        ("'failed'::text", "'failed::text'::text"),
+        ("'failed'::text", "'(failed)'::text"),
+        ("'failed'::text", "'failed '::text"),
+        ("'failed'::text", "'fai\nled'::text"),
     ],
 }
 
