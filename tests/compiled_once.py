@@ -17,6 +17,8 @@ from mljobs.db._prepared import Prepared
 
 _SIZE = 2000  # statements; a test of classes of its own adds a dozen
 _SETTING = (str, int, float, tuple, frozenset, type(None))
+_SERIALIZERS = ("_json_serializer", "_json_deserializer")
+_OF_CONNECTIONS = ("_on_connect_isolation_level", "_has_events")
 _first: dict[object, Dialect] = {}
 _statements: LRUCache[Any, Any] = LRUCache(_SIZE)
 
@@ -26,7 +28,9 @@ def _first_alike(dialect: Any) -> Dialect:
     found: Dialect | None = vars(dialect).get("first_alike")
     if found is None:
         settings = {
-            name: value for name, value in vars(dialect).items() if isinstance(value, _SETTING) or callable(value)
+            name: value
+            for name, value in vars(dialect).items()
+            if name in _SERIALIZERS or (isinstance(value, _SETTING) and name not in _OF_CONNECTIONS)
         }
         found = dialect.first_alike = _first.setdefault((type(dialect), frozenset(settings.items())), dialect)
     return found
