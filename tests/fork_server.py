@@ -14,13 +14,17 @@ import os
 import runpy
 import subprocess
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
-from typing import NoReturn, Self
+from typing import IO, Any, NoReturn, Self
+
+_PAUSE = 0.005
 
 
 def forkserver() -> ForkServerContext:
@@ -69,6 +73,26 @@ class ForkServer:
             code = int(self._process.stdout.readline())
             return subprocess.CompletedProcess(arguments, code, *(output.read_text() for output in outputs))
 
+    def start(self, *arguments: str, cwd: Path, env: Mapping[str, str]) -> Forked:
+        """Start ``python ...`` and return it as it runs.
+
+        Args:
+            *arguments: Of the command.
+            cwd: The directory that it runs in.
+            env: Its environment.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        directory = TemporaryDirectory()
+        pipes = [str(Path(directory.name) / name) for name in ("stdin", "stdout", "stderr")]
+        for pipe in pipes:
+            os.mkfifo(pipe)
+        status = Path(directory.name) / "status"
+        request = {"arguments": arguments, "cwd": str(cwd), "env": dict(env), "pipes": pipes, "status": str(status)}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return Forked(int(self._process.stdout.readline()), pipes, status, directory)
+
     def __enter__(self) -> Self:
         return self
 
@@ -76,22 +100,99 @@ class ForkServer:
         self._process.communicate()
 
 
+class Forked:
+    """A process that a fork server has started: what of `subprocess.Popen` the tests use."""
+
+    def __init__(self, pid: int, pipes: list[str], status: Path, directory: TemporaryDirectory[str]) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        # In the order in which the process opens them.
+        self.stdin: IO[str] = Path(pipes[0]).open("w")  # noqa: SIM115 - until close()
+        self.stdout: IO[str] = Path(pipes[1]).open()  # noqa: SIM115 - the reader closes it
+        self.stderr: IO[str] = Path(pipes[2]).open()  # noqa: SIM115 - the reader closes it
+        self._status = status
+        self._directory = directory
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while it runs."""
+        if self.returncode is None and self._status.exists():
+            self.returncode = int(self._status.read_text())
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        """Wait for its end; return the exit code."""
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            assert time.monotonic() < end, f"process {self.pid} has not ended within {timeout} s"
+            time.sleep(_PAUSE)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def stops(self) -> bool:
+        """Wait until each of its threads stands still, after a SIGSTOP; return False if it has ended."""
+        while self.poll() is None:
+            states = [task.read_text().rpartition(") ")[2][0] for task in Path(f"/proc/{self.pid}/task").glob("*/stat")]
+            if states and not set(states) - {"T"}:
+                return True
+            time.sleep(_PAUSE)
+        return False
+
+    def close(self) -> None:
+        """Close its input and remove its pipes."""
+        self.stdin.close()
+        self._directory.cleanup()
+
+
 def _serve() -> None:
     sys.path.pop(0)  # this file's directory
     runpy.run_path(str(Path(__file__).with_name("preloaded.py")))
     gc.freeze()  # a child that collected garbage would copy all that was imported
     for line in sys.stdin:
+        request = json.loads(line)
+        if "status" in request:
+            sys.stdout.write(f"{_start(request)}\n")
+            sys.stdout.flush()
+            continue
         child = os.fork()
         if child == 0:
-            _become(**json.loads(line))
+            _become(**request)
         _, status = os.waitpid(child, 0)
         sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
         sys.stdout.flush()
 
 
-def _become(arguments: list[str], cwd: str, env: dict[str, str], outputs: list[str]) -> NoReturn:
-    for number, path in enumerate([os.devnull, *outputs]):
-        opened = os.open(path, os.O_RDWR | os.O_CREAT)
+def _start(request: dict[str, Any]) -> int:
+    """Start a process; another waits for it, and leaves the exit code in a file."""
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.close(reading)
+        child = os.fork()
+        if child == 0:
+            os.close(writing)
+            del request["status"]
+            _become(outputs=[], **request)
+        os.write(writing, str(child).encode())
+        os.close(writing)
+        _, status = os.waitpid(child, 0)
+        path = Path(request["status"])
+        path.with_suffix(".new").write_text(str(os.waitstatus_to_exitcode(status)))
+        path.with_suffix(".new").rename(path)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pid:
+        return int(pid.read())
+
+
+def _become(
+    arguments: list[str], cwd: str, env: dict[str, str], outputs: list[str], pipes: Sequence[str] = ()
+) -> NoReturn:
+    for number, path in enumerate(pipes or [os.devnull, *outputs]):
+        opened = os.open(path, os.O_RDWR | os.O_CREAT if not pipes else os.O_WRONLY if number else os.O_RDONLY)
         os.dup2(opened, number)
         os.close(opened)
     os.chdir(cwd)
@@ -108,6 +209,7 @@ def _become(arguments: list[str], cwd: str, env: dict[str, str], outputs: list[s
         traceback.print_exc()
         code = 1
     # Python's own end would take down, object by object, what the server has imported: half a second.
+    threading._shutdown()  # type: ignore[attr-defined] # waits for threads, as that would
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

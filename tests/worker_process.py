@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sqlite3
@@ -9,14 +10,23 @@ import subprocess
 import sys
 import threading
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 from mljobs import JobStore
+from tests.fork_server import ForkServer
 from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parent.parent
+
+
+@cache
+def _forks() -> ForkServer:
+    server = ForkServer(sys.executable)
+    atexit.register(server.__exit__)
+    return server
 
 
 class WorkerProcess:
@@ -31,15 +41,7 @@ class WorkerProcess:
 
     def __init__(self, url: str, *arguments: str, app: str = "tests.worker_app:worker", **variables: object) -> None:
         environment = {**os.environ, "MLJOBS_DATABASE_URL": url, **{key: str(it) for key, it in variables.items()}}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "mljobs", "work", app, *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self.process = _forks().start("-m", "mljobs", "work", app, *arguments, cwd=ROOT, env=environment)
         self.lines: list[str] = []
         self._said = threading.Condition()
         self._readers = [
@@ -78,14 +80,14 @@ class WorkerProcess:
     def stand_still(self, store: JobStore) -> None:
         """Stop it as a machine that is suspended does, outside a transaction: SQLite's lock would stay with it."""
         while True:
-            freeze(self.process)
+            self.send(signal.SIGSTOP)
+            self.process.stops()
             if store.engine.dialect.name != "sqlite" or can_write(store):
                 return
             self.send(signal.SIGCONT)
 
     def go(self) -> None:
         """Give it the line that a handler waits for."""
-        assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
 
@@ -103,12 +105,11 @@ class WorkerProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.process.poll() is None:
-            self.process.kill()
+            self.send(signal.SIGKILL)
         self.process.wait(PATIENCE)
         for reader in self._readers:
             reader.join(PATIENCE)
-        if self.process.stdin is not None:
-            self.process.stdin.close()
+        self.process.close()
 
 
 def freeze(process: subprocess.Popen[Any]) -> bool:
