@@ -10,8 +10,8 @@ How to write a fast test:
 - Cases that may share a database share a test: a loop, and around each ``tests.cases.case``, which names it in a failure.
   A parameter costs a database and its engines each time, a tenth of a second.
 - A short Python command runs through ``python`` (`tests.fork_server`), which forks a process that has imported SQLAlchemy,
-  Alembic and mljobs; processes of `multiprocessing` start by ``tests.fork_server.forkserver()``. `tests.worker_process` forks workers too. Only a test of the start
-  itself starts Python, which costs half a second.
+  Alembic and mljobs; so do workers by `tests.worker_process`, and processes of `multiprocessing` by
+  ``tests.fork_server.forkserver()``. Only a test of the start itself starts Python, which costs half a second.
 - Wait by `tests.waiting.until` or an event, never by a sleep; let a lease or a poll that must run out be short.
 - Import what only one test needs, and takes long to import, in that test: each test process imports every file.
 """
