@@ -258,8 +258,8 @@ def test_whatever_comes_in_whatever_order_the_last_state_is_said_and_none_twice(
         monkeypatch.setattr(_watching, name, value)
     engine = create_engine(sqlite_url)
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(st.lists(ACTS, max_size=8), st.lists(ACTS, max_size=25))
+    @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(ACTS, max_size=8), st.lists(ACTS, max_size=20))
     def check(before: list[tuple[Any, ...]], acts: list[tuple[Any, ...]]) -> None:
         clock.now += timedelta(days=1)  # the jobs of the example before are out of sight
         world = World(engine, clock)

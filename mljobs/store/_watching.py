@@ -34,7 +34,7 @@ _OVERLAP = timedelta(minutes=5)
 """How long after its time a job may be committed and still be seen."""
 _SLACK = timedelta(seconds=1)
 """How far before the newest job a look starts to read: most of what is late is not later than that."""
-_SLICE = 2_000
+_SLICE = 1_000
 """How many jobs of each order a look reads at once."""
 _FIRST_SLICE = 10_000
 """The same for the first look, which reads all of the five minutes."""
