@@ -27,6 +27,7 @@ from sqlalchemy import event
 from sqlalchemy.dialects import sqlite
 from uuid_utils.compat import uuid7
 
+from benchmarks.bench import reported
 from benchmarks.drain.environments import HOME
 from mljobs import JobStore, MlJob, Worker, metadata
 from mljobs.db._engines import _set_pragmas
@@ -152,9 +153,9 @@ def check_statements(store: JobStore) -> None:
 # ------------------------------------------------------------------------------------------------------------ peers
 
 
-def peers(directory: Path, wanted: Sequence[str] = RIVALS) -> dict[str, tuple[Act, Callable[[], bool]]]:
+def peers(directory: Path) -> dict[str, tuple[Act, Callable[[], bool]]]:
     """Return for each peer what submits a job, and what does the next one; False where there is none."""
-    if wanted == ["none"]:
+    if RIVALS == ["none"]:
         return {}
     place = HOME / "sqlite-peers"
     if not place.exists():
@@ -163,7 +164,7 @@ def peers(directory: Path, wanted: Sequence[str] = RIVALS) -> dict[str, tuple[Ac
     if str(place) not in sys.path:
         sys.path.append(str(place))
     makers = {"huey": huey_peer, "litequeue": litequeue_peer, "persist-queue": persist_queue_peer}
-    return {name: make(directory) for name, make in makers.items() if name in wanted}
+    return {name: make(directory) for name, make in makers.items() if name in RIVALS}
 
 
 def huey_peer(directory: Path) -> tuple[Act, Callable[[], bool]]:
@@ -268,6 +269,7 @@ def in_turn(title: str, rivals: dict[str, Act], number: int, each: int = 1, targ
 
 def report(title: str, clocks: dict[str, list[float]], costs: dict[str, list[float]], target: float | None) -> None:
     """Print for each, from microseconds a job: jobs a second, CPU a job, and the ratios to the first by both."""
+    reported.append({name: [1e6 / value for value in values] for name, values in clocks.items()})
     print(f"\n{title}: jobs/s; CPU us/job; ratio to the first by the clock; by CPU")
     first = next(iter(clocks))
     for name, values in clocks.items():
