@@ -21,7 +21,18 @@ PAGE = Path(__file__).parent.parent / "docs" / "executors.md"
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
+def forks() -> Iterator[None]:
+    """Have Dask's processes be forks of one that has imported what they need, which takes seconds."""
+    import dask
+    from distributed.utils import get_mp_context
+
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        get_mp_context().set_forkserver_preload(["tests.preloaded", "distributed", "mljobs.cli._training"])
+        yield
+
+
+@pytest.fixture(scope="module")
+def client(forks: None) -> Iterator[Client]:
     import dask
     from distributed import Client, LocalCluster
 
@@ -102,6 +113,7 @@ def test_a_call_that_the_executor_drops_is_put_back(file_store: JobStore) -> Non
     assert file_store.get(job.id).attempts == 2
 
 
+@pytest.mark.usefixtures("forks")
 def test_what_the_docs_show_of_dask_runs(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLJOBS_DATABASE_URL", sqlite_url)
     block = re.search(r"```py\n(# dask.*?)```", PAGE.read_text(), re.DOTALL)
