@@ -27,7 +27,8 @@ def forks() -> Iterator[None]:
     from distributed.utils import get_mp_context
 
     with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
-        get_mp_context().set_forkserver_preload(["tests.preloaded", "distributed", "mljobs.cli._training"])
+        learning = [f"sklearn.{part}" for part in ("datasets", "linear_model", "metrics", "model_selection")]
+        get_mp_context().set_forkserver_preload(["tests.preloaded", "distributed", *learning])
         yield
 
 
