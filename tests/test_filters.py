@@ -12,7 +12,7 @@ from uuid import UUID
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import ForeignKey, Numeric, String, create_engine, select
+from sqlalchemy import Engine, ForeignKey, Numeric, String, create_engine, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -460,6 +460,55 @@ def test_pages_of_a_filter_meet_without_gap_or_overlap(store: Any, monkeypatch: 
                 if cursor is None:
                     break
             assert seen == wanted
+
+
+_ALTERNATIVES = (
+    *("kind:train", "kind:train,backfill", "status:failed,cancelled", "target:t0,t2 status:failed,cancelled"),
+    *("kind:train,backfill status:failed", "kind:train status:completed", "target:t*", "target:t1 kind:train"),
+    *("kind:backfill status:queued", "kind:train target:t0,t1", "finished:>2020-01-01 kind:train"),
+)
+
+
+def test_alternatives_with_indexes_of_their_own_are_merged_in_order(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dice = random.Random(7)
+    with Session(engine) as session:
+        for number in range(40):
+            status, moment = (
+                dice.choice(("queued", "completed", "failed", "cancelled")),
+                NOW + timedelta(seconds=number),
+            )
+            ended = None if status == "queued" else moment
+            made = {"kind": dice.choice(("train", "backfill", "drift_compute")), "target_name": f"t{number % 3}"}
+            created = NOW + timedelta(seconds=dice.randint(0, 9))
+            session.add(MlJob(**made, status=status, created_at=created, started_at=ended, finished_at=ended))
+        session.commit()
+        everything = jobs.find(session, limit=100).jobs
+        for text in _ALTERNATIVES:
+            named = {term.name: set(map(_plain, term.values)) for term in Filter.parse(text).terms}
+            wanted = [
+                job.id
+                for job in everything
+                if job.kind in named.get("kind", {job.kind})
+                and job.status in named.get("status", {job.status})
+                and {"t*", job.target_name} & named.get("target", {"t*"})
+                and ("finished" not in named or job.finished_at is not None)
+            ]
+            for few in (0, 10_000):
+                monkeypatch.setattr("mljobs.jobs._paging._FEW", few)
+                seen, page = [], jobs.find(session, text, limit=7)
+                seen += [job.id for job in page]
+                while page.cursor is not None:
+                    page = jobs.find(session, text, limit=7, after=page.cursor)
+                    seen += [job.id for job in page]
+                assert seen == wanted, text
+            assert jobs.counts(session, text).total() == len(wanted), text
+            assert jobs.count_up_to(session, 5, text) == min(5, len(wanted)), text
+
+
+def _plain(value: Any) -> str:
+    return "*".join(value.parts) if isinstance(value, FilterPattern) else str(value)
 
 
 def test_counts_of_kinds_and_states_come_from_the_counters_and_print_without_zeros(store: Any) -> None:
