@@ -87,6 +87,7 @@ def history(number: int, now: datetime, seed: int = 7) -> Iterator[Job]:
     """Yield ``number`` jobs, the oldest first; the same for the same arguments."""
     pick = random.Random(seed)
     failed: list[Job] = []
+    held: set[str] = set()
     for at in range(number):
         age = timedelta(days=DAYS) * (number - at) / number
         created = _floored(now - age + timedelta(milliseconds=pick.randrange(1000)) - timedelta(minutes=1))
@@ -119,6 +120,9 @@ def history(number: int, now: datetime, seed: int = 7) -> Iterator[Job]:
                 failed.append(job)
         else:
             job = _active(job, pick, now)
+            if job.status == "running" and job.exclusive:  # one at a time on a target
+                job = job._replace(exclusive=job.target_name not in held)
+                held.add(job.target_name)
         yield job
 
 

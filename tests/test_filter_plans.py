@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from sqlalchemy.pool import NullPool
 from mljobs import jobs, metadata
 from mljobs.jobs import _paging
 
+DOCS = Path(__file__).parent.parent / "docs"
 _ROWS = 12_000
 _ID = "0199f3c2000070008000000000000007"
 _FILL = """
@@ -36,6 +38,10 @@ _PLACES = {
         "numbers": "(WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < {rows} - 1) SELECT i FROM n)",
     },
 }
+
+_LOCALE = """SELECT collcollate FROM pg_collation
+WHERE collprovider = 'c' AND collcollate NOT IN ('C', 'POSIX') AND collencoding IN (-1, pg_char_to_encoding('UTF8'))
+LIMIT 1"""
 
 IN_ORDER = {
     "": "created",
@@ -114,13 +120,16 @@ def filled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     admin: Engine = request.getfixturevalue("postgres_admin")
     with admin.connect() as connection:
         connection.execute(text("DROP DATABASE IF EXISTS mljobs_filter_plans"))
-        connection.execute(text("CREATE DATABASE mljobs_filter_plans"))
+        # With a collation under which only the index's own operators know where a beginning stands.
+        locale = connection.scalar(text(_LOCALE))
+        options = f"TEMPLATE template0 ENCODING 'UTF8' LC_COLLATE '{locale}' LC_CTYPE '{locale}'" if locale else ""
+        connection.execute(text(f"CREATE DATABASE mljobs_filter_plans {options}"))
     yield _filled(create_engine(admin.url.set(database="mljobs_filter_plans"), poolclass=NullPool))
     with admin.connect() as connection:
         connection.execute(text("DROP DATABASE mljobs_filter_plans WITH (FORCE)"))
 
 
-def _plans(connection: Connection, filter_: str, order: Any = "newest") -> list[str]:
+def _plans(connection: Connection, filter_: str, order: Any = "newest", *, scan: bool = False) -> list[str]:
     """Return the plan of each statement that a page of jobs takes."""
     asked: list[tuple[str, Any]] = []
 
@@ -128,7 +137,7 @@ def _plans(connection: Connection, filter_: str, order: Any = "newest") -> list[
         asked.append((statement, parameters))
 
     event.listen(connection, "before_cursor_execute", keep)
-    jobs.find(connection, filter_, order=order, limit=20)
+    jobs.find(connection, filter_, order=order, limit=20, scan=scan)
     event.remove(connection, "before_cursor_execute", keep)
     explain = "EXPLAIN " if connection.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN "
     return [
@@ -185,3 +194,24 @@ def test_where_many_pass_jobs_are_looked_at_in_the_order_that_is_wanted(
             *_, read = _plans(connection, filter_, order)
             # PostgreSQL knows how many jobs a window holds, and may take a narrower index for it.
             _check([read], index if connection.dialect.name == "sqlite" else r"\w+", filter_)
+
+
+def test_the_indexes_of_the_how_to_serve_who_looks_at_all(filled: Engine) -> None:
+    statements = re.findall(r"```sql\n(.*?)```", (DOCS / "howto" / "search.md").read_text(), re.DOTALL)
+    found = {
+        "error:nowhere": "ix_jobs_error_text",
+        "worker:nobody": "ix_jobs_worker",
+        "worker:nobody*": "ix_jobs_worker",
+    }
+    if filled.dialect.name == "sqlite":
+        statements, found = [statements[1]], {"worker:nobody": "ix_jobs_worker"}
+    with filled.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        for statement in "".join(statements).split(";")[:-1]:
+            if filled.dialect.name == "sqlite":
+                statement = statement.replace(" CONCURRENTLY", "").replace(" text_pattern_ops", "")  # noqa: PLW2901
+            connection.exec_driver_sql(statement)
+        for filter_, index in found.items():
+            (plan,) = _plans(connection, filter_, scan=True)
+            assert index in plan, (filter_, plan)
+        for index in set(found.values()):
+            connection.exec_driver_sql(f"DROP INDEX {index}")

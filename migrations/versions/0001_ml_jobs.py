@@ -55,8 +55,7 @@ WHERE status = 'failed' OR status = 'cancelled'""",
     """\
 CREATE INDEX ix_ml_jobs_failed_target ON ml_jobs (status, target_name text_pattern_ops, created_at, id, kind) \
 WHERE status = 'failed' OR status = 'cancelled'""",
-    """\
-CREATE INDEX ix_ml_jobs_finished ON ml_jobs (finished_at, id, kind, status) WHERE finished_at IS NOT NULL""",
+    "CREATE INDEX ix_ml_jobs_finished ON ml_jobs (finished_at, id) WHERE finished_at IS NOT NULL",
     """\
 CREATE INDEX ix_ml_jobs_finished_kind ON ml_jobs (kind, created_at, id) \
 WHERE status IN ('completed', 'failed', 'cancelled')""",
@@ -287,8 +286,7 @@ WHERE status = 'failed' OR status = 'cancelled'""",
     """\
 CREATE INDEX ix_ml_jobs_failed_target ON ml_jobs (status, target_name, created_at, id, kind) \
 WHERE status = 'failed' OR status = 'cancelled'""",
-    """\
-CREATE INDEX ix_ml_jobs_finished ON ml_jobs (finished_at, id, kind, status) WHERE finished_at IS NOT NULL""",
+    "CREATE INDEX ix_ml_jobs_finished ON ml_jobs (finished_at, id) WHERE finished_at IS NOT NULL",
     """\
 CREATE INDEX ix_ml_jobs_finished_kind ON ml_jobs (kind, created_at, id) \
 WHERE status IN ('completed', 'failed', 'cancelled')""",

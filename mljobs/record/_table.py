@@ -122,8 +122,7 @@ def _add_indexes(table: sa.Table) -> None:
     index("created", "created_at id")
     # Of the finished ones only, so that a job is written into it once; those at work are few.
     index("finished_kind", "kind created_at id", f"status IN ({listed(TERMINAL)})")
-    # Kind and state for those who count what finished: they are written once, for a finished job never changes.
-    index("finished", "finished_at id kind status", "finished_at IS NOT NULL")
+    index("finished", "finished_at id", "finished_at IS NOT NULL")
     # The kind comes last in what others lead to: a job of another kind is not looked up in the table.
     index("target", "target_name created_at id kind", by_bytes=True)
     # With OR, from which SQLite infers that a plain comparison with one of the two is served.
