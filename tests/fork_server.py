@@ -73,20 +73,25 @@ class ForkServer:
             code = int(self._process.stdout.readline())
             return subprocess.CompletedProcess(arguments, code, *(output.read_text() for output in outputs))
 
-    def start(self, *arguments: str, cwd: Path, env: Mapping[str, str]) -> Forked:
+    def start(self, *arguments: str, cwd: Path, env: Mapping[str, str], output: Path | None = None) -> Forked:
         """Start ``python ...`` and return it as it runs.
 
         Args:
             *arguments: Of the command.
             cwd: The directory that it runs in.
             env: Its environment.
+            output: The file that it writes to, and then it reads nothing; pipes if None.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         directory = TemporaryDirectory()
-        pipes = [str(Path(directory.name) / name) for name in ("stdin", "stdout", "stderr")]
-        for pipe in pipes:
-            os.mkfifo(pipe)
+        if output is None:
+            pipes = [str(Path(directory.name) / name) for name in ("stdin", "stdout", "stderr")]
+            for pipe in pipes:
+                os.mkfifo(pipe)
+        else:
+            output.touch()
+            pipes = [os.devnull, str(output), str(output)]
         status = Path(directory.name) / "status"
         request = {"arguments": arguments, "cwd": str(cwd), "env": dict(env), "pipes": pipes, "status": str(status)}
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -123,7 +128,8 @@ class Forked:
         """Wait for its end; return the exit code."""
         end = time.monotonic() + timeout
         while self.poll() is None:
-            assert time.monotonic() < end, f"process {self.pid} has not ended within {timeout} s"
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
             time.sleep(_PAUSE)
         assert self.returncode is not None
         return self.returncode
@@ -144,7 +150,8 @@ class Forked:
 
     def close(self) -> None:
         """Close its input and remove its pipes."""
-        self.stdin.close()
+        for pipe in (self.stdin, self.stdout, self.stderr):
+            pipe.close()
         self._directory.cleanup()
 
 
@@ -192,7 +199,8 @@ def _become(
     arguments: list[str], cwd: str, env: dict[str, str], outputs: list[str], pipes: Sequence[str] = ()
 ) -> NoReturn:
     for number, path in enumerate(pipes or [os.devnull, *outputs]):
-        opened = os.open(path, os.O_RDWR | os.O_CREAT if not pipes else os.O_WRONLY if number else os.O_RDONLY)
+        to_write = os.O_WRONLY | os.O_APPEND if pipes else os.O_RDWR
+        opened = os.open(path, to_write | os.O_CREAT if number else os.O_RDONLY)
         os.dup2(opened, number)
         os.close(opened)
     os.chdir(cwd)

@@ -6,14 +6,13 @@ import atexit
 import os
 import signal
 import sqlite3
-import subprocess
 import sys
 import threading
 from contextlib import closing
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Self
 
 from mljobs import JobStore
 from tests.fork_server import ForkServer
@@ -110,15 +109,6 @@ class WorkerProcess:
         for reader in self._readers:
             reader.join(PATIENCE)
         self.process.close()
-
-
-def freeze(process: subprocess.Popen[Any]) -> bool:
-    """Stop a process, and wait until each of its threads stands still; return False if it has ended."""
-    process.send_signal(signal.SIGSTOP)
-    if process.returncode is not None:
-        return False
-    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-    return process.poll() is None
 
 
 def can_write(store: JobStore) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from mljobs import JobStore, MlJob, schema
 from tests import postgres
+from tests.fork_server import ForkServer
 from tests.slow.chaos import audit, ledger
 from tests.slow.chaos.fleet import Fleet
 from tests.slow.chaos.proxy import Proxy
@@ -97,7 +99,8 @@ def fight(plan: Plan, work: Path) -> Report:
         schema.upgrade(url)
         store = stack.enter_context(JobStore(url))
         audit.install(store.engine)
-        fleet = Fleet(urls, plan.workers, work, _variables(plan, work))
+        forks = stack.enter_context(ForkServer(sys.executable))
+        fleet = Fleet(urls, plan.workers, work, _variables(plan, work), forks)
         stack.callback(fleet.kill)
         random = Random(plan.seed)
         battle = _Battle(plan, random, store, fleet, Saboteur(random, fleet, store, cluster, proxy))

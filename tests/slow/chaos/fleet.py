@@ -7,13 +7,12 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from tests.worker_process import freeze
+from tests.fork_server import Forked, ForkServer
 
 ROOT = Path(__file__).parents[3]
 _REFUSED = 1
@@ -49,7 +48,7 @@ class Member:
 
     name: str
     behind: bool
-    process: subprocess.Popen[bytes]
+    process: Forked
     log: Path
     told: list[signal.Signals] = field(default_factory=list)
     stopped: bool = False
@@ -65,7 +64,8 @@ class Member:
     def freeze(self) -> bool:
         """Have it stand still until SIGCONT; return False if it has ended by itself."""
         self.stopped = True
-        return freeze(self.process)
+        self.process.send_signal(signal.SIGSTOP)
+        return self.process.stops()
 
 
 class Fleet:
@@ -76,9 +76,13 @@ class Fleet:
         size: How many at a time.
         work: A directory for their logs.
         variables: Of their environment.
+        forks: Starts them.
     """
 
-    def __init__(self, urls: tuple[str, str], size: int, work: Path, variables: dict[str, str]) -> None:
+    def __init__(
+        self, urls: tuple[str, str], size: int, work: Path, variables: dict[str, str], forks: ForkServer
+    ) -> None:
+        self._forks = forks
         self._urls = urls
         self._size = size
         self._work = work
@@ -105,15 +109,8 @@ class Fleet:
         name = f"w{len(self._all)}"
         log = self._work / f"{name}.log"
         environment = {**os.environ, **self._variables, "MLJOBS_DATABASE_URL": self._urls[behind]}
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "mljobs", "work", "tests.slow.chaos.app:worker", "--name", name],
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-            )
+        command = ("-m", "mljobs", "work", "tests.slow.chaos.app:worker", "--name", name)
+        process = self._forks.start(*command, cwd=ROOT, env=environment, output=log)
         logger.info("%s begins%s", name, ", behind the proxy" if behind else "")
         member = Member(name, behind, process, log)
         self._all.append(member)
@@ -156,8 +153,9 @@ class Fleet:
         """End all that still live."""
         for member in self._all:
             if member.process.poll() is None:
-                member.process.kill()
-                member.process.wait()
+                member.process.send_signal(signal.SIGKILL)
+                member.process.wait(30)
+            member.process.close()
 
     def counts(self) -> Counter[str]:
         """Return what their logs tell."""
