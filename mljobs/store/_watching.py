@@ -197,7 +197,7 @@ class _Watch:
             job_id = UUID(int=number)
             if self._first:
                 self._keep_queued(job_id, None, from_millis(moment))
-            elif order.by_end or job_id not in self._queued:
+            else:
                 self._changed[job_id] = moment, True
                 self._missing.discard(job_id)
         if len(self._changed) >= _CHANGES_KEPT:

@@ -19,6 +19,7 @@ from sqlalchemy.pool import NullPool
 
 from mljobs import JobStore, MlJobStatus, Run, TerminalStateError, Worker, schema
 from tests import postgres
+from tests.test_watching import Looks
 from tests.waiting import until
 
 
@@ -86,6 +87,9 @@ def test_a_standby_serves_readers_and_refuses_writers(servers: tuple[postgres.Cl
                 write()
         assert reader.why_read_only() == "the database is a replica"
         assert reader.counts(exact=True).total() == 1
+        looks = Looks(reader.engine)
+        writer.submit("train", "watched")
+        assert until(looks.seen) == [("watched", "queued")]
 
 
 def test_a_worker_goes_on_at_the_promoted_standby(servers: tuple[postgres.Cluster, Standby]) -> None:
