@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Connection, Engine, create_engine, event, insert, update
+from sqlalchemy import Connection, Engine, create_engine, delete, event, insert, update
 from sqlalchemy.orm import Session
 
 from mljobs import JobStore, MlJob, jobs
@@ -453,7 +453,10 @@ def test_of_many_queued_jobs_the_latest_are_remembered(sqlite_url: str, monkeypa
         store.claim_one(ids[0], worker="w")
         store.cancel(ids[1])
         assert looks.seen() == [("0", "running"), ("1", "cancelled")]
+        with engine.begin() as connection:
+            connection.execute(delete(TABLE).where(TABLE.c.status == "queued"))
         assert looks.look() == []
+        assert len(looks.watch._queued) == 0
     engine.dispose()
 
 
