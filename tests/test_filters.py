@@ -466,6 +466,7 @@ _ALTERNATIVES = (
     *("kind:train", "kind:train,backfill", "status:failed,cancelled", "target:t0,t2 status:failed,cancelled"),
     *("kind:train,backfill status:failed", "kind:train status:completed", "target:t*", "target:t1 kind:train"),
     *("kind:backfill status:queued", "kind:train target:t0,t1", "finished:>2020-01-01 kind:train"),
+    "status:failed,cancelled finished:>2020-01-01",
 )
 
 

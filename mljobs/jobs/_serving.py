@@ -24,6 +24,7 @@ order, an index serves it among the finished jobs, or each job has to be looked 
 _ID_SELECTIVE: Final = 8
 """Digits that an id begins with, from which on few jobs share them: UUIDv7s of one minute have eight in common."""
 _BRANCHES: Final = 20
+_ENDED: Final = (MlJobStatus.FAILED, MlJobStatus.CANCELLED)
 _AT_WORK: Final = Term("status", ":", ACTIVE)
 _FINISHED: Final = Term("status", ":", TERMINAL)
 
@@ -64,7 +65,7 @@ def reach_of(term: Term) -> Reach:
         "created": True,
         "retry_of": True,
         "kind": not values,  # which no job passes
-        "status": values <= set(ACTIVE) or values in ({MlJobStatus.FAILED}, {MlJobStatus.CANCELLED}),
+        "status": values <= set(ACTIVE) or (len(values) == 1 and values <= set(_ENDED)),
         "target": all(pattern.exact is not None for pattern in patterns),
         "id": all(len(pattern.parts[0]) == ID_DIGITS for pattern in patterns),
     }
@@ -75,6 +76,7 @@ def reach_of(term: Term) -> Reach:
     ranges = {
         "finished": True,
         "id": all(len(pattern.parts[0]) >= _ID_SELECTIVE for pattern in patterns),
+        "status": values == set(_ENDED),
         "target": len(patterns) == 1 and patterns[0].parts[1:] == ("",) and patterns[0].parts[0] != "",
     }
     return "range" if ranges.get(term.name, False) else "none"
@@ -105,19 +107,23 @@ def divided(chosen: Selection, *, by_end: bool = False) -> Divided:
     elif finished and len(kinds) == 1 and len(kinds[0].values) == 1 and not any(map(_leads, in_order)):
         in_order, kinds = [*in_order, *kinds, _FINISHED], []
         looked_at = [term for term in looked_at if term != _FINISHED]
-    ranges = []
-    for term in kinds:
-        each = [replace(term, values=(value,)) for value in dict.fromkeys(term.values)]
-        of_state = [_FINISHED] if finished else [_FINISHED, _AT_WORK]
-        ranges.append(Range(conditions(term), [conditions(*pair) for pair in product(each, of_state)]))
+    of_state = [_FINISHED] if finished else [_FINISHED, _AT_WORK]
+    ranges = [
+        Range(conditions(term), [conditions(*pair) for pair in product(_split(term), of_state)]) for term in kinds
+    ]
     if by_end:
         ends = [term for term in found["range"] if term.name == "finished"]
         found["range"] = [term for term in found["range"] if term.name != "finished"]
         if in_order:
             ranges.append(Range(conditions(*in_order), [conditions(*in_order)]))
         in_order = ends
-    ranges += [Range(conditions(term), [conditions(term)]) for term in found["range"]]
+    ranges += [Range(conditions(term), [conditions(each) for each in _split(term)]) for term in found["range"]]
     return Divided(conditions(*in_order), ranges, [*conditions(*looked_at), *chosen.where])
+
+
+def _split(term: Term) -> list[Term]:
+    """Return a term for each value."""
+    return [replace(term, values=(value,)) for value in dict.fromkeys(term.values)]
 
 
 def _leads(term: Term) -> bool:
@@ -134,9 +140,7 @@ def branches(chosen: Selection) -> list[Selection]:
     choices = []
     for term in terms:
         at_work = term.name == "status" and set(term.values) <= set(ACTIVE)
-        split = term.name in ("kind", "status", "target") and not at_work
-        values = [(value,) for value in dict.fromkeys(term.values)] if split else [term.values]
-        choices.append([replace(term, values=part) for part in values])
+        choices.append(_split(term) if term.name in ("kind", "status", "target") and not at_work else [term])
     if any(term.name == "kind" for term in terms) and not any(term.name == "status" or _leads(term) for term in terms):
         choices.append([_FINISHED, _AT_WORK])
     if chosen.where or not 1 < prod(map(len, choices)) <= _BRANCHES:
