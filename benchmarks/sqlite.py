@@ -277,7 +277,7 @@ def report(title: str, clocks: dict[str, list[float]], costs: dict[str, list[flo
         by_cost = [bound / value for bound, value in zip(costs[first], costs[name], strict=True)]
         goal = ""
         if target is not None and name.startswith("mljobs"):
-            goal = f"  target {target}: {'met' if statistics.median(by_cost) >= target else 'MISSED'}"
+            goal = f"  target {target}: {'met' if statistics.median(by_clock) >= target else 'MISSED'}"
         print(
             f"  {name:<28} {1e6 / statistics.median(values):>9,.0f}/s {statistics.median(costs[name]):>8.1f} us   "
             f"{spread(by_clock)}   {spread(by_cost)}{goal}",

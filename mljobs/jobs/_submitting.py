@@ -276,7 +276,7 @@ def _checked_tuple(job: Any) -> tuple[str, str, Any]:
 def _add_row(connection: Connection, model: Model, row: tuple[Any, ...]) -> Any:
     values = dict(zip(table_of(model).columns.keys(), row, strict=True))
     try:
-        _insertion(model).rows(connection, values)
+        _insertion(model).answer(connection, values)
     except IntegrityError as error:  # _naming_duplicates, without its cost
         if duplicate_id_error(error) is None:
             raise

@@ -129,8 +129,9 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
 
     def _may_be_repeated(self, arguments: Iterable[Any]) -> bool:
         """Whether an operation may run on a kept connection of SQLite, and again where the file was locked."""
-        alone = self._single.begins and self._sessions is None and self._joined is None
-        return alone and not any(isinstance(value, Iterator) for value in arguments)
+        if not self._single.begins or self._sessions is not None or self._joined is not None:
+            return False
+        return not [value for value in arguments if hasattr(value, "__next__")]  # an iterator is used up by one attempt
 
     def _told(self, inner: AbstractContextManager[Bind]) -> AbstractContextManager[Bind]:
         """Have what finishes in a transaction delivered to those who have subscribed."""
