@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from mljobs import AsyncJobStore, InvalidValueError, JobStore, MlJob, MlJobStatus
+from mljobs.db import _connections
 from mljobs.db._engines import async_url, sync_url, url_from_env
 from mljobs.db._wake import AsyncChangeListener, ChangeListener
 from mljobs.jobs._base import connection_of
@@ -343,8 +344,12 @@ def test_opening_a_file_that_is_never_let_go_ends_with_the_timeout(tmp_path: Pat
     writer.close()
 
 
-def test_an_operation_waits_for_a_locked_file_as_long_as_the_timeout_says(sqlite_url: str) -> None:
+@pytest.mark.parametrize("turns", [80, 1], ids=["a statement sent again", "an operation run again"])
+def test_an_operation_waits_for_a_locked_file_as_long_as_the_timeout_says(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch, turns: int
+) -> None:
     """In turns of a few milliseconds: SQLite's own wait starves beside processes that take the lock again at once."""
+    monkeypatch.setattr(_connections, "_TURNS", turns)
     path = sqlite_url.removeprefix("sqlite:///")
     writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     with JobStore(sqlite_url) as store:
