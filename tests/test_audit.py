@@ -14,10 +14,10 @@ from uuid import UUID
 
 import pytest
 from sqlalchemy import Connection, create_engine, func, select, text
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.pool import NullPool
 
-from mljobs import InvalidValueError, JobStore, MlJob, compare
+from mljobs import InvalidValueError, JobStore, MlJob, MlJobMixin, compare, export_jobs, import_jobs
 from mljobs.transfer import Compared, Difference, DigestLine, check_digest, digest, pruned_note, read_digest
 from mljobs.transfer import _alongside as alongside
 from mljobs.transfer import _comparing as comparing
@@ -281,14 +281,32 @@ def test_a_line_for_each_day_the_same_on_every_database_and_driver(backend: Back
 
 
 def test_the_hash_is_that_of_the_lines_of_an_export_in_the_order_of_ids(url: str) -> None:
-    put(url, *(finished(number * 3, id=UUID(int=100 - number)) for number in range(5)))
+    put(url, *(finished(number * 3, id=UUID(int=number * 67 % 300)) for number in range(300)))
     with JobStore(url) as store:
         store.export_jobs("jobs.ndjson")
         lines = sorted(Path("jobs.ndjson").read_bytes().splitlines(True), key=lambda line: json.loads(line)["id"])
         (line,) = store.digest()
     assert line.sha256 == hashlib.sha256(b"".join(lines)).hexdigest()
-    content = json.dumps({"day": line.day, "finished": 5, "sha256": line.sha256}, separators=(",", ":"))
+    content = json.dumps({"day": line.day, "finished": 300, "sha256": line.sha256}, separators=(",", ":"))
     assert line.chain == hashlib.sha256(b"0" * 64 + content.encode()).hexdigest()
+
+
+def test_a_table_without_rowid_has_the_same_digest_and_is_compared(sqlite_url: str) -> None:
+    class HostBase(DeclarativeBase):
+        pass
+
+    class Run(MlJobMixin, HostBase):
+        __tablename__ = "runs"
+        __table_args__ = {"sqlite_with_rowid": False}
+
+    ids = put(sqlite_url, *(finished(number, id=UUID(int=99 - number)) for number in range(9)))
+    engine = create_engine(sqlite_url, poolclass=NullPool)
+    HostBase.metadata.create_all(engine)
+    with Session(engine) as session:
+        export_jobs(session, "jobs.ndjson")
+        assert import_jobs(session, "jobs.ndjson", model=Run).inserted == len(ids)
+        assert digest(session, model=Run) == digest(session)
+        assert compare(session, "jobs.ndjson", model=Run).equal == len(ids)
 
 
 def test_days_that_were_altered_emptied_or_added_to_are_named(backend: Backend, store: Any) -> None:

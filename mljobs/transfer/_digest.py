@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
-from operator import itemgetter
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import msgspec
 from sqlalchemy import ColumnElement, Connection, bindparam, func, select
 
 from mljobs._values import to_utc, utc_now
-from mljobs.db._wire import wire_of, wire_reader
+from mljobs.db._wire import Reader, sorted_reader, wire_of
 from mljobs.errors import InvalidValueError
 from mljobs.jobs import Bind, Model, table_of
 from mljobs.jobs._base import connection_of, is_postgres
@@ -30,8 +28,6 @@ from mljobs.transfer._results import OnProgress, Progress
 from mljobs.transfer._rows import ID, SHARED, STATUS, Row, columns_of
 
 _PART: Final = 250
-_SORTED_MAX: Final = 10_000
-"""So many rows of a day are kept in memory."""
 _FINISHED: Final = frozenset(status.value for status in TERMINAL)
 _DAY: Final = timedelta(days=1)
 _FIRST_DAY: Final = date(1970, 1, 1)
@@ -314,32 +310,8 @@ class _Days:
                 self._progress(Progress(self._records))
         return _Content(total, sha256.hexdigest())
 
-    def _rows_by_id(self, *where: ColumnElement[bool]) -> Callable[[dict[str, Any]], Iterator[list[Row]]]:
-        """Return what reads the rows for which ``where`` holds in the order of their ids, in parts.
-
-        PostgreSQL sorts them. SQLite takes longer for it than to sort them here, so it sorts only what is too much to be
-        kept in memory, on its disk if it has to.
-        """
-        order = self._columns[ID]
-        read_sorted = wire_reader(self._connection, self._columns, where, _PART, order_by=order)
-        if is_postgres(self._connection):
-            return read_sorted
-        read = wire_reader(self._connection, self._columns, where, _PART)
-
-        def read_and_sort(given: dict[str, Any]) -> Iterator[list[Row]]:
-            kept: list[Row] = []
-            with closing(read(given)) as parts:
-                for rows in parts:
-                    kept += rows
-                    if len(kept) > _SORTED_MAX:
-                        break
-            if len(kept) > _SORTED_MAX:
-                kept.clear()
-                yield from read_sorted(given)
-            kept.sort(key=itemgetter(ID))
-            yield from (kept[start : start + _PART] for start in range(0, len(kept), _PART))
-
-        return read_and_sort
+    def _rows_by_id(self, *where: ColumnElement[bool]) -> Reader:
+        return sorted_reader(self._connection, self._columns, where, self._columns[ID], _PART)
 
 
 def _span(start: date, end: date) -> dict[str, datetime]:
