@@ -74,7 +74,7 @@ FEW = {
     "finished:<2h status:failed": "finished",
     "status:running": "active",
     "kind:drift_compute spec.lr>1": "finished_kind",
-    "status:failed,cancelled error:nowhere": "failed",
+    "status:failed,cancelled error:nowhere": "failed(_target)?",
     "kind:drift_compute status:failed": "finished_kind",
     f"retry_of:{_ID}": "retries",
     f"id:{_ID[:31]}": "pkey",
