@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import sqlite3.dbapi2
 import threading
 import time
 from collections import deque
@@ -104,7 +105,8 @@ class ConnectionCache:
 
     def _new(self) -> Connection:
         connection = self._engine.connect()
-        if self.begins and self._size:
+        driver: Any = self._engine.dialect.dbapi
+        if self._size and driver is sqlite3.dbapi2:  # whose errors say that the file is locked
             ((self._busy_timeout,),) = _driver(connection).execute("PRAGMA busy_timeout")
             if self._busy_timeout > _TURN_MILLISECONDS:
                 _driver(connection).execute(f"PRAGMA busy_timeout = {_TURN_MILLISECONDS}")
