@@ -61,10 +61,6 @@ class Field:
         """Whether a new record must be given a value."""
         return not self.nullable and self.default is None and self.factory is None
 
-    def initial(self) -> Any:
-        """Return the value of a new record that is given none."""
-        return self.default if self.factory is None else self.factory()
-
 
 _SUBMITTER: Final[SetBy] = "submitter"
 

@@ -52,10 +52,10 @@ async def events(request: Request) -> Response:
         return Response(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
     last = request.headers.get("last-event-id") or request.query_params.get("last", "")
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return Stream(_told(site, view, last), media_type="text/event-stream", headers=headers)
+    return Stream(_events(site, view, last), media_type="text/event-stream", headers=headers)
 
 
-async def _told(site: Site, view: View, last: str) -> AsyncIterator[str]:
+async def _events(site: Site, view: View, last: str) -> AsyncIterator[str]:
     yield f"retry: 2000\nevent: hello\ndata: {site.hub.boot}\n\n"
     async for number, fragments in site.hub.follow(view, last):
         yield f"id: {number}\nevent: {'patch' if fragments else 'beat'}\ndata: {json.dumps(_message(fragments))}\n\n"

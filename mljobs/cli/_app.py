@@ -204,11 +204,11 @@ def run(arguments: list[str] | None = None) -> None:
         sys.stderr.write("mljobs: interrupted\n" if interrupted else "mljobs: nothing was done\n")
         sys.exit(_INTERRUPTED if interrupted else 1)
     except Exception as error:  # noqa: BLE001 - what is not known is raised again
-        from mljobs.cli._failing import told  # noqa: PLC0415 - loads SQLAlchemy
+        from mljobs.cli._failing import message_and_code  # noqa: PLC0415 - loads SQLAlchemy
 
         if isinstance(error, _CLICK_ERROR):
             _fail_usage(error, sys.argv[1:] if arguments is None else arguments)
-        message, code = told(error)
+        message, code = message_and_code(error)
         sys.stderr.write(f"mljobs: {message}\n")
         sys.exit(code)
     finally:

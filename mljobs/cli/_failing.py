@@ -22,16 +22,14 @@ _EXTRAS = {
 _NO_TABLE = "42P01"
 
 
-def told(error: Exception) -> tuple[str, int]:
+def message_and_code(error: Exception) -> tuple[str, int]:
     """Return what to say of an error, and the exit code; an error that nobody expects is raised again.
 
     Args:
         error: What was raised.
     """
     if isinstance(error, MlJobsError):
-        lines = (
-            str(error).split("\n") if isinstance(error, SchemaError) else [str(error)]
-        )  # each difference has its own
+        lines = str(error).split("\n") if isinstance(error, SchemaError) else [str(error)]  # one for each difference
         return "\n".join(map(escaped, lines)), 2 if isinstance(error, FilterError) else 1
     if isinstance(error, ModuleNotFoundError):
         name = (error.name or "").partition(".")[0]

@@ -70,7 +70,7 @@ def export(
     chosen = parsed(words)
     with open_store() as store:
         total = None if filters or chosen else sum(store.counts().values())
-        with bar("exporting", quiet=quiet, total=total) as report, _told_of_a_broken_pipe():
+        with bar("exporting", quiet=quiet, total=total) as report, _ending_at_a_broken_pipe():
             number = store.export_jobs(file, chosen, extended=extended, progress=report, **filters)
     if not quiet:
         typer.echo(f"exported {number:,} records", err=True)
@@ -121,7 +121,7 @@ def moment(name: str, text: str | None) -> datetime | None:
 
 
 @contextmanager
-def _told_of_a_broken_pipe() -> Iterator[None]:
+def _ending_at_a_broken_pipe() -> Iterator[None]:
     """Say it here: Typer would end without a word, and Python with several when it flushes what is left."""
     from mljobs.errors import TransferError  # noqa: PLC0415 - loads SQLAlchemy
 

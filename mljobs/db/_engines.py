@@ -164,7 +164,7 @@ def set_up_connections(engine: Engine) -> None:
         event.listen(engine, "connect", _prepare_nothing_behind_a_pooler)
 
 
-def pooled(server_pid: int, told_pid: int) -> bool:
+def pooled(server_pid: int, announced_pid: int) -> bool:
     """Whether a pooler stands between: it answers for the server when a client connects, with a process id of its own.
 
     In PgBouncer's transaction mode what belongs to a session (LISTEN, an advisory lock, a prepared statement) is left
@@ -172,9 +172,9 @@ def pooled(server_pid: int, told_pid: int) -> bool:
 
     Args:
         server_pid: What ``pg_backend_pid()`` says.
-        told_pid: What the driver was told at the start.
+        announced_pid: What the driver was given at the start.
     """
-    return server_pid != told_pid
+    return server_pid != announced_pid
 
 
 def _prepare_nothing_behind_a_pooler(dbapi_connection: Any, _record: object) -> None:

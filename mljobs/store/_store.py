@@ -112,7 +112,7 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
         Args:
             atomic: Whether what is done in the block stands or falls together.
         """
-        return self._told(self._connect(atomic=atomic))
+        return self._delivering(self._connect(atomic=atomic))
 
     def operate(self, arguments: Iterable[Any], *, atomic: bool) -> AbstractContextManager[Bind]:
         """Return what one of the operations runs on.
@@ -121,7 +121,9 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
             arguments: Its arguments.
             atomic: Whether it is several statements.
         """
-        return self._told(self._single.use() if self._may_be_repeated(arguments) else self._connect(atomic=atomic))
+        return self._delivering(
+            self._single.use() if self._may_be_repeated(arguments) else self._connect(atomic=atomic)
+        )
 
     def lock_pauses(self, arguments: Iterable[Any]) -> Iterator[float]:
         """Yield how many seconds to wait before each new attempt of an operation that met a locked SQLite file."""
@@ -133,7 +135,7 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
             return False
         return not [value for value in arguments if hasattr(value, "__next__")]  # an iterator is used up by one attempt
 
-    def _told(self, inner: AbstractContextManager[Bind]) -> AbstractContextManager[Bind]:
+    def _delivering(self, inner: AbstractContextManager[Bind]) -> AbstractContextManager[Bind]:
         """Have what finishes in a transaction delivered to those who have subscribed."""
         if not events.subscribed():
             return inner

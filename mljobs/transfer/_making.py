@@ -59,8 +59,8 @@ def with_host(make: Callable[[bytes], Row], host: HostValues) -> Callable[[bytes
 def made_of(model: Model, values: dict[str, Any]) -> Any:
     mapper = inspect(model)
     if mapper.polymorphic_on is not None:  # each record is of the class that it says
-        told = values.get(mapper.get_property_by_column(mapper.polymorphic_on).key)
-        model = mapper.polymorphic_map[told].class_ if told in mapper.polymorphic_map else model
+        identity = values.get(mapper.get_property_by_column(mapper.polymorphic_on).key)
+        model = mapper.polymorphic_map[identity].class_ if identity in mapper.polymorphic_map else model
         values = {name: value for name, value in values.items() if hasattr(model, name)}
     try:
         return model(**values)

@@ -400,7 +400,7 @@ class _Reader:
 
     def refused(self, done: Done, at: int, refusal: Exception) -> None:
         """Note a record that only the database refuses."""
-        self.problem(done, at, None, f"the database refuses it: {_told(refusal)}", known=False)
+        self.problem(done, at, None, f"the database refuses it: {_reason_of(refusal)}", known=False)
 
 
 _RUNNING: Final = MlJobStatus.RUNNING.value
@@ -436,6 +436,6 @@ def _speaks_of_a_row(error: Exception) -> bool:
     return type(error).__name__ in {"IntegrityError", "DataError"}  # SQLite has no SQLSTATE
 
 
-def _told(error: Exception) -> str:
+def _reason_of(error: Exception) -> str:
     cause = getattr(error, "orig", None) or error
     return str(cause).strip().partition("\n")[0]
