@@ -75,15 +75,16 @@ class TableLines:
         self._make_lines = make_lines
         if connection.dialect.name == "postgresql":
             self._ranges_after = self._pages
-            page: Any = literal_column("ctid")
+            tid: Any = literal_column("ctid")
             first, end = (cast(cast(bindparam(name, None, type_=Text()), Text), _Tid) for name in ("first", "end"))
-            self._read = wire_reader(connection, columns, [page >= first, page < end], _PART)
+            self._read = wire_reader(connection, columns, [tid >= first, tid < end], _PART)
         else:
             self._ranges_after = self._rowids
             rowid: Any = literal_column("rowid", BigInteger())
             after, length = (bindparam(name, None, type_=BigInteger()) for name in ("after", "length"))
             self._read = wire_reader(connection, columns, [rowid > after], _PART, order_by=rowid, limit=length)
-        self._length = 64
+        self._length = 16
+        """Of the next range: pages, or parts of so many rows."""
         self.start(None)
 
     def start(self, after: Any) -> None:
