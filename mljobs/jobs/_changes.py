@@ -5,13 +5,14 @@ Every statement reads a range of an index, however large the table is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import sqlalchemy as sa
+from sqlalchemy import Connection
 
 from mljobs._values import MAX_MS, from_millis
 from mljobs.db._prepared import Prepared
@@ -76,10 +77,7 @@ def read_slice(bind: Bind, model: Model, where: Conditions, start: Place, *, by_
             end = moment, job_id
     places["end_moment"], places["end_id"] = end or _END
     dialect = connection.dialect.name
-    if where or not is_plain_record(model):
-        rows: Any = connection.execute(_slice(model, by_end, dialect, where), places)
-    else:
-        rows = _whole_slice(model, by_end).rows(connection, places)
+    rows = _rows(connection, places, _slice, model, by_end, dialect, where=where)
     if dialect == POSTGRES:
         return Slice([(moment, job_id.int) for moment, job_id in rows], end, newest)
     return Slice([(moment, int(digits, 16)) for moment, digits in rows], end, newest)
@@ -96,11 +94,6 @@ def _edges(model: Model, by_end: bool) -> Prepared:  # noqa: FBT001 - one of two
     after = after.limit(constant(1)).offset(sa.bindparam("size", type_=sa.Integer()))
     found = [(constant(1), last.subquery()), (constant(0), after.subquery())]
     return Prepared(lambda _: sa.union_all(*(sa.select(latest.label("latest"), *rows.c) for latest, rows in found)))
-
-
-@per_model
-def _whole_slice(model: Model, by_end: bool) -> Prepared:  # noqa: FBT001 - one of two
-    return Prepared(lambda dialect_name: _slice(model, by_end, dialect_name, ()))
 
 
 def _slice(model: Model, by_end: bool, dialect_name: str, where: Conditions) -> sa.Select[Any]:  # noqa: FBT001 - one of two
@@ -134,20 +127,46 @@ def read_running(bind: Bind, model: Model, where: Conditions, *, leased: bool) -
         where: What jobs have to pass.
         leased: Only those under a lease. The others are looked for among all that are queued, for lack of an index.
     """
+    return [State(*row) for row in _rows(connection_of(bind, model), {}, _running, model, leased, where=where)]
+
+
+def _running(model: Model, leased: bool, where: Conditions) -> sa.Select[Any]:  # noqa: FBT001 - one of two
     table = table_of(model)
     under_lease = [table.c.status == constant(MlJobStatus.RUNNING), table.c.lease.is_not(None)]
-    running = under_lease if leased else in_active_state(table, MlJobStatus.RUNNING)
-    rows = connection_of(bind, model).execute(_select(model).where(*running, *where))
-    return [State(*row) for row in rows]
+    return _select(model).where(*(under_lease if leased else in_active_state(table, MlJobStatus.RUNNING)), *where)
 
 
 def read_states(bind: Bind, model: Model, where: Conditions, ids: Sequence[UUID]) -> list[tuple[State, bool]]:
     """Return the states of these jobs, and whether each passes."""
-    connection, table = connection_of(bind, model), table_of(model)
-    passes = sa.case((sa.and_(sa.true(), *where), constant(1)), else_=constant(0))
-    these = any_of(table.c.id, "ids", table.c.id.type, connection.dialect.name)
-    rows = connection.execute(_select(model).add_columns(passes).where(these), {"ids": list(ids)})
+    connection = connection_of(bind, model)
+    rows = _rows(connection, {"ids": list(ids)}, _states, model, connection.dialect.name, where=where)
     return [(State(*row[:-1]), bool(row[-1])) for row in rows]
+
+
+def _states(model: Model, dialect_name: str, where: Conditions) -> sa.Select[Any]:
+    job_id = table_of(model).c.id
+    passes = sa.case((sa.and_(*where), constant(1)), else_=constant(0)) if where else constant(1)
+    these = any_of(job_id, "ids", job_id.type, dialect_name)
+    return _select(model).add_columns(passes.label("passes")).where(these)
+
+
+def _rows(
+    connection: Connection,
+    parameters: Mapping[str, Any],
+    build: Callable[..., sa.Select[Any]],
+    model: Model,
+    *key: Any,
+    where: Conditions,
+) -> Iterable[Sequence[Any]]:
+    """Return the rows of the statement that ``build`` makes; without conditions it is made once."""
+    if where or not is_plain_record(model):
+        return connection.execute(build(model, *key, where), parameters)
+    return _prepared(model, build, *key).rows(connection, parameters)
+
+
+@per_model
+def _prepared(model: Model, build: Callable[..., sa.Select[Any]], *key: Any) -> Prepared:
+    return Prepared(lambda _: build(model, *key, ()))
 
 
 def _select(model: Model) -> sa.Select[Any]:
