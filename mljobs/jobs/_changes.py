@@ -76,11 +76,8 @@ def read_slice(bind: Bind, model: Model, where: Conditions, start: Place, *, by_
         else:
             end = moment, job_id
     places["end_moment"], places["end_id"] = end or _END
-    dialect = connection.dialect.name
-    rows = _rows(connection, places, _slice, model, by_end, dialect, where=where)
-    if dialect == POSTGRES:
-        return Slice([(moment, job_id.int) for moment, job_id in rows], end, newest)
-    return Slice([(moment, int(digits, 16)) for moment, digits in rows], end, newest)
+    rows = _rows(connection, places, _slice, model, by_end, connection.dialect.name, where=where)
+    return Slice([(moment, int(digits.replace("-", ""), 16)) for moment, digits in rows], end, newest)
 
 
 @per_model
@@ -99,13 +96,13 @@ def _edges(model: Model, by_end: bool) -> Prepared:  # noqa: FBT001 - one of two
 def _slice(model: Model, by_end: bool, dialect_name: str, where: Conditions) -> sa.Select[Any]:  # noqa: FBT001 - one of two
     table = table_of(model)
     moment, job_id = _key(table, by_end)
-    # As SQLite keeps it: a UUID of each takes longer than all the rest.
-    raw_id = job_id if dialect_name == POSTGRES else sa.type_coerce(job_id, sa.String())
+    # As text, for to make a UUID of each takes longer than all the rest.
+    digits = sa.cast(job_id, sa.Text()) if dialect_name == POSTGRES else sa.type_coerce(job_id, sa.String())
     # PostgreSQL takes the partial index only where its own condition stands in the statement.
     ended = [table.c.finished_at.is_not(None), table.c.finished_at >= table.c.created_at]
     mine = ended if by_end else [sa.func.coalesce(table.c.finished_at < table.c.created_at, sa.true())]
     key = sa.tuple_(moment, job_id)
-    statement = sa.select(epoch_millis(moment), raw_id)
+    statement = sa.select(epoch_millis(moment), digits)
     return _of(model, statement).where(key >= _place(table), key < _place(table, "end_"), *mine, *where)
 
 
