@@ -97,7 +97,7 @@ def _slice(model: Model, by_end: bool, dialect_name: str, where: Conditions) -> 
     table = table_of(model)
     moment, job_id = _key(table, by_end)
     # As text, for to make a UUID of each takes longer than all the rest.
-    digits = sa.cast(job_id, sa.Text()) if dialect_name == POSTGRES else sa.type_coerce(job_id, sa.String())
+    digits: Any = sa.cast(job_id, sa.Text()) if dialect_name == POSTGRES else sa.type_coerce(job_id, sa.String())
     # PostgreSQL takes the partial index only where its own condition stands in the statement.
     ended = [table.c.finished_at.is_not(None), table.c.finished_at >= table.c.created_at]
     mine = ended if by_end else [sa.func.coalesce(table.c.finished_at < table.c.created_at, sa.true())]
