@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from alembic.operations import ops
-from sqlalchemy import Identity, Table, inspect
+from sqlalchemy import Identity, Table, inspect, text
 from sqlalchemy.sql.elements import conv
 
 from mljobs.alembic_plugin._operations import CreateJobCheckOp, CreateMljobsGuardOp, DropMljobsGuardOp
@@ -63,8 +63,7 @@ def compare(context: Any, upgrade: Any, schemas: Iterable[str | None]) -> None:
     _keep_what_is_ours(upgrade, {*job_tables, *guarded})
     _drop_guards_first(connection, upgrade, guarded)
     _drop_overviews_first(connection, upgrade, searched)
-    if connection.dialect.name == "sqlite":
-        _see_what_reflection_does_not(connection, upgrade, guarded)
+    _see_what_reflection_does_not(connection, upgrade, guarded)
     _put_up_guards_of_new_tables(upgrade, job_tables)
     for (schema, name), table in job_tables.items():
         if schema in searched and _is_compared(context, table, schema):
@@ -160,21 +159,37 @@ def _drop_overviews_first(connection: Connection, upgrade: Any, schemas: Iterabl
     ]
 
 
+_INDEXES = text("""\
+SELECT indexname, indexdef FROM pg_indexes WHERE tablename = :name AND schemaname = coalesce(:schema, current_schema())""")
+
+
 def _see_what_reflection_does_not(connection: Connection, upgrade: Any, guarded: set[tuple[str | None, str]]) -> None:
-    """Give the way back what SQLite's reflection does not see: the tokens' AUTOINCREMENT, the order of the indexes."""
-    seen = inspect(connection)
+    """Give the way back what reflection does not see: on SQLite the tokens' AUTOINCREMENT and the order of the indexes.
+
+    On PostgreSQL, with an older SQLAlchemy, the operators by which an index compares names.
+    """
+    seen, sqlite = inspect(connection), connection.dialect.name == "sqlite"
     for drop in [found for found in upgrade.ops if isinstance(found, ops.DropTableOp)]:
         schema, name = place = _place(drop)
-        if {"token", "target_lock"} <= {column["name"] for column in seen.get_columns(name, schema=schema)}:
+        if sqlite and {"token", "target_lock"} <= {column["name"] for column in seen.get_columns(name, schema=schema)}:
             drop.table_kw["sqlite_autoincrement"] = True
         if place not in guarded:
             continue
-        texts = dict(definitions(connection, schema, "index"))
+        rows = (
+            definitions(connection, schema, "index")
+            if sqlite
+            else connection.execute(_INDEXES, {"name": name, "schema": schema})
+        )
+        texts: dict[str, str] = {row[0]: row[1] for row in rows}
         for table_ops in _of_table(upgrade, schema, name):
             for at, change in enumerate(table_ops.ops):
                 if isinstance(change, ops.DropIndexOp):
                     index = change.to_index()
-                    descend(index, texts.get(str(index.name), ""))
+                    written = texts.get(str(index.name), "")
+                    if sqlite:
+                        descend(index, written)
+                    elif operators := dict(re.findall(r'(\w+)"? (\w+_ops)\b', written)):
+                        index.dialect_kwargs["postgresql_ops"] = operators
                     table_ops.ops[at] = ops.DropIndexOp.from_index(index)
 
 
