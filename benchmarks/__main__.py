@@ -48,7 +48,7 @@ def row(database: str, what: str) -> Row:
 
 def on_postgres(parts: list[str], url: str) -> Iterator[Row]:
     """Yield what the benchmarks of the store find on a database with the schema, which is emptied."""
-    cases = {"single": (1, 1, lifecycle.scaled(1000)), "batches": (BATCH, 1, lifecycle.scaled(20_000))}
+    cases = {"single": (1, 1, lifecycle.scaled(2500)), "batches": (BATCH, 1, lifecycle.scaled(20_000))}
     runs: dict[str, Callable[[], None]] = {
         "submit": lambda: lifecycle.submit(url),
         "many": lambda: lifecycle.submit_many(url),
