@@ -94,9 +94,9 @@ class _Order:
             # Five minutes before the last beginning: what was committed after it, and so was not met, is not older.
             self.since, self._begun = max(self.since, self._begun - _OVERLAP), now
             self.next = (self.since, FIRST_ID)
-            self.near = max(self.near, self.next)
             for second in [second for second in self._ids if second < to_millis(self.since) // 1000]:
                 del self._ids[second]
+        self.near = max(self.near, (self.since, FIRST_ID))  # what is older was forgotten, and would be new
         return self.next
 
     def new(self, met: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
