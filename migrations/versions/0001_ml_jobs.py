@@ -301,14 +301,14 @@ CREATE UNIQUE INDEX uq_ml_jobs_exclusive ON ml_jobs (target_name, "exclusive") W
     "INSERT OR IGNORE INTO ml_jobs_guard (name, open) VALUES ('replace', 0), ('retention', 0)",
     """\
 CREATE TRIGGER ml_jobs_guard_update BEFORE UPDATE OF id, kind, target_name, status, progress, created_at, started_at, finished_at, error_message, spec_json, metrics_json, attempts, priority, run_after, "exclusive", retry_of, worker, lease ON ml_jobs
-WHEN OLD.status IN ('completed', 'failed', 'cancelled') OR (OLD.status = 'queued' AND NEW.status IN ('completed'))
+WHEN (OLD.status = 'completed' OR OLD.status = 'failed' OR OLD.status = 'cancelled') OR (OLD.status = 'queued' AND NEW.status IN ('completed'))
 BEGIN
   SELECT RAISE(ABORT, 'mljobs: record is in a terminal state') WHERE OLD.status IN ('completed', 'failed', 'cancelled');
   SELECT RAISE(ABORT, 'mljobs: this state may not follow the present one');
 END""",
     """\
 CREATE TRIGGER ml_jobs_guard_delete BEFORE DELETE ON ml_jobs
-WHEN OLD.status IN ('completed', 'failed', 'cancelled') AND NOT EXISTS (SELECT 1 FROM ml_jobs_guard WHERE name = 'retention' AND open = 1)
+WHEN (OLD.status = 'completed' OR OLD.status = 'failed' OR OLD.status = 'cancelled') AND NOT EXISTS (SELECT 1 FROM ml_jobs_guard WHERE name = 'retention' AND open = 1)
 BEGIN
   SELECT RAISE(ABORT, 'mljobs: record is in a terminal state');
 END""",
@@ -336,18 +336,18 @@ INSERT OR REPLACE INTO ml_jobs_counts (kind, status, jobs)
 SELECT pair.column1, pair.column2,
   (SELECT count(*) FROM ml_jobs WHERE kind = pair.column1 AND status = pair.column2) FROM (VALUES ('train', 'completed'), ('train', 'failed'), ('train', 'cancelled'), ('backfill', 'completed'), ('backfill', 'failed'), ('backfill', 'cancelled'), ('feature_refresh', 'completed'), ('feature_refresh', 'failed'), ('feature_refresh', 'cancelled'), ('drift_compute', 'completed'), ('drift_compute', 'failed'), ('drift_compute', 'cancelled')) AS pair""",
     """\
-CREATE TRIGGER ml_jobs_count_insert AFTER INSERT ON ml_jobs WHEN NEW.status IN ('completed', 'failed', 'cancelled')
+CREATE TRIGGER ml_jobs_count_insert AFTER INSERT ON ml_jobs WHEN (NEW.status = 'completed' OR NEW.status = 'failed' OR NEW.status = 'cancelled')
 BEGIN
   UPDATE ml_jobs_counts SET jobs = jobs + 1 WHERE kind = NEW.kind AND status = NEW.status;
 END""",
     """\
 CREATE TRIGGER ml_jobs_count_update AFTER UPDATE OF status ON ml_jobs
-WHEN NEW.status IN ('completed', 'failed', 'cancelled') AND OLD.status NOT IN ('completed', 'failed', 'cancelled')
+WHEN (NEW.status = 'completed' OR NEW.status = 'failed' OR NEW.status = 'cancelled') AND NOT (OLD.status = 'completed' OR OLD.status = 'failed' OR OLD.status = 'cancelled')
 BEGIN
   UPDATE ml_jobs_counts SET jobs = jobs + 1 WHERE kind = NEW.kind AND status = NEW.status;
 END""",
     """\
-CREATE TRIGGER ml_jobs_count_delete AFTER DELETE ON ml_jobs WHEN OLD.status IN ('completed', 'failed', 'cancelled')
+CREATE TRIGGER ml_jobs_count_delete AFTER DELETE ON ml_jobs WHEN (OLD.status = 'completed' OR OLD.status = 'failed' OR OLD.status = 'cancelled')
 BEGIN
   UPDATE ml_jobs_counts SET jobs = jobs - 1 WHERE kind = OLD.kind AND status = OLD.status;
 END""",

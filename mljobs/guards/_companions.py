@@ -195,19 +195,25 @@ _POSTGRES_DROP = (
     "DROP FUNCTION IF EXISTS {function}()",
 )
 
+
+def _in_final_state(row: str) -> str:
+    """Return SQLite's condition that a row had or has finished: for IN it would fill a table of its own, for each row."""
+    return "({})".format(" OR ".join(f"{row}.status = '{state}'" for state in TERMINAL))
+
+
 _SQLITE_CREATE = (
     "CREATE TABLE IF NOT EXISTS {door} (name TEXT NOT NULL PRIMARY KEY, open INTEGER NOT NULL)",
     "INSERT OR IGNORE INTO {door} (name, open) VALUES ('replace', 0), ('retention', 0)",
     f"""\
 CREATE TRIGGER {{update}} BEFORE UPDATE OF {{columns}} ON {{table}}
-WHEN OLD.status IN ({_FINISHED}) OR ({_ILLEGAL_EDGE})
+WHEN {_in_final_state("OLD")} OR ({_ILLEGAL_EDGE})
 BEGIN
   SELECT RAISE(ABORT, '{TERMINAL_MESSAGE}') WHERE OLD.status IN ({_FINISHED});
   SELECT RAISE(ABORT, '{TRANSITION_MESSAGE}');
 END""",
     f"""\
 CREATE TRIGGER {{delete}} BEFORE DELETE ON {{table}}
-WHEN OLD.status IN ({_FINISHED}) AND NOT EXISTS (SELECT 1 FROM {{door_here}} WHERE name = 'retention' AND open = 1)
+WHEN {_in_final_state("OLD")} AND NOT EXISTS (SELECT 1 FROM {{door_here}} WHERE name = 'retention' AND open = 1)
 BEGIN
   SELECT RAISE(ABORT, '{TERMINAL_MESSAGE}');
 END""",
@@ -284,18 +290,18 @@ INSERT OR REPLACE INTO {counts} (kind, status, jobs)
 SELECT pair.column1, pair.column2,
   (SELECT count(*) FROM {counted} WHERE kind = pair.column1 AND status = pair.column2) FROM (VALUES {pairs}) AS pair""",
     f"""\
-CREATE TRIGGER {{count_insert}} AFTER INSERT ON {{table}} WHEN NEW.status IN ({_FINISHED})
+CREATE TRIGGER {{count_insert}} AFTER INSERT ON {{table}} WHEN {_in_final_state("NEW")}
 BEGIN
   UPDATE {{counts_here}} SET jobs = jobs + 1 WHERE kind = NEW.kind AND status = NEW.status;
 END""",
     f"""\
 CREATE TRIGGER {{count_update}} AFTER UPDATE OF status ON {{table}}
-WHEN NEW.status IN ({_FINISHED}) AND OLD.status NOT IN ({_FINISHED})
+WHEN {_in_final_state("NEW")} AND NOT {_in_final_state("OLD")}
 BEGIN
   UPDATE {{counts_here}} SET jobs = jobs + 1 WHERE kind = NEW.kind AND status = NEW.status;
 END""",
     f"""\
-CREATE TRIGGER {{count_delete}} AFTER DELETE ON {{table}} WHEN OLD.status IN ({_FINISHED})
+CREATE TRIGGER {{count_delete}} AFTER DELETE ON {{table}} WHEN {_in_final_state("OLD")}
 BEGIN
   UPDATE {{counts_here}} SET jobs = jobs - 1 WHERE kind = OLD.kind AND status = OLD.status;
 END""",
