@@ -154,7 +154,8 @@ def test_a_commit_that_comes_late_is_seen_once_at_the_next_look(
 @pytest.fixture
 def busy(sqlite_url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     """A database with so many jobs in the last five minutes that a look, whose slices have three, reads a part of them."""
-    monkeypatch.setattr(_watching, "_SLICE", 3)
+    for name in ("_SLICE", "_MOST"):
+        monkeypatch.setattr(_watching, name, 3)
     engine = create_engine(sqlite_url)
     with engine.begin() as connection:
         for number in range(60):
@@ -254,7 +255,7 @@ class World:
 def test_whatever_comes_in_whatever_order_the_last_state_is_said_and_none_twice(
     sqlite_url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"_SLICE": 2, "_FIRST_SLICE": 3, "_AT_ONCE": 2, "_CHANGES_KEPT": 3, "_QUICK": 60.0}.items():
+    for name, value in {"_SLICE": 2, "_MOST": 3, "_AT_ONCE": 2, "_CHANGES_KEPT": 3, "_QUICK": 60.0}.items():
         monkeypatch.setattr(_watching, name, value)
     engine = create_engine(sqlite_url)
 

@@ -35,9 +35,9 @@ _OVERLAP = timedelta(minutes=5)
 _SLACK = timedelta(seconds=1)
 """How far before the newest job a look starts to read: most of what is late is not later than that."""
 _SLICE = 1_000
-"""How many jobs of each order a look reads at once."""
-_FIRST_SLICE = 10_000
-"""The same for the first look, which reads all of the five minutes."""
+"""How many jobs of each order a look reads again, at least."""
+_MOST = 10_000
+"""How many jobs of an order are read at once."""
 _PACE = 4
 """How many times as fast as jobs come the five minutes are read again."""
 _QUEUED_KEPT = 1_000
@@ -170,11 +170,10 @@ class _Watch:
         now = time.monotonic()
         if not leased and now - begin > _QUICK:
             self._by_hand_after = now + (now - begin) * _REST
-        return running, [self._slice(bind, order, start, where) for order, start in starts]
-
-    def _slice(self, bind: Bind, order: _Order, start: Place, where: Sequence[Any]) -> Slice:
-        size = _FIRST_SLICE if self._first else _SLICE
-        return read_slice(bind, self._model, where, start, by_end=order.by_end, size=size)
+        size = _MOST if self._first else _SLICE
+        return running, [
+            read_slice(bind, self._model, where, start, by_end=order.by_end, size=size) for order, start in starts
+        ]
 
     def _read_on(self, order: _Order, target: Place, where: Sequence[Any]) -> FollowSteps:
         """Read the next slices, as far as ``target``; then what is new, unless they have reached it."""
@@ -185,7 +184,9 @@ class _Watch:
             near = yield from self._read_slice(order, near, where)
 
     def _read_slice(self, order: _Order, start: Place, where: Sequence[Any]) -> FollowSteps:
-        found: Slice = yield Read(lambda bind: self._slice(bind, order, start, where))
+        found: Slice = yield Read(
+            lambda bind: read_slice(bind, self._model, where, start, by_end=order.by_end, size=_MOST)
+        )
         return (yield from self._meet(order, found))
 
     def _meet(self, order: _Order, found: Slice) -> FollowSteps:
