@@ -8,11 +8,11 @@ the server's own counters, if nothing was written there, else by reading all cat
 from __future__ import annotations
 
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
+from time import sleep  # a test may replace time.sleep
 from typing import Any
 
 import psycopg
@@ -124,7 +124,7 @@ class Databases:
     def _emptied(self, name: str) -> bool:
         """Empty a database; return whether it is now as the template is."""
         while self._admin.execute(_END_OTHER_SESSIONS, [name]).fetchall():
-            time.sleep(_PAUSE)
+            sleep(_PAUSE)
         if self._admin.execute(_SETTINGS, [name]).fetchall() != self._settings:
             return False
         with self._connect(name) as connection:

@@ -15,12 +15,12 @@ import runpy
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import monotonic, sleep  # a test may replace time.sleep
 from types import MappingProxyType
 from typing import IO, Any, NoReturn, Self
 
@@ -126,11 +126,11 @@ class Forked:
 
     def wait(self, timeout: float) -> int:
         """Wait for its end; return the exit code."""
-        end = time.monotonic() + timeout
+        end = monotonic() + timeout
         while self.poll() is None:
-            if time.monotonic() > end:
+            if monotonic() > end:
                 raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
-            time.sleep(_PAUSE)
+            sleep(_PAUSE)
         assert self.returncode is not None
         return self.returncode
 
@@ -145,7 +145,7 @@ class Forked:
             states = [task.read_text().rpartition(") ")[2][0] for task in Path(f"/proc/{self.pid}/task").glob("*/stat")]
             if states and not set(states) - {"T"}:
                 return True
-            time.sleep(_PAUSE)
+            sleep(_PAUSE)
         return False
 
     def close(self) -> None:
