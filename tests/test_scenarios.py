@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,8 +64,9 @@ def test_a_clock_that_jumps_does_not_lose_a_lease(postgres_url: str, monkeypatch
         store.submit("train", "spam")
         (claim,) = store.claim(worker="w", lease=60)
         tomorrow = datetime.now(UTC) + timedelta(days=1)
-        for module in (_statements, _pruning):
-            monkeypatch.setattr(module, "utc_now", lambda: tomorrow)
+        monkeypatch.setattr(_pruning, "utc_now", lambda: tomorrow)
+        nanoseconds = int(tomorrow.timestamp() * 1000) * 1_000_000
+        monkeypatch.setattr(_statements, "time", SimpleNamespace(time_ns=lambda: nanoseconds))
         assert not store.rescue()
         (held,) = store.renew([claim], lease=60).held
         assert held.expires_at < tomorrow
@@ -79,7 +81,8 @@ def _plan(backend: Backend, connection: Any, statement: Any, parameters: dict[st
 
     compiled = _Compiled(statement._statement(connection.dialect), connection.dialect)
     explain = "EXPLAIN " if backend.dialect == "postgresql" else "EXPLAIN QUERY PLAN "
-    rows = connection.exec_driver_sql(explain + compiled.text, compiled.parameters(parameters))
+    values = compiled.parameters(parameters)
+    rows = connection.exec_driver_sql(explain + compiled.text, tuple(values) if compiled.positional else values)
     return "\n".join(str(row) for row in rows)
 
 

@@ -89,7 +89,7 @@ def target_jobs(
     """
     check_count("limit", limit, MAX_PAGE)
     table, connection = table_of(model), connection_of(session, model)
-    found: dict[str, list[JobSummary]] = {target: [] for target in targets}
+    found: dict[str, list[JobSummary]] = {storable_text("targets", target): [] for target in targets}
     newest = select(table.c.id).order_by(table.c.created_at.desc(), table.c.id.desc()).limit(limit)
     if is_postgres(connection):
         wanted = func.unnest(literal(list(found), ARRAY(Text()))).table_valued("name").render_derived(name="wanted")
