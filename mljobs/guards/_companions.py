@@ -44,8 +44,7 @@ from mljobs._fields import FIELDS, NAMES
 from mljobs.states import TERMINAL, TRANSITIONS
 
 GUARD_VERSION = 1
-"""The version of the text below, named in the migrations of hosts. Whoever changes the text raises it, and keeps the old
-text for the migrations that ask for it; a test holds a digest of each."""
+"""The version of the text below, named in migrations of hosts. Whoever changes the text raises it and keeps the old text."""
 
 TERMINAL_MESSAGE = "mljobs: record is in a terminal state"
 TRANSITION_MESSAGE = "mljobs: this state may not follow the present one"
