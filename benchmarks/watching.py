@@ -33,6 +33,7 @@ from mljobs.jobs._filters import selection
 from mljobs.jobs._reading import fetch
 from mljobs.store import _watching
 from mljobs.store._following import Read
+from tests.watches import yielded_by
 
 REPEATS = int(os.environ.get("BENCH_REPEATS", "8"))
 LOOKS, CHANGED, WATCHES = 10, 100, 20
@@ -67,18 +68,13 @@ class Place:
 
     def look(self, watch: Any) -> int:
         """Return how many jobs one look yields."""
-        steps, answer, found = watch.look(), None, 0
-        while True:
-            try:
-                step = steps.send(answer)
-            except StopIteration:
-                return found
-            answer = None
-            if isinstance(step, Read):
-                answer = step.operation(self.connection)
-                self.connection.rollback()
-            else:
-                found += 1
+
+        def read(step: Read) -> Any:
+            answer = step.operation(self.connection)
+            self.connection.rollback()
+            return answer
+
+        return len(yielded_by(watch.look(), read))
 
 
 def as_before(connection: Connection, now: datetime) -> dict[Any, Any]:

@@ -24,6 +24,7 @@ from mljobs.jobs._filters import selection
 from mljobs.store import _watching
 from mljobs.store._following import Read
 from mljobs.store._watching import _Watch
+from tests.watches import yielded_by
 
 TABLE = MlJob.__table__
 MINUTE = timedelta(minutes=1)
@@ -39,18 +40,12 @@ class Looks:
 
     def look(self) -> list[MlJob]:
         """Return what one look yields."""
-        steps, found, answer = self.watch.look(), list[MlJob](), None
-        while True:
-            try:
-                step = steps.send(answer)
-            except StopIteration:
-                return found
-            answer = None
-            if isinstance(step, Read):
-                with self._engine.begin() as connection:
-                    answer = step.operation(connection)
-            else:
-                found.append(step)
+
+        def read(step: Read) -> Any:
+            with self._engine.begin() as connection:
+                return step.operation(connection)
+
+        return yielded_by(self.watch.look(), read)
 
     def seen(self) -> list[tuple[str, str]]:
         """Return target and state of what one look yields."""

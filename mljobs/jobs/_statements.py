@@ -130,10 +130,6 @@ class _Json(TypeDecorator[list[Any]]):
 _encode = msgspec.json.Encoder().encode
 
 
-def _unchanged(value: Any) -> Any:
-    return value
-
-
 class Array(TypeDecorator[list[Any]]):
     """An array of PostgreSQL, made into its text here for psycopg, which takes longer over each item than the server.
 

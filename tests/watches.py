@@ -1,0 +1,28 @@
+"""Looks of a watch that are called by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mljobs.store._following import Read
+
+
+def yielded_by(steps: Any, read: Callable[[Read], Any]) -> list[Any]:
+    """Return the jobs that a look yields.
+
+    Args:
+        steps: The look.
+        read: Answers what it asks of the database.
+    """
+    found, answer = [], None
+    while True:
+        try:
+            step = steps.send(answer)
+        except StopIteration:
+            return found
+        answer = None
+        if isinstance(step, Read):
+            answer = read(step)
+        else:
+            found.append(step)
