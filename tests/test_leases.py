@@ -173,6 +173,20 @@ def test_a_worker_deletes_the_lease_whose_last_jobs_ended_in_two_transactions_at
         assert len(_leases(store)) == 0
 
 
+def test_a_lease_that_cannot_be_deleted_ends_no_worker(sqlite_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    with JobStore(sqlite_url) as store:
+        claims = _claimed(store, 2)
+        for claim in claims:
+            store.complete(claim)
+        writer = OutcomeWriter(store, Keeper(store, 60))
+        writer.settle([FinishedRun(Run(claim), Outcome.completed(claim), None, 0.0) for claim in claims], [None, None])
+        with store.engine.begin() as connection:
+            connection.exec_driver_sql("DROP TABLE ml_job_leases")
+        writer.release_left_over()
+        writer.close()
+    assert "leases without jobs are left" in caplog.text
+
+
 # --------------------------------------------------------------------------------------------- what an older claim can do
 
 

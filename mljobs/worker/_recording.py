@@ -231,10 +231,8 @@ class OutcomeWriter:
             try:
                 with answers_within(self._answer_seconds):
                     self._store.release(left_over.values())
-            except Exception as error:
-                if not database_is_away(error):
-                    raise
-                logger.debug("leases without jobs are left until they expire: %s", first_line(error))
+            except Exception as error:  # noqa: BLE001 - whatever it is, a rescue deletes them when they have expired
+                logger.warning("leases without jobs are left until they expire: %s", first_line(error))
 
     def done_writing(self) -> None:
         """Say that what was taken has been settled or put back."""
