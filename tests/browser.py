@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import base64
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from selenium import webdriver
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.expected_conditions import staleness_of
 from selenium.webdriver.support.ui import WebDriverWait
 
 _AXE = (Path(__file__).parent / "axe" / "axe.min.js").read_text()
@@ -62,9 +66,23 @@ class Browser:
         """Run a script in the page, as DevTools do: past its policy."""
         return self.driver.execute_script(script, *arguments)
 
+    def follow(self, selector: str) -> None:
+        """Click what leads to another page, and wait until that page is there.
+
+        Chromedriver returns from a click before the old page is gone: what is looked for then may be found there.
+        """
+        left = self.driver.find_element(By.CSS_SELECTOR, selector)
+        left.click()
+        self._wait(staleness_of(left))
+        self.until("document.readyState === 'complete'")
+
     def until(self, script: str) -> Any:
-        """Wait until a script returns something."""
-        return WebDriverWait(self.driver, PATIENCE, 0.05).until(lambda _: self.run(f"return {script}"))
+        """Wait until a script returns something, whatever page it is asked of meanwhile."""
+        return self._wait(lambda _: self.run(f"return {script}"))
+
+    def _wait(self, condition: Callable[[Any], Any]) -> Any:
+        # A page that is left while it is asked answers with an error, of one of several classes.
+        return WebDriverWait(self.driver, PATIENCE, 0.05, [WebDriverException]).until(condition)
 
     def console(self) -> list[str]:
         """Return what the page has said on its console since."""

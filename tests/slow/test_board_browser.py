@@ -135,15 +135,13 @@ def test_cancelling_works_with_script(base: str, store: JobStore, made: Made, br
 
 
 def test_cancelling_works_without_script(base: str, store: JobStore, made: Made, browser: Browser) -> None:
-    from selenium.webdriver.common.by import By
-
     browser.tell("Emulation.setScriptExecutionDisabled", value=True)
     try:
         browser.open(f"{base}/jobs/{made.running.id}")
-        assert browser.driver.find_element(By.CSS_SELECTOR, "[data-word]").text == "As of"
-        browser.driver.find_element(By.CSS_SELECTOR, 'form[action$="actions/cancel"] button').click()
-        browser.driver.find_element(By.CSS_SELECTOR, "button.danger").click()
-        assert browser.driver.find_element(By.CSS_SELECTOR, ".seal.cancelled").is_displayed()
+        browser.until("document.querySelector('[data-word]').textContent === 'As of'")
+        browser.follow('form[action$="actions/cancel"] button')
+        browser.follow("button.danger")
+        browser.until("document.querySelector('.seal.cancelled').checkVisibility()")
     finally:
         browser.tell("Emulation.setScriptExecutionDisabled", value=False)
     assert store.get(made.running.id).status is MlJobStatus.CANCELLED
