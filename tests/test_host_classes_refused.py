@@ -222,7 +222,7 @@ def test_a_host_may_validate_its_own_columns_and_listen_to_the_records() -> None
 
 
 def test_a_cascade_may_delete_finished_jobs_of_another_class_on_postgresql_only(empty: Engine) -> None:
-    """As docs/guard.md says: there the door is of the transaction, on SQLite of the table."""
+    """As docs/guard.md says: there retention is of the transaction, on SQLite of the table."""
 
     class Base(DeclarativeBase):
         pass

@@ -1,4 +1,4 @@
-"""The record: what it knows, what it refuses, and the door for retention."""
+"""The record: what it knows, what it refuses, and retention."""
 
 from __future__ import annotations
 

@@ -223,10 +223,10 @@ def test_no_role_gets_past_the_guard(database: Database, role: str) -> None:
     ]
     _all_refused([lambda sql=sql: database.run(role, sql) for sql in outside], also="must be owner|must be able")
     if role != "janitor":
-        door = "SET LOCAL mljobs.retention = 'on'"
+        retention = "SET LOCAL mljobs.retention = 'on'"
         engine = create_engine(database.log_in(role), poolclass=NullPool)
         with pytest.raises(DBAPIError, match="permission denied"), engine.begin() as connection:
-            connection.execute(text(door))
+            connection.execute(text(retention))
             connection.execute(text("DELETE FROM ml_jobs"))
     if role in ("submitter", "worker"):
         with pytest.raises(TerminalStateError):

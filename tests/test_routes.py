@@ -330,7 +330,7 @@ def _(session: Session, job_id: UUID) -> None:
     session.execute(text("DO $$ BEGIN UPDATE ml_jobs SET progress = 3; END $$"))
 
 
-@route("UPDATE behind the retention door", TRIGGER, "postgresql")
+@route("UPDATE while retention is on", TRIGGER, "postgresql")
 def _(session: Session, job_id: UUID) -> None:
     session.execute(text("SET LOCAL mljobs.retention = 'on'"))
     session.execute(text("UPDATE ml_jobs SET progress = 3"))

@@ -177,10 +177,10 @@ def test_a_trigger_taken_out_of_the_schema_by_hand_is_noticed(sqlite_url: str) -
 
 INTERFERING = {
     "CREATE TRIGGER mine BEFORE DELETE ON ml_jobs BEGIN UPDATE ml_jobs_guard SET open = 1 WHERE name = 'retention'; END": (
-        "trigger mine on table ml_jobs writes or reads the table of the retention door"
+        "trigger mine on table ml_jobs writes or reads ml_jobs_guard, which says whether finished jobs may be deleted"
     ),
     "CREATE TEMP TRIGGER mine BEFORE DELETE ON main.ml_jobs BEGIN UPDATE ml_jobs_guard SET open = 1; END": (
-        "trigger mine on table ml_jobs writes or reads the table of the retention door"
+        "trigger mine on table ml_jobs writes or reads ml_jobs_guard, which says whether finished jobs may be deleted"
     ),
     "CREATE TRIGGER mine UPDATE ON ml_jobs BEGIN UPDATE \"ml_jobs\" SET status = 'failed' WHERE id = OLD.id; END": (
         "trigger mine on table ml_jobs writes jobs before the row that is changed"
@@ -214,7 +214,7 @@ def test_the_triggers_of_an_open_retention_block_are_no_problem(sqlite_url: str)
         schema.verify(session.connection())
 
 
-def test_a_hosts_trigger_that_opens_the_door_for_everybody_is_named(postgres_url: str) -> None:
+def test_a_hosts_trigger_that_turns_retention_on_for_everybody_is_named(postgres_url: str) -> None:
     engine = create_engine(postgres_url, poolclass=NullPool)
     _run(
         engine,

@@ -175,7 +175,7 @@ def test_jobs_are_made_in_every_state_with_the_times_that_belong_to_it(engine: E
             store.claim_one(next(iter(store.find(status="completed"))), worker="w")
 
 
-def test_all_jobs_are_deleted_with_their_leases_and_the_door_is_shut_again(engine: Engine) -> None:
+def test_all_jobs_are_deleted_with_their_leases_and_retention_is_off_again(engine: Engine) -> None:
     with JobStore(engine) as store:
         store.submit_many([make_job("completed"), make_job()])
         _worker(store).run(until_idle=True)

@@ -117,7 +117,7 @@ def _guarded(connection: Connection, schemas: Iterable[str | None]) -> set[tuple
 
 
 def _beside(job_tables: Iterable[tuple[str | None, str]]) -> set[tuple[str | None, str]]:
-    return {(schema, companion_names(name)[role]) for schema, name in job_tables for role in ("door", "counts")}
+    return {(schema, companion_names(name)[role]) for schema, name in job_tables for role in ("guard", "counts")}
 
 
 def _keep_what_is_ours(upgrade: Any, job_tables: Iterable[tuple[str | None, str]]) -> None:

@@ -9,10 +9,10 @@ early. AFTER UPDATE looks a second time: a host's own BEFORE trigger may have re
 list. The columns are compared in the function, and only of a record that was final. Three AFTER triggers refuse what
 no client could read: times out of range, and U+0000 or a lone surrogate in JSON. A CHECK would be read and evaluated
 at each UPDATE, whatever it sets. The function names nothing through the caller's ``search_path`` and obeys no row
-policy; conditions and the wake function name their operators. The retention door is ``SET LOCAL mljobs.retention =
+policy; conditions and the wake function name their operators. Retention is ``SET LOCAL mljobs.retention =
 'on'``; it opens DELETE only. See :mod:`mljobs.guards._retention`.
 
-SQLite: four triggers, an index and a small table, ``<table>_guard``, with two rows. ``retention`` is the door for deletes.
+SQLite: four triggers, an index and a small table, ``<table>_guard``, with two rows. ``retention`` lets deletes through.
 ``replace`` answers a question that SQLite's triggers cannot ask: whether the statement that fired them says OR REPLACE,
 which deletes the old row without any delete trigger. The conflict policy of the outer statement applies to statements inside
 the trigger, so an insert that always collides there changes its row only under OR REPLACE. Hence the guard needs no pragma
@@ -24,7 +24,7 @@ Two more companions serve the operations:
 - wake (PostgreSQL): a statement trigger notifies the channel ``mljobs`` of inserts and of status changes, but only while
   somebody sleeps on it. A sleeper holds a shared advisory lock; the trigger tries the same lock exclusively and lets go at
   once. NOTIFY takes a global lock until its transaction has committed, so a busy system must not send any.
-- counts: finished records only ever arrive, or leave by the retention door, so SQLite keeps exact counters of them by
+- counts: finished records only ever arrive, or leave by retention, so SQLite keeps exact counters of them by
   trigger. PostgreSQL, where one counter row would serialise all workers, keeps multivariate statistics instead.
 """
 
@@ -201,8 +201,8 @@ def _in_final_state(row: str) -> str:
 
 
 _SQLITE_CREATE = (
-    "CREATE TABLE IF NOT EXISTS {door} (name TEXT NOT NULL PRIMARY KEY, open INTEGER NOT NULL)",
-    "INSERT OR IGNORE INTO {door} (name, open) VALUES ('replace', 0), ('retention', 0)",
+    "CREATE TABLE IF NOT EXISTS {guard} (name TEXT NOT NULL PRIMARY KEY, open INTEGER NOT NULL)",
+    "INSERT OR IGNORE INTO {guard} (name, open) VALUES ('replace', 0), ('retention', 0)",
     f"""\
 CREATE TRIGGER {{update}} BEFORE UPDATE OF {{columns}} ON {{table}}
 WHEN {_in_final_state("OLD")} OR ({_ILLEGAL_EDGE})
@@ -212,7 +212,7 @@ BEGIN
 END""",
     f"""\
 CREATE TRIGGER {{delete}} BEFORE DELETE ON {{table}}
-WHEN {_in_final_state("OLD")} AND NOT EXISTS (SELECT 1 FROM {{door_here}} WHERE name = 'retention' AND open = 1)
+WHEN {_in_final_state("OLD")} AND NOT EXISTS (SELECT 1 FROM {{guard_here}} WHERE name = 'retention' AND open = 1)
 BEGIN
   SELECT RAISE(ABORT, '{TERMINAL_MESSAGE}');
 END""",
@@ -220,8 +220,8 @@ END""",
 CREATE TRIGGER {{insert}} BEFORE INSERT ON {{table}}
 WHEN EXISTS (SELECT 1 FROM {{table_here}} WHERE ({{collides}}) AND status IN ({_FINISHED}))
 BEGIN
-  INSERT OR IGNORE INTO {{door_here}} (name, open) VALUES ('replace', 1);
-  SELECT RAISE(ABORT, '{TERMINAL_MESSAGE}') WHERE EXISTS (SELECT 1 FROM {{door_here}} WHERE name = 'replace' AND open = 1);
+  INSERT OR IGNORE INTO {{guard_here}} (name, open) VALUES ('replace', 1);
+  SELECT RAISE(ABORT, '{TERMINAL_MESSAGE}') WHERE EXISTS (SELECT 1 FROM {{guard_here}} WHERE name = 'replace' AND open = 1);
 END""",
     f"""\
 CREATE TRIGGER {{key}} BEFORE UPDATE ON {{table}}
@@ -237,7 +237,7 @@ _SQLITE_DROP = (
     "DROP TRIGGER IF EXISTS {insert}",
     "DROP TRIGGER IF EXISTS {delete}",
     "DROP TRIGGER IF EXISTS {update}",
-    "DROP TABLE IF EXISTS {door}",
+    "DROP TABLE IF EXISTS {guard}",
 )
 
 # ------------------------------------------------------------------------------------------------------ companions
@@ -340,7 +340,7 @@ def companion_names(table: str) -> dict[str, str]:
     ends |= {
         "blobs": "guard_blobs",
         "function": "guard",
-        "door": "guard",
+        "guard": "guard",
         "wake": "wake",
         "counts": "counts",
         "statistics": "kind_status",
@@ -387,12 +387,12 @@ def _render(element: CompanionDDL, compiler: DDLCompiler, **_: object) -> str:
     schema = preparer.schema_for_object(table)
     prefix = f"{preparer.quote_schema(schema)}." if schema else ""
     names = {role: preparer.quote(name) for role, name in companion_names(table.name).items()}
-    here = {f"{role}_here": names[role] for role in ("door", "counts")} | {"table_here": preparer.quote(table.name)}
+    here = {f"{role}_here": names[role] for role in ("guard", "counts")} | {"table_here": preparer.quote(table.name)}
     # SQLite: the schema goes before a trigger's name and nowhere else. PostgreSQL: before everything but that name.
     sqlite = compiler.dialect.name == "sqlite"
     for role in (*_TRIGGERS, "blobs"):
         names[role] = f"{prefix if sqlite else ''}{names[role]}"
-    for role in ("function", "door", "wake", "counts", "statistics"):
+    for role in ("function", "guard", "wake", "counts", "statistics"):
         names[role] = f"{prefix}{names[role]}"
     rowid = not sqlite or table.dialect_options["sqlite"]["with_rowid"]
     kinds = kinds_of(table) if element.kinds is None else element.kinds

@@ -24,7 +24,7 @@ from mljobs.errors import (
 from mljobs.guards._beside import leases_of
 from mljobs.guards._companions import GUARDED_COLUMNS, companion_ddl
 from mljobs.guards._errors import remember_table
-from mljobs.guards._retention import is_open
+from mljobs.guards._retention import is_on
 from mljobs.states import ACTIVE, MlJobStatus
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def _record_start(mapper: Mapper[Any], connection: Connection, target: Any, want
 
 
 def _check_delete(_mapper: Mapper[Any], _connection: Connection, target: Any) -> None:
-    if is_open(object_session(target)):
+    if is_on(object_session(target)):
         return
     status = _stored(target, "status")
     if status is not None and status.is_terminal:

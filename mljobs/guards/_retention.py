@@ -1,14 +1,14 @@
-"""The retention door: the one way to delete finished records, open for one block of one transaction.
+"""Retention: the one way to delete finished records, on for one block of one transaction.
 
-However the block is left, the door is shut. Its statements stand between a savepoint and its release, so an exception takes
-the opening back with everything else; a commit inside the block shuts it first; where there is no transaction to end, the
-block refuses to begin.
+However the block is left, retention is off after it. Its statements stand between a savepoint and its release, so an
+exception takes back that it was turned on, with everything else; a commit inside the block turns it off first; where there
+is no transaction to end, the block refuses to begin.
 
 PostgreSQL: ``SET LOCAL``, which no other session sees and no transaction survives. SQLite has nothing of the kind, and what
 is written there can be committed by a driver that nobody asked. So the block makes two temporary triggers, which belong to
-its connection: one opens the door before a row is deleted, the other shuts it after, and between two statements it is shut
-for everybody. A trigger's statements cannot name a schema; for a table in an attached database the block opens the row
-itself. The end of the block shuts the row in any case: in a transaction of its own where the driver has committed meanwhile.
+its connection: one turns retention on before a row is deleted, the other off after it, and between two statements it is off
+for everybody. A trigger's statements cannot name a schema; for a table in an attached database the block sets the row
+itself. The end of the block sets it back in any case: in a transaction of its own where the driver has committed meanwhile.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from mljobs.errors import InvalidValueError
 from mljobs.guards._companions import companion_names, listed, schema_of, short_name
 from mljobs.states import TERMINAL
 
-_DOORS = "mljobs_retention"
+_BLOCKS = "mljobs_retention"
 _NO_TRANSACTION = "25P01"
 _AUTOCOMMIT = (
-    "its connection commits each statement by itself (AUTOCOMMIT), and the door would stay open for everybody; "
+    "its connection commits each statement by itself (AUTOCOMMIT), and retention would stay on for everybody; "
     "give one that has transactions"
 )
 
@@ -38,59 +38,59 @@ _TEMPORARY = (("BEFORE", 1), ("AFTER", 0))
 
 
 @dataclass(slots=True)
-class _Door:
-    """An open door.
+class _Block:
+    """A block in which finished records may be deleted.
 
     Attributes:
-        connection: Whose transaction it is open in.
-        table: Whose finished records may be deleted.
-        by_trigger: Whether it is open while a row is deleted, and shut between two statements.
-        is_open: Whether this block has it open.
+        connection: In whose transaction.
+        table: Whose records.
+        by_trigger: Whether retention is on while a row is deleted, and off between two statements.
+        is_on: Whether this block has turned it on.
     """
 
     connection: Connection
     table: Table
     by_trigger: bool
-    is_open: bool = False
+    is_on: bool = False
 
-    def open(self) -> None:
-        for statement in _statements(self, opened=True):
+    def turn_on(self) -> None:
+        for statement in _statements(self, on=True):
             self.connection.execute(text(statement))
-        self.is_open = True
+        self.is_on = True
 
-    def shut(self) -> None:
-        self.is_open = False
-        for statement in _statements(self, opened=False):
+    def turn_off(self) -> None:
+        self.is_on = False
+        for statement in _statements(self, on=False):
             self.connection.execute(text(statement))
 
 
-def door_triggers(table: Table) -> tuple[str, str]:
-    """Return the names of the temporary triggers of SQLite that open and shut the door."""
-    return short_name(f"{table.name}_door_open"), short_name(f"{table.name}_door_shut")
+def retention_triggers(table: Table) -> tuple[str, str]:
+    """Return the names of the temporary triggers of SQLite that turn retention on and off."""
+    return short_name(f"{table.name}_retention_on"), short_name(f"{table.name}_retention_off")
 
 
-def _statements(of: _Door, *, opened: bool) -> Iterator[str]:
-    connection, table = of.connection, of.table
+def _statements(block: _Block, *, on: bool) -> Iterator[str]:
+    connection, table = block.connection, block.table
     if connection.dialect.name == "postgresql":
-        yield f"SET LOCAL mljobs.retention = '{'on' if opened else 'off'}'"
+        yield f"SET LOCAL mljobs.retention = '{'on' if on else 'off'}'"
         return
     quote = connection.dialect.identifier_preparer.quote
     schema = schema_of(connection, table)
-    door = quote(companion_names(table.name)["door"])
-    by_trigger = of.by_trigger and schema in (None, "main")
-    for name, (when, value) in zip(door_triggers(table), _TEMPORARY, strict=True):
+    guard_table = quote(companion_names(table.name)["guard"])
+    by_trigger = block.by_trigger and schema in (None, "main")
+    for name, (when, value) in zip(retention_triggers(table), _TEMPORARY, strict=True):
         trigger = quote(name)
-        if by_trigger and opened:
+        if by_trigger and on:
             yield (
                 f"CREATE TEMP TRIGGER {trigger} {when} DELETE ON main.{quote(table.name)} "  # noqa: S608 - quoted
                 f"WHEN OLD.status IN ({listed(TERMINAL)}) "
-                f"BEGIN UPDATE {door} SET open = {value} WHERE name = 'retention'; END"
+                f"BEGIN UPDATE {guard_table} SET open = {value} WHERE name = 'retention'; END"
             )
         elif by_trigger:
             yield f"DROP TRIGGER IF EXISTS temp.{trigger}"
-    if not (by_trigger and opened):  # to shut it too: a trigger of a host may keep ours from it, by RAISE(IGNORE)
+    if not (by_trigger and on):  # off too: a trigger of a host may keep ours from it, by RAISE(IGNORE)
         prefix = f"{quote(schema)}." if schema else ""
-        yield f"UPDATE {prefix}{door} SET open = {int(opened)} WHERE name = 'retention'"  # noqa: S608 - quoted
+        yield f"UPDATE {prefix}{guard_table} SET open = {int(on)} WHERE name = 'retention'"  # noqa: S608 - quoted
 
 
 def record_table_of(model: type[Any]) -> Table:
@@ -101,7 +101,7 @@ def record_table_of(model: type[Any]) -> Table:
 
 
 def _begin(connection: Connection, table: Table) -> None:
-    """Begin the transaction that the door is to be open in, and shut a door that somebody has left open on SQLite.
+    """Begin the transaction in which retention is to be on; turn it off where somebody has left it on, on SQLite.
 
     Raises:
         InvalidValueError: The connection commits each statement by itself.
@@ -109,18 +109,18 @@ def _begin(connection: Connection, table: Table) -> None:
     if connection.dialect.name != "sqlite":
         return
     quote, schema = connection.dialect.identifier_preparer.quote, schema_of(connection, table)
-    door = (f"{quote(schema)}." if schema else "") + quote(companion_names(table.name)["door"])
-    connection.execute(text(f"UPDATE {door} SET open = 0 WHERE name = 'retention'"))  # noqa: S608 - quoted
+    guard_table = (f"{quote(schema)}." if schema else "") + quote(companion_names(table.name)["guard"])
+    connection.execute(text(f"UPDATE {guard_table} SET open = 0 WHERE name = 'retention'"))  # noqa: S608 - quoted
     driver: Any = connection.connection.driver_connection
     if not driver.in_transaction:
         raise InvalidValueError("session", connection, _AUTOCOMMIT)
 
 
 @contextmanager
-def open_door(
+def deletable(
     connection: Connection, table: Table, session: Session | None = None, mapper: Mapper[Any] | None = None
 ) -> Iterator[None]:
-    """Open the door for finished records of ``table`` until the block ends; an exception takes back what it deleted.
+    """Let finished records of ``table`` be deleted until the block ends; an exception takes back what it deleted.
 
     Args:
         connection: In whose transaction.
@@ -131,28 +131,28 @@ def open_door(
     Raises:
         InvalidValueError: The connection commits each statement by itself.
     """
-    doors: list[_Door] = connection.info.setdefault(_DOORS, [])
-    nested = any(door.is_open and door.table is table for door in doors)
+    blocks: list[_Block] = connection.info.setdefault(_BLOCKS, [])
+    nested = any(block.is_on and block.table is table for block in blocks)
     if not nested:
         _begin(connection, table)
     savepoint = _savepoint(connection, session, mapper)
-    door = _Door(connection, table, by_trigger=session is not None)
-    doors.append(door)
+    block = _Block(connection, table, by_trigger=session is not None)
+    blocks.append(block)
     try:
         if not nested:
-            door.open()
+            block.turn_on()
         yield
         if session is not None:
             session.flush()
-        if savepoint.is_active:  # else the transaction has ended in the block, and the door with it
-            if door.is_open:
-                door.shut()
-            _release(door, savepoint)
+        if savepoint.is_active:  # else the transaction has ended in the block, and retention with it
+            if block.is_on:
+                block.turn_off()
+            _release(block, savepoint)
     except BaseException:
-        _shut_by_rollback(door, savepoint)
+        _roll_back(block, savepoint)
         raise
     finally:
-        doors.remove(door)
+        blocks.remove(block)
 
 
 def _savepoint(connection: Connection, session: Session | None, mapper: Mapper[Any] | None) -> Any:
@@ -177,72 +177,72 @@ def _savepoint(connection: Connection, session: Session | None, mapper: Mapper[A
     return savepoint
 
 
-def _shut_by_rollback(door: _Door, savepoint: Any) -> None:
-    """Take back the opening; where that is not possible, give the connection up, and its transaction with it."""
+def _roll_back(block: _Block, savepoint: Any) -> None:
+    """Take back that retention was turned on; where that is not possible, give up the connection with its transaction."""
     try:
         if savepoint.is_active:
             savepoint.rollback()
-        elif door.is_open:
-            door.shut()
+        elif block.is_on:
+            block.turn_off()
     except BaseException:
-        _give_up(door)
+        _give_up(block)
         raise
     finally:
-        door.is_open = False
+        block.is_on = False
 
 
-def _release(door: _Door, savepoint: Any) -> None:
+def _release(block: _Block, savepoint: Any) -> None:
     try:
         savepoint.commit()
     except DBAPIError:  # the driver has committed past it
-        _give_up(door)
+        _give_up(block)
         raise
 
 
-def _give_up(door: _Door) -> None:
+def _give_up(block: _Block) -> None:
     """Give the connection up, and its transaction with it."""
-    if door.connection.dialect.name == "sqlite":
-        _shut_what_was_committed(door)
+    if block.connection.dialect.name == "sqlite":
+        _turn_off_in_a_transaction(block)
     with suppress(InvalidRequestError):
-        door.connection.invalidate()
+        block.connection.invalidate()
 
 
-def _shut_what_was_committed(door: _Door) -> None:
-    """Shut a door that the driver has committed while it was open, in a transaction that nobody takes back."""
-    connection = door.connection
+def _turn_off_in_a_transaction(block: _Block) -> None:
+    """Turn retention off where the driver has committed that it is on, in a transaction that nobody takes back."""
+    connection = block.connection
     dbapi: Any = connection.dialect.loaded_dbapi
     with suppress(InvalidRequestError, dbapi.Error):
         driver = connection.connection
         driver.rollback()
         cursor = driver.cursor()
-        for statement in _statements(door, opened=False):
+        for statement in _statements(block, on=False):
             cursor.execute(statement)
         cursor.close()
         driver.commit()
 
 
-def is_open(session: Session | None) -> bool:
-    """Whether a block of this session has the door open."""
-    return session is not None and bool(session.info.get(_DOORS))
+def is_on(session: Session | None) -> bool:
+    """Whether this session is in a block of retention."""
+    return session is not None and bool(session.info.get(_BLOCKS))
 
 
 @event.listens_for(Session, "before_commit")
-def _shut_before_commit(session: Session) -> None:
-    """Shut every door before the transaction ends: what comes after in the block is guarded again."""
-    doors = session.info.get(_DOORS)
-    if doors and session.get_nested_transaction() is None:
-        for connection in doors:
-            for door in connection.info.get(_DOORS, ()):
-                if door.is_open:
-                    door.shut()
-        doors.clear()
+def _turn_off_before_commit(session: Session) -> None:
+    """Turn retention off before the transaction ends: what comes after in the block is guarded again."""
+    connections = session.info.get(_BLOCKS)
+    if connections and session.get_nested_transaction() is None:
+        for connection in connections:
+            for block in connection.info.get(_BLOCKS, ()):
+                if block.is_on:
+                    block.turn_off()
+        connections.clear()
 
 
 @contextmanager
 def retention(session: Session, model: type[Any]) -> Iterator[None]:
     """Allow this session to delete finished records, until the block or its transaction ends; updates stay refused.
 
-    The door is open for this block only: no other connection sees it open, and a crash, an exception or a commit shuts it.
+    It is so for this block only: for no other connection, and not after a crash, an exception or a commit.
     What the block has deleted before an exception is taken back.
 
     Args:
@@ -254,12 +254,12 @@ def retention(session: Session, model: type[Any]) -> Iterator[None]:
     """
     session.flush()  # what was pending before the block is still guarded
     connection = session.connection(bind_arguments={"mapper": inspect(model)})
-    doors: list[Connection] = session.info.setdefault(_DOORS, [])
-    with open_door(connection, record_table_of(model), session, inspect(model)):
-        doors.append(connection)
+    connections: list[Connection] = session.info.setdefault(_BLOCKS, [])
+    with deletable(connection, record_table_of(model), session, inspect(model)):
+        connections.append(connection)
         try:
             yield
             session.flush()
         finally:
-            with suppress(ValueError):  # a commit in the block has shut them all
-                doors.remove(connection)
+            with suppress(ValueError):  # a commit in the block has turned it off everywhere
+                connections.remove(connection)

@@ -1,4 +1,4 @@
-"""Delete finished records past their time, through the retention door."""
+"""Delete finished records past their time, by retention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from mljobs._values import to_utc, utc_now
 from mljobs.errors import InvalidValueError
-from mljobs.guards._retention import open_door
+from mljobs.guards._retention import deletable
 from mljobs.jobs._base import (
     Bind,
     Model,
@@ -73,7 +73,7 @@ def prune(
     model: Model = MlJob,
     **fields: Unpack[Filters],
 ) -> int:
-    """Delete finished records past their time, through the retention door; nothing else is ever deleted.
+    """Delete finished records past their time, by retention; nothing else is ever deleted.
 
     A job whose lease still stands (cancelled, its worker not yet stopped) is left for later. So is one that the database
     refuses to delete, because a host's row refers to it, say.
@@ -250,7 +250,7 @@ def _delete_finished(session: Bind, connection: sa.Connection, model: Model, ids
         gone = sa.delete(table).where(table.c.id.in_(part)).returning(table.c.id)
         deleted.extend(connection.scalars(gone))
 
-    with open_door(connection, table):
+    with deletable(connection, table):
         for _ in row_by_row(connection, ids, sweep):
             pass
     if isinstance(session, Session):

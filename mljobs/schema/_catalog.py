@@ -330,8 +330,8 @@ def _read_sqlite_master(
     connection: Connection, table: str, prefix: str, add: Callable[[str, str, object], object]
 ) -> None:
     names = companion_names(table)
-    # A door that stands open lets every delete through. What the counters have counted is no matter of schema.
-    row_columns = {names["door"]: "name, open", names["counts"]: "kind, status"}
+    # Retention that is left on lets every delete through. What the counters have counted is no matter of schema.
+    row_columns = {names["guard"]: "name, open", names["counts"]: "kind, status"}
     statement = (
         f"SELECT type, name, sql FROM {prefix}sqlite_master WHERE sql IS NOT NULL"  # noqa: S608 - quoted
         " AND (tbl_name = ? AND type IN ('index', 'trigger') OR type = 'table' AND name IN (?, ?, ?))"

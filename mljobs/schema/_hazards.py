@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Table, text
 
 from mljobs.guards._beside import leases_of, tables_beside
 from mljobs.guards._companions import companion_names, qualified_name, schema_of
-from mljobs.guards._retention import door_triggers
+from mljobs.guards._retention import retention_triggers
 from mljobs.guards._unique import finished_key
 
 
@@ -57,7 +57,7 @@ FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole, unnest(s.se
 WHERE s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
   AND lower(setting) ~ '^(mljobs\\.retention=(on|1|true|yes)|session_replication_role=(replica|local))$'
 ORDER BY 1, 2""")
-# Of the triggers of a host, those that open the door for whoever deletes.
+# Of the triggers of a host, those that turn retention on for whoever deletes.
 _OPENERS = text("""\
 SELECT t.tgname, p.proname FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
 WHERE t.tgrelid = to_regclass(:name) AND NOT t.tgisinternal AND t.tgname <> ALL (:ours)
@@ -101,10 +101,10 @@ def _of_postgresql(connection: Connection, jobs: Table) -> Iterator[str]:
     for whose, setting in connection.execute(_SETTINGS):
         name, _, value = setting.partition("=")
         yield f"{whose} has {name} set to {value!r}, which opens the guard in each of its sessions: ALTER ... RESET {name}"
-    replication, door = connection.execute(_SESSION).one()
+    replication, retention = connection.execute(_SESSION).one()
     if replication != "origin":
         yield f"session_replication_role is {replication!r} in this session: triggers do not fire"
-    if door == "on":
+    if retention == "on":
         yield "mljobs.retention is 'on' in this session: finished jobs can be deleted"
 
 
@@ -148,13 +148,13 @@ _AFTER = re.compile(r"\bAFTER\s+(?:INSERT|UPDATE|DELETE)\b", re.IGNORECASE)
 
 
 def _triggers_of_sqlite(connection: Connection, jobs: Table, prefix: str) -> Iterator[str]:
-    """Yield one sentence for each trigger of a host that opens the door, or gets between a statement and the guard."""
+    """Yield one sentence for each trigger of a host that turns retention on, or gets between a statement and the guard."""
     names = companion_names(jobs.name)
-    ours = {*names.values(), *door_triggers(jobs)}
-    beside = {names["door"], names["counts"], *(table.name for table in tables_beside(jobs))}
-    door, writes = (
+    ours = {*names.values(), *retention_triggers(jobs)}
+    beside = {names["guard"], names["counts"], *(table.name for table in tables_beside(jobs))}
+    guarding, writes = (
         re.compile(rf'(?<![\w"]){before}["\[`]?{re.escape(name)}(?!\w)', re.IGNORECASE)
-        for before, name in (("", names["door"]), (r"(?:UPDATE|INTO|DELETE\s+FROM)\s+(?:OR\s+\w+\s+)?", jobs.name))
+        for before, name in (("", names["guard"]), (r"(?:UPDATE|INTO|DELETE\s+FROM)\s+(?:OR\s+\w+\s+)?", jobs.name))
     )
     for catalog in (f"{prefix}sqlite_master", "sqlite_temp_master"):
         statement = (
@@ -164,8 +164,11 @@ def _triggers_of_sqlite(connection: Connection, jobs: Table, prefix: str) -> Ite
             head, _, body = sql.partition("BEGIN")
             if name in ours:
                 continue
-            if door.search(body):
-                yield f"trigger {name} on table {table} writes or reads the table of the retention door: DROP TRIGGER {name}"
+            if guarding.search(body):
+                yield (
+                    f"trigger {name} on table {table} writes or reads {names['guard']}, "
+                    f"which says whether finished jobs may be deleted: DROP TRIGGER {name}"
+                )
             elif table in beside:
                 yield _BESIDE.format(trigger=name, table=table)
             elif table == jobs.name and not _AFTER.search(head) and writes.search(body):

@@ -220,7 +220,7 @@ def test_a_worker_works_off_the_queue(pooled_url: str, postgres_url: str) -> Non
     assert _advisory_locks(outside_engine(postgres_url)) == 0
 
 
-def test_the_retention_door_is_open_for_the_transaction_that_opened_it_alone(pooled_url: str) -> None:
+def test_retention_is_on_for_the_transaction_that_turned_it_on_alone(pooled_url: str) -> None:
     with JobStore(pooled_url) as store:
         for _ in range(3):
             store.complete(store.claim_one(store.submit("train", "spam"), worker="w"))

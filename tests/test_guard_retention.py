@@ -1,4 +1,4 @@
-"""The retention door is shut however its block is left, and nobody but the block ever finds it open."""
+"""Retention is off however its block is left, and nobody but the block ever finds it on."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def _finish(session: Session) -> None:
     session.add(MlJob(kind="train", target_name="spam", status="completed", progress=100))
 
 
-def _is_shut(bind: Engine | Session) -> None:
+def _is_off(bind: Engine | Session) -> None:
     """Assert that a plain DELETE of a finished record is refused, in the transaction of a session too."""
     if isinstance(bind, Engine):
         with Session(bind) as session:
-            _is_shut(session)
+            _is_off(session)
         return
     with pytest.raises(TerminalStateError), bind.begin_nested():
         bind.execute(text("DELETE FROM ml_jobs WHERE status = 'completed'"))
@@ -103,23 +103,23 @@ WAYS_OUT: list[Callable[[Session], None]] = [
 ]
 
 
-def test_the_door_is_shut_however_the_block_is_left(backend: Backend) -> None:
+def test_retention_is_off_however_the_block_is_left(backend: Backend) -> None:
     def block(session: Session, leave: Callable[[Session], None]) -> None:
         leave(session)
         if leave is not _commits_past_the_session:
-            _is_shut(session)  # for the rest of the transaction too
+            _is_off(session)  # for the rest of the transaction too
         session.rollback()
 
     backend.run(_finish)
     for leave in WAYS_OUT:
         with case(leave.__name__):
             backend.run(block, leave)
-            _is_shut(backend.outside)
+            _is_off(backend.outside)
             assert len(backend.run(lambda session: session.scalars(select(MlJob)).all())) == 1
             schema.verify(backend.outside)
 
 
-def test_what_the_block_deletes_is_gone_and_the_door_shut_in_the_same_transaction(backend: Backend) -> None:
+def test_what_the_block_deletes_is_gone_and_retention_off_in_the_same_transaction(backend: Backend) -> None:
     def block(session: Session) -> None:
         with retention(session, MlJob):
             for job in session.scalars(select(MlJob)):
@@ -134,17 +134,17 @@ def test_what_the_block_deletes_is_gone_and_the_door_shut_in_the_same_transactio
     assert len(backend.run(lambda session: session.scalars(select(MlJob)).all())) == 1
 
 
-def test_nobody_else_finds_the_door_open_whatever_the_block_commits(engine: Engine) -> None:
+def test_nobody_else_finds_retention_on_whatever_the_block_commits(engine: Engine) -> None:
     with Session(engine) as session:
         _finish(session)
         session.commit()
         with pytest.raises(Exception, match=r"(?i)savepoint"), retention(session, MlJob):
             session.connection().exec_driver_sql("COMMIT")
-            _is_shut(create_engine(engine.url, poolclass=NullPool))
-    _is_shut(engine)
+            _is_off(create_engine(engine.url, poolclass=NullPool))
+    _is_off(engine)
 
 
-def test_a_trigger_of_a_host_that_leaves_a_delete_out_leaves_no_door_open_on_sqlite(sqlite_url: str) -> None:
+def test_a_trigger_of_a_host_that_leaves_a_delete_out_leaves_no_retention_on_in_sqlite(sqlite_url: str) -> None:
     engine = create_engine(sqlite_url, poolclass=NullPool)
     with engine.begin() as connection:
         connection.exec_driver_sql("CREATE TRIGGER keep BEFORE DELETE ON ml_jobs BEGIN SELECT RAISE(IGNORE); END")
@@ -163,10 +163,10 @@ def test_a_trigger_of_a_host_that_leaves_a_delete_out_leaves_no_door_open_on_sql
     schema.verify(engine)
     with engine.begin() as connection:
         connection.exec_driver_sql("DROP TRIGGER keep")
-    _is_shut(engine)
+    _is_off(engine)
 
 
-def test_an_update_stays_refused_behind_the_door(backend: Backend) -> None:
+def test_an_update_stays_refused_while_retention_is_on(backend: Backend) -> None:
     backend.run(_finish)
 
     def block(session: Session) -> None:
@@ -196,10 +196,10 @@ def test_a_connection_without_transactions_is_refused(backend: Backend) -> None:
     else:
         with Session(apart) as session:
             block(session)
-    _is_shut(backend.outside)
+    _is_off(backend.outside)
 
 
-def test_a_prune_that_the_database_refuses_leaves_the_door_shut(backend: Backend) -> None:
+def test_a_prune_that_the_database_refuses_leaves_retention_off(backend: Backend) -> None:
     backend.run(_finish)
     with backend.outside.begin() as connection:
         job = "uuid" if backend.dialect == "postgresql" else "CHAR(32)"
@@ -210,13 +210,13 @@ def test_a_prune_that_the_database_refuses_leaves_the_door_shut(backend: Backend
         if backend.dialect == "sqlite":
             session.execute(text("PRAGMA foreign_keys = ON"))
         assert jobs.prune(session, older_than=timedelta(0)) == 0
-        _is_shut(session)
+        _is_off(session)
 
     backend.run(prune)
-    _is_shut(backend.outside)
+    _is_off(backend.outside)
 
 
-def test_a_door_that_a_crash_left_open_on_sqlite_is_shut_by_the_next_block(sqlite_url: str) -> None:
+def test_retention_that_a_crash_left_on_in_sqlite_is_turned_off_by_the_next_block(sqlite_url: str) -> None:
     engine = create_engine(sqlite_url, poolclass=NullPool)
     with Session(engine) as session:
         _finish(session)
@@ -225,7 +225,7 @@ def test_a_door_that_a_crash_left_open_on_sqlite_is_shut_by_the_next_block(sqlit
         with retention(session, MlJob):
             pass
         session.commit()
-    _is_shut(engine)
+    _is_off(engine)
 
 
 @pytest.mark.parametrize("kind", [timedelta(seconds=-1), timedelta(days=-1)])
@@ -256,7 +256,7 @@ class AttachedJob(MlJobMixin, AttachedBase):
     __table_args__ = {"schema": "other"}
 
 
-def test_the_door_of_a_table_in_an_attached_database_is_its_own(sqlite_url: str) -> None:
+def test_retention_in_an_attached_database_is_of_that_table_alone(sqlite_url: str) -> None:
     engine = create_engine(sqlite_url, poolclass=NullPool)
     event.listen(engine, "connect", lambda driver, _: driver.execute(f"ATTACH '{sqlite_url[10:]}.2' AS other"))
     AttachedBase.metadata.create_all(engine)
@@ -287,7 +287,7 @@ def _commits_past_the_block(session: Session, leave: type[Exception] | None) -> 
             raise leave
 
 
-def test_a_door_in_an_attached_database_that_the_driver_has_committed_is_shut_again(sqlite_url: str) -> None:
+def test_retention_in_an_attached_database_that_the_driver_has_committed_is_turned_off_again(sqlite_url: str) -> None:
     engine = create_engine(sqlite_url, poolclass=NullPool)
     event.listen(engine, "connect", lambda driver, _: driver.execute(f"ATTACH '{sqlite_url[10:]}.2' AS other"))
     AttachedBase.metadata.create_all(engine)
