@@ -20,7 +20,7 @@ from starlette.testclient import TestClient
 
 from mljobs import JobStore, schema
 from mljobs.board import create_app
-from mljobs.board._pages import render_now
+from mljobs.board._now_page import render_now
 from mljobs.board._site import Links
 
 VIEWERS, _SECONDS = 20, 5.0

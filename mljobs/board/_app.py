@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mljobs.board import _actions, _api, _overview, _pages, _runs, _streams
+from mljobs.board import _actions, _api, _job_page, _jobs_page, _now_page, _overview, _runs, _streams
 from mljobs.board._access import Access, Authorize
 from mljobs.board._backend import Backend, DatabaseAway, TooSlow
 from mljobs.board._site import Links, Site, Viewer
@@ -66,10 +66,10 @@ def create_app(
     post, read = ["POST"], ["GET"]
     app = Board(
         routes=[
-            Route("/", _pages.now, methods=read),
-            Route("/jobs", _pages.listing, methods=read),
-            Route("/jobs/{id}", _pages.job, methods=read),
-            Route("/jobs/{id}/{what:str}.json", _pages.job_json, methods=read),
+            Route("/", _now_page.now, methods=read),
+            Route("/jobs", _jobs_page.listing, methods=read),
+            Route("/jobs/{id}", _job_page.job, methods=read),
+            Route("/jobs/{id}/{what:str}.json", _job_page.job_json, methods=read),
             Route("/targets", _runs.targets, methods=read),
             Route("/target", _runs.target, methods=read),
             Route("/compare", _runs.compare, methods=read),

@@ -17,9 +17,10 @@ from starlette.types import Receive, Scope, Send
 
 from mljobs import jobs
 from mljobs._values import to_job_id, utc_now
-from mljobs.board import _pages
 from mljobs.board._format import iso
 from mljobs.board._hub import MOST_STREAMS, View
+from mljobs.board._job_page import render_job
+from mljobs.board._now_page import render_now
 from mljobs.board._overview import PERIODS, render_overview
 from mljobs.board._query import MOST_TEXT
 from mljobs.board._site import Links, Site
@@ -81,13 +82,13 @@ def _view_of(request: Request, site: Site, url: Links) -> View:
     query = request.query_params
     name = query.get("view")
     if name == "now":
-        return site.hub.view(("now", url.root), partial(_pages.render_now, site, url))
+        return site.hub.view(("now", url.root), partial(render_now, site, url))
     if name == "job":
         try:
             job_id: UUID = to_job_id(query.get("id", ""))
         except InvalidValueError as error:
             raise HTTPException(404) from error
-        return site.hub.view(("job", url.root, job_id), partial(_pages.render_job, site, url, job_id))
+        return site.hub.view(("job", url.root, job_id), partial(render_job, site, url, job_id))
     if name == "overview" and query.get("span") in PERIODS:
         span = query["span"]
         return site.hub.view(("overview", span), partial(render_overview, site, PERIODS[span]))
