@@ -7,8 +7,8 @@ Needs the extra ``board``: ``pip install 'mljobs[board]'``.
 - ``_app``: routes, headers, errors
 - ``_access``: who may do what, and what a form must bring
 - ``_backend``: the store, awaited; ``_hub``: one look at the database for all viewers; ``_streams``: what changes
-- ``_now_page``, ``_jobs_page``, ``_job_page``, ``_runs`` (targets and what is compared), ``_overview``: the pages; ``_now``,
-  ``_query``, ``_compared``, ``_workers``, ``_finished``: what they show; ``_actions``: what they change
+- ``_now_page``, ``_jobs_page``, ``_job_page``, ``_targets_page``, ``_target_page``, ``_compare_page``, ``_overview_page``:
+  the pages; ``_now``, ``_query``, ``_compared``, ``_workers``, ``_finished``: what they show; ``_actions``: what they change
 - ``_html``: anybody's text in a page; ``_format``, ``_charts``, ``_plots``: values and figures as people read them
 - ``_api``, ``_openapi``: the same as JSON
 - ``_demo``, ``_live``: the demonstration

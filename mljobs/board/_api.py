@@ -21,11 +21,11 @@ from mljobs._values import from_json_text, to_job_id, to_millis, utc_now
 from mljobs.board import _streams
 from mljobs.board._access import Access, check_api_origin
 from mljobs.board._actions import body_of
+from mljobs.board._compare_page import ids_of
 from mljobs.board._compared import TEXT_READ, Compared, compared, lower_is_better
 from mljobs.board._format import iso, literal, numeric
 from mljobs.board._openapi import document
 from mljobs.board._query import MOST_TEXT
-from mljobs.board._runs import ids_of
 from mljobs.board._site import Site, Viewer
 from mljobs.board._workers import WorkerRow
 from mljobs.contrib.problems import MEDIA_TYPE, status_of

@@ -14,7 +14,18 @@ from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mljobs.board import _actions, _api, _job_page, _jobs_page, _now_page, _overview, _runs, _streams
+from mljobs.board import (
+    _actions,
+    _api,
+    _compare_page,
+    _job_page,
+    _jobs_page,
+    _now_page,
+    _overview_page,
+    _streams,
+    _target_page,
+    _targets_page,
+)
 from mljobs.board._access import Access, Authorize
 from mljobs.board._backend import Backend, DatabaseAway, TooSlow
 from mljobs.board._site import Links, Site, Viewer
@@ -70,10 +81,10 @@ def create_app(
             Route("/jobs", _jobs_page.listing, methods=read),
             Route("/jobs/{id}", _job_page.job, methods=read),
             Route("/jobs/{id}/{what:str}.json", _job_page.job_json, methods=read),
-            Route("/targets", _runs.targets, methods=read),
-            Route("/target", _runs.target, methods=read),
-            Route("/compare", _runs.compare, methods=read),
-            Route("/overview", _overview.overview, methods=read),
+            Route("/targets", _targets_page.targets, methods=read),
+            Route("/target", _target_page.target, methods=read),
+            Route("/compare", _compare_page.compare, methods=read),
+            Route("/overview", _overview_page.overview, methods=read),
             Route("/events", _streams.events, methods=read),
             Route("/poll", _streams.poll, methods=read),
             Route("/actions/cancel", _actions.cancel, methods=post),

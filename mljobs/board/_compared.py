@@ -17,6 +17,7 @@ from mljobs.states import MlJobStatus
 TEXT_READ = 64_000
 """How many characters of a spec and of metrics are compared; runs with more are shown without them."""
 MOST_RUNS = 50
+METRIC_COLUMNS = 4
 _AXES = 10
 _LOWER = ("loss", "error", "err", "rmse", "mae", "mse", "perplexity", "wer", "cer", "latency", "seconds", "ms", "time")
 _NEUTRAL = (
@@ -35,6 +36,32 @@ _NEUTRAL = (
     "bytes",
 )
 _LIKED = ("f1", "auc", "accuracy", "score", "r2", "recall", "precision")
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A value in a table of runs."""
+
+    text: str
+    differs: bool
+    best: bool = False
+    share: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunRow:
+    """A run in the table of its target, or of a comparison."""
+
+    job: JobSummary
+    best: bool
+    metrics: tuple[Cell, ...]
+    params: tuple[Cell, ...]
+    took: float | None
+
+
+def text_of(values: Any, name: str) -> str:
+    """Return a value of a spec or of metrics as it is shown; empty where it has none of this name."""
+    return literal(values[name]).strip('"') if name in values else ""
 
 
 def lower_is_better(metric: str) -> bool:

@@ -14,6 +14,7 @@ from mljobs.jobs._paging import ORDERS, Order
 from mljobs.states import TERMINAL, MlJobStatus
 
 MOST_TEXT = 2_000
+MOST_NAME = 10_000
 """Characters of a filter."""
 PAGE = 50
 _MOST = 200

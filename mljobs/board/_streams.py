@@ -21,7 +21,7 @@ from mljobs.board._format import iso
 from mljobs.board._hub import MOST_STREAMS, View
 from mljobs.board._job_page import render_job
 from mljobs.board._now_page import render_now
-from mljobs.board._overview import PERIODS, render_overview
+from mljobs.board._overview_page import PERIODS, render_overview
 from mljobs.board._query import MOST_TEXT
 from mljobs.board._site import Links, Site
 from mljobs.errors import InvalidValueError
