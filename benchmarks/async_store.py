@@ -28,7 +28,7 @@ from sqlalchemy.pool import NullPool
 from benchmarks.bench import clear
 from benchmarks.lifecycle import COLUMNS, SPEC, address, claimed, row, under_leases
 from mljobs import AsyncJobStore, MlJob, metadata
-from mljobs.db._prepared import Prepared, _Compiled
+from mljobs.db._prepared import Prepared
 from mljobs.jobs import _finishing
 from mljobs.jobs._claiming import _claim_statement
 from mljobs.jobs._submitting import _insertion
@@ -68,7 +68,7 @@ class RawAsyncpg:
         self.pool = await asyncpg.create_pool(url, min_size=size, max_size=size, reset=_no_reset)
 
     def prepared(self, statement: Prepared, dialect: Any) -> Callable[[dict[str, Any]], Awaitable[list[Any]]]:
-        compiled = _Compiled(statement._statement(dialect), dialect)
+        compiled = statement._text(dialect, {})
 
         async def send(values: dict[str, Any]) -> list[Any]:
             async with self.pool.acquire() as connection:
@@ -93,7 +93,7 @@ class RawPsycopg:
             self.idle.put_nowait(await psycopg.AsyncConnection.connect(url, autocommit=True))
 
     def prepared(self, statement: Prepared, dialect: Any) -> Callable[[dict[str, Any]], Awaitable[list[Any]]]:
-        compiled = _Compiled(statement._statement(dialect), dialect)
+        compiled = statement._text(dialect, {})
 
         async def send(values: dict[str, Any]) -> list[Any]:
             connection = await self.idle.get()

@@ -20,7 +20,7 @@ from uuid_utils.compat import uuid7
 
 from benchmarks.bench import clear, compare, database, rate, report
 from mljobs import JobStore, MlJob
-from mljobs.db._prepared import Prepared, _Compiled
+from mljobs.db._prepared import Prepared
 from mljobs.jobs import _finishing, _holding
 from mljobs.jobs._claiming import _claim_statement
 from mljobs.jobs._submitting import _insertion
@@ -45,7 +45,7 @@ def address(url: str) -> str:
 
 def sql(prepared: Prepared, store: JobStore) -> str:
     """Return the very text that the store sends."""
-    return _Compiled(prepared._statement(store.engine.dialect), store.engine.dialect).text
+    return prepared._text(store.engine.dialect, {}).text
 
 
 def claimed(rows: list[Any]) -> list[dict[str, Any]]:
@@ -168,8 +168,8 @@ def _store_worker(store: JobStore, batch: int, rounds: int) -> None:
 
 def _raw_claims(url: str, store: JobStore, batch: int, rounds: int, threads: int) -> None:
     dialect = store.engine.dialect
-    claim = _Compiled(_claim_statement(MlJob, "any", batch)._statement(dialect), dialect)
-    finish = _Compiled(_finishing._FINISH.statement(MlJob)._statement(dialect), dialect)
+    claim = _claim_statement(MlJob, "any", batch)._text(dialect, {})
+    finish = _finishing._FINISH.statement(MlJob)._text(dialect, {})
 
     def work() -> None:
         with psycopg.connect(address(url), autocommit=True) as raw:
@@ -305,9 +305,7 @@ def heartbeats(url: str) -> None:
         store.submit_many([("train", "t", {}) for _ in range(number)])
         held = store.claim(worker="w", limit=min(number, 10_000))
         with psycopg.connect(address(url), autocommit=True) as raw:
-            statement = _Compiled(
-                _holding._renewal_statement(MlJob, True)._statement(store.engine.dialect), store.engine.dialect
-            )
+            statement = _holding._renewal_statement(MlJob, True)._text(store.engine.dialect, {})
             jobs = [{"id": c.job_id, "token": c.token, "acquired_at": c.lease.acquired_at} for c in held]
 
             def by_raw() -> float:

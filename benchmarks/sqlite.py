@@ -31,7 +31,7 @@ from benchmarks.bench import reported
 from benchmarks.drain.environments import HOME
 from mljobs import JobStore, MlJob, Worker, metadata
 from mljobs.db._engines import _set_pragmas
-from mljobs.db._prepared import Prepared, _Compiled
+from mljobs.db._prepared import Prepared
 from mljobs.jobs import _base, _fencing, _finishing, _picking, _starting, _submitting
 
 REPEATS = int(os.environ.get("BENCH_REPEATS", "8"))
@@ -64,7 +64,7 @@ class Statement:
 
     def __init__(self, prepared: Prepared) -> None:
         dialect: Any = sqlite.dialect()
-        compiled = _Compiled(prepared._statement(dialect), dialect)
+        compiled = prepared._text(dialect, {})
         self.text, self.names, self.fixed = compiled.text, compiled.names, compiled.fixed
 
     def values(self, **given: Any) -> list[Any]:

@@ -85,7 +85,7 @@ def statements() -> Mapping[str, Mapping[str, list[Prepared]]]:
 def compiled(prepared: Prepared, database: str) -> _Compiled:
     """Return what is compiled for a database."""
     dialect: Any = DIALECTS[database]
-    return _Compiled(prepared._statement(dialect), dialect)
+    return prepared._text(dialect, {})
 
 
 def text_of(prepared: Prepared, database: str) -> str:

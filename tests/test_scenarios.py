@@ -77,9 +77,8 @@ def test_a_clock_that_jumps_does_not_lose_a_lease(postgres_url: str, monkeypatch
 
 
 def _plan(backend: Backend, connection: Any, statement: Any, parameters: dict[str, Any]) -> str:
-    from mljobs.db._prepared import _Compiled
 
-    compiled = _Compiled(statement._statement(connection.dialect), connection.dialect)
+    compiled = statement._text(connection.dialect, {})
     explain = "EXPLAIN " if backend.dialect == "postgresql" else "EXPLAIN QUERY PLAN "
     values = compiled.parameters(parameters)
     rows = connection.exec_driver_sql(explain + compiled.text, tuple(values) if compiled.positional else values)

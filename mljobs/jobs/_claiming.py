@@ -18,7 +18,6 @@ from sqlalchemy.orm import Session
 
 from mljobs._values import from_millis, to_member
 from mljobs.db._answers import Answer
-from mljobs.db._prepared import Prepared
 from mljobs.errors import TargetLockedError
 from mljobs.jobs._base import (
     Bind,
@@ -35,14 +34,13 @@ from mljobs.jobs._base import (
     loaded,
     lock_sqlite,
     model_and_id,
-    per_model,
     refusal,
     state_of,
     table_of,
     whole_table_of,
 )
 from mljobs.jobs._claims import Claim, ClaimedRows, Lease, UnreadJob
-from mljobs.jobs._picking import pick_statement, queued_jobs
+from mljobs.jobs._picking import pick_statement, queued_jobs, with_limit
 from mljobs.jobs._refusing import ROUNDS, start_refusal, unless_target_taken, without_waiting
 from mljobs.jobs._starting import LEASE_COLUMNS, lease_values, place_of, start_in_turn
 from mljobs.jobs._statements import (
@@ -61,7 +59,6 @@ DEFAULT_LEASE = 60.0
 """Seconds that a claim lasts without renewal."""
 MAX_BATCH = 10_000
 """The most jobs that one statement claims, renews or finishes."""
-_INLINE_MAX = 128
 _LOCK_TIMEOUT = 0.25
 _BEFORE_RECORD = 2
 """Columns before the record's in a row of a claim: how many jobs were picked, and the end of the lease."""
@@ -216,7 +213,7 @@ def raise_refusal(  # noqa: PLR0917 - internal, called twice
     def pick() -> list[Any]:
         found: dict[Any, None] = {}
         for one in (which, f"{which} shared"):  # either may have failed, see without_waiting
-            rows = pick_statement(model, one, inline_limit(parameters["limit"])).rows(connection, parameters)
+            rows = pick_statement(model, one, parameters["limit"]).rows(connection, parameters)
             found |= dict.fromkeys(row[0] for row in rows)
         return list(found)
 
@@ -246,7 +243,7 @@ def _on_postgres(
 def _started(
     session: Bind, connection: sa.Connection, model: Model, which: str, parameters: dict[str, Any]
 ) -> tuple[list[Claim[Any]], int]:
-    statement = _claim_statement(model, which, inline_limit(parameters["limit"]))
+    statement = _claim_statement(model, which, parameters["limit"])
     answer = statement.answer(connection, parameters)
     first = answer.row(0)
     return claims_of(session, model, answer, lasts_of(model, first), parameters["worker"]), first[0]
@@ -265,7 +262,7 @@ def _on_sqlite(
 def _start_in_turn(
     session: Bind, connection: sa.Connection, model: Model, which: str, parameters: dict[str, Any]
 ) -> tuple[list[Claim[Any]], int]:
-    answer, picked = start_in_turn(connection, model, which, inline_limit(parameters["limit"]), parameters)
+    answer, picked = start_in_turn(connection, model, which, parameters)
     lasts = from_millis(parameters["now"]), from_millis(parameters["expires"])
     return claims_of(session, model, answer, lasts, parameters["worker"], before=0), picked
 
@@ -311,18 +308,10 @@ def lasts_of(model: Model, first: Sequence[Any]) -> tuple[datetime, datetime]:
     return first[_BEFORE_RECORD + place_of(model, "started_at")], first[1]
 
 
-def inline_limit(limit: int) -> int:
-    """Return the limit to write into the statement; 0 to bind it, where it is too rare to have a statement of its own.
-
-    With the limit as a parameter, a prepared plan would have to reckon with a tenth of the queue.
-    """
-    return limit if limit <= _INLINE_MAX else 0
-
-
 # ---------------------------------------------------------------------------------------------------- the statements
 
 
-def claim_rows(model: Model, which: str, limit: int, dialect: str, beside: sa.Subquery | None = None) -> sa.Select[Any]:
+def claim_rows(model: Model, which: str, limit: Any, dialect: str, beside: sa.Subquery | None = None) -> sa.Select[Any]:
     """PostgreSQL: pick, lease and start in one statement.
 
     The jobs that start are found by an array of ids, and the token of an exclusive one by a JSON object of targets, not by
@@ -385,6 +374,4 @@ def _leases_of(model: Model, picked: sa.CTE, alone: sa.CTE, dialect: str) -> sa.
     return insert.returning(leases.c.token, leases.c.target_lock).cte("leased")
 
 
-@per_model
-def _claim_statement(model: Model, which: str, limit: int) -> Prepared:
-    return Prepared(lambda dialect: claim_rows(model, which, limit, dialect))
+_claim_statement = with_limit(claim_rows)

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from mljobs.db._prepared import Prepared
-from mljobs.jobs._base import Bind, JobRef, M, Model, connection_of, is_postgres, per_model
+from mljobs.jobs._base import Bind, JobRef, M, Model, connection_of, is_postgres
 from mljobs.jobs._claiming import (
     DEFAULT_LEASE,
     claim,
     claim_parameters,
     claim_rows,
     claims_of,
-    inline_limit,
     lasts_of,
     raise_refusal,
 )
 from mljobs.jobs._claims import Claim, model_of
 from mljobs.jobs._fencing import in_one, read_answer
 from mljobs.jobs._finishing import Outcome, answers, finish_many, finish_update, one_for_each_job, outcome_parameters
+from mljobs.jobs._picking import with_limit
 from mljobs.jobs._refusing import unless_target_taken, without_waiting
 from mljobs.record._models import MlJob
 
@@ -72,7 +71,7 @@ def finish_and_claim(
     parameters |= {"limit": limit, **outcome_parameters(connection.dialect.name, distinct)}
 
     def run(which: str) -> tuple[list[Claim[Any]], Any]:
-        answer = _statement(model, which, inline_limit(limit)).answer(connection, parameters)
+        answer = _statement(model, which, limit).answer(connection, parameters)
         first = answer.row(0)
         return claims_of(session, model, answer, lasts_of(model, first), worker), read_answer(first[-2:])
 
@@ -83,16 +82,14 @@ def finish_and_claim(
     return answers(session, model, given, distinct, written), claims
 
 
-@per_model
-def _statement(model: Model, which: str, limit: int) -> Prepared:
+def _rows(model: Model, which: str, limit: Any, dialect: str) -> Any:
     """Return the rows of ``claim_rows``, each with the row of ``in_one``.
 
     Jobs that end here are running in the statement's snapshot, and those that are picked are queued, so no row is
     written twice.
     """
+    finished = in_one(model, finish_update, ends=True).subquery("finished")
+    return claim_rows(model, which, limit, dialect, finished)
 
-    def build(dialect: str) -> Any:
-        finished = in_one(model, finish_update, ends=True).subquery("finished")
-        return claim_rows(model, which, limit, dialect, finished)
 
-    return Prepared(build)
+_statement = with_limit(_rows)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import sqlalchemy as sa
 
-from mljobs.db._prepared import Prepared
+from mljobs.db._prepared import HOLE, Prepared
 from mljobs.jobs._base import Model, per_model, table_of
 from mljobs.jobs._statements import any_of, constant, now_of
 from mljobs.states import MlJobStatus
 from mljobs.types import JobId
 
+_INLINE_MAX = 128
 
-def queued_jobs(model: Model, which: str, limit: int, dialect: str) -> sa.Select[Any]:
+
+def queued_jobs(model: Model, which: str, limit: Any, dialect: str) -> sa.Select[Any]:
     """Return the jobs that a claim may start.
 
     Args:
         model: The mapped job class.
         which: In words: by what they are picked (``any``, ``kind``, ``kinds``, ``ids``), then ``skip`` where some are left
             out, and ``shared`` where no exclusive job is picked.
-        limit: At most so many; 0 for the parameter ``limit``.
+        limit: At most so many; an expression.
         dialect: The dialect's name.
     """
     jobs, leases = table_of(model).alias("j"), model.__leases__
@@ -52,15 +55,39 @@ def queued_jobs(model: Model, which: str, limit: int, dialect: str) -> sa.Select
         sa.select(jobs.c.id, jobs.c.exclusive, jobs.c.target_name, jobs.c.priority, jobs.c.created_at)
         .where(*condition)
         .order_by(jobs.c.priority.desc(), jobs.c.created_at, jobs.c.id)
-        .limit(constant(limit) if limit else sa.bindparam("limit", type_=sa.Integer()))
+        .limit(limit)
     )
 
 
-@per_model
-def pick_statement(model: Model, which: str, limit: int) -> Prepared:
-    """Return the jobs that a claim may start; SQLite knows no FOR UPDATE and leaves it out."""
+def with_limit(build: Callable[[Model, str, Any, str], sa.Select[Any]]) -> Callable[[Model, str, int], Prepared]:
+    """Return what makes the statement for a model, for what a claim picks, and for how many jobs at most.
 
-    def build(dialect: str) -> sa.Select[Any]:
-        return queued_jobs(model, which, limit, dialect).with_for_update(skip_locked=True, key_share=True)
+    The number stands in the text: with a parameter in its place a generic plan would reckon with a tenth of the queue, and
+    the server plan anew each time. A number that is too rare to have a statement of its own is the parameter ``limit``.
 
-    return Prepared(build)
+    Args:
+        build: Takes the model, what to pick, the limit as an expression, and the dialect's name.
+    """
+
+    @per_model
+    def template(model: Model, which: str, inline: bool) -> Prepared:  # noqa: FBT001 - internal
+        limit: Any = sa.literal_column(HOLE, sa.Integer()) if inline else sa.bindparam("limit", type_=sa.Integer())
+        return Prepared(lambda dialect: build(model, which, limit, dialect))
+
+    @per_model
+    def filled(model: Model, which: str, limit: int) -> Prepared:
+        return template(model, which, True).filled(limit)
+
+    def statement(model: Model, which: str, limit: int) -> Prepared:
+        frequent = limit <= _INLINE_MAX or limit.bit_count() == 1
+        return filled(model, which, limit) if frequent else template(model, which, False)
+
+    return statement
+
+
+def _picked(model: Model, which: str, limit: Any, dialect: str) -> sa.Select[Any]:
+    return queued_jobs(model, which, limit, dialect).with_for_update(skip_locked=True, key_share=True)
+
+
+pick_statement = with_limit(_picked)
+"""Returns the jobs that a claim may start; SQLite knows no FOR UPDATE and leaves it out."""

@@ -103,7 +103,7 @@ def next_claims(session: Bind, *, limit: int = 5, model: Model = MlJob) -> list[
     """
     check_count("limit", limit, MAX_PAGE)
     connection = connection_of(session, model)
-    rows = connection.execute(queued_jobs(model, "any", limit, connection.dialect.name), moments()).all()
+    rows = connection.execute(queued_jobs(model, "any", constant(limit), connection.dialect.name), moments()).all()
     return summaries_of(connection, [row[0] for row in rows], text=0, model=model)
 
 

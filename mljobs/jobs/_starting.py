@@ -19,7 +19,7 @@ LEASE_COLUMNS = ("worker", "acquired_at", "expires_at", "target_lock")
 
 
 def start_in_turn(
-    connection: sa.Connection, model: Model, which: str, limit: int, parameters: dict[str, Any]
+    connection: sa.Connection, model: Model, which: str, parameters: dict[str, Any]
 ) -> tuple[Answer, int]:
     """Pick, lease and start jobs; return the records of those that were started, and how many were picked.
 
@@ -27,11 +27,10 @@ def start_in_turn(
         connection: In the write lock: no target can be taken meanwhile.
         model: The mapped job class.
         which: What to pick, in the words of ``queued_jobs``.
-        limit: At most so many; 0 for the parameter ``limit``.
         parameters: Of the claim.
     """
     # As SQLite stores them: what is picked goes back to it.
-    picked = _rows(pick_statement(model, which, limit), connection, parameters).raw
+    picked = _rows(pick_statement(model, which, parameters["limit"]), connection, parameters).raw
     if not picked:
         return RowsAnswer(()), 0
     chosen: list[tuple[str, str | None]] = []

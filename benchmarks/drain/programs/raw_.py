@@ -25,9 +25,8 @@ def ended(jobs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def drain(connection: psycopg.Connection[Any], limit: int) -> None:
-    inline = limit if limit == 1 else 0
-    fused = sql(_statement(MlJob, "kind", inline), store)
-    begin = sql(_claim_statement(MlJob, "kind", inline), store)
+    fused = sql(_statement(MlJob, "kind", limit), store)
+    begin = sql(_claim_statement(MlJob, "kind", limit), store)
     held = claimed(connection.execute(begin, {**WANTED, "limit": limit}, prepare=True).fetchall())
     while held:
         given = {**WANTED, "limit": limit, **ended(held)}
