@@ -208,15 +208,15 @@ class Prefetcher:
         return min(self._settings.ahead, int(self._rate * min(AHEAD_SECONDS, self._settings.lease / 4)))
 
     def _measure(self) -> None:
-        """Take the rate of the last ``AHEAD_SECONDS`` at least; of the time since the last claim, where that is higher.
+        """Take the rate of the last ``AHEAD_SECONDS`` at least, from claim to claim; of the last claim, where that is higher.
 
-        The latter alone would swing: few jobs beside a long claim of many, then many beside a short claim of few.
+        Called before a claim: what has ended is what was claimed last, and the time is that of its own claim.
         """
         now = self._clock()
         ended, seconds = self._ended, now - self._since
-        self._ended, self._since = 0, now
         if not ended or seconds <= 0:
             return
+        self._ended, self._since = 0, now
         intervals = self._intervals
         intervals.append((ended, seconds))
         whole = sum(seconds for _, seconds in intervals)
@@ -231,6 +231,7 @@ class Prefetcher:
     def _number(self) -> int:
         """Return how many to claim; of many a round number, so that few statements are prepared."""
         with self._lock:
+            self._measure()
             free = self._settings.slots - len(self._under_way)
             number = free + self._ahead() - len(self._buffer)
         if number > _ROUND:
@@ -322,7 +323,6 @@ class Prefetcher:
         runs = [Run(claim) for claim in claims]
         self._keeper.add_many(runs, since=asked)
         with self._lock:
-            self._measure()
             self._buffer.extend(runs)
             self._buffered_at = self._clock()
             stopped = self._stopped
