@@ -208,7 +208,7 @@ class Prefetcher:
         return min(self._settings.ahead, int(self._rate * min(AHEAD_SECONDS, self._settings.lease / 4)))
 
     def _measure(self) -> None:
-        """Take the rate of the last ``AHEAD_SECONDS`` at least, from claim to claim; of the last claim, where that is higher.
+        """Take the rate of the last ``AHEAD_SECONDS`` at least, from claim to claim; that of the last one, if it is higher.
 
         Called before a claim: what has ended is what was claimed last, and the time is that of its own claim.
         """
