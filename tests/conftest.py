@@ -35,7 +35,7 @@ from sqlalchemy import URL, Engine, create_engine, make_url
 from sqlalchemy.pool import NullPool
 
 from mljobs import JobStore, metadata
-from tests import postgres
+from tests import fork_server, postgres
 from tests.backends import DRIVERS, Backend
 from tests.compiled_once import compile_once
 from tests.databases import Databases
@@ -135,10 +135,9 @@ def empty_postgres_databases(postgres_server: postgres.Server) -> Iterator[Datab
 
 
 @pytest.fixture(scope="session")
-def python() -> Iterator[ForkServer]:
+def python() -> ForkServer:
     """Runs short Python commands fast, in a process each."""
-    with ForkServer(sys.executable) as server:
-        yield server
+    return fork_server.shared()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
@@ -12,6 +13,7 @@ from uuid import uuid4
 import django
 import pytest
 
+warnings.simplefilter("error")
 os.environ["DJANGO_SETTINGS_MODULE"] = "project.settings"
 sys.path.insert(0, str(Path.cwd()))
 django.setup()

@@ -17,6 +17,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import cache
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +33,14 @@ def forkserver() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
     return context
+
+
+@cache
+def shared() -> ForkServer:
+    """Return the one fork server of this process, which it has until its end."""
+    server = ForkServer(sys.executable)
+    atexit.register(server.__exit__)
+    return server
 
 
 class ForkServer:

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from signal import SIGTERM
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -21,8 +23,12 @@ from sqlalchemy.pool import NullPool
 from mljobs import JobStore, MlJob, jobs
 from mljobs.contrib.problems import MEDIA_TYPE
 from mljobs.db._engines import async_url
+from tests.cases import case
+from tests.fork_server import ForkServer
+from tests.waiting import until
 
 ROOT = Path(__file__).parent.parent
+SITE = ROOT / "examples" / "django_asgi"
 
 
 @contextmanager
@@ -69,41 +75,36 @@ def _litestar(url: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _django(url: str) -> Iterator[Any]:
+def _django(url: str, python: ForkServer, log: Path) -> Iterator[Any]:
     """Django has one set of settings in a process, so it gets a process of its own: migrated and served as in its README."""
     import httpx
 
-    site = ROOT / "examples" / "django_asgi"
-    environment = {**os.environ, "DATABASE_URL": url, "POLL": "0.01", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "manage.py", "migrate", "--verbosity", "0"],
-        cwd=site,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python.run("manage.py", "migrate", "--verbosity", "0", cwd=SITE, env={"DATABASE_URL": url})
     assert done.returncode == 0, done.stderr
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        command = ["uvicorn", "project.asgi:application", "--fd", str(listening.fileno()), "--log-level", "warning"]
-        server = subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=site, env=environment, pass_fds=[listening.fileno()]
-        )
+    with TemporaryDirectory() as directory:  # the path of a socket may have a hundred characters
+        path = f"{directory}/socket"
+        serving = ["-m", "uvicorn", "project.asgi:application", "--uds", path, "--log-level", "warning"]
+        environment = {**os.environ, "DATABASE_URL": url, "POLL": "0.01"}
+        server = python.start(*serving, cwd=SITE, env=environment, output=log)
         try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=30) as client:
+            until(lambda: server.poll() is not None or _answers(path))
+            assert server.poll() is None, log.read_text()
+            with httpx.Client(
+                transport=httpx.HTTPTransport(uds=path), base_url="http://localhost", timeout=30
+            ) as client:
                 yield client
         finally:
-            server.terminate()
+            server.send_signal(SIGTERM)
             server.wait(30)
+            server.close()
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as asking:
+        return asking.connect_ex(path) == 0
 
 
 APPS = {"fastapi-sync": _fastapi_sync, "fastapi-async": _fastapi_async, "flask": _flask, "litestar": _litestar}
-
-
-@pytest.fixture(params=list(APPS))
-def client(request: pytest.FixtureRequest, empty_url: str) -> Iterator[Any]:
-    with APPS[request.param](empty_url) as made:
-        yield made
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def _rows(store: JobStore) -> int:
     return count
 
 
-def test_a_job_is_submitted_with_its_business_row(client: Any, outside: JobStore) -> None:
+def a_job_is_submitted_with_its_business_row(client: Any, outside: JobStore) -> None:
     made = _upload(client)
     job = made["job"]
     assert (made["path"], job["status"], job["spec"], job["target_name"]) == (
@@ -143,7 +144,7 @@ def test_a_job_is_submitted_with_its_business_row(client: Any, outside: JobStore
     assert _rows(outside) == 1
 
 
-def test_a_job_that_is_refused_takes_its_business_row_along(client: Any, outside: JobStore) -> None:
+def a_job_that_is_refused_takes_its_business_row_along(client: Any, outside: JobStore) -> None:
     before = _rows(outside)
     response = client.post("/uploads", json={"path": "a\x00b", "spec": {}})  # no text of PostgreSQL or ours
     assert response.status_code == 422, response.text
@@ -152,7 +153,7 @@ def test_a_job_that_is_refused_takes_its_business_row_along(client: Any, outside
     assert _rows(outside) == before
 
 
-def test_progress_and_outcome_are_read_as_the_worker_writes_them(client: Any, outside: JobStore) -> None:
+def progress_and_outcome_are_read_as_the_worker_writes_them(client: Any, outside: JobStore) -> None:
     job_id = _upload(client)["job"]["id"]
     claim = outside.claim_one(job_id, worker="w")
     outside.set_progress(claim, 40)
@@ -165,7 +166,7 @@ def test_progress_and_outcome_are_read_as_the_worker_writes_them(client: Any, ou
     assert seen["duration_ms"] == seen["finished_at_ms"] - seen["started_at_ms"]
 
 
-def test_a_cancel_is_final_and_a_second_one_is_a_conflict(client: Any, outside: JobStore) -> None:
+def a_cancel_is_final_and_a_second_one_is_a_conflict(client: Any, outside: JobStore) -> None:
     job_id = _upload(client)["job"]["id"]
     response = client.post(f"/jobs/{job_id}/cancel")
     assert (response.status_code, response.json()["status"]) == (200, "cancelled")
@@ -179,9 +180,26 @@ def test_a_cancel_is_final_and_a_second_one_is_a_conflict(client: Any, outside: 
     assert problem["instance"] == f"/jobs/{job_id}/cancel"
 
 
-def test_a_job_that_does_not_exist_is_not_found(client: Any) -> None:
+def a_job_that_does_not_exist_is_not_found(client: Any, _outside: JobStore) -> None:
     for response in (client.get(f"/jobs/{uuid4()}"), client.post(f"/jobs/{uuid4()}/cancel")):
         assert (response.status_code, response.json()["type"]) == (404, "urn:mljobs:job-not-found")
+
+
+STORIES = [
+    a_job_is_submitted_with_its_business_row,
+    a_job_that_is_refused_takes_its_business_row_along,
+    progress_and_outcome_are_read_as_the_worker_writes_them,
+    a_cancel_is_final_and_a_second_one_is_a_conflict,
+    a_job_that_does_not_exist_is_not_found,
+]
+
+
+@pytest.mark.parametrize("name", APPS)
+def test_an_application_does_what_its_users_would_have_it_do(name: str, empty_url: str, outside: JobStore) -> None:
+    with APPS[name](empty_url) as client:
+        for story in STORIES:
+            with case(story.__name__):
+                story(client, outside)
 
 
 def _progress_is_streamed(client: Any, outside: JobStore, stream: str) -> None:
@@ -207,41 +225,32 @@ def _progress_is_streamed(client: Any, outside: JobStore, stream: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- Django
 
 
-def test_a_django_site_does_the_same_with_both_orms_in_one_transaction(empty_url: str, outside: JobStore) -> None:
-    with _django(empty_url) as client:
-        for story in (
-            test_a_job_is_submitted_with_its_business_row,
-            test_a_job_that_is_refused_takes_its_business_row_along,
-            test_progress_and_outcome_are_read_as_the_worker_writes_them,
-            test_a_cancel_is_final_and_a_second_one_is_a_conflict,
-        ):
-            story(client, outside)
-        test_a_job_that_does_not_exist_is_not_found(client)
+def test_a_django_site_does_the_same_with_both_orms_in_one_transaction(
+    empty_url: str, outside: JobStore, python: ForkServer, tmp_path: Path
+) -> None:
+    with _django(empty_url, python, tmp_path / "log") as client:
+        for story in STORIES:
+            with case(story.__name__):
+                story(client, outside)
         _progress_is_streamed(client, outside, "/stream/{}")  # Starlette's, next to Django
 
 
-def test_both_orms_share_djangos_transaction(empty_url: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / "tests" / "django_transactions.py")],
-        cwd=ROOT / "examples" / "django_asgi",
-        env={**os.environ, "DATABASE_URL": empty_url, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_both_orms_share_djangos_transaction(empty_url: str, python: ForkServer) -> None:
+    script = str(ROOT / "tests" / "django_transactions.py")
+    done = python.run(script, cwd=SITE, env={"DATABASE_URL": empty_url})
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 10, done.stdout
 
 
-def test_the_django_sites_own_tests_pass_in_the_test_database_that_django_makes(empty_url: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "manage.py", "test"],
-        cwd=ROOT / "examples" / "django_asgi",
-        env={**os.environ, "DATABASE_URL": empty_url, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_the_django_sites_own_tests_pass_in_the_test_database_that_django_makes(
+    empty_url: str, python: ForkServer
+) -> None:
+    if empty_url.startswith("sqlite"):  # once as somebody starts it, for then Django imports first
+        environment = {**os.environ, "DATABASE_URL": empty_url, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "manage.py", "test"]
+        done = subprocess.run(command, cwd=SITE, env=environment, capture_output=True, text=True, check=False)
+    else:
+        done = python.run("manage.py", "test", cwd=SITE, env={"DATABASE_URL": empty_url})
     assert done.returncode == 0, done.stderr
     assert "Ran 3 tests" in done.stderr
 

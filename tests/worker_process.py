@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
 import sqlite3
-import sys
 import threading
 from contextlib import closing
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
 from mljobs import JobStore
-from tests.fork_server import ForkServer
+from tests.fork_server import shared
 from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parent.parent
-
-
-@cache
-def _forks() -> ForkServer:
-    server = ForkServer(sys.executable)
-    atexit.register(server.__exit__)
-    return server
 
 
 class WorkerProcess:
@@ -40,7 +30,7 @@ class WorkerProcess:
 
     def __init__(self, url: str, *arguments: str, app: str = "tests.worker_app:worker", **variables: object) -> None:
         environment = {**os.environ, "MLJOBS_DATABASE_URL": url, **{key: str(it) for key, it in variables.items()}}
-        self.process = _forks().start("-m", "mljobs", "work", app, *arguments, cwd=ROOT, env=environment)
+        self.process = shared().start("-m", "mljobs", "work", app, *arguments, cwd=ROOT, env=environment)
         self.lines: list[str] = []
         self._said = threading.Condition()
         self._readers = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 from mljobs import JobStore, MlJob, schema
 from tests import postgres
-from tests.fork_server import ForkServer
+from tests.fork_server import shared
 from tests.slow.chaos import audit, ledger
 from tests.slow.chaos.fleet import Fleet
 from tests.slow.chaos.proxy import Proxy
@@ -99,8 +98,7 @@ def fight(plan: Plan, work: Path) -> Report:
         schema.upgrade(url)
         store = stack.enter_context(JobStore(url))
         audit.install(store.engine)
-        forks = stack.enter_context(ForkServer(sys.executable))
-        fleet = Fleet(urls, plan.workers, work, _variables(plan, work), forks)
+        fleet = Fleet(urls, plan.workers, work, _variables(plan, work), shared())
         stack.callback(fleet.kill)
         random = Random(plan.seed)
         battle = _Battle(plan, random, store, fleet, Saboteur(random, fleet, store, cluster, proxy))
