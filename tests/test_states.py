@@ -31,10 +31,12 @@ def _names_states(path: Path) -> bool:
 
 
 def test_every_place_has_decided_for_every_state_and_none_is_said_to_that_names_none() -> None:
-    places = sorted(  # that name a state, or the final or the active ones; the others derive from the table of transitions
-        path.relative_to(PACKAGE).as_posix()
-        for path in PACKAGE.rglob("*.py")
-        if path != PACKAGE / "states.py" and _names_states(path)
+    places = (
+        sorted(  # that name a state, or the final or the active ones; the others derive from the table of transitions
+            path.relative_to(PACKAGE).as_posix()
+            for path in PACKAGE.rglob("*.py")
+            if path != PACKAGE / "states.py" and _names_states(path)
+        )
     )
     undecided = [place for place in places if DECIDED.get(place, STATES) != len(MlJobStatus)]
     assert undecided == [], "look at what each does with the new state, then say so here"

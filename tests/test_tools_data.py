@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -182,23 +181,18 @@ def test_duckdb_that_may_write_is_stopped_by_the_guard(postgres_url: str) -> Non
 
 
 def test_sqlacodegens_models_compile_and_round_trip_a_row(
-    engine: Engine, ids: tuple[UUID, UUID], tmp_path: Path
+    engine: Engine, ids: tuple[UUID, UUID], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("typeguard.typechecked", lambda checked: checked)  # or to import a dependency takes seconds
+    from sqlacodegen import cli
+
     path = tmp_path / "reflected.py"
-    command = [
-        sys.executable,
-        "-m",
-        "sqlacodegen",
-        "--outfile",
-        str(path),
-        engine.url.render_as_string(hide_password=False),
-    ]
-    if (
-        engine.dialect.name == "sqlite"
-    ):  # sqlacodegen 4.0.4 writes the condition of a partial index there without quotes
-        command[3:3] = ["--options", "noindexes"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    arguments = ["--outfile", str(path), engine.url.render_as_string(hide_password=False)]
+    if engine.dialect.name == "sqlite":  # sqlacodegen 4.0.4 writes the condition of a partial index without quotes
+        arguments = ["--options", "noindexes", *arguments]
+    monkeypatch.setattr(sys, "argv", ["sqlacodegen", *arguments])
+    monkeypatch.setattr(cli, "create_engine", lambda _url: engine)  # its own would not be closed
+    cli.main()
     spec = spec_from_file_location("reflected", path)
     assert spec is not None
     assert spec.loader is not None

@@ -23,8 +23,9 @@ QUEUED, RUNNING, COMPLETED, FAILED, _ = MlJobStatus
 
 
 @pytest.fixture
-def store(url: str) -> Iterator[JobStore]:
-    with JobStore(url) as store:
+def store(sqlite_url: str) -> Iterator[JobStore]:
+    """What becomes of the processes has nothing to do with the database."""
+    with JobStore(sqlite_url) as store:
         yield store
 
 
@@ -38,8 +39,9 @@ def has_ended(pid: int) -> bool:
 
 
 def test_a_process_that_dies_costs_its_own_job_an_attempt_and_no_other(
-    store: JobStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    store = JobStore(url)
     executor = worker_app.pool(2)
     executor.submit(os.getpid).result(60)  # or a job waits for its start so long that it is put back
     good = store.submit("train", "good", {"place": str(tmp_path)})
@@ -56,6 +58,7 @@ def test_a_process_that_dies_costs_its_own_job_an_attempt_and_no_other(
     assert line.startswith("a process of the pool died (pid ")
     assert "exit code 3" in line
     assert "\n" not in line
+    store.close()
 
 
 def test_a_job_that_kills_its_process_every_time_fails_and_the_worker_goes_on(store: JobStore) -> None:
@@ -105,9 +108,9 @@ def test_a_handler_that_does_not_end_in_time_takes_its_process_along(store: JobS
 
 
 @pytest.mark.parametrize("number", [SIGTERM, SIGKILL])
-def test_no_process_of_a_pool_outlives_the_command(url: str, store: JobStore, number: Signals) -> None:
+def test_no_process_of_a_pool_outlives_the_command(sqlite_url: str, store: JobStore, number: Signals) -> None:
     store.submit("train", "spam")
-    with WorkerProcess(url, app="tests.worker_app:make_pooled", GRACE=0) as worker:
+    with WorkerProcess(sqlite_url, app="tests.worker_app:make_pooled", GRACE=0) as worker:
         pid = int(worker.hears("begun").rpartition(" ")[2])
         worker.send(number)
         assert worker.ends() == (0 if number == SIGTERM else -SIGKILL)

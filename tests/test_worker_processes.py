@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import select
 
 from mljobs import JobStore, MlJob, MlJobStatus
+from tests.cases import case
 from tests.fork_server import ForkServer
 from tests.worker_process import ROOT, WorkerProcess
 
@@ -92,14 +93,14 @@ def test_an_idle_worker_ends_at_the_first_signal(url: str, store: JobStore) -> N
 
 def test_a_killed_workers_job_is_done_by_another_once_its_lease_has_ended(url: str, store: JobStore) -> None:
     job = submit(store, "hang", "return")
-    with WorkerProcess(url, LEASE=1) as lost:
+    with WorkerProcess(url, LEASE=0.5) as lost:
         lost.hears(f"begun {job.id.hex}")
         lost.send(SIGKILL)
         assert lost.ends() == -SIGKILL
         ((token,),) = rows(store, "token")
         with store.engine.connect() as connection:
             expires = connection.scalar(select(MlJob.__leases__.c.expires_at))
-        with WorkerProcess(url, LEASE=1) as heir:
+        with WorkerProcess(url, LEASE=0.5) as heir:
             token_of_heir = int(heir.hears(f"begun {job.id.hex}").rpartition(" ")[2])
             done = store.wait(job.id, timeout=60)
             heir.send(SIGTERM)
@@ -114,7 +115,7 @@ def test_a_killed_workers_job_is_done_by_another_once_its_lease_has_ended(url: s
 
 def test_a_job_that_kills_its_worker_every_time_fails_after_the_last_attempt(url: str, store: JobStore) -> None:
     job = submit(store, "kill")
-    variables = {"LEASE": 0.5, "MAX_ATTEMPTS": 3}
+    variables = {"LEASE": 0.2, "MAX_ATTEMPTS": 3}
     for _ in range(3):
         with WorkerProcess(url, **variables) as worker:
             assert worker.ends() == -SIGKILL
@@ -128,10 +129,10 @@ def test_a_job_that_kills_its_worker_every_time_fails_after_the_last_attempt(url
 
 def test_a_worker_suspended_past_its_lease_writes_nothing_and_continues(url: str, store: JobStore) -> None:
     job = submit(store, "line", "return")
-    with WorkerProcess(url, LEASE=1) as asleep:
+    with WorkerProcess(url, LEASE=0.5) as asleep:
         asleep.hears("begun")
         asleep.stand_still(store)
-        with WorkerProcess(url, LEASE=1) as other:
+        with WorkerProcess(url, LEASE=0.5) as other:
             done = store.wait(job.id, timeout=60)
             other.send(SIGTERM)
             assert other.ends() == 0
@@ -163,7 +164,7 @@ def test_neither_a_busy_gil_nor_a_blocked_loop_costs_a_lease(url: str, store: Jo
 
 
 def test_a_worker_that_stood_still_past_its_lease_does_not_rescue_its_own_job(url: str, store: JobStore) -> None:
-    job = submit(store, "hold", seconds=3)
+    job = submit(store, "hold", seconds=1)
     with WorkerProcess(url, LEASE=0.5) as worker:
         done = store.wait(job.id, timeout=60)
         worker.send(SIGTERM)
@@ -184,51 +185,48 @@ def test_every_job_is_run_once_by_two_processes(url: str, store: JobStore) -> No
 # ------------------------------------------------------------------------------------------------ wrong from the start
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["tests.nowhere:worker"], "there is no module 'tests.nowhere'"),
-        (["nowhere.jobs:worker"], "there is no module 'nowhere'"),
-        (["tests.worker_app"], "expected module:name"),
-        ([".worker_app:worker"], "expected module:name"),
-        (["tests.worker_app:worker", "--name", ""], "expected a name"),
-        (["tests.worker_app:missing"], "tests.worker_app has no 'missing'"),
-        (["tests.worker_app:not_a_worker"], "not_a_worker is a object, not a Worker"),
-        (["tests.worker_app:make_nothing"], "make_nothing is a object, not a Worker"),
-        (["tests.worker_app:without_handlers"], "the worker has none; use @worker.handles(kind)"),
-        (["tests.worker_app:worker", "--kind", "drift_compute"], "no handler for it; there are handlers for"),
-        (["tests.worker_app:worker", "--kind", "nonsense"], "nonsense"),
-        (["tests.worker_app:worker", "--concurrency", "0"], "concurrency"),
-    ],
-)
-def test_a_wrong_command_line_is_one_line_and_nothing_is_claimed(
-    sqlite_url: str, python: ForkServer, arguments: list[str], said: str
-) -> None:
+WRONG_ARGUMENTS = [
+    (["tests.nowhere:worker"], "there is no module 'tests.nowhere'"),
+    (["nowhere.jobs:worker"], "there is no module 'nowhere'"),
+    (["tests.worker_app"], "expected module:name"),
+    ([".worker_app:worker"], "expected module:name"),
+    (["tests.worker_app:worker", "--name", ""], "expected a name"),
+    (["tests.worker_app:missing"], "tests.worker_app has no 'missing'"),
+    (["tests.worker_app:not_a_worker"], "not_a_worker is a object, not a Worker"),
+    (["tests.worker_app:make_nothing"], "make_nothing is a object, not a Worker"),
+    (["tests.worker_app:without_handlers"], "the worker has none; use @worker.handles(kind)"),
+    (["tests.worker_app:worker", "--kind", "drift_compute"], "no handler for it; there are handlers for"),
+    (["tests.worker_app:worker", "--kind", "nonsense"], "nonsense"),
+    (["tests.worker_app:worker", "--concurrency", "0"], "concurrency"),
+]
+
+
+def test_a_wrong_command_line_is_one_line_and_nothing_is_claimed(sqlite_url: str, python: ForkServer) -> None:
     with JobStore(sqlite_url) as store:
         job = submit(store, "return")
-        code, err = work(python, sqlite_url, *arguments)
-        assert code == 1
-        assert err.startswith("mljobs: ")
-        assert said in err
-        assert err.count("\n") == 1
-        assert (store.get(job.id).status, store.get(job.id).attempts) == (QUEUED, 0)
+        for arguments, said in WRONG_ARGUMENTS:
+            with case(*arguments):
+                code, err = work(python, sqlite_url, *arguments)
+                assert code == 1
+                assert err.startswith("mljobs: ")
+                assert said in err
+                assert err.count("\n") == 1
+                assert (store.get(job.id).status, store.get(job.id).attempts) == (QUEUED, 0)
 
 
-@pytest.mark.parametrize(
-    ("url", "said"),
-    [
+def test_a_database_that_is_not_there_is_one_line(python: ForkServer) -> None:
+    for url, said in (
         ("mysql://u:secret@h/x", "expected one of"),
         ("no url at all", "not a database URL"),
         ("postgresql://u:secret@127.0.0.1:1/x", "127.0.0.1"),
         ("sqlite:////nowhere/at/all.db", "unable to open database file"),
-    ],
-)
-def test_a_database_that_is_not_there_is_one_line(python: ForkServer, url: str, said: str) -> None:
-    code, err = work(python, url, "tests.worker_app:worker")
-    assert code == 1
-    assert said in err
-    assert "secret" not in err
-    assert (err.startswith("mljobs: "), err.count("\n")) == (True, 1)
+    ):
+        with case(url):
+            code, err = work(python, url, "tests.worker_app:worker")
+            assert code == 1
+            assert said in err
+            assert "secret" not in err
+            assert (err.startswith("mljobs: "), err.count("\n")) == (True, 1)
 
 
 def test_a_database_without_the_tables_is_one_line_that_says_what_to_do(python: ForkServer, empty_url: str) -> None:
