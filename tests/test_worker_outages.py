@@ -15,6 +15,7 @@ from mljobs import (
     TerminalStateError,
 )
 from mljobs.store._run import Run
+from mljobs.worker import _running
 from tests.leases import count_leases, expire_leases
 from tests.workers import ended, worker_of
 
@@ -73,7 +74,8 @@ def test_a_finish_waits_for_the_database_and_is_recorded(url: str) -> None:
         assert ended(store, job).metrics == {"n": 1}
 
 
-def test_a_second_stop_is_heard_while_the_database_is_away(url: str) -> None:
+def test_a_second_stop_is_heard_while_the_database_is_away(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_running, "_LAST_SECONDS", 0.2)
     with Flaky(url) as store:
         worker = worker_of(store, grace=3600)
         ending = threading.Event()
