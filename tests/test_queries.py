@@ -24,10 +24,12 @@ from sqlalchemy.pool import NullPool
 from mljobs import InvalidValueError, MlJob, metadata
 from mljobs._values import EPOCH, to_millis
 from mljobs.record._sql import time_bucket
+from tests.cases import case
 from tests.sample_history import TARGETS, Job, Lease, fill, fixed
 
 PAGE = Path(__file__).parent.parent / "docs" / "queries.md"
-JOBS = 100_000
+JOBS = 50_000
+"""Enough for PostgreSQL to take an index wherever it would with more; at 25,000 it reads the whole table for one question."""
 SAMPLE_ID = "01a20de7-e815-7721-b9be-b3e65909217e"
 
 
@@ -442,33 +444,29 @@ def test_sqlite_reads_no_more_than_an_index_either(sqlite: Place) -> None:
 # ------------------------------------------------------------------------------------------- what the questions use
 
 
-@pytest.mark.parametrize(
-    ("text_of_metrics", "number"),
-    [
-        ('{"f1":0.5}', 0.5),
-        ('{"f1":1}', 1.0),
-        ('{"f1":-1e3}', -1000.0),
-        ('{"f1":"0.5"}', None),
-        ('{"f1":true}', None),
-        ('{"f1":null}', None),
-        ('{"f1":[1]}', None),
-        ('{"f1":1,"f1":2}', 2.0),
-        ('{"f2":1}', None),
-        ("[1]", None),
-        ("7", None),
-        ("null", None),
-        (None, None),
-    ],
-)
-def test_a_metric_is_a_number_or_none_on_an_instance_and_in_a_query(
-    engine: Engine, text_of_metrics: str | None, number: float | None
-) -> None:
+def test_a_metric_is_a_number_or_none_on_an_instance_and_in_a_query(engine: Engine) -> None:
     with Session(engine) as session:
-        job = MlJob(kind="train", target_name="spam", metrics_json=text_of_metrics)
-        session.add(job)
-        session.commit()
-        assert job.metric("f1") == number
-        assert session.query(MlJob.metric("f1")).scalar() == number
+        for text_of_metrics, number in (
+            ('{"f1":0.5}', 0.5),
+            ('{"f1":1}', 1.0),
+            ('{"f1":-1e3}', -1000.0),
+            ('{"f1":"0.5"}', None),
+            ('{"f1":true}', None),
+            ('{"f1":null}', None),
+            ('{"f1":[1]}', None),
+            ('{"f1":1,"f1":2}', 2.0),
+            ('{"f2":1}', None),
+            ("[1]", None),
+            ("7", None),
+            ("null", None),
+            (None, None),
+        ):
+            with case(text_of_metrics):
+                job = MlJob(kind="train", target_name="spam", metrics_json=text_of_metrics)
+                session.add(job)
+                session.commit()
+                assert job.metric("f1") == number
+                assert session.query(MlJob.metric("f1")).filter(MlJob.id == job.id).scalar() == number
 
 
 def test_a_metric_may_have_any_key(engine: Engine) -> None:
@@ -491,10 +489,11 @@ def test_the_first_line_of_an_error_is_the_same_on_an_instance_and_in_a_query(en
             assert job.error_line == (None if message is None else message.split("\n")[0])
 
 
-@pytest.mark.parametrize("width", [timedelta(hours=1), timedelta(days=1), timedelta(days=1, seconds=1)])
-def test_a_bucket_holds_the_time_and_begins_where_it_should(engine: Engine, width: timedelta) -> None:
-    for moment in (EPOCH, datetime(2026, 2, 28, 23, 59, 59, 999_000, tzinfo=UTC), EPOCH + width):
-        with Session(engine) as session:
+def test_a_bucket_holds_the_time_and_begins_where_it_should(engine: Engine) -> None:
+    widths = (timedelta(hours=1), timedelta(days=1), timedelta(days=1, seconds=1))
+    moments = (EPOCH, datetime(2026, 2, 28, 23, 59, 59, 999_000, tzinfo=UTC))
+    for width, moment in [(width, moment) for width in widths for moment in (*moments, EPOCH + width)]:
+        with case(width, moment), Session(engine) as session:
             job = MlJob(kind="train", target_name="spam", created_at=moment)
             session.add(job)
             session.flush()
