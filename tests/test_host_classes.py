@@ -78,7 +78,7 @@ class OddKind(StrEnum):
 
 @pytest.fixture
 def empty(empty_url: str) -> Iterator[Engine]:
-    engine = create_engine(empty_url, poolclass=NullPool)
+    engine = create_engine(empty_url)
     yield engine
     engine.dispose()
 
@@ -86,7 +86,6 @@ def empty(empty_url: str) -> Iterator[Engine]:
 def life(engine: Engine, run: Any, **own: Any) -> None:
     """Every operation on a class, in a session, on a connection and by a store; the guard and the codec."""
     run.metadata.create_all(engine)
-    schema.verify(engine, metadata=run.metadata)
     kind, *_ = run.__kinds__
     with Session(engine, expire_on_commit=False) as session:
         job: Any = jobs.submit(session, kind, "x", {"a": 1}, model=run, **own)
