@@ -28,11 +28,11 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
-from sqlalchemy.pool import NullPool
 
 from mljobs import InvalidValueError, MlJob, MlJobKind, MlJobMixin, TerminalStateError, jobs, kind_column, schema
 from mljobs import metadata as own_metadata
 from tests.alembic_history import History
+from tests.cases import case
 
 NAMING = {
     "ix": "ix_%(column_0_label)s",
@@ -81,7 +81,7 @@ def models(
 
 @pytest.fixture
 def empty(empty_url: str) -> Iterator[Engine]:
-    engine = create_engine(empty_url, poolclass=NullPool)
+    engine = create_engine(empty_url)
     yield engine
     engine.dispose()
 
@@ -142,9 +142,9 @@ def test_a_revision_made_on_one_database_runs_on_the_other(
     tmp_path: Path, postgres_admin: Engine, request: pytest.FixtureRequest
 ) -> None:
     run, metadata = models()
-    sqlite = create_engine(f"sqlite:///{tmp_path / 'a.db'}", poolclass=NullPool)
+    sqlite = create_engine(f"sqlite:///{tmp_path / 'a.db'}")
     postgres_url: str = request.getfixturevalue("postgres_url")
-    postgres = create_engine(postgres_url, poolclass=NullPool)
+    postgres = create_engine(postgres_url)
     for number, (first, second) in enumerate([(sqlite, postgres), (postgres, sqlite)]):
         host = History(tmp_path / str(number), first, metadata)
         host.migrate()
@@ -154,6 +154,8 @@ def test_a_revision_made_on_one_database_runs_on_the_other(
         stands(second, run)
         host.check()
         host.downgrade("base")
+    sqlite.dispose()
+    postgres.dispose()
 
 
 def test_a_revision_runs_as_a_script(history: Callable[..., History], empty: Engine) -> None:
@@ -177,9 +179,8 @@ def test_a_revision_runs_as_a_script(history: Callable[..., History], empty: Eng
     stands(empty, run)
 
 
-@pytest.mark.parametrize("harm", ["trigger", "body", "counts", "disabled", "statistics"])
 def test_a_guard_that_is_lost_or_of_another_release_is_noticed_and_put_up_anew(
-    history: Callable[..., History], empty: Engine, harm: str
+    history: Callable[..., History], empty: Engine
 ) -> None:
     run, metadata = models()
     host = history(metadata)
@@ -205,15 +206,18 @@ def test_a_guard_that_is_lost_or_of_another_release_is_noticed_and_put_up_anew(
         if postgresql
         else "DROP TRIGGER training_runs_count_delete",
     }
-    with empty.begin() as connection:
-        for statement in statements[harm].split(";C"):
-            connection.exec_driver_sql(statement if statement.startswith(statements[harm][:6]) else f"C{statement}")
-    assert diffs(host) == ["create_mljobs_guard"]
-    text_of = host.migrate()
-    assert text_of.count("op.create_mljobs_guard(") == 2
-    assert "drop_mljobs_guard" not in text_of
-    stands(empty, run)
+    written = set()
+    for harm, harmful in statements.items():
+        with case(harm):
+            with empty.begin() as connection:
+                for statement in harmful.split(";C"):
+                    connection.exec_driver_sql(statement if statement.startswith(harmful[:6]) else f"C{statement}")
+            text_of = host.migrate()
+            assert text_of.count("op.create_mljobs_guard(") == text_of.count("op.") == 2  # and nothing else, both ways
+            written.add(text_of[text_of.index("def upgrade") :])
+            stands(empty, run)
     host.check()
+    (_,) = written  # so that one way back is that of all
     host.downgrade()
     stands(empty, run)
 
@@ -595,22 +599,20 @@ def test_the_documented_way_to_rename_a_table_leaves_nothing_to_verify(
     stands(empty, new)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        'batch.add_column(sa.Column("note", sa.String))',
-        'batch.alter_column("error_message", existing_type=sa.Text, comment="why")',
-        'batch.create_check_constraint("ck_host", "attempts < 1000")',
-    ],
-)
-def test_the_documented_batch_runs_on_both(empty: Engine, change: str) -> None:
+def test_the_documented_batch_runs_on_both(empty: Engine) -> None:
     schema.upgrade(empty)
     block = documented("op.batch_alter_table")
     assert "\n        pass " in block
-    with empty.begin() as connection:
-        upgrade_by("import sqlalchemy as sa\n" + block.replace("        pass ", f"        {change} "), connection)
-    schema.verify(empty)
-    stands(empty, MlJob)
+    for change in (
+        'batch.add_column(sa.Column("note", sa.String))',
+        'batch.alter_column("error_message", existing_type=sa.Text, comment="why")',
+        'batch.create_check_constraint("ck_host", "attempts < 1000")',
+    ):
+        with case(change):
+            code = "import sqlalchemy as sa\n" + block.replace("        pass ", f"        {change} ")
+            with empty.begin() as connection:
+                upgrade_by(code, connection)
+            stands(empty, MlJob)
 
 
 @pytest.mark.parametrize(
