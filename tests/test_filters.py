@@ -88,12 +88,14 @@ terms = st.one_of(
     _term(st.sampled_from(["spec", "metrics"]), comparisons, _one(numbers), keys),
     _term(st.sampled_from(["spec", "metrics"]), is_one_of, _many(numbers | patterns | st.booleans() | st.none()), keys),
 )
+DIALECTS = (sqlite.dialect(), postgresql.psycopg.dialect())
 filters = st.lists(terms, max_size=5).map(lambda found: Filter(*found))
 
 
 @given(filters)
-@settings(max_examples=400, deadline=None)
-def test_what_a_filter_prints_is_read_back_without_loss(filter_: Filter) -> None:
+@settings(max_examples=300, deadline=None)
+def test_what_a_filter_prints_is_read_back_without_loss_and_its_values_are_bound(filter_: Filter) -> None:
+    every_value_but_a_token_is_a_bound_parameter(filter_)
     again = Filter.parse(str(filter_), Run)
     assert again == filter_
     assert [[type(value) for value in term.values] for term in again.terms] == [
@@ -104,10 +106,8 @@ def test_what_a_filter_prints_is_read_back_without_loss(filter_: Filter) -> None
     assert isinstance(filter_.words(), str)
 
 
-@given(filters)
-@settings(max_examples=100, deadline=None)
-def test_every_value_but_a_token_is_a_bound_parameter(filter_: Filter) -> None:
-    for dialect in (sqlite.dialect(), postgresql.psycopg.dialect()):
+def every_value_but_a_token_is_a_bound_parameter(filter_: Filter) -> None:
+    for dialect in DIALECTS:
         for term in filter_.terms:
             (condition,) = Filter(term).conditions(Run, now=NOW)
             compiled = condition.compile(dialect=dialect, compile_kwargs={"render_postcompile": True})

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule, run_state_machine_as_test
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
 
 from mljobs import (
     InvalidTransitionError,
@@ -43,7 +45,7 @@ class Job:
         self.expired = False
 
 
-def store_machine(url: str) -> type[RuleBasedStateMachine]:
+def store_machine(store: JobStore) -> type[RuleBasedStateMachine]:
     """Workers claim, stall, die, come back late; the model says what each is told."""
 
     class StoreMachine(RuleBasedStateMachine):
@@ -52,7 +54,7 @@ def store_machine(url: str) -> type[RuleBasedStateMachine]:
 
         def __init__(self) -> None:
             super().__init__()
-            self.store = JobStore(url)
+            self.store = store
             self.jobs: dict[UUID, Job] = {}
             with self.store.engine.begin() as connection:
                 connection.exec_driver_sql("DELETE FROM ml_job_leases")
@@ -63,9 +65,6 @@ def store_machine(url: str) -> type[RuleBasedStateMachine]:
                     connection.exec_driver_sql("UPDATE ml_jobs_guard SET open = 1 WHERE name = 'retention'")
                     connection.exec_driver_sql("DELETE FROM ml_jobs")
                     connection.exec_driver_sql("UPDATE ml_jobs_guard SET open = 0 WHERE name = 'retention'")
-
-        def teardown(self) -> None:
-            self.store.close()
 
         @rule(target=ids, name=st.sampled_from(TARGETS), exclusive=st.booleans())
         def submit(self, name: str, exclusive: bool) -> UUID:  # noqa: FBT001 - Hypothesis calls it by name
@@ -220,21 +219,17 @@ def store_machine(url: str) -> type[RuleBasedStateMachine]:
 
 
 def test_a_store_behaves_like_the_model(url: str) -> None:
-    run_state_machine_as_test(store_machine(url), settings=SETTINGS)
+    with JobStore(url) as store:
+        run_state_machine_as_test(store_machine(store), settings=SETTINGS)
 
 
-def record_machine(url: str) -> type[RuleBasedStateMachine]:
+def record_machine(engine: Engine) -> type[RuleBasedStateMachine]:
     """One record and its methods, flushed and expired at will, against a plain dict."""
 
     class RecordMachine(RuleBasedStateMachine):
         def __init__(self) -> None:
             super().__init__()
-            from sqlalchemy import create_engine
-            from sqlalchemy.orm import Session
-            from sqlalchemy.pool import NullPool
-
-            self.engine = create_engine(url, poolclass=NullPool)
-            self.session = Session(self.engine)
+            self.session = Session(engine)
             self.job = MlJob(kind="train", target_name="spam")
             self.session.add(self.job)
             self.session.flush()
@@ -243,7 +238,6 @@ def record_machine(url: str) -> type[RuleBasedStateMachine]:
         def teardown(self) -> None:
             self.session.rollback()
             self.session.close()
-            self.engine.dispose()
 
         def _step(self, wanted: str, act: Any, changes: dict[str, Any]) -> None:
             status = MlJobStatus(self.model["status"])
@@ -306,5 +300,5 @@ def record_machine(url: str) -> type[RuleBasedStateMachine]:
     return RecordMachine
 
 
-def test_a_record_behaves_like_the_plain_dict(url: str) -> None:
-    run_state_machine_as_test(record_machine(url), settings=SETTINGS)
+def test_a_record_behaves_like_the_plain_dict(engine: Engine) -> None:
+    run_state_machine_as_test(record_machine(engine), settings=SETTINGS)
