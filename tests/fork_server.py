@@ -31,7 +31,7 @@ _PAUSE = 0.005
 def forkserver() -> ForkServerContext:
     """Return a way to start processes of :mod:`multiprocessing`, each a fork of one that has imported what they need."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preloaded"])
+    context.set_forkserver_preload(["tests.preloaded", "pytest"])  # test files, which it unpickles from, import it
     return context
 
 

@@ -19,6 +19,7 @@ from mljobs import MlJob, MlJobLease, MlJobMixin, SchemaError, TerminalStateErro
 from mljobs.alembic_plugin import _rebuilding as rebuilding
 from mljobs.errors import InvalidValueError
 from mljobs.guards._overview import overview_ddl
+from tests.cases import case, undone
 from tests.host_application import HostBase
 from tests.postgres import Server
 
@@ -112,33 +113,28 @@ HARM_IN_POSTGRESQL = {
         "ALTER VIEW ml_jobs_overview SET (security_invoker = false)"
     ),
 }
-HARM = [("sqlite", *harm) for harm in HARM_IN_SQLITE.items()]
-HARM += [("postgresql", *harm) for harm in HARM_IN_POSTGRESQL.items()]
 
 
-def problems(engine: Engine, metadata: MetaData | None = None) -> list[str]:
+def problems(target: Engine | Connection, metadata: MetaData | None = None) -> list[str]:
     try:
-        schema.verify(engine, metadata=metadata)
+        schema.verify(target, metadata=metadata)
     except SchemaError as error:
         return list(error.problems)
     return []
 
 
-@pytest.mark.parametrize(("database", "sentence", "statements"), HARM)
-def test_verify_names_what_differs(
-    database: str, sentence: str, statements: str, request: pytest.FixtureRequest
-) -> None:
-    url = request.getfixturevalue("sqlite_url" if database == "sqlite" else "postgres_url")
-    engine = create_engine(url, poolclass=NullPool)
-    assert problems(engine) == []
-    with engine.begin() as connection:
-        for statement in statements.split(" ;; "):
-            connection.exec_driver_sql(statement)
-    found = problems(engine)
-    assert [problem for problem in found if problem.startswith(sentence)], found
+def test_verify_names_what_differs(engine: Engine) -> None:
+    harm = HARM_IN_SQLITE if engine.dialect.name == "sqlite" else HARM_IN_POSTGRESQL
     # Some harm cannot be done alone.
     with_it = ("trigger ml_jobs_guard_update", "trigger ml_jobs_guard_range", "view ml_jobs_overview")
-    assert all(problem.startswith((sentence, *with_it)) for problem in found), found
+    for sentence, statements in harm.items():
+        with case(statements), undone(engine) as connection:
+            for statement in statements.split(" ;; "):
+                connection.exec_driver_sql(statement)
+            found = problems(connection)
+            assert [problem for problem in found if problem.startswith(sentence)], found
+            assert all(problem.startswith((sentence, *with_it)) for problem in found), found
+    assert problems(engine) == []
 
 
 def test_each_difference_is_one_sentence_that_fits_a_terminal(engine: Engine) -> None:
@@ -226,7 +222,7 @@ def test_a_schema_behind_this_release_is_an_error_that_says_upgrade(
 
 
 def test_a_hosts_own_tables_are_verified_with_their_guard(empty_url: str) -> None:
-    engine = create_engine(empty_url, poolclass=NullPool)
+    engine = create_engine(empty_url)
     HostBase.metadata.create_all(engine)
     assert problems(engine, HostBase.metadata) == []
     with engine.begin() as connection:
@@ -239,6 +235,7 @@ def test_a_hosts_own_tables_are_verified_with_their_guard(empty_url: str) -> Non
         "trigger training_runs_guard_delete of table training_runs is missing",
         "table training_runs_leases is missing",
     ]
+    engine.dispose()
 
 
 class AppBase(DeclarativeBase):
