@@ -206,9 +206,19 @@ def store(backend: Backend) -> Any:
     return backend.store()
 
 
-@pytest.fixture
-def full(sqlite_url: str) -> Iterator[JobStore]:
-    """A store on SQLite with 2,500 records."""
-    with JobStore(sqlite_url) as store:
+@pytest.fixture(scope="session")
+def full_template(sqlite_template: Path) -> Path:
+    path = sqlite_template.with_name("full.db")
+    shutil.copy(sqlite_template, path)
+    with JobStore(f"sqlite:///{path}") as store:
         store.submit_many(("train", f"t{number}", {"n": number}) for number in range(2500))
+    return path
+
+
+@pytest.fixture
+def full(full_template: Path, tmp_path: Path) -> Iterator[JobStore]:
+    """A store on SQLite with 2,500 records."""
+    path = tmp_path / "jobs.db"
+    shutil.copy(full_template, path)
+    with JobStore(f"sqlite:///{path}") as store:
         yield store

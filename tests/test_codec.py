@@ -237,8 +237,8 @@ def near_record(pick: Random) -> str:
     """
     values = json.loads(encode(_record(pick)))
     pairs = [(key, json.dumps(value, ensure_ascii=pick.random() < 0.5)) for key, value in values.items()]
-    for _ in range(pick.choice([0, 0, 1, 2])):
-        pairs.append((pick.choice([*KEYS, "extra", "\\u0073tatus"]), pick.choice(FRAGMENTS)))
+    more = [*KEYS, "extra", "\\u0073tatus"]
+    pairs += [(pick.choice(more), pick.choice(FRAGMENTS)) for _ in range(pick.choice([0, 0, 1, 2]))]
     pick.shuffle(pairs)
     pairs = pairs[pick.choice([0, 0, 0, 1]) :]
     gap = pick.choice(["", " ", "\n\t", "\x0b"])

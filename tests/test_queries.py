@@ -29,7 +29,7 @@ from tests.sample_history import TARGETS, Job, Lease, fill, fixed
 
 PAGE = Path(__file__).parent.parent / "docs" / "queries.md"
 JOBS = 50_000
-"""Enough for PostgreSQL to take an index wherever it would with more; at 25,000 it reads the whole table for one question."""
+"""Enough for PostgreSQL to take an index wherever it would with more; of 25,000 it reads all for one question."""
 SAMPLE_ID = "01a20de7-e815-7721-b9be-b3e65909217e"
 
 
@@ -492,7 +492,7 @@ def test_the_first_line_of_an_error_is_the_same_on_an_instance_and_in_a_query(en
 def test_a_bucket_holds_the_time_and_begins_where_it_should(engine: Engine) -> None:
     widths = (timedelta(hours=1), timedelta(days=1), timedelta(days=1, seconds=1))
     moments = (EPOCH, datetime(2026, 2, 28, 23, 59, 59, 999_000, tzinfo=UTC))
-    for width, moment in [(width, moment) for width in widths for moment in (*moments, EPOCH + width)]:
+    for width, moment in [(each, moment) for each in widths for moment in (*moments, EPOCH + each)]:
         with case(width, moment), Session(engine) as session:
             job = MlJob(kind="train", target_name="spam", created_at=moment)
             session.add(job)

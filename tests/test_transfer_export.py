@@ -8,7 +8,6 @@ import io
 import json
 import os
 import stat
-import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime, timedelta
@@ -35,7 +34,8 @@ from mljobs.transfer import Imported
 from mljobs.transfer import _files as files_module
 from mljobs.transfer._rows import NAMES
 from tests.backends import Backend
-from tests.transfer_jobs import NOW, empty, job, put, queued, stored
+from tests.fork_server import ForkServer
+from tests.transfer_jobs import NOW, empty, job, put, queued
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -148,11 +148,11 @@ def test_an_extended_export_and_its_import_lose_nothing(backend: Backend, store:
 
 
 def test_what_happens_meanwhile_is_not_in_an_export(backend: Backend, store: Any) -> None:
-    put(backend, *(job() for _ in range(2500)))
+    store.submit_many(("train", "t", {}) for _ in range(2500))
     file = io.BytesIO()
 
     assert store.export_jobs(file, progress=lambda _: put(backend, job())) == 2500
-    assert len(stored(backend)) > 2500
+    assert store.counts(exact=True).total() > 2500
 
 
 def test_a_session_that_is_exporting_says_so_instead_of_waiting_for_itself(postgres_url: str) -> None:
@@ -246,14 +246,12 @@ def test_an_export_that_breaks_off_leaves_what_was_there(full: JobStore, name: s
     assert [path.name for path in Path().iterdir() if path.suffix == ".part"] == []
 
 
-def test_a_crash_leaves_no_half_file_under_the_name(sqlite_url: str) -> None:
-    with JobStore(sqlite_url) as store:
-        store.submit_many(("train", "t", {}) for _ in range(2500))
+def test_a_crash_leaves_no_half_file_under_the_name(full: JobStore, python: ForkServer, tmp_path: Path) -> None:
     program = (
         "import os, sys; from mljobs import JobStore\n"
         "JobStore(sys.argv[1]).export_jobs('jobs.ndjson', progress=lambda _: os._exit(9))"
     )
-    assert subprocess.run([sys.executable, "-c", program, sqlite_url], check=False).returncode == 9
+    assert python.run("-c", program, str(full.engine.url), cwd=tmp_path).returncode == 9
     assert not Path("jobs.ndjson").exists()
 
 
