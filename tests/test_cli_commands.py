@@ -30,6 +30,7 @@ from mljobs.cli._screen import Screen
 from mljobs.contrib.pydantic import MlJobRead
 from mljobs.jobs import WorkerInfo, WorkerState
 from mljobs.jobs._workers import register_worker, see_worker
+from tests.cases import case
 from tests.fork_server import ForkServer
 from tests.test_cli import run
 
@@ -163,48 +164,45 @@ def test_the_help_lists_every_command_in_its_panel(capsys: pytest.CaptureFixture
         assert f"\n  {name} " in shown
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        (["lst"], "did you mean list?"),
-        (["list", "--nope"], "see mljobs list --help"),
-        (["list", "staus:failed"], "did you mean status:failed?"),
-        (["list", "--order", "best"], "newest or oldest"),
-        (["submit", "train"], "see mljobs submit --help"),
-        (["show"], "see mljobs show --help"),
-        (["cancel"], "or --all to cancel every one"),
-        (["cancel", "status:queued"], "say --yes"),
-        (["retry", "9d4e", "kind:train"], "do not go together"),
-        (["watch", "9d4e", "kind:train"], "do not go together"),
-        (["prune", "--older-than", "soon"], "expected a span"),
-        (["stats", "--over", "soon"], "expected a span"),
-        (["list", "--json", "--fields", "nope"], "there is no field 'nope'"),
-        (["work"], "which worker?"),
-        (["list", "--fields", " ,"], "expected names with commas between"),
-        (["list", "--fields"], "see mljobs list --help"),
-        (["list", "--limit", "x"], "see mljobs list --help"),
-        (["list", "--limit", "0"], "greater than or equal to 1"),
-        (["list", "-L", "-3"], "greater than or equal to 1"),
-        (["stats", "--over", "0s"], "expected a span above 0"),
-        (["watch", "--interval", "0"], "greater than or equal to 0.1"),
-        (["board", "--port", "99999"], "less than or equal to 65535"),
-        (["best", "spam"], "Missing option '--metric'"),
-        (["wait"], "see mljobs wait --help"),
-    ],
-)
+WRONG_USAGE = [
+    (["lst"], "did you mean list?"),
+    (["list", "--nope"], "see mljobs list --help"),
+    (["list", "staus:failed"], "did you mean status:failed?"),
+    (["list", "--order", "best"], "newest or oldest"),
+    (["submit", "train"], "see mljobs submit --help"),
+    (["show"], "see mljobs show --help"),
+    (["cancel"], "or --all to cancel every one"),
+    (["cancel", "status:queued"], "say --yes"),
+    (["retry", "9d4e", "kind:train"], "do not go together"),
+    (["watch", "9d4e", "kind:train"], "do not go together"),
+    (["prune", "--older-than", "soon"], "expected a span"),
+    (["stats", "--over", "soon"], "expected a span"),
+    (["list", "--json", "--fields", "nope"], "there is no field 'nope'"),
+    (["work"], "which worker?"),
+    (["list", "--fields", " ,"], "expected names with commas between"),
+    (["list", "--fields"], "see mljobs list --help"),
+    (["list", "--limit", "x"], "see mljobs list --help"),
+    (["list", "--limit", "0"], "greater than or equal to 1"),
+    (["list", "-L", "-3"], "greater than or equal to 1"),
+    (["stats", "--over", "0s"], "expected a span above 0"),
+    (["watch", "--interval", "0"], "greater than or equal to 0.1"),
+    (["board", "--port", "99999"], "less than or equal to 65535"),
+    (["best", "spam"], "Missing option '--metric'"),
+    (["wait"], "see mljobs wait --help"),
+]
+
+
 def test_wrong_usage_is_one_line_that_says_what_to_do_and_exit_code_2(
-    filled_sqlite: JobStore,
-    arguments: list[str],
-    error: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    filled_sqlite: JobStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    assert run(*arguments) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("mljobs: ")
-    assert error in line
-    assert filled_sqlite.counts().total(status="cancelled") == 0
+    for arguments, error in WRONG_USAGE:
+        with case(*arguments):
+            monkeypatch.setattr("sys.stdin", io.StringIO(""))
+            assert run(*arguments) == 2
+            line = capsys.readouterr().err.splitlines()[-1]
+            assert line.startswith("mljobs: ")
+            assert error in line
+            assert filled_sqlite.counts().total(status="cancelled") == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- submitting
@@ -766,17 +764,15 @@ def test_a_schema_of_postgresql_is_named_by_an_option(postgres_url: str, capsys:
     assert run("list", "--schema", "a;b", "--url", postgres_url) == 1
 
 
-def test_a_reader_that_goes_away_ends_a_list_without_a_word(sqlite_url: str) -> None:
+def test_a_reader_that_goes_away_ends_a_list_without_a_word(
+    sqlite_url: str, python: ForkServer, tmp_path: Path
+) -> None:
     with JobStore(sqlite_url) as store:
         store.submit_many([("train", "x" * 500, {}) for _ in range(2000)])
-    reading = subprocess.Popen(
-        [sys.executable, "-m", "mljobs", "list", "--limit", "2000", "--url", sqlite_url],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert reading.stdout is not None
-    assert reading.stderr is not None
+    listing = ["list", "--limit", "2000", "--url", sqlite_url]
+    reading = python.start("-m", "mljobs", *listing, cwd=tmp_path, env=os.environ)
     reading.stdout.read(10)
     reading.stdout.close()
-    assert reading.stderr.read() == b""
-    reading.stderr.close()
-    assert reading.wait() == 1
+    assert reading.stderr.read() == ""
+    assert reading.wait(60) == 1
+    reading.close()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.console import Console
 
 from mljobs.cli import _transfer as transfer
 from mljobs.store._store import JobStore
+from tests.fork_server import ForkServer
 from tests.test_cli import run
 from tests.transfer_jobs import job
 
@@ -109,21 +109,15 @@ def test_an_error_is_one_line(
     assert said in shown
 
 
-def test_a_reader_that_goes_away_is_an_error(sqlite_url: str) -> None:
+def test_a_reader_that_goes_away_is_an_error(sqlite_url: str, python: ForkServer, tmp_path: Path) -> None:
     with JobStore(sqlite_url) as store:
         store.submit_many(("train", "x" * 100, {}) for _ in range(5000))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mljobs", "export", "--url", sqlite_url],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
+    process = python.start("-m", "mljobs", "export", "--url", sqlite_url, cwd=tmp_path, env=os.environ)
     process.stdout.read(10)
     process.stdout.close()
-    with process.stderr as errors:
-        said = errors.read().decode()
-    assert process.wait() == 1
+    said = process.stderr.read()
+    assert process.wait(60) == 1
+    process.close()
     assert said.startswith("mljobs: standard stream: Broken pipe (after ")
     assert said.count("\n") == 1
 

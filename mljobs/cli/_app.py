@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
 from typing import Annotated, Any, Final, NamedTuple
 
@@ -102,6 +103,7 @@ class LazyGroup(TyperGroup):
                 )
 
 
+@cache
 def _commands_of(module: str) -> dict[str, Any]:
     part = typer.Typer(rich_markup_mode=None, context_settings=_CONTEXT)
     import_module(f"mljobs.cli.{module}").add_to(part)
@@ -178,6 +180,11 @@ def main(
             _settings.given[name] = value
 
 
+@cache
+def _group() -> Any:
+    return typer.main.get_command(app)
+
+
 def run(arguments: list[str] | None = None) -> None:
     """Run the command and exit: 0, 1 for an error, 2 for usage, 130 when interrupted; see docs/cli.md for wait and watch.
 
@@ -188,9 +195,9 @@ def run(arguments: list[str] | None = None) -> None:
     if "_MLJOBS_COMPLETE" in os.environ:
         from mljobs.cli._completing import answer  # noqa: PLC0415 - seldom needed
 
-        answer(typer.main.get_command(app))
+        answer(_group())
     try:
-        code = app(args=arguments, prog_name="mljobs", standalone_mode=False)
+        code = _group()(args=arguments, prog_name="mljobs", standalone_mode=False)
         sys.stdout.flush()
         if code == _INTERRUPTED:  # as some versions of Typer answer
             sys.stderr.write("mljobs: interrupted\n")
