@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import timedelta
 from html.parser import HTMLParser
 from typing import Any
@@ -21,6 +23,8 @@ from mljobs._values import utc_now
 from mljobs.board import Access, create_app
 from mljobs.db._engines import async_url
 from tests.boards import ERROR, Made, client, ended, history, send, token_of
+from tests.cases import case
+from tests.databases import Databases
 
 
 @pytest.fixture
@@ -32,6 +36,21 @@ def store(url: str) -> Iterator[JobStore]:
 @pytest.fixture
 def made(store: JobStore) -> Made:
     return history(store)
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def shown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[JobStore, Made]]:
+    """A store and the small history in it, for tests that only look."""
+    with ExitStack() as stack:
+        if request.param == "sqlite":
+            path = tmp_path_factory.mktemp("board") / "jobs.db"
+            shutil.copy(request.getfixturevalue("sqlite_template"), path)
+            url = f"sqlite:///{path}"
+        else:
+            databases: Databases = request.getfixturevalue("postgres_databases")
+            url = stack.enter_context(databases.fresh())
+        store = stack.enter_context(JobStore(url))
+        yield store, history(store)
 
 
 def paths(made: Made) -> list[str]:
@@ -83,7 +102,8 @@ class Links(HTMLParser):
             self.wrong.append(tag)
 
 
-def test_every_page_stands_alone_and_all_that_it_links_to_is_there(store: JobStore, made: Made) -> None:
+def test_every_page_stands_alone_and_all_that_it_links_to_is_there(shown: tuple[JobStore, Made]) -> None:
+    store, made = shown
     board = client(store)
     seen: set[str] = set()
     for path in paths(made):
@@ -94,12 +114,14 @@ def test_every_page_stands_alone_and_all_that_it_links_to_is_there(store: JobSto
         assert len(page.ids) == len(set(page.ids)), path
         assert len(answer.content) < 200_000
         seen |= page.links
-    for link in sorted(seen):
-        if "/actions/" not in link and not link.endswith("/theme"):
-            assert board.get(link).status_code == 200, link
+    if store.engine.dialect.name == "sqlite":  # what a page links to has nothing to do with the database
+        for link in sorted(seen):
+            if "/actions/" not in link and not link.endswith("/theme"):
+                assert board.get(link).status_code == 200, link
 
 
-def test_now_says_what_runs_and_what_needs_attention(store: JobStore, made: Made) -> None:
+def test_now_says_what_runs_and_what_needs_attention(shown: tuple[JobStore, Made]) -> None:
+    store, made = shown
     html = client(store).get("/").text
     assert 'aria-valuenow="40"' in html
     assert "gpu-1" in html
@@ -115,7 +137,8 @@ def test_an_empty_table_says_how_to_begin(store: JobStore) -> None:
     assert "store.submit(" in html
 
 
-def test_a_list_shows_filter_chips_words_states_and_chains(store: JobStore, made: Made) -> None:
+def test_a_list_shows_filter_chips_words_states_and_chains(shown: tuple[JobStore, Made]) -> None:
+    store, _ = shown
     html = client(store).get("/jobs?q=status:failed kind:train").text
     assert "ValueError: lr must be below 1" in html
     assert "<b>1</b> match" in html
@@ -126,14 +149,16 @@ def test_a_list_shows_filter_chips_words_states_and_chains(store: JobStore, made
     assert "Completed<span>8</span>" in counted
 
 
-def test_a_filter_that_is_not_understood_asks_nothing_and_helps(store: JobStore, made: Made) -> None:
+def test_a_filter_that_is_not_understood_asks_nothing_and_helps(shown: tuple[JobStore, Made]) -> None:
+    store, _ = shown
     answer = client(store).get("/jobs", params={"q": "staus:failed lr>abc"})
     assert answer.status_code == 422
     assert "nothing was asked" in answer.text
     assert "Did you mean status:failed?" in answer.text
 
 
-def test_a_filter_that_finds_nothing_says_which_term_to_drop(store: JobStore, made: Made) -> None:
+def test_a_filter_that_finds_nothing_says_which_term_to_drop(shown: tuple[JobStore, Made]) -> None:
+    store, _ = shown
     html = client(store).get("/jobs?q=kind:train target:zebra").text
     assert "No job matches." in html
     assert "Without target:zebra" in html
@@ -163,7 +188,8 @@ def test_pages_hang_on_a_row_and_lead_both_ways(store: JobStore) -> None:
     assert ids(board.get(link(second, "prev")).text) == ids(first)
 
 
-def test_a_job_shows_its_chain_its_error_its_trees_and_that_it_is_final(store: JobStore, made: Made) -> None:
+def test_a_job_shows_its_chain_its_error_its_trees_and_that_it_is_final(shown: tuple[JobStore, Made]) -> None:
+    store, made = shown
     html = client(store).get(f"/jobs/{made.failed.id}").text
     assert "Final since" in html
     assert "2 records of the same work" in html
@@ -186,7 +212,8 @@ def test_a_running_job_shows_its_lease_and_what_it_reported(store: JobStore, mad
     assert "Cancel…" in html
 
 
-def test_a_target_shows_the_best_so_far_and_what_changed(store: JobStore, made: Made) -> None:
+def test_a_target_shows_the_best_so_far_and_what_changed(shown: tuple[JobStore, Made]) -> None:
+    store, _ = shown
     html = client(store).get("/target?name=spam").text
     assert "best 0.87" in html
     assert 'class="n diff"' in html
@@ -196,7 +223,8 @@ def test_a_target_shows_the_best_so_far_and_what_changed(store: JobStore, made: 
     assert client(store).get("/target?name=nothing").status_code == 404
 
 
-def test_a_comparison_leaves_out_what_is_equal_and_ranks(store: JobStore, made: Made) -> None:
+def test_a_comparison_leaves_out_what_is_equal_and_ranks(shown: tuple[JobStore, Made]) -> None:
+    store, made = shown
     ids = "&".join(f"id={job.id}" for job in made.completed)
     html = client(store).get(f"/compare?{ids}").text
     assert "Compare 8 runs" in html
@@ -225,7 +253,8 @@ def test_fifty_runs_with_thirty_parameters_are_compared(store: JobStore) -> None
     assert len(answer.content) < 400_000
 
 
-def test_the_overview_counts_by_outcome_and_groups_reasons(store: JobStore, made: Made) -> None:
+def test_the_overview_counts_by_outcome_and_groups_reasons(shown: tuple[JobStore, Made]) -> None:
+    store, _ = shown
     html = client(store).get("/overview").text
     assert "8 completed" in html
     assert "1 failed, at the foot" in html
@@ -233,7 +262,8 @@ def test_the_overview_counts_by_outcome_and_groups_reasons(store: JobStore, made
     assert "gpu-2" in html
 
 
-def test_times_are_iso_utc_with_all_of_it_in_the_title(store: JobStore, made: Made) -> None:
+def test_times_are_iso_utc_with_all_of_it_in_the_title(shown: tuple[JobStore, Made]) -> None:
+    store, made = shown
     html = client(store).get(f"/jobs/{made.failed.id}").text
     iso = made.failed.created_at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
     full = made.failed.created_at.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
@@ -320,7 +350,9 @@ def test_the_theme_is_the_only_cookie_and_leads_back(store: JobStore) -> None:
 # ---------------------------------------------------------------------------------------------------------- anywhere
 
 
-def test_it_can_be_mounted_at_any_path_behind_any_prefix(store: JobStore, made: Made) -> None:
+def test_it_can_be_mounted_at_any_path_behind_any_prefix(sqlite_url: str) -> None:
+    store = JobStore(sqlite_url)
+    made = history(store)
     app = Starlette(routes=[Mount("/a b/jobs", create_app(store))])
     for root_path in ("", "/proxy"):
         board = TestClient(app, root_path=root_path)
@@ -333,6 +365,7 @@ def test_it_can_be_mounted_at_any_path_behind_any_prefix(store: JobStore, made: 
         without = Links(board.get("/a b/jobs/").text)  # a server may leave the prefix out of the path
         assert without.links
         assert all(link.startswith(f"{prefix}/") for link in without.links)
+    store.close()
 
 
 class Base(DeclarativeBase):
@@ -419,9 +452,8 @@ def test_a_list_is_sorted_by_creation_or_by_end_both_ways_and_pages_keep_the_ord
         assert earlier == expected[2:4]
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
+def test_charts_of_the_strangest_numbers_are_drawn_or_left_out(sqlite_url: str) -> None:
+    strange: list[tuple[float, float]] = [
         (1e16, 1e16 + 2),
         (1e308, -1e308),
         (5e-324, 0.0),
@@ -429,15 +461,17 @@ def test_a_list_is_sorted_by_creation_or_by_end_both_ways_and_pages_keep_the_ord
         (0.0, 0.0),
         (1e149, -1e149),
         (2**80, 2**80 + 1),
-    ],
-    ids=str,
-)
-def test_charts_of_the_strangest_numbers_are_drawn_or_left_out(sqlite_url: str, values: tuple[float, float]) -> None:
+    ]
     with JobStore(sqlite_url) as store:
-        jobs = [ended(store, "completed", ago=n + 1, spec={"p": v}, metrics={"f1": v}) for n, v in enumerate(values)]
         board = client(store)
-        ids = "&".join(f"id={job.id}" for job in jobs)
-        for path in ("/target?name=spam", f"/compare?{ids}", f"/api/compare?{ids}", "/api/target?name=spam"):
-            answer = board.get(path)
-            assert answer.status_code == 200, path
-            assert not re.search(r'="-?(?:nan|inf)', answer.text), path
+        for at, values in enumerate(strange):
+            jobs = [
+                ended(store, "completed", target=f"t{at}", ago=n + 1, spec={"p": v}, metrics={"f1": v})
+                for n, v in enumerate(values)
+            ]
+            ids = "&".join(f"id={job.id}" for job in jobs)
+            for path in (f"/target?name=t{at}", f"/compare?{ids}", f"/api/compare?{ids}", f"/api/target?name=t{at}"):
+                with case(values, path):
+                    answer = board.get(path)
+                    assert answer.status_code == 200
+                    assert not re.search(r'="-?(?:nan|inf)', answer.text)
