@@ -20,6 +20,8 @@ from mljobs import Filter, FilterError, InvalidValueError, MlJob, MlJobKind, MlJ
 from mljobs.jobs import FilterPattern, FilterTerm
 from tests.backends import Backend
 
+OF_EACH_KIND = ["sqlite", "postgresql", "postgresql-asyncpg"]
+"""Backends: two databases, blocking and async. Of a filter a driver sees the bound values, and two are one library."""
 NOW = datetime(2026, 11, 26, 12, 0, tzinfo=UTC)
 
 
@@ -335,6 +337,7 @@ FOUND = {
 }
 
 
+@pytest.mark.parametrize("backend", OF_EACH_KIND, indirect=True)
 def test_each_word_finds_the_same_on_every_database_by_every_way_in(backend: Backend) -> None:
     made: list[MlJob] = []
 
@@ -441,6 +444,7 @@ def test_what_no_index_serves_is_looked_for_so_far_and_the_page_says_how_far(
     assert store.counts(rare, exact=True).total() == 1
 
 
+@pytest.mark.parametrize("backend", OF_EACH_KIND, indirect=True)
 def test_pages_of_a_filter_meet_without_gap_or_overlap(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from mljobs.jobs import _paging
 

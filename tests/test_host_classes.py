@@ -371,8 +371,8 @@ HOSTS: list[Callable[[], Any]] = [
 def test_a_hosts_class_supports_every_operation(empty: Engine, make: Callable[[], Any]) -> None:
     run, own = make()
     life(empty, run, **own)
-    for kind in run.__kinds__:
-        with JobStore(empty, model=run) as store:
+    with JobStore(empty, model=run) as store:
+        for kind in run.__kinds__:
             assert store.get(store.submit(kind, "each", **own)).kind is kind
 
 

@@ -25,6 +25,7 @@ from mljobs import (
     TargetLockedError,
     TerminalStateError,
     jobs,
+    testing,
 )
 from tests.backends import Backend
 from tests.cases import case
@@ -413,8 +414,14 @@ LATE: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("next_state", ["queued", "claimed", "completed", "cancelled", "deleted"])
-def test_a_late_worker_gets_an_error_and_writes_nothing(store: Any, backend: Backend, next_state: str) -> None:
+def test_a_late_worker_gets_an_error_and_writes_nothing(store: Any, backend: Backend) -> None:
+    for next_state in ("queued", "claimed", "completed", "cancelled", "deleted"):
+        with case(next_state):
+            _come_late(store, backend, next_state)
+            testing.empty(backend.outside)
+
+
+def _come_late(store: Any, backend: Backend, next_state: str) -> None:
     store.submit("train", "spam")
     (late,) = store.claim(worker="slow")
     expire_leases(backend.outside)
@@ -450,8 +457,14 @@ def test_a_worker_whose_job_was_cancelled_gets_an_error_and_changes_nothing(stor
             assert store.get(job.id).to_json() == before
 
 
-@pytest.mark.parametrize("end", ["complete", "fail", "requeue"])
-def test_a_finish_refused_by_a_cancel_gives_the_lease_back_once(store: Any, backend: Backend, end: str) -> None:
+def test_a_finish_refused_by_a_cancel_gives_the_lease_back_once(store: Any, backend: Backend) -> None:
+    for end in ("complete", "fail", "requeue"):
+        with case(end):
+            _finish_what_was_cancelled(store, backend, end)
+            testing.empty(backend.outside)
+
+
+def _finish_what_was_cancelled(store: Any, backend: Backend, end: str) -> None:
     def act() -> None:
         arguments = ["why"] if end == "fail" else []
         getattr(store, end)(claim, *arguments)

@@ -20,6 +20,7 @@ from sqlalchemy import Engine, create_engine
 from sqlalchemy.pool import NullPool
 
 from tests.alembic_history import History
+from tests.cases import case
 from tests.test_alembic_plugin import models
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def empty(empty_url: str) -> Iterator[Engine]:
-    engine = create_engine(empty_url, poolclass=NullPool)
+    engine = create_engine(empty_url)
     yield engine
     engine.dispose()
 
@@ -44,18 +45,21 @@ TESTS = [
 ]
 
 
-@pytest.mark.parametrize("check", TESTS, ids=lambda check: check.__name__)
-def test_pytest_alembics_tests_pass_on_our_revisions(check: Any, empty: Engine) -> None:
-    with runner(config=RunnerConfig.from_raw_config(config_of_ours()), engine=empty) as alembic_runner:
-        check(alembic_runner)
+def test_pytest_alembics_tests_pass_on_our_revisions(empty: Engine) -> None:
+    _check_all(config_of_ours(), empty)
 
 
-@pytest.mark.parametrize("check", TESTS, ids=lambda check: check.__name__)
-def test_pytest_alembics_tests_pass_on_what_autogenerate_writes(check: Any, empty: Engine, tmp_path: Path) -> None:
+def test_pytest_alembics_tests_pass_on_what_autogenerate_writes(empty: Engine, tmp_path: Path) -> None:
     host = History(tmp_path / "alembic", empty, models()[1])
     host.revision()
-    with runner(config=RunnerConfig.from_raw_config(host.config), engine=empty) as alembic_runner:
-        check(alembic_runner)
+    _check_all(host.config, empty)
+
+
+def _check_all(config: Config, engine: Engine) -> None:
+    for check in TESTS:
+        with case(check.__name__), runner(RunnerConfig.from_raw_config(config), engine=engine) as alembic_runner:
+            check(alembic_runner)
+            alembic_runner.migrate_down_to("base")
 
 
 def squawk(script: str, tmp_path: Path, *but: str) -> None:

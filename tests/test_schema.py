@@ -15,7 +15,6 @@ import pytest
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Engine, create_engine, inspect, make_url, text
-from sqlalchemy.pool import NullPool
 
 from mljobs import MlJob, MlJobKind, MlJobStatus, SchemaError, TerminalStateError, metadata, schema
 from tests.fork_server import ForkServer
@@ -27,7 +26,7 @@ Alembic = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def empty(empty_url: str) -> Any:
-    engine = create_engine(empty_url, poolclass=NullPool)
+    engine = create_engine(empty_url)
     yield engine
     engine.dispose()
 
@@ -36,7 +35,7 @@ def empty(empty_url: str) -> Any:
 def engine_of_create_all(empty: Engine, request: pytest.FixtureRequest) -> Any:
     """An engine on a database of the same kind, made from the models."""
     kind = "postgres" if empty.dialect.name == "postgresql" else "sqlite"
-    engine = create_engine(request.getfixturevalue(f"{kind}_url"), poolclass=NullPool)
+    engine = create_engine(request.getfixturevalue(f"{kind}_url"))
     yield engine
     engine.dispose()
 
@@ -148,11 +147,11 @@ def test_the_alembic_command_works_from_any_directory_and_takes_a_url(
     schema.verify(f"sqlite:///{tmp_path / 'mljobs.db'}")
 
 
-def test_the_alembic_command_says_an_unknown_revision_in_one_line(empty_url: str) -> None:
+def test_the_alembic_command_says_an_unknown_revision_in_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "alembic", "upgrade", "nowhere"],
         cwd=ROOT,
-        env={**os.environ, "MLJOBS_DATABASE_URL": empty_url},
+        env={**os.environ, "MLJOBS_DATABASE_URL": f"sqlite:///{tmp_path / 'jobs.db'}"},
         capture_output=True,
         text=True,
         check=False,
