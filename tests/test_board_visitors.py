@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from mljobs import JobStore, MlJobStatus
 from mljobs.board import Access, create_app
 from tests.boards import FORM, Made, client, history, send
+from tests.cases import case
 
 UNKNOWN = "0" * 32
 ODD = [
@@ -48,9 +49,10 @@ def test_odd_addresses_and_methods_are_answered_and_break_nothing(store: JobStor
     for path in ("/", "/jobs", "/static/board.css", "/api/jobs", "/events?view=now"):
         answer = board.head(path)
         assert (answer.status_code, answer.content) == (200, b""), path
-    for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"):
-        for path in ("/", "/actions/cancel", "/api/jobs", "/static/board.css"):
-            assert board.request(method, path).status_code == 405, (method, path)
+    if store.engine.dialect.name == "sqlite":  # a method that is not served does not reach the database
+        for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"):
+            for path in ("/", "/actions/cancel", "/api/jobs", "/static/board.css"):
+                assert board.request(method, path).status_code == 405, (method, path)
     assert store.get(made.queued.id).status is MlJobStatus.QUEUED
 
 
@@ -78,8 +80,8 @@ def test_odd_bodies_are_refused_and_a_deep_spec_comes_back_as_it_was(store: JobS
     assert send(board, "/actions/retry", id=made.running.id).status_code == 409
 
 
-def test_a_file_that_the_browser_has_is_not_sent_again(store: JobStore) -> None:
-    board = client(store)
+def test_a_file_that_the_browser_has_is_not_sent_again(sqlite_url: str) -> None:
+    board = client(JobStore(sqlite_url))
     tag = board.get("/static/board.css").headers["etag"]
     again = board.get("/static/board.css", headers={"If-None-Match": tag})
     assert (again.status_code, again.content) == (304, b"")
@@ -90,24 +92,28 @@ async def _fails(_request: Any) -> Access:
     raise RuntimeError("secret of the host")
 
 
-@pytest.mark.parametrize(
-    ("authorize", "status"),
-    [(lambda _: None, 403), (lambda _: True, 403), (lambda _: -1, 403), (lambda _: 1 / 0, 500), (_fails, 500)],
-    ids=["None", "True", "a number", "raises", "raises, async"],
-)
-def test_an_authorize_that_fails_or_returns_no_access_lets_nobody_in(
-    sqlite_url: str, authorize: Any, status: int
-) -> None:
+NO_ACCESS: dict[str, tuple[Any, int]] = {
+    "None": (lambda _: None, 403),
+    "True": (lambda _: True, 403),
+    "a number": (lambda _: -1, 403),
+    "raises": (lambda _: 1 / 0, 500),
+    "raises, async": (_fails, 500),
+}
+
+
+def test_an_authorize_that_fails_or_returns_no_access_lets_nobody_in(sqlite_url: str) -> None:
     with JobStore(sqlite_url) as store:
         made = history(store)
-        board = TestClient(create_app(store, authorize=authorize), raise_server_exceptions=False)
-        for path in ("/", "/api/jobs", "/poll?view=now", "/events?view=now", f"/jobs/{made.failed.id}"):
-            answer = board.get(path)
-            assert answer.status_code == status, path
-            assert "gpu-1" not in answer.text
-            assert "secret" not in answer.text
-            assert answer.headers["content-security-policy"].startswith("default-src 'none'")
-        assert board.post("/actions/cancel", headers=FORM).status_code == status
+        for name, (authorize, status) in NO_ACCESS.items():
+            board = TestClient(create_app(store, authorize=authorize), raise_server_exceptions=False)
+            for path in ("/", "/api/jobs", "/poll?view=now", "/events?view=now", f"/jobs/{made.failed.id}"):
+                with case(name, path):
+                    answer = board.get(path)
+                    assert answer.status_code == status
+                    assert "gpu-1" not in answer.text
+                    assert "secret" not in answer.text
+                    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
+            assert board.post("/actions/cancel", headers=FORM).status_code == status
 
 
 def test_an_error_of_ours_says_nothing_and_has_the_headers_too(

@@ -262,7 +262,7 @@ def test_a_subclass_comes_with_its_own_columns_and_a_class_can_be_listened_to(ur
 
 
 def test_a_session_may_be_used_again_by_the_callback_and_after_it(url: str, told: Seen) -> None:
-    engine = create_engine(url, pool_size=1, max_overflow=0, pool_timeout=1)  # the connection is back in the pool
+    engine = create_engine(url, pool_size=1, max_overflow=0, pool_timeout=0.1)  # the connection is back in the pool
     with Session(engine) as session:
         found: list[int] = []
         on_finished(lambda _: found.append(len(session.scalars(select(MlJob)).all())), session)

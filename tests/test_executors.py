@@ -58,8 +58,8 @@ def file_store(sqlite_url: str) -> Iterator[JobStore]:
         yield store
 
 
-def test_training_spreads_over_the_processes_of_a_dask_cluster(store: JobStore, client: Client) -> None:
-    jobs = on_executors.trains(store, client.get_executor())
+def test_training_spreads_over_the_processes_of_a_dask_cluster(file_store: JobStore, client: Client) -> None:
+    jobs = on_executors.trains(file_store, client.get_executor())
     assert {job.metrics["epochs"] for job in jobs} == {5}
     assert len({job.metrics["process"] for job in jobs}) == 2
 
@@ -81,8 +81,10 @@ def test_a_failure_on_dask_is_the_jobs_own_with_its_reason(file_store: JobStore,
     assert reason.startswith("tests.worker_app.raises.<locals>.Local: spec {'n': 2}")
 
 
-def test_a_dask_process_that_dies_puts_its_job_back_and_the_worker_goes_on(store: JobStore, client: Client) -> None:
-    on_executors.dies_and_is_done_by_another(store, client.get_executor())
+def test_a_dask_process_that_dies_puts_its_job_back_and_the_worker_goes_on(
+    file_store: JobStore, client: Client
+) -> None:
+    on_executors.dies_and_is_done_by_another(file_store, client.get_executor())
 
 
 def test_a_dask_process_that_dies_every_time_fails_its_job(file_store: JobStore, client: Client) -> None:

@@ -17,6 +17,7 @@ from mljobs import (
     exponential,
 )
 from mljobs.store._run import Run
+from mljobs.worker import _prefetching
 from tests.leases import count_leases, expire_leases
 from tests.waiting import until
 from tests.workers import ended, fail, worker_of
@@ -362,7 +363,10 @@ def _listening(store: JobStore) -> bool:
         return number > 0
 
 
-def test_what_was_claimed_ahead_and_waits_long_is_put_back_for_others(store: JobStore) -> None:
+def test_what_was_claimed_ahead_and_waits_long_is_put_back_for_others(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_prefetching, "STALE_SECONDS", 0.5)
     worker = worker_of(store, concurrency=1)
     long, go = threading.Event(), threading.Event()
 
