@@ -77,7 +77,8 @@ LEASE = Statement(_starting.lease_statement(MlJob))
 START = Statement(_starting.start_statement(MlJob))
 FINISH = Statement(_finishing._FINISH.part(MlJob))
 DELETE = Statement(_fencing.delete_statement(MlJob))
-INSERT = Statement(_submitting._insertion(MlJob))
+INSERT = Statement(_submitting._insertion(MlJob, _submitting._OF_PLAIN))
+INSERT_MANY = Statement(_submitting._insertion(MlJob, tuple(COLUMNS)))
 PICKS = {limit: Statement(_picking.pick_statement(MlJob, "any", limit)) for limit in (1, 100)}
 
 
@@ -93,7 +94,7 @@ class Raw:
         self.connection.commit()
 
     def insert_many(self, rows: Sequence[Sequence[Any]]) -> None:
-        self.connection.executemany(INSERT.text, rows)
+        self.connection.executemany(INSERT_MANY.text, rows)
         self.connection.commit()
 
     def claim(self, limit: int) -> list[tuple[str, int, int]]:
@@ -129,10 +130,10 @@ class Raw:
         return done
 
 
-def raw_row() -> list[Any]:
+def raw_row(statement: Statement = INSERT) -> list[Any]:
     given = {"id": uuid7().hex, "kind": "train", "target_name": "spam", "status": "queued", "progress": 0}
     given |= {"created_at": now_ms(), "spec_json": SPEC_TEXT, "attempts": 0, "priority": 0, "exclusive": 0}
-    return [given.get(name) for name in INSERT.names]
+    return [given.get(name) for name in statement.names]
 
 
 def check_statements(store: JobStore) -> None:
@@ -301,7 +302,7 @@ def submit() -> None:
 
 def many() -> None:
     each = 1000
-    ready = iter([[raw_row() for _ in range(each)] for _ in range(REPEATS * scaled(10))])
+    ready = iter([[raw_row(INSERT_MANY) for _ in range(each)] for _ in range(REPEATS * scaled(10))])
     records = iter(
         [
             [MlJob(kind="train", target_name="spam", spec_json=SPEC_TEXT) for _ in range(each)]
@@ -322,7 +323,7 @@ def single() -> None:
     number = scaled(500)
     with place() as directory, both(directory) as (raw, store):
         others = peers(directory)
-        raw.insert_many([raw_row() for _ in range(number * REPEATS)])
+        raw.insert_many([raw_row(INSERT_MANY) for _ in range(number * REPEATS)])
         store.submit_many([("train", "spam", SPEC)] * (number * REPEATS))
         for put, _ in others.values():
             for _ in range(number * REPEATS):
@@ -341,7 +342,7 @@ def single() -> None:
 def batches() -> None:
     number, each = scaled(25), 100
     with place() as directory, both(directory) as (raw, store):
-        raw.insert_many([raw_row() for _ in range(number * each * REPEATS)])
+        raw.insert_many([raw_row(INSERT_MANY) for _ in range(number * each * REPEATS)])
         store.submit_many([("train", "spam", SPEC)] * (number * each * REPEATS))
 
         def by_store() -> None:
@@ -370,7 +371,7 @@ def drain() -> None:
                 pass
 
         for _ in range(REPEATS):
-            raw.insert_many([raw_row() for _ in range(number)])
+            raw.insert_many([raw_row(INSERT_MANY) for _ in range(number)])
             store.submit_many([("train", "spam", SPEC)] * number)
             for put, _ in others.values():
                 for _ in range(number):
@@ -475,7 +476,7 @@ def guard() -> None:
                 drop_triggers(raw.connection)
             if "CHECK" in name:
                 raw.connection.execute("PRAGMA ignore_check_constraints = ON")
-            raw.insert_many([raw_row() for _ in range(number * REPEATS * 12)])
+            raw.insert_many([raw_row(INSERT_MANY) for _ in range(number * REPEATS * 12)])
 
         def in_batches(raw: Raw) -> Act:
             return lambda: raw.complete(raw.claim(100))

@@ -97,11 +97,10 @@ def to_member(enum: type[_E], field: str, value: object) -> _E:
     """
     if type(value) is enum:
         return value
-    if isinstance(value, str):
-        try:
-            return enum(value)
-        except ValueError:
-            pass
+    members: Any = enum._value2member_map_  # to call the enum takes longer
+    member: _E | None = members.get(value) if isinstance(value, str) else None
+    if member is not None:
+        return member
     raise InvalidValueError(field, value, f"expected one of {', '.join(member.value for member in enum)}")
 
 
@@ -117,7 +116,8 @@ def to_json_text(field: str, value: object) -> str:
             text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidValueError(field, value, f"JSON cannot hold it: {error}") from error
-    _refuse_nul(field, text)
+    if _NUL_ESCAPE in text:
+        _refuse_nul(field, text)
     return text
 
 
@@ -227,5 +227,6 @@ def storable_json(field: str, value: object) -> str:
         _check_json(value)
     except (ValueError, RecursionError) as error:
         raise InvalidValueError(field, value, f"not JSON text: {error}") from error
-    _refuse_nul(field, value)
+    if _NUL_ESCAPE in value:
+        _refuse_nul(field, value)
     return value

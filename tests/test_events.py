@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, select, text, update
+from sqlalchemy import Engine, create_engine, event, inspect, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Session, scoped_session, sessionmaker
 from sqlalchemy.pool import NullPool
@@ -693,8 +693,8 @@ def test_what_finished_is_told_though_another_thread_has_the_connection_already(
     with JobStore(url) as store:
         jobs_to_end, kept = [store.submit("train", target) for target in ("a", "b")], ConnectionCache.keep
 
-        def keep_and_use(self: ConnectionCache, connection: Connection) -> None:
-            kept(self, connection)
+        def keep_and_use(self: ConnectionCache, used: Any) -> None:
+            kept(self, used)
             if jobs_to_end:  # as another thread would, before this one goes on
                 store.cancel(jobs_to_end.pop())
 

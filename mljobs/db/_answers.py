@@ -7,6 +7,7 @@ than all else that it does around a job.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -81,9 +82,8 @@ class RowsAnswer:
     def column(self, at: int) -> list[Any]:
         """Return the Python values of a column, of all rows."""
         process = None if self._conversion is None else self._conversion.process_of(at)
-        if process is None:
-            return [row[at] for row in self._rows]
-        return [None if row[at] is None else process(row[at]) for row in self._rows]
+        values = map(itemgetter(at), self._rows)
+        return list(values if process is None else map(process, values))
 
 
 class UnreadAnswer:

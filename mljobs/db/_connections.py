@@ -22,7 +22,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from mljobs.db._engines import at_level
 from mljobs.db._failures import is_locked
-from mljobs.db._prepared import LOCK_TURNS
+from mljobs.db._prepared import LOCK_TURNS, is_unwatched
 
 R = TypeVar("R")
 
@@ -64,17 +64,19 @@ def cache_size(engine: Engine, wanted: int) -> int:
 class ConnectionCache:
     """Connections for single operations, kept checked out between two of them: a checkout costs as much as a statement.
 
-    On SQLite each operation is a transaction, begun and committed here, and waits for the file's write lock in a way of its
-    own. SQLite looks for the lock after 1, 2, 5 and more milliseconds, at last every 100: beside processes that take it
-    again as soon as they have let go, one that has waited long is never served. So a kept connection waits in many short
-    turns, and where these are over the operation is run again until the configured timeout is; see ``lock_pauses``.
+    On SQLite each operation is a transaction, which the driver begins with the first write and which is committed here. For
+    SQLAlchemy, where nobody listens, one transaction goes on: to begin and commit there takes as long as a small statement.
+    An operation waits for the file's write lock in a way of its own. SQLite looks for the lock after 1, 2, 5 and more
+    milliseconds, at last every 100: beside processes that take it again as soon as they have let go, one that has waited
+    long is never served. So a kept connection waits in many short turns, and where these are over the operation is run
+    again until the configured timeout is; see ``lock_pauses``.
 
     Args:
         engine: In AUTOCOMMIT, on PostgreSQL, where such an operation is one statement.
         size: How many to keep at most.
 
     Attributes:
-        begins: Whether each operation is a transaction that is begun and committed here.
+        begins: Whether each operation is a transaction that is committed here.
     """
 
     def __init__(self, engine: Engine, size: int) -> None:
@@ -82,26 +84,22 @@ class ConnectionCache:
         self._size = size
         self.begins = engine.dialect.name == "sqlite"
         self._busy_timeout = 0
-        self._idle: deque[tuple[Connection, float]] = deque()
-        self._process = os.getpid()
+        self._idle: deque[_Use] = deque()
+        self._forks = _forks
 
     def use(self) -> AbstractContextManager[Connection]:
-        """Return a context manager that yields a connection for one operation."""
-        return _Use(self)
-
-    def take(self) -> Connection:
-        """Return a connection that was kept, or a new one."""
-        if self._process != os.getpid():  # a fork: these belong to the parent
-            self._idle, self._process = deque(), os.getpid()
+        """Return a context manager that yields a connection for one operation: one that was kept, or a new one."""
+        if self._forks != _forks:  # these belong to the parent
+            self._idle, self._forks = deque(), _forks
             self._engine.dispose(close=False)
         while True:
             try:
-                connection, used = self._idle.pop()
+                kept = self._idle.pop()
             except IndexError:
-                return self._new()
-            if time.monotonic() - used < _FRESH_SECONDS:
-                return connection
-            self.release(connection)  # the pool checks whether the server is still there
+                return _Use(self, self._new())
+            if self.begins or time.monotonic() - kept.since < _FRESH_SECONDS:
+                return kept
+            self.release(kept.connection)  # the pool checks whether the server is still there
 
     def _new(self) -> Connection:
         connection = self._engine.connect()
@@ -113,12 +111,12 @@ class ConnectionCache:
                 connection.info[LOCK_TURNS] = min(_TURNS, self._busy_timeout // _TURN_MILLISECONDS)
         return connection
 
-    def keep(self, connection: Connection) -> None:
+    def keep(self, used: _Use) -> None:
         """Keep a connection for the next operation, or give it back to the pool."""
         if len(self._idle) < self._size:
-            self._idle.append((connection, time.monotonic()))
+            self._idle.append(used)
         else:
-            self.release(connection)
+            self.release(used.connection)
 
     def release(self, connection: Connection) -> None:
         """Roll back what is open, and give a connection back to the pool, as it came from there."""
@@ -135,43 +133,66 @@ class ConnectionCache:
     def close(self) -> None:
         """Give all back to the pool."""
         while self._idle:
-            self.release(self._idle.pop()[0])
+            self.release(self._idle.pop().connection)
+
+
+_forks = 0
+os.register_at_fork(after_in_child=lambda: globals().update(_forks=_forks + 1))
 
 
 class _Use:
-    """One operation on a connection of a cache; one that failed goes back to the pool, which knows what to do with it."""
+    """One operation on a connection of a cache; one that failed goes back to the pool, which knows what to do with it.
 
-    __slots__ = ("_cache", "_connection")
+    Attributes:
+        connection: The connection.
+        since: Since when it has been kept, by the monotonic clock; on SQLite nobody asks.
+    """
 
-    def __init__(self, cache: ConnectionCache) -> None:
+    __slots__ = ("_cache", "connection", "since")
+
+    def __init__(self, cache: ConnectionCache, connection: Connection) -> None:
         self._cache = cache
+        self.connection = connection
+        self.since = 0.0
 
     def __enter__(self) -> Connection:
-        self._connection = connection = self._cache.take()
-        if self._cache.begins:
+        if self._cache.begins and not self.connection.in_transaction():
             try:
-                connection.begin()
+                self.connection.begin()
             except BaseException:
-                self._cache.release(connection)
+                self._cache.release(self.connection)
                 raise
-        return connection
+        return self.connection
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        cache, connection = self._cache, self._connection
+        cache, connection = self._cache, self.connection
         try:
-            if kind is None and cache.begins:
+            if not cache.begins:
+                self.since = time.monotonic()
+            elif kind is None and not is_unwatched(connection):
                 connection.commit()
+            elif kind is None:
+                _commit(connection)
             elif is_locked(error):  # and nothing worse: it will be tried again at once
                 connection.rollback()
         except BaseException:
             cache.release(connection)
             raise
         if kind is None or is_locked(error):
-            cache.keep(connection)
+            cache.keep(self)
         else:
             cache.release(connection)
+
+
+def _commit(connection: Any) -> None:
+    """Commit what the driver has begun; SQLAlchemy's transaction goes on."""
+    try:
+        connection.connection.dbapi_connection.commit()
+    except BaseException as error:
+        connection._handle_dbapi_exception(error, None, None, None, None)  # noqa: SLF001 - as SQLAlchemy does
+        raise
 
 
 def _driver(connection: Connection) -> Any:

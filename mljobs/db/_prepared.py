@@ -48,22 +48,24 @@ class _Compiled:
         self.numbered: str | None = None
         if dialect.driver == "psycopg":
             self.numbered, self.names = _numbered(self.text)
-        self.bind: dict[str, _Process] = {}
-        for bind, name in compiled.bind_names.items():
-            process = bind.type.dialect_impl(dialect).bind_processor(dialect)
+        bind: dict[str, _Process] = {}
+        for parameter, name in compiled.bind_names.items():
+            process = parameter.type.dialect_impl(dialect).bind_processor(dialect)
             if process is not None:
-                self.bind[name] = process
+                bind[name] = process
         self._types = [column.type.dialect_impl(dialect) for column in getattr(statement, "exported_columns", ())]
         self._dialect = dialect
         self._result: dict[int, _Process] | None = None
         self.returns_rows = bool(self._types)
+        self.described = not self.returns_rows
         for name in self.fixed:
-            if name in self.bind:
-                self.fixed[name] = self.bind.pop(name)(self.fixed[name])
+            if name in bind:
+                self.fixed[name] = bind.pop(name)(self.fixed[name])
+        self.bind = tuple(bind.items())
 
     def parameters(self, given: Mapping[str, Any]) -> Any:
         values = {**self.fixed, **given}
-        for name, process in self.bind.items():
+        for name, process in self.bind:
             value = values[name]
             if value is not None:  # NULL, of whatever type
                 values[name] = process(value)
@@ -78,14 +80,14 @@ class _Compiled:
 
     def in_order(self, values: Mapping[str, Any]) -> Sequence[Any]:
         """Return the values in the order of the placeholders."""
-        return [values[name] for name in self.names]
+        return list(map(values.__getitem__, self.names))
 
     def describe(self, cursor: Any) -> None:
         """Choose what to do to each column by what the driver says it is; SQLAlchemy asks that of a number."""
-        if self._result is None and self.returns_rows:
-            codes = [column[1] for column in cursor.description]
-            processes = [of.result_processor(self._dialect, code) for of, code in zip(self._types, codes, strict=True)]
-            self._result = {at: process for at, process in enumerate(processes) if process is not None}
+        codes = [column[1] for column in cursor.description]
+        processes = [of.result_processor(self._dialect, code) for of, code in zip(self._types, codes, strict=True)]
+        self._result = {at: process for at, process in enumerate(processes) if process is not None}
+        self.described = True
 
     def row(self, raw: Sequence[Any]) -> Row:
         """Return the Python values of a row of a cursor that was described."""
@@ -136,32 +138,32 @@ class Prepared:
             connection: Where to run it.
             parameters: By name; names that the statement does not use are ignored.
         """
-        return self._send(connection, parameters, late=False).rows()
+        return self.answer(connection, parameters, late=False).rows()
 
-    def answer(self, connection: Connection, parameters: Mapping[str, Any]) -> Answer:
+    def answer(self, connection: Connection, parameters: Mapping[str, Any], *, late: bool = True) -> Answer:
         """Run the statement; return its rows, whose Python values are made when they are asked for.
 
         Args:
             connection: Where to run it.
             parameters: By name; names that the statement does not use are ignored.
+            late: Whether psycopg, too, is to make the values of many rows when they are asked for.
         """
-        return self._send(connection, parameters, late=True)
-
-    def _send(self, connection: Connection, parameters: Mapping[str, Any], *, late: bool) -> Answer:
-        schemas = connection.get_execution_options().get("schema_translate_map") or {}
-        compiled = self._text(connection.dialect, schemas)
+        schemas = connection.get_execution_options().get("schema_translate_map")
+        latest = self._latest
+        if latest is not None and latest[0] is connection.dialect and not schemas:
+            compiled = latest[1]
+        else:
+            compiled = self._text(connection.dialect, schemas or {})
         values = compiled.parameters(parameters)
-        if _unwatched(connection):
+        if is_unwatched(connection):
             return _by_cursor(connection, compiled, values, late=late)
         result = connection.exec_driver_sql(compiled.text, tuple(values) if compiled.positional else values)
-        compiled.describe(result.cursor)
+        if not compiled.described:
+            compiled.describe(result.cursor)
         return RowsAnswer(result.fetchall() if result.returns_rows else (), compiled)
 
     def _text(self, dialect: Dialect, schemas: _Schemas) -> _Compiled:
         """Return the text for a dialect, and for the schemas of a tenant."""
-        latest = self._latest
-        if latest is not None and latest[0] is dialect and not schemas:
-            return latest[1]
         texts = self._compiled.get(dialect)
         if texts is None:
             texts = self._compiled[dialect] = {}
@@ -196,21 +198,21 @@ class _Filled(Prepared):
         return self._template._text(dialect, schemas).filled(self._number)  # noqa: SLF001 - of this class
 
 
-def _unwatched(connection: Any) -> bool:
+def is_unwatched(connection: Any) -> bool:
     """Whether nobody listens to the statements of this connection, and it is in a transaction that goes on.
 
     SQLAlchemy makes an object of each column of each result, which takes longer than many of our statements. Where
     somebody listens (an instrumentation, ``echo``), and where it has to begin a transaction first or to refuse, the
     statement goes the whole way.
     """
-    transaction = connection.get_nested_transaction() or connection.get_transaction()
+    transaction = connection._nested_transaction or connection._transaction  # noqa: SLF001 - asked for each statement
     if transaction is None or not transaction.is_active:
         return False
     dialect = connection.dialect
     return dialect.driver in _PLAIN_DRIVERS and not (
-        getattr(connection, "_has_events", True)
-        or getattr(connection.engine, "_has_events", True)
-        or getattr(connection, "_echo", True)
+        connection._has_events  # noqa: SLF001 - there is no public way
+        or connection.engine._has_events  # noqa: SLF001
+        or connection._echo  # noqa: SLF001
         or dialect.dispatch.do_execute
     )
 
@@ -222,31 +224,33 @@ def _by_cursor(connection: Any, compiled: _Compiled, values: Any, *, late: bool)
     """Send the statement; ``late`` says that the values of many rows are to be made when they are asked for."""
     cursor = None
     try:
-        if compiled.numbered is not None and connection.dialect.is_async:
-            cursor, rows = await_only(_by_async_psycopg(connection, compiled, values, late=late))
-        elif compiled.numbered is not None:
-            cursor = connection.dialect.dbapi.RawCursor(connection.connection.dbapi_connection)
-            cursor.execute(compiled.numbered, compiled.in_order(values))
-            rows = cursor.fetchall() if compiled.returns_rows and not (late and cursor.rowcount > _FEW) else None
-        elif connection.dialect.is_async:
-            cursor = connection.connection.cursor()
-            cursor.execute(compiled.text, values)
-            rows = cursor.fetchall() if compiled.returns_rows else ()
-        else:
+        if compiled.numbered is None and not connection.dialect.is_async:
             try:
                 cursor = connection.connection.dbapi_connection.execute(compiled.text, values)
             except sqlite3.OperationalError as error:
                 cursor = _in_turns(connection, compiled, values, error)
             rows = cursor.fetchall() if compiled.returns_rows else ()
-        compiled.describe(cursor)
-        if rows is None and compiled.returns_rows:
-            return UnreadAnswer(cursor.connection, cursor.pgresult, compiled)
-        if not connection.dialect.is_async:
-            cursor.close()
+        elif compiled.numbered is None:
+            cursor = connection.connection.cursor()
+            cursor.execute(compiled.text, values)
+            rows = cursor.fetchall() if compiled.returns_rows else ()
+        elif connection.dialect.is_async:
+            cursor, rows = await_only(_by_async_psycopg(connection, compiled, values, late=late))
+        else:
+            cursor = connection.dialect.dbapi.RawCursor(connection.connection.dbapi_connection)
+            cursor.execute(compiled.numbered, compiled.in_order(values))
+            rows = cursor.fetchall() if compiled.returns_rows and not (late and cursor.rowcount > _FEW) else None
+        if not compiled.described:
+            compiled.describe(cursor)
     except BaseException as error:
         connection._handle_dbapi_exception(error, compiled.text, values, cursor, None)  # noqa: SLF001 - there is no public way
         raise
-    return RowsAnswer(rows or (), compiled)
+    if rows is None and compiled.returns_rows:
+        return UnreadAnswer(cursor.connection, cursor.pgresult, compiled)
+    return RowsAnswer(rows, compiled) if rows else _NO_ROWS
+
+
+_NO_ROWS = RowsAnswer(())
 
 
 async def _by_async_psycopg(

@@ -87,6 +87,8 @@ def connection_of(bind: Bind, model: Model) -> Connection:
     Raises:
         InvalidValueError: Neither a session nor a connection.
     """
+    if isinstance(bind, Connection):
+        return bind
     resolved = resolve(bind)
     if isinstance(resolved, Session):
         resolved.flush()
@@ -109,7 +111,7 @@ def is_postgres(connection: Connection) -> bool:
 
 def lock_sqlite(connection: Connection, model: Model) -> None:
     """Take SQLite's write lock now: what is read after it cannot change before the transaction ends."""
-    _write_nothing(model).rows(connection, {})
+    _write_nothing(model).answer(connection, {})
 
 
 @per_model
@@ -189,6 +191,7 @@ def owner_of(model: Model) -> Model:
     return owner
 
 
+@per_model
 def whole_table_of(model: Model) -> Table:
     """Return the table that holds the record of ``model``, and of nothing else.
 

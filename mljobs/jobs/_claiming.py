@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from itertools import count, repeat
 from typing import Any, NoReturn
 
 import sqlalchemy as sa
@@ -34,6 +35,7 @@ from mljobs.jobs._base import (
     loaded,
     lock_sqlite,
     model_and_id,
+    per_model,
     refusal,
     state_of,
     table_of,
@@ -129,7 +131,7 @@ def claim_parameters(  # noqa: PLR0917 - those of claim
     parameters = {"worker": worker_name(worker), "kinds": tokens, **moments(check_lease(lease))}
     check_count("limit", limit, MAX_BATCH)
     more = ""
-    if skipped := [id_of(job) for job in skip]:
+    if skipped := list(map(id_of, skip)):
         more, parameters = f"{more} skip", {**parameters, "skip": skipped}
     if lock_timeout is not None:
         check_seconds("lock_timeout", lock_timeout, above_zero=True)
@@ -254,15 +256,11 @@ def _on_sqlite(
 ) -> tuple[list[Claim[Any]], int]:
     """Run the parts of the statement in turn, under the write lock: no target can be taken meanwhile."""
     lock_sqlite(connection, model)
+    arguments = connection, model, which, parameters
     if is_plain_record(model):
-        return _start_in_turn(session, connection, model, which, parameters)
-    return unless_target_taken(connection, lambda: _start_in_turn(session, connection, model, which, parameters))
-
-
-def _start_in_turn(
-    session: Bind, connection: sa.Connection, model: Model, which: str, parameters: dict[str, Any]
-) -> tuple[list[Claim[Any]], int]:
-    answer, picked = start_in_turn(connection, model, which, parameters)
+        answer, picked = start_in_turn(*arguments)
+    else:
+        answer, picked = unless_target_taken(connection, lambda: start_in_turn(*arguments))
     lasts = from_millis(parameters["now"]), from_millis(parameters["expires"])
     return claims_of(session, model, answer, lasts, parameters["worker"], before=0), picked
 
@@ -286,21 +284,27 @@ def claims_of(
         worker: Under which name.
         before: Columns before the record's in a row: of ``claim_rows`` two.
     """
-    ids, kinds, tokens = (answer.column(before + place_of(model, column)) for column in ("id", "kind", "lease"))
+    ids = answer.column(before + place_of(model, "id"))
     if not ids or ids[0] is None:
         return []
+    kinds, tokens = answer.column(before + place_of(model, "kind")), answer.column(before + place_of(model, "lease"))
     acquired_at, expires_at = lasts
     of_lease: dict[int, list[int]] = {}
     for token, job_id in zip(tokens, ids, strict=True):
         of_lease.setdefault(token, []).append(job_id.int)
     leases = {token: Lease(token, acquired_at, job_ids) for token, job_ids in of_lease.items()}
-    rows = ClaimedRows(model, answer, slice(before, before + len(table_of(model).columns)))
+    rows = ClaimedRows(model, answer, _record_in_row(model, before))
     jobs: Iterable[Any]
     if isinstance(session, sa.Connection) and is_plain_record(model):
-        jobs = (UnreadJob(rows, at, job_id, kind) for at, (job_id, kind) in enumerate(zip(ids, kinds, strict=True)))
+        jobs = map(UnreadJob, repeat(rows), count(), ids, kinds)
     else:
         jobs = loaded(session, model, [rows.read(at) for at in range(len(answer))])
     return [Claim(job, token, worker, expires_at, leases[token]) for job, token in zip(jobs, tokens, strict=True)]
+
+
+@per_model
+def _record_in_row(model: Model, before: int) -> slice:
+    return slice(before, before + len(table_of(model).columns))
 
 
 def lasts_of(model: Model, first: Sequence[Any]) -> tuple[datetime, datetime]:

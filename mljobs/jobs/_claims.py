@@ -89,7 +89,8 @@ class Claim(Generic[M]):
     @property
     def model(self) -> type[M]:
         """The mapped class of the job."""
-        return typed("type[M]", self._job.rows.model) if isinstance(self._job, UnreadJob) else type(self._job)
+        model: Any = self._job.rows.model if isinstance(self._job, UnreadJob) else type(self._job)
+        return model  # type: ignore[no-any-return]
 
     @property
     def ended(self) -> bool:
@@ -118,8 +119,7 @@ class Claim(Generic[M]):
         return f"<Claim of job {self.job_id} by {self.worker}, token {self.token}, until {self.expires_at}>"
 
 
-@dataclass(frozen=True, slots=True)
-class ClaimedRows:
+class ClaimedRows(msgspec.Struct, gc=False):
     """The rows of a claim, of which records are made.
 
     Attributes:
@@ -174,7 +174,7 @@ def model_of(claims: Iterable[Claim[Any]]) -> Model:
     Raises:
         InvalidValueError: They are of several.
     """
-    models: set[Model] = {owner_of(model) for model in {claim.model for claim in claims}}
+    models: set[Model] = {owner_of(claim.model) for claim in claims}
     if len(models) != 1:
         raise InvalidValueError("claims", models, "one call takes claims of one model")
     return models.pop()

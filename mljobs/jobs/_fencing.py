@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from operator import attrgetter
 from typing import Any
 from uuid import UUID
 
@@ -17,12 +19,13 @@ import sqlalchemy as sa
 from mljobs.db._prepared import Prepared
 from mljobs.errors import LeaseLostError, TerminalStateError
 from mljobs.jobs._base import Model, per_model, refusal_and_start, table_of
-from mljobs.jobs._claims import Claim
+from mljobs.jobs._claims import Claim, Lease
 from mljobs.jobs._statements import POSTGRES, SQLITE, Array, constant, in_rows, parameter_table, table_parameters
 from mljobs.states import MlJobStatus
 from mljobs.types import JobId
 
 _WANTED, _LEASES = "wanted", "leases"
+_JOB_ID, _TOKEN = attrgetter("job_id"), attrgetter("token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,9 @@ class Written:
         return self.ids is None or claim.job_id in self.ids
 
 
+_ALL = Written(None, ())
+
+
 def wanted_table(dialect: str, **columns: Any) -> Any:
     """Return the parameter table of a write: ``id`` and ``token`` of each claim, and what is to be written."""
     return parameter_table(_WANTED, dialect, id=JobId(), token=sa.BigInteger(), **columns)
@@ -49,22 +55,23 @@ def wanted_table(dialect: str, **columns: Any) -> Any:
 
 def wanted_parameters(dialect: str, claims: Sequence[Claim[Any]], **columns: Sequence[Any]) -> dict[str, Any]:
     """Return the parameters of ``wanted_table``."""
-    ids, tokens = [claim.job_id for claim in claims], [claim.token for claim in claims]
+    ids, tokens = list(map(_JOB_ID, claims)), list(map(_TOKEN, claims))
     return table_parameters(_WANTED, dialect, id=ids, token=tokens, **columns)
 
 
 def lease_parameters(dialect: str, claims: Iterable[Claim[Any]]) -> dict[str, Any]:
     """Return the parameters of the leases of these claims, and which of them have no other job, as far as is known."""
-    claims = list(claims)
-    ids = {claim.job_id.int for claim in claims}
-    leases = {claim.token: claim.lease for claim in claims}
-    return table_parameters(
-        _LEASES,
-        dialect,
-        token=list(leases),
-        acquired_at=[lease.acquired_at for lease in leases.values()],
-        empty=[lease.is_left_empty_without(ids) for lease in leases.values()],
-    )
+    ids: set[int] = set()
+    leases: dict[int, Lease] = {}
+    for claim in claims:
+        ids.add(claim.job_id.int)
+        leases[claim.token] = claim.lease
+    starts: list[datetime | None] = []
+    empty: list[bool] = []
+    for lease in leases.values():
+        starts.append(lease.acquired_at)
+        empty.append(lease.is_left_empty_without(ids))
+    return table_parameters(_LEASES, dialect, token=list(leases), acquired_at=starts, empty=empty)
 
 
 def standing_leases(model: Model, dialect: str) -> sa.Select[Any]:
@@ -183,7 +190,7 @@ class FencedWrite:
         """
         if connection.dialect.name == POSTGRES:
             return read_answer(self.statement(model).rows(connection, parameters)[0])
-        written = Written(None, ())
+        written = _ALL
         answer = self.part(model).answer(connection, parameters)
         wanted, *_ = parameters[_WANTED]
         if len(answer) < len(wanted):
@@ -191,7 +198,7 @@ class FencedWrite:
             written = Written(set(answer.column(0)), set(tokens))
         *_, empty = parameters[_LEASES]
         if self._ends and any(empty):
-            delete_statement(model).rows(connection, parameters)
+            delete_statement(model).answer(connection, parameters)
         return written
 
 

@@ -42,6 +42,7 @@ from mljobs.record._values import error_text
 from mljobs.states import ACTIVE, MlJobStatus
 from mljobs.types import JobId
 
+_CLAIM = attrgetter("claim")
 _COMPLETED = MlJobStatus.COMPLETED
 _FAILED = MlJobStatus.FAILED
 _QUEUED = MlJobStatus.QUEUED
@@ -173,7 +174,7 @@ def finish_many(session: Bind, outcomes: Iterable[Outcome]) -> list[Exception | 
     given = list(outcomes)
     if not given:
         return []
-    model = model_of(outcome.claim for outcome in given)
+    model = model_of(map(_CLAIM, given))
     connection = connection_of(session, model)
     distinct = one_for_each_job(given)
     written = record_outcomes(connection, model, distinct)
@@ -182,7 +183,7 @@ def finish_many(session: Bind, outcomes: Iterable[Outcome]) -> list[Exception | 
 
 def one_for_each_job(outcomes: Iterable[Outcome]) -> list[Outcome]:
     """Return one outcome for each job, in the order of their ids: of a claim given twice the first."""
-    return newest_by_job(outcomes, attrgetter("claim"))
+    return newest_by_job(outcomes, _CLAIM)
 
 
 def record_outcomes(
@@ -201,13 +202,10 @@ def record_outcomes(
 
 def outcome_parameters(dialect: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Return the parameters of ``finish_update``, and those of the leases."""
-    claims = [outcome.claim for outcome in outcomes]
-    columns: dict[str, list[Any]] = {
-        "status": [outcome.status.value for outcome in outcomes],
-        "error": [outcome.error_message for outcome in outcomes],
-        "metrics": [outcome.metrics_json for outcome in outcomes],
-    }
-    return wanted_parameters(dialect, claims, **columns) | lease_parameters(dialect, claims)
+    rows = [(one.claim, one.status._value_, one.error_message, one.metrics_json) for one in outcomes]
+    claims, status, error, metrics = zip(*rows, strict=True)
+    wanted = wanted_parameters(dialect, claims, status=status, error=error, metrics=metrics)
+    return wanted | lease_parameters(dialect, claims)
 
 
 def answers(
@@ -234,12 +232,10 @@ def answers(
         recorded = everything or id(outcome) in done
         errors.append(None if recorded else explain(connection, model, outcome.claim, written, outcome.status))
         outcome.claim.note_end()
-    ids = [outcome.claim.job_id for outcome in outcomes]
-    refresh(session, model, ids)
+    refresh(session, model, (outcome.claim.job_id for outcome in outcomes))
     if events.subscribed():
-        events.add_finished(
-            session, model, [job_id for job_id, error in zip(ids, errors, strict=True) if error is None]
-        )
+        ended = [one.claim.job_id for one, error in zip(outcomes, errors, strict=True) if error is None]
+        events.add_finished(session, model, ended)
     return errors
 
 

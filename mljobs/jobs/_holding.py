@@ -217,7 +217,7 @@ def newest_by_job(given: Iterable[_T], claim_of: Callable[[_T], Claim[Any]]) -> 
         known = newest.setdefault(job_id, one)
         if known is not one and _age(claim) > _age(claim_of(known)):
             newest[job_id] = one
-    return [newest[job_id] for job_id in sorted(newest)]
+    return list(map(newest.__getitem__, sorted(newest)))
 
 
 def _itself(claim: Claim[Any]) -> Claim[Any]:

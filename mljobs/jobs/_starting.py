@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from itertools import count
+from typing import Any
 
 import sqlalchemy as sa
 
-from mljobs.db._answers import Answer, RowsAnswer
+from mljobs.db._answers import Answer
 from mljobs.db._prepared import Prepared
 from mljobs.jobs._base import Model, per_model, table_of
 from mljobs.jobs._picking import pick_statement
@@ -30,27 +31,24 @@ def start_in_turn(
         parameters: Of the claim.
     """
     # As SQLite stores them: what is picked goes back to it.
-    picked = _rows(pick_statement(model, which, parameters["limit"]), connection, parameters).raw
+    picked: Any = pick_statement(model, which, parameters["limit"]).answer(connection, parameters)
     if not picked:
-        return RowsAnswer(()), 0
-    chosen: list[tuple[str, str | None]] = []
+        return picked, 0
+    chosen: dict[str, str | None] = {}
     locks: set[str | None] = set()
-    for job_id, exclusive, target, *_ in picked:
+    for job_id, exclusive, target, *_ in picked.raw:
         lock = target if exclusive else None
         if lock is None or lock not in locks:
-            chosen.append((job_id, lock))
+            chosen[job_id] = lock
             locks.add(lock)
     own = {**parameters, **table_parameters("locks", SQLITE, target_lock=list(locks))}
-    tokens = {lock: token for token, lock in _rows(lease_statement(model), connection, own).raw}
-    ids, of_jobs = Stored([job_id for job_id, _ in chosen]), [tokens[lock] for _, lock in chosen]
-    own |= table_parameters("chosen", SQLITE, id=ids, token=of_jobs)
-    started = _rows(start_statement(model), connection, own)
-    at_id, in_order = place_of(model, "id"), {job_id: at for at, job_id in enumerate(ids)}
+    leased: Any = lease_statement(model).answer(connection, own)
+    tokens = {lock: token for token, lock in leased.raw}
+    of_jobs = list(map(tokens.__getitem__, chosen.values()))
+    own |= table_parameters("chosen", SQLITE, id=Stored(chosen), token=of_jobs)
+    started: Any = start_statement(model).answer(connection, own)
+    at_id, in_order = place_of(model, "id"), dict(zip(chosen, count()))
     return started.ordered(lambda row: in_order[row[at_id]]), len(picked)
-
-
-def _rows(statement: Prepared, connection: sa.Connection, parameters: dict[str, Any]) -> RowsAnswer:
-    return cast("RowsAnswer", statement.answer(connection, parameters))  # another there is only of psycopg
 
 
 @per_model

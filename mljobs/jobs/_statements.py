@@ -8,7 +8,7 @@ runs the same parts in turn under its write lock.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +88,16 @@ def moments(lease: float = 0.0) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- lists and tables as parameters
 
 
+class Columns(list[Sequence[Any]]):
+    """The columns of a parameter table, and by how many of them a statement reads, their JSON text for SQLite."""
+
+    __slots__ = ("texts",)
+
+    def __init__(self, columns: Iterable[Sequence[Any]]) -> None:
+        super().__init__(columns)
+        self.texts: dict[int, str] = {}
+
+
 class Stored(tuple[Any, ...]):
     """A column of a parameter table whose values are as SQLite stores them already."""
 
@@ -112,14 +122,21 @@ class _Json(TypeDecorator[list[Any]]):
 
     def bind_processor(self, dialect: Dialect) -> Callable[[Any], str]:
         processors = [of.dialect_impl(dialect).bind_processor(dialect) for of in self.types]
-        processing = [(at, process) for at, process in enumerate(processors) if process is not None]
+        processing = [
+            (at, process)
+            for at, process in enumerate(processors)
+            if process is not None and not isinstance(self.types[at], sa.Boolean)  # JSON has its own, SQLite's 0 and 1
+        ]
 
-        def table(given: Sequence[Sequence[Any]]) -> str:
-            columns = list(given[: len(processors)])  # a statement may read the first ones only
-            for at, process in processing:
-                if not isinstance(columns[at], Stored):
-                    columns[at] = [process(value) for value in columns[at]]
-            return _encode(list(zip(*columns, strict=True))).decode()
+        def table(given: Columns) -> str:
+            text = given.texts.get(len(processors))
+            if text is None:
+                columns = list(given[: len(processors)])  # a statement may read the first ones only
+                for at, process in processing:
+                    if not isinstance(columns[at], Stored):
+                        columns[at] = list(map(process, columns[at]))
+                text = given.texts[len(processors)] = _encode(list(zip(*columns, strict=True))).decode()
+            return text
 
         if self.rows:
             return table
@@ -221,7 +238,7 @@ def table_parameters(name: str, dialect_name: str, **columns: Sequence[Any]) -> 
     """Return the parameters of ``parameter_table``, from one list for each column."""
     if dialect_name == POSTGRES:
         return {f"{name}_{column}": _or_empty(values) for column, values in columns.items()}
-    return {name: list(columns.values())}
+    return {name: Columns(columns.values())}
 
 
 def _or_empty(values: Sequence[Any]) -> list[Any]:

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from datetime import datetime, timedelta
 from itertools import islice
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 from uuid import UUID
 
-from sqlalchemy import BigInteger, Connection, bindparam, func, insert, inspect, literal, select
+from sqlalchemy import BigInteger, Connection, bindparam, false, func, insert, inspect, literal, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
@@ -39,9 +39,14 @@ from mljobs.jobs._base import (
     table_of,
 )
 from mljobs.jobs._reading import get
+from mljobs.jobs._statements import constant
 from mljobs.record._mixin import MlJobMixin
 from mljobs.record._models import MlJob
 from mljobs.states import ACTIVE, MlJobKind, MlJobStatus
+from mljobs.types import JsonText
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Dialect
 
 _CHUNK = 1000
 
@@ -84,7 +89,8 @@ def submit(
     special = priority != 0 or exclusive is not False or unless_active or run_after is not None or values
     if not special and is_plain_record(model) and isinstance(session, Connection):
         # The frequent case. To build the record by its constructor would cost as much again as to send it.
-        added: M = _add_row(session, model, _row_of_plain(kind, target_name, {} if spec is None else spec))
+        row = _row_of_plain(kind, target_name, {} if spec is None else spec)
+        added: M = _add_row(session, model, row, _insertion(model, _OF_PLAIN))
         return added
     if spec is not None:
         values["spec"] = spec
@@ -220,7 +226,8 @@ def _add(given_bind: Bind, job: Any) -> Any:
     model = type(job)
     if is_plain_record(model):
         state = inspect(job).dict
-        return _add_row(bind, model, tuple([state.get(column.name) for column in table_of(model).columns]))
+        row = tuple([state.get(column.name) for column in table_of(model).columns])
+        return _add_row(bind, model, row, _insertion(model, NAMES))
     with session_on(bind) as session:
         session.add(job)
         with _naming_duplicates(job.id):
@@ -273,24 +280,38 @@ def _checked_tuple(job: Any) -> tuple[str, str, Any]:
     return kind, target_name, {} if spec is None else spec
 
 
-def _add_row(connection: Connection, model: Model, row: tuple[Any, ...]) -> Any:
-    values = dict(zip(table_of(model).columns.keys(), row, strict=True))
+def _add_row(connection: Connection, model: Model, row: tuple[Any, ...], insertion: Prepared) -> Any:
+    detached: MlJob = record(model, row)
     try:
-        _insertion(model).answer(connection, values)
+        insertion.answer(connection, detached.__dict__)
     except IntegrityError as error:  # _naming_duplicates, without its cost
         if duplicate_id_error(error) is None:
             raise
-        raise JobExistsError(values["id"]) from error
-    detached: MlJob = record(model, row)
+        raise JobExistsError(row[0]) from error
     return detached
 
 
+class _MadeJson(JsonText):
+    """JSON text that ``to_json_text`` made: it is not checked again."""
+
+    cache_ok = True
+
+    def bind_processor(self, dialect: Dialect) -> None:
+        """Leave the value as it is."""
+
+
 @per_model
-def _insertion(model: Model) -> Prepared:
+def _insertion(model: Model, given: tuple[str, ...]) -> Prepared:
+    """Return the INSERT of a job; the columns that are not ``given`` get their defaults, as text of the statement."""
     table = table_of(model)
-    return Prepared(
-        lambda _: insert(table).values({column.name: bindparam(column.name, type_=column.type) for column in table.c})
-    )
+    types = {name: table.c[name].type for name in given}
+    if given is _OF_PLAIN:
+        types["spec_json"] = _MadeJson("spec_json")
+    values: dict[str, Any] = {name: bindparam(name, type_=of) for name, of in types.items()}
+    for field in FIELDS:
+        if field.name not in given and field.default is not None:
+            values[field.name] = false() if field.default is False else constant(field.default)
+    return Prepared(lambda _: insert(table).values(values))
 
 
 def _active(bind: Bind, job: Any, model: Model) -> Any:
@@ -359,6 +380,8 @@ def _row_of_plain(kind: str, target_name: str, spec: Any) -> tuple[Any, ...]:
     return (uuid7(), member, target_name, _QUEUED, 0, utc_now(), *_UNSET, to_json_text("spec", spec), *_REST)
 
 
+_OF_PLAIN = ("id", "kind", "target_name", "created_at", "spec_json")
+"""What ``_row_of_plain`` sets to what is no default."""
 _QUEUED = MlJobStatus.QUEUED
 _DEFAULTS = tuple(field.default for field in FIELDS)
 _UNSET = _DEFAULTS[NAMES.index("created_at") + 1 : NAMES.index("spec_json")]

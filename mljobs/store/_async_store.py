@@ -114,6 +114,7 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
         # Of a store that is closed: a connection that is never given back is an error to SQLAlchemy's async pools.
         self._single = AsyncConnectionCache(single, cache_size(single, _CACHE) if self._owned else 0)
         self._engine = self._transactional if self._owned else bind
+        self._on_postgres = bind.dialect.name == "postgresql"
         self._sync_url = sync_url(keeper_url or bind.url)
         if self._sessions is None and not is_plain_record(model):
             self._sessions = async_sessionmaker(self._transactional, expire_on_commit=False)
@@ -157,7 +158,7 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
         if self._sessions is not None:
             async with self._sessions.begin() as session:
                 return cast("R", await session.run_sync(partial(self._in_session, operation)))
-        if not atomic and self.engine.dialect.name == "postgresql":
+        if not atomic and self._on_postgres:
             return await self._single.run(operation)
         async with self._transactional.begin() as connection:
             return await connection.run_sync(operation)

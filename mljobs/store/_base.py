@@ -101,6 +101,7 @@ def store_method(
         committed_errors: After one of these the transaction is committed, then the error is raised.
     """
     takes_model, operation = _takes_model(operation), unwrap(operation)  # the session is the store's own
+    named, always = _when_atomic(atomic)
 
     @wraps(operation)
     def run(self: Connects[Any], *args: P.args, **kw: P.kwargs) -> R:
@@ -110,7 +111,7 @@ def store_method(
         pauses = lock_pauses = None
         while True:
             try:
-                with self.operate(arguments, atomic=_is_atomic(atomic, kw)) as bind:
+                with self.operate(arguments, atomic=bool(kw.get(named)) if named else always) as bind:
                     try:
                         return operation(bind, *args, **kw)
                     except committed_errors as refused:
@@ -140,24 +141,26 @@ def async_store_method(
 ) -> Callable[Concatenate[Runs[Any], P], Coroutine[Any, Any, R]]:
     """Return the method of ``AsyncJobStore`` that runs an operation; see ``store_method``."""
     takes_model, operation = _takes_model(operation), unwrap(operation)  # the session is the store's own
+    named, always = _when_atomic(atomic)
 
     @wraps(operation)
     async def run(self: Runs[Any], *args: P.args, **kw: P.kwargs) -> R:
         if takes_model:
             kw.setdefault("model", self.model)
-        call = partial(_result_or_error, lambda bind: operation(bind, *args, **kw), committed_errors)
-        pauses = _pauses((*args, *kw.values()))
+        call = partial(_result_or_error, operation, committed_errors, args, kw)
+        pauses = None
         while True:
             try:
-                result, error = await self.run(call, atomic=_is_atomic(atomic, kw))
+                result, error = await self.run(call, atomic=bool(kw.get(named)) if named else always)
             except DBAPIError as failure:
+                pauses = pauses or _pauses((*args, *kw.values()))
                 if (pause := next(pauses, None)) is None or not _may_run_again(self, failure):
                     raise
                 await asyncio.sleep(pause)
             else:
                 if error is not None:
                     raise error
-                return cast("R", result)
+                return result  # type: ignore[return-value]
 
     run.__signature__ = method_signature(operation)  # type: ignore[attr-defined]
     return cast("Callable[Concatenate[Runs[Any], P], Coroutine[Any, Any, R]]", run)
@@ -211,14 +214,15 @@ def _takes_model(operation: Callable[..., Any]) -> bool:
     return "model" in signature(operation).parameters
 
 
-def _is_atomic(atomic: bool | str, arguments: dict[str, Any]) -> bool:  # noqa: FBT001 - as the caller was given it
-    return bool(arguments.get(atomic)) if isinstance(atomic, str) else atomic
+def _when_atomic(atomic: bool | str) -> tuple[str | None, bool]:  # noqa: FBT001 - as the caller was given it
+    """Return the argument that says whether an operation is atomic; without one, whether it always is."""
+    return (atomic, False) if isinstance(atomic, str) else (None, atomic)
 
 
 def _result_or_error(
-    operation: Callable[[Bind], R], errors: tuple[type[MlJobsError], ...], bind: Bind
+    operation: Callable[..., R], errors: tuple[type[MlJobsError], ...], args: Any, kw: dict[str, Any], bind: Bind
 ) -> tuple[R | None, MlJobsError | None]:
     try:
-        return operation(bind), None
+        return operation(bind, *args, **kw), None
     except errors as error:
         return None, error

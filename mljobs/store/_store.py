@@ -90,6 +90,7 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
         self._single = ConnectionCache(single, cache_size(bind, _CACHE_OWNED if self._owned else _CACHE_SHARED))
         if self._sessions is None and not is_plain_record(model):
             self._sessions = sessionmaker(self._transactional, expire_on_commit=False)
+        self._repeats = self._single.begins and self._sessions is None and self._joined is None
 
     @classmethod
     def from_env(cls, **options: Any) -> Self:
@@ -112,7 +113,8 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
         Args:
             atomic: Whether what is done in the block stands or falls together.
         """
-        return self._delivering(self._connect(atomic=atomic))
+        inner = self._connect(atomic=atomic)
+        return self._delivering(inner) if events.subscribed() else inner
 
     def operate(self, arguments: Iterable[Any], *, atomic: bool) -> AbstractContextManager[Bind]:
         """Return what one of the operations runs on.
@@ -121,9 +123,8 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
             arguments: Its arguments.
             atomic: Whether it is several statements.
         """
-        return self._delivering(
-            self._single.use() if self._may_be_repeated(arguments) else self._connect(atomic=atomic)
-        )
+        inner = self._single.use() if self._may_be_repeated(arguments) else self._connect(atomic=atomic)
+        return self._delivering(inner) if events.subscribed() else inner
 
     def lock_pauses(self, arguments: Iterable[Any]) -> Iterator[float]:
         """Yield how many seconds to wait before each new attempt of an operation that met a locked SQLite file."""
@@ -131,14 +132,13 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
 
     def _may_be_repeated(self, arguments: Iterable[Any]) -> bool:
         """Whether an operation may run on a kept connection of SQLite, and again where the file was locked."""
-        if not self._single.begins or self._sessions is not None or self._joined is not None:
-            return False
-        return not [value for value in arguments if hasattr(value, "__next__")]  # an iterator is used up by one attempt
+        for value in arguments if self._repeats else ():
+            if hasattr(value, "__next__"):  # an iterator is used up by one attempt
+                return False
+        return self._repeats
 
     def _delivering(self, inner: AbstractContextManager[Bind]) -> AbstractContextManager[Bind]:
         """Have what finishes in a transaction delivered to those who have subscribed."""
-        if not events.subscribed():
-            return inner
         if self._joined is not None:  # the host commits
             events.join(self._joined.connection, self)
             return inner
