@@ -16,9 +16,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
-from copy import copy
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,10 @@ from mljobs import JobStore, MlJob, metadata
 from mljobs._values import from_millis, to_millis, utc_now
 from mljobs.jobs._filters import selection
 from mljobs.jobs._reading import fetch
-from mljobs.store import _watching
+from mljobs.store import _change_reader
+from mljobs.store._change_reader import ChangeReader
 from mljobs.store._following import Read
+from mljobs.store._watching import Watch
 from tests.watches import yielded_by
 
 REPEATS = int(os.environ.get("BENCH_REPEATS", "8"))
@@ -66,15 +68,15 @@ class Place:
             took.append(1000 * (time.perf_counter() - begin))
         return statistics.median(took), 1000 * (self.used() - before) / len(acts)
 
-    def look(self, watch: Any) -> int:
-        """Return how many jobs one look yields."""
+    def look(self, watch: Watch, since: float | None = None) -> int:
+        """Return how many jobs one look yields; a look of another watch will do that began at ``since`` or later."""
 
         def read(step: Read) -> Any:
             answer = step.operation(self.connection)
             self.connection.rollback()
             return answer
 
-        return len(yielded_by(watch.look(), read))
+        return len(yielded_by(watch.look(time.monotonic() if since is None else since), read))
 
 
 def as_before(connection: Connection, now: datetime) -> dict[Any, Any]:
@@ -88,19 +90,23 @@ def as_before(connection: Connection, now: datetime) -> dict[Any, Any]:
 def finish(place: Place, now: datetime) -> None:
     """Let some jobs be done."""
     with JobStore(place.connection.engine.url) as store:
-        done = [MlJob(kind="train", target_name="t", status="cancelled", finished_at=now) for _ in range(CHANGED)]
+        done = [
+            MlJob(kind="train", target_name="t", status="cancelled", created_at=now, finished_at=now)
+            for _ in range(CHANGED)
+        ]
         store.submit_many(done)
 
 
 def measure(what: str, url: str, now: datetime) -> dict[str, Any]:
     """Return what something costs, in this process."""
     place = Place(url)
-    _watching.utc_now = lambda: now  # type: ignore[attr-defined]
+    _change_reader.utc_now = lambda: now  # type: ignore[attr-defined]
     costs: dict[str, tuple[float, float]] = {}
     if what == "before":
         costs["before"] = place.cost([lambda: len(as_before(place.connection, now))])
-    if what == "now":
-        watch = _watching._Watch(selection(MlJob, None, None, {}))
+    chosen = {"now": None, "narrow": "target:none"}
+    if what in chosen:
+        watch = Watch(ChangeReader(MlJob, threading.Lock), selection(MlJob, chosen[what], None, {}))
         costs["first"] = place.cost([lambda: place.look(watch)])
         clock, cpu = [], 0.0
         for _ in range(LOOKS):
@@ -110,16 +116,22 @@ def measure(what: str, url: str, now: datetime) -> dict[str, Any]:
             cpu += used / LOOKS
         costs["changed"] = statistics.median(clock), cpu
         costs["quiet"] = place.cost([lambda: place.look(watch)] * LOOKS * 5)
+        costs = costs if what == "now" else {f"narrow {name}": cost for name, cost in costs.items()}
     if what == "watches":
-        first = _watching._Watch(selection(MlJob, None, None, {}))
-        place.look(first)
-        watches = []
-        for number in range(WATCHES):  # the first look of each would take the minute that they then do not
-            watch = copy(first)
-            watch._created, watch._finished = copy(first._created), copy(first._finished)
-            watch._chosen = selection(MlJob, "kind:train" if number % 2 else None, None, {})
-            watches.append(watch)
-        costs["watches"] = place.cost([lambda: [place.look(watch) for watch in watches]] * LOOKS)
+        reader = ChangeReader(MlJob, threading.Lock)
+        watches = [
+            Watch(reader, selection(MlJob, f"kind:train target:t,x{at}" if at % 2 else None, None, {}))
+            for at in range(WATCHES)
+        ]
+        begun = time.monotonic()
+        costs["joined"] = place.cost([lambda: [place.look(watch, begun) for watch in watches]])
+
+        def look() -> None:
+            begun = time.monotonic()
+            for watch in watches:
+                place.look(watch, begun)
+
+        costs["watches"] = place.cost([look] * LOOKS)
     status = Path("/proc/self/status").read_text()  # ru_maxrss would tell the peak of the parent, too
     return {"costs": costs, "memory": int(status.partition("VmHWM:")[2].split()[0]) // 1024}
 
@@ -129,6 +141,10 @@ NAMES = {
     "first": "the first look",
     "changed": f"a look, {CHANGED} jobs changed",
     "quiet": "a look, nothing changed",
+    "narrow first": "the first look, a filter",
+    "narrow changed": f"{CHANGED} jobs changed, none passes",
+    "narrow quiet": "nothing changed, a filter",
+    "joined": f"the first look of {WATCHES} watches",
     "watches": f"{WATCHES} watches look once",
 }
 
@@ -142,7 +158,7 @@ def run(url: str, jobs: int) -> None:
     costs: dict[str, list[tuple[float, float]]] = {name: [] for name in NAMES}
     memory: dict[str, list[int]] = {}
     for _ in range(REPEATS):
-        for what in ("nothing", "before", "now", "watches"):
+        for what in ("nothing", "before", "now", "narrow", "watches"):
             command = [sys.executable, "-m", "benchmarks.watching", what, url, str(to_millis(now))]
             told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             memory.setdefault(what, []).append(told["memory"])

@@ -6,10 +6,12 @@ A look is called by hand here, and the clock is the test's, so that nothing wait
 from __future__ import annotations
 
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -21,31 +23,50 @@ from sqlalchemy.orm import Session
 from mljobs import JobStore, MlJob, jobs
 from mljobs._values import utc_now
 from mljobs.jobs._filters import selection
-from mljobs.store import _watching
-from mljobs.store._following import Read
-from mljobs.store._watching import _Watch
-from tests.watches import yielded_by
+from mljobs.store import _change_reader, _watching
+from mljobs.store._change_reader import ChangeReader
+from mljobs.store._following import Locked, Read
+from mljobs.store._watching import Watch
+from tests.watches import answered, yielded_by
 
 TABLE = MlJob.__table__
 MINUTE = timedelta(minutes=1)
 
 
 class Looks:
-    """A watch whose looks are called."""
+    """A watch whose looks are called.
 
-    def __init__(self, engine: Engine, filter: str | None = None, **fields: Any) -> None:  # noqa: A002 - as in a store
-        self.watch = _Watch(selection(MlJob, filter, None, fields))
+    Args:
+        engine: Where.
+        filter: Of the watch.
+        beside: A watch with which it shares the reader.
+        **fields: Of the filter.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        filter: str | None = None,  # noqa: A002 - as in a store
+        beside: Looks | None = None,
+        **fields: Any,
+    ) -> None:
+        reader = ChangeReader(MlJob, threading.Lock) if beside is None else beside.watch.reader
+        self.watch = Watch(reader, selection(MlJob, filter, None, fields))
         self._engine = engine
         self.look()
 
-    def look(self) -> list[MlJob]:
-        """Return what one look yields."""
+    def read(self, step: Read) -> Any:
+        """Return the answer of the database."""
+        with self._engine.begin() as connection:
+            return step.operation(connection)
 
-        def read(step: Read) -> Any:
-            with self._engine.begin() as connection:
-                return step.operation(connection)
+    def look(self, since: float | None = None) -> list[MlJob]:
+        """Return what one look yields.
 
-        return yielded_by(self.watch.look(), read)
+        Args:
+            since: A look of another watch that began then or later will do; None for none.
+        """
+        return yielded_by(self.watch.look(time.monotonic() if since is None else since), self.read)
 
     def seen(self) -> list[tuple[str, str]]:
         """Return target and state of what one look yields."""
@@ -53,9 +74,9 @@ class Looks:
 
     @property
     def remembered(self) -> int:
-        """How many ids and states it holds."""
-        watch = self.watch
-        return len(watch._created) + len(watch._finished) + len(watch._running) + len(watch._queued)
+        """How many ids and states its reader holds."""
+        reader = self.watch.reader
+        return sum(map(len, (reader._created, reader._finished, reader._active, reader._changes)))
 
 
 class Clock:
@@ -71,7 +92,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(_watching, "utc_now", made)
+    monkeypatch.setattr(_change_reader, "utc_now", made)
     return made
 
 
@@ -150,7 +171,7 @@ def test_a_commit_that_comes_late_is_seen_once_at_the_next_look(
 def busy(sqlite_url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     """A database with so many jobs in the last five minutes that a look, whose slices have three, reads a part of them."""
     for name in ("_SLICE", "_MOST"):
-        monkeypatch.setattr(_watching, name, 3)
+        monkeypatch.setattr(_change_reader, name, 3)
     engine = create_engine(sqlite_url)
     with engine.begin() as connection:
         for number in range(60):
@@ -200,18 +221,17 @@ ACTS = st.one_of(
     st.tuples(st.sampled_from(["claim", "requeue", "progress"]), st.integers(0, 9)),
     st.tuples(st.just("finish"), st.integers(0, 9), st.integers(0, 290)),
     st.tuples(st.just("wait"), st.integers(0, 100)),
-    st.tuples(st.just("look")),
+    st.tuples(st.just("look"), st.integers(0, 3)),
 )
 
 
 class World:
-    """Some jobs, and what a watch has said of them."""
+    """Some jobs as they are."""
 
     def __init__(self, engine: Engine, clock: Clock) -> None:
         self.engine, self.clock = engine, clock
         self.jobs: list[Any] = []
         self.states: dict[Any, tuple[str, int, int]] = {}
-        self.said: dict[Any, list[tuple[str, int, int]]] = {}
 
     def act(self, act: tuple[Any, ...]) -> None:
         name, *numbers = act
@@ -242,16 +262,42 @@ class World:
         ended = {"finished_at": late} if name == "finish" else {}
         connection.execute(update(TABLE).where(TABLE.c.id == job_id).values(**values, **ended))
 
-    def hear(self, jobs: list[MlJob]) -> None:
+
+class Listener:
+    """A watch, and what it has said of each job since it began."""
+
+    def __init__(self, world: World, looks: Looks) -> None:
+        self._world, self._looks = world, looks
+        self._first = dict(world.states)
+        self._said: dict[Any, list[tuple[str, int, int]]] = {}
+
+    @property
+    def reader(self) -> ChangeReader:
+        """What it takes changes from."""
+        return self._looks.watch.reader
+
+    def look(self, since: float | None = None) -> list[MlJob]:
+        """Return what one look yields, and note it."""
+        jobs = self._looks.look(since)
         for job in jobs:
-            self.said.setdefault(job.id, []).append((str(job.status), job.progress, job.attempts))
+            self._said.setdefault(job.id, []).append((str(job.status), job.progress, job.attempts))
+        return jobs
+
+    def check(self) -> None:
+        """The last state of each job was said, and none twice in turn."""
+        for job_id, state in self._world.states.items():
+            said = [self._first.get(job_id), *self._said.get(job_id, [])]
+            assert all(one != other for one, other in pairwise(said))
+            assert said[-1] == state, (state, said)
 
 
 def test_whatever_comes_in_whatever_order_the_last_state_is_said_and_none_twice(
     sqlite_url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"_SLICE": 2, "_MOST": 3, "_AT_ONCE": 2, "_CHANGES_KEPT": 3, "_QUICK": 60.0}.items():
-        monkeypatch.setattr(_watching, name, value)
+    small = {"_SLICE": 2, "_MOST": 3, "_AT_ONCE": 2, "_CHANGES_AT_ONCE": 3, "_CHANGES_KEPT": 4, "_QUICK": 60.0}
+    for name, value in small.items():
+        monkeypatch.setattr(_change_reader, name, value)
+    monkeypatch.setattr(_watching, "_AT_ONCE", 2)
     engine = create_engine(sqlite_url)
 
     @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
@@ -261,20 +307,25 @@ def test_whatever_comes_in_whatever_order_the_last_state_is_said_and_none_twice(
         world = World(engine, clock)
         for act in before:
             world.act(act)
-        first, looks = dict(world.states), Looks(engine)
+        looks = Looks(engine)
+        listeners = [Listener(world, looks)]
         for act in acts:
             world.act(act)
             clock.now += timedelta(seconds=act[1] if act[0] == "wait" else 1)
-            if act[0] in ("look", "claim"):
-                world.hear(looks.look())
+            if act == ("look", 3):
+                listeners.append(Listener(world, Looks(engine, beside=looks)))
+            elif act[0] in ("look", "claim"):
+                listeners[act[1] % len(listeners)].look()
         for _ in range(2 * len(world.jobs) + 4):
             clock.now += timedelta(seconds=1)
-            world.hear(looks.look())
-        for job_id, state in world.states.items():
-            said = world.said.get(job_id, [])
-            assert all(one != other for one, other in zip([first.get(job_id), *said], said, strict=False))
-            assert [first.get(job_id), *said][-1] == state, (state, said)
-        assert looks.look() == []
+            readers: set[ChangeReader] = set()
+            for listener in listeners:  # the first of each reader looks, and the others take what it has found
+                listener.look(0.0 if listener.reader in readers else None)
+                readers.add(listener.reader)
+        for listener in listeners:
+            listener.look()
+            listener.check()
+            assert listener.look() == []
 
     check()
     engine.dispose()
@@ -315,15 +366,13 @@ def test_jobs_are_yielded_in_the_order_in_which_they_changed_and_as_they_are_the
             _set(engine, job_id, status="cancelled", finished_at=moment + timedelta(seconds=number))
         assert [name for name, _ in looks.seen()] == ["c", "b", "a"]
         first, second = (store.submit("train", name) for name in ("d", "e"))
-        steps, found, answer = looks.watch.look(), list[tuple[str, str]](), None
-        with engine.connect() as connection:
-            for _ in range(5):
-                step = steps.send(answer)
-                answer = step.operation(connection) if isinstance(step, Read) else None
-                if isinstance(step, MlJob):
-                    found.append((step.target_name, str(step.status)))
-                    store.cancel(second)
-                connection.rollback()
+        steps, found, answer = looks.watch.look(time.monotonic()), list[tuple[str, str]](), None
+        while len(found) < 2:
+            step = steps.send(answer)
+            answer = answered(step, looks.read) if isinstance(step, Read | Locked) else None
+            if isinstance(step, MlJob):
+                found.append((step.target_name, str(step.status)))
+                store.cancel(second)
         assert found == [(first.target_name, "queued"), ("e", "cancelled")]
         assert list(steps) == looks.look() == []
     engine.dispose()
@@ -388,7 +437,7 @@ def sent(engine: Engine) -> Iterator[list[tuple[str, Any]]]:
 def test_no_look_reads_the_table_or_whole_records_of_what_did_not_change(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_watching, "_SLICE", 10)
+    monkeypatch.setattr(_change_reader, "_SLICE", 10)
     engine = create_engine(url)
     with JobStore(url) as store, engine.begin() as connection:
         long_ago = utc_now() - 6000 * MINUTE
@@ -430,29 +479,30 @@ def test_what_a_watch_remembers_is_bounded(sqlite_url: str, clock: Clock) -> Non
                 add(connection, "x", clock.now, **ended)
         assert len(looks.look()) == 5
         most = max(most, looks.remembered)
+        assert len(looks.watch._yielded) <= 8
     assert most <= 5 * 8 + 8  # the jobs of seven minutes; of those that are queued the state too
     clock.now += 20 * MINUTE
     looks.look()
     looks.look()
-    assert looks.remembered == 0
+    assert looks.remembered == len(looks.watch._yielded) == 0
     engine.dispose()
 
 
 def test_of_many_queued_jobs_the_latest_are_remembered(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_watching, "_QUEUED_KEPT", 3)
+    monkeypatch.setattr(_change_reader, "_QUEUED_KEPT", 3)
     engine = create_engine(sqlite_url)
     with JobStore(sqlite_url) as store:
         looks = Looks(engine)
         ids = store.submit_many([("train", str(number), None) for number in range(9)], ids=True)
         assert len(looks.look()) == 9
-        assert len(looks.watch._queued) == 3
+        assert len(looks.watch._yielded) == len(looks.watch.reader._active) == 3
         store.claim_one(ids[0], worker="w")
         store.cancel(ids[1])
         assert looks.seen() == [("0", "running"), ("1", "cancelled")]
         with engine.begin() as connection:
             connection.execute(delete(TABLE).where(TABLE.c.status == "queued"))
         assert looks.look() == []
-        assert len(looks.watch._queued) == 0
+        assert len(looks.watch._yielded) == len(looks.watch.reader._active) == 1  # the one that runs
     engine.dispose()
 
 
@@ -464,13 +514,13 @@ def test_jobs_begun_by_hand_are_looked_for_less_often_where_that_takes_long(
         by_hand, leased = (add(connection, name, utc_now() - 60 * MINUTE) for name in ("by hand", "leased"))
         connection.commit()
         looks = Looks(engine)
-        monkeypatch.setattr(_watching, "_QUICK", -1.0)
-        monkeypatch.setattr(_watching, "_REST", 1e9)
+        monkeypatch.setattr(_change_reader, "_QUICK", -1.0)
+        monkeypatch.setattr(_change_reader, "_REST", 1e9)
         assert looks.look() == []
         _set(engine, by_hand, status="running")
         claim = store.claim_one(leased, worker="w")
         assert looks.seen() == [("leased", "running")]
-        looks.watch._by_hand_after = 0.0
+        looks.watch.reader._by_hand_after = 0.0
         assert looks.seen() == [("by hand", "running")]
         store.set_progress(claim, 5)
         _set(engine, by_hand, progress=7)

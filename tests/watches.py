@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mljobs.store._following import Read
+from mljobs.store._following import Locked, Read
 
 
 def yielded_by(steps: Any, read: Callable[[Read], Any]) -> list[Any]:
@@ -22,7 +22,20 @@ def yielded_by(steps: Any, read: Callable[[Read], Any]) -> list[Any]:
         except StopIteration:
             return found
         answer = None
-        if isinstance(step, Read):
-            answer = read(step)
+        if isinstance(step, Read | Locked):
+            answer = answered(step, read)
         else:
             found.append(step)
+
+
+def answered(step: Read | Locked, read: Callable[[Read], Any]) -> Any:
+    """Return what is to be sent to steps that ask for this."""
+    if isinstance(step, Read):
+        return read(step)
+    answer = None
+    with step.lock:
+        while True:
+            try:
+                answer = read(step.steps.send(answer))
+            except StopIteration as stop:
+                return stop.value

@@ -14,15 +14,13 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from mljobs._values import MAX_MS, from_millis
+from mljobs._values import MAX_MS, from_millis, to_millis
 from mljobs.db._prepared import Prepared
 from mljobs.jobs._base import Bind, Model, connection_of, is_plain_record, per_model, table_of
 from mljobs.jobs._paging import Place
 from mljobs.jobs._statements import POSTGRES, any_of, constant, in_active_state
 from mljobs.record._sql import epoch_millis
 from mljobs.states import MlJobStatus
-
-Conditions = Sequence[sa.ColumnElement[bool]]
 
 FIRST_ID: Final = UUID(int=0)
 _END: Final = (from_millis(MAX_MS), UUID(int=2**128 - 1))
@@ -45,17 +43,26 @@ class Slice:
     """A part of the jobs in the order of creation or of end.
 
     Attributes:
-        met: Time, in epoch milliseconds, and id of those that pass, as ints.
+        keys: A key of each job, one after the other; see ``key_of``.
         end: The first place after it; None where it reaches the end of the order.
-        newest: The last time in the order, of all jobs; None where there are none.
+        newest: The last time in the order; None where there are no jobs.
     """
 
-    met: list[tuple[int, int]]
+    keys: bytes
     end: Place | None
     newest: datetime | None
 
 
-def read_slice(bind: Bind, model: Model, where: Conditions, start: Place, *, by_end: bool, size: int) -> Slice:
+KEY_BYTES: Final = 24
+_MICROS_2000: Final = 946_684_800_000_000
+
+
+def key_of(moment: datetime, job_id: UUID) -> bytes:
+    """Return a time and an id as bytes of one length, which sort as they do: microseconds since 2000, and the id."""
+    return (to_millis(moment) * 1000 - _MICROS_2000).to_bytes(8, signed=True) + job_id.bytes
+
+
+def read_slice(bind: Bind, model: Model, start: Place, *, by_end: bool, size: int) -> Slice:
     """Return which jobs are in a slice.
 
     A job that has ended is in the order of end only; except where it ended before it was created, as a host may say.
@@ -63,10 +70,9 @@ def read_slice(bind: Bind, model: Model, where: Conditions, start: Place, *, by_
     Args:
         bind: The caller's session or connection.
         model: The mapped job class.
-        where: What jobs have to pass.
         start: The first place.
         by_end: Whether in the order of end; else of creation.
-        size: How many jobs are in it at most, before the conditions are applied.
+        size: How many jobs are in it at most.
     """
     connection, end, newest = connection_of(bind, model), None, None
     places = {"moment": start[0], "id": start[1], "size": size}
@@ -76,8 +82,8 @@ def read_slice(bind: Bind, model: Model, where: Conditions, start: Place, *, by_
         else:
             end = moment, job_id
     places["end_moment"], places["end_id"] = end or _END
-    rows = _rows(connection, places, _slice, model, by_end, connection.dialect.name, where=where)
-    return Slice([(moment, int(digits.replace("-", ""), 16)) for moment, digits in rows], end, newest)
+    ((keys,),) = _rows(connection, places, _slice, model, by_end, connection.dialect.name)
+    return Slice(bytes.fromhex(keys or "") if keys is None or isinstance(keys, str) else bytes(keys), end, newest)
 
 
 @per_model
@@ -93,17 +99,22 @@ def _edges(model: Model, by_end: bool) -> Prepared:  # noqa: FBT001 - one of two
     return Prepared(lambda _: sa.union_all(*(sa.select(latest.label("latest"), *rows.c) for latest, rows in found)))
 
 
-def _slice(model: Model, by_end: bool, dialect_name: str, where: Conditions) -> sa.Select[Any]:  # noqa: FBT001 - one of two
+def _slice(model: Model, by_end: bool, dialect_name: str) -> sa.Select[Any]:  # noqa: FBT001 - one of two
+    """Return the statement for the keys of a slice, as one value: to make Python values of each took longer."""
     table = table_of(model)
-    moment, job_id = _key(table, by_end)
-    # As text, for to make a UUID of each takes longer than all the rest.
-    digits: Any = sa.cast(job_id, sa.Text()) if dialect_name == POSTGRES else sa.type_coerce(job_id, sa.String())
+    key = _key(table, by_end)
     # PostgreSQL takes the partial index only where its own condition stands in the statement.
     ended = [table.c.finished_at.is_not(None), table.c.finished_at >= table.c.created_at]
     mine = ended if by_end else [sa.func.coalesce(table.c.finished_at < table.c.created_at, sa.true())]
-    key = sa.tuple_(moment, job_id)
-    statement = sa.select(epoch_millis(moment), digits)
-    return _of(model, statement).where(key >= _place(table), key < _place(table, "end_"), *mine, *where)
+    place = sa.tuple_(*key)
+    inner = _of(model, sa.select(*key)).where(place >= _place(table), place < _place(table, "end_"), *mine)
+    moment, job_id = inner.order_by(*key).subquery("met").c
+    if dialect_name == POSTGRES:
+        in_bytes = sa.func.timestamptz_send(moment).concat(sa.func.uuid_send(job_id))
+        return sa.select(sa.func.string_agg(in_bytes, sa.literal_column("''::bytea"), type_=sa.LargeBinary()))
+    micros = epoch_millis(moment) * constant(1000) - sa.literal_column(str(_MICROS_2000))
+    in_digits = sa.func.printf("%016x", micros).concat(sa.type_coerce(job_id, sa.String()))
+    return sa.select(sa.func.group_concat(in_digits, ""))
 
 
 def _key(table: sa.Table, by_end: bool) -> tuple[Any, Any]:  # noqa: FBT001 - one of two
@@ -115,36 +126,44 @@ def _place(table: sa.Table, prefix: str = "") -> Any:
     return sa.tuple_(moment, sa.bindparam(f"{prefix}id", type_=table.c.id.type))
 
 
-def read_running(bind: Bind, model: Model, where: Conditions, *, leased: bool) -> list[State]:
+def read_running(bind: Bind, model: Model, *, leased: bool) -> list[State]:
     """Return the states of the jobs that run.
 
     Args:
         bind: The caller's session or connection.
         model: The mapped job class.
-        where: What jobs have to pass.
         leased: Only those under a lease. The others are looked for among all that are queued, for lack of an index.
     """
-    return [State(*row) for row in _rows(connection_of(bind, model), {}, _running, model, leased, where=where)]
+    return [State(*row) for row in _rows(connection_of(bind, model), {}, _running, model, leased)]
 
 
-def _running(model: Model, leased: bool, where: Conditions) -> sa.Select[Any]:  # noqa: FBT001 - one of two
+def _running(model: Model, leased: bool) -> sa.Select[Any]:  # noqa: FBT001 - one of two
     table = table_of(model)
     under_lease = [table.c.status == constant(MlJobStatus.RUNNING), table.c.lease.is_not(None)]
-    return _select(model).where(*(under_lease if leased else in_active_state(table, MlJobStatus.RUNNING)), *where)
+    return _select(model).where(*(under_lease if leased else in_active_state(table, MlJobStatus.RUNNING)))
 
 
-def read_states(bind: Bind, model: Model, where: Conditions, ids: Sequence[UUID]) -> list[tuple[State, bool]]:
-    """Return the states of these jobs, and whether each passes."""
+def read_states(bind: Bind, model: Model, ids: Sequence[UUID]) -> list[State]:
+    """Return the states of these jobs."""
     connection = connection_of(bind, model)
-    rows = _rows(connection, {"ids": list(ids)}, _states, model, connection.dialect.name, where=where)
-    return [(State(*row[:-1]), bool(row[-1])) for row in rows]
+    rows = _rows(connection, {"ids": list(ids)}, _states, model, connection.dialect.name)
+    return [State(*row) for row in rows]
 
 
-def _states(model: Model, dialect_name: str, where: Conditions) -> sa.Select[Any]:
+def _states(model: Model, dialect_name: str) -> sa.Select[Any]:
+    return _select(model).where(_these(model, dialect_name))
+
+
+def read_passing(bind: Bind, model: Model, ids: Sequence[UUID], where: Sequence[sa.ColumnElement[bool]]) -> list[UUID]:
+    """Return which of these jobs pass."""
+    connection = connection_of(bind, model)
+    statement = _of(model, sa.select(table_of(model).c.id)).where(_these(model, connection.dialect.name), *where)
+    return list(connection.scalars(statement, {"ids": list(ids)}))
+
+
+def _these(model: Model, dialect_name: str) -> Any:
     job_id = table_of(model).c.id
-    passes = sa.case((sa.and_(*where), constant(1)), else_=constant(0)) if where else constant(1)
-    these = any_of(job_id, "ids", job_id.type, dialect_name)
-    return _select(model).add_columns(passes.label("passes")).where(these)
+    return any_of(job_id, "ids", job_id.type, dialect_name)
 
 
 def _rows(
@@ -153,17 +172,16 @@ def _rows(
     build: Callable[..., sa.Select[Any]],
     model: Model,
     *key: Any,
-    where: Conditions,
 ) -> Iterable[Sequence[Any]]:
-    """Return the rows of the statement that ``build`` makes; without conditions it is made once."""
-    if where or not is_plain_record(model):
-        return connection.execute(build(model, *key, where), parameters)
+    """Return the rows of the statement that ``build`` makes; of the plain record it is made once."""
+    if not is_plain_record(model):
+        return connection.execute(build(model, *key), parameters)
     return _prepared(model, build, *key).rows(connection, parameters)
 
 
 @per_model
 def _prepared(model: Model, build: Callable[..., sa.Select[Any]], *key: Any) -> Prepared:
-    return Prepared(lambda _: build(model, *key, ()))
+    return Prepared(lambda _: build(model, *key))
 
 
 def _select(model: Model) -> sa.Select[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import asynccontextmanager, closing
 from functools import partial
 from typing import Any, Generic, Self, TextIO, TypeVar, Unpack, cast
@@ -32,6 +32,7 @@ from mljobs.store._display import display_for
 from mljobs.store._following import (
     AsyncFollower,
     FollowSteps,
+    Locked,
     Read,
     closed_meanwhile,
     poll_seconds,
@@ -53,7 +54,7 @@ from mljobs.store._recording import record_end
 from mljobs.store._run import Run, worker_name
 from mljobs.store._store import JobStore
 from mljobs.store._transferring import AsyncTransfers
-from mljobs.store._watching import watch_steps
+from mljobs.store._watching import SharedReader, watch_steps
 
 R = TypeVar("R")
 
@@ -99,6 +100,7 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
         self._joined_lock = asyncio.Lock()
         self._owned = isinstance(source, str | URL)
         self._followers: WeakSet[AsyncFollower] = WeakSet()
+        self._reader = SharedReader(model, asyncio.Lock)
         bind: object = source
         if isinstance(source, str | URL):
             bind = new_async_engine(source, autocommit=True, **options)
@@ -254,7 +256,9 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
     ) -> AsyncIterator[M]:
         """Yield each job that is added or changes, from now on; see ``JobStore.watch``."""
         chosen = selection(self.model, filter, where, fields)
-        return self._follow(watch_steps(chosen, timeout, poll_seconds(self.engine.dialect.name, poll)), [])
+        return self._follow(
+            watch_steps(self._reader, chosen, timeout, poll_seconds(self.engine.dialect.name, poll)), []
+        )
 
     async def follow(
         self,
@@ -291,7 +295,7 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
                     finished.append(stop.value)
                     return
                 answer = None
-                if not isinstance(step, Read | float | int):
+                if not isinstance(step, Read | Locked | float | int):
                     yield step
                     continue
                 async with follower.busy:
@@ -299,8 +303,20 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
                         return
                     if isinstance(step, Read):
                         answer = await self.run(step.operation, atomic=False)
+                    elif isinstance(step, Locked):
+                        async with step.lock:
+                            answer = await self._read_all(step.steps)
                     else:
                         await listener.wait(step)
+
+    async def _read_all(self, steps: Generator[Read, Any, Any]) -> Any:
+        answer = None
+        while True:
+            try:
+                step = steps.send(answer)
+            except StopIteration as stop:
+                return stop.value
+            answer = await self.run(step.operation, atomic=False)
 
     @asynccontextmanager
     async def running(

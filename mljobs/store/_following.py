@@ -1,7 +1,7 @@
 """Follow jobs: wait for one to finish. The logic only; who reads and who sleeps, the store knows.
 
-Each generator here yields what it needs next: a :class:`Read` of the database, whose answer it is sent, a number of
-seconds to sleep, or a job to hand to the caller. So one body serves threads and coroutines.
+Each generator here yields what it needs next: a :class:`Read` of the database, or several of them (:class:`Locked`), whose
+answer it is sent, a number of seconds to sleep, or a job to hand to the caller. So one body serves threads and coroutines.
 """
 
 from __future__ import annotations
@@ -30,6 +30,14 @@ class Read:
     """A read of the database: the operation to run."""
 
     operation: Callable[[Bind], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Locked:
+    """Reads to be made under a lock, one after the other; the answer is what they return."""
+
+    lock: Any
+    steps: Generator[Read, Any, Any]
 
 
 class Follower:
@@ -72,7 +80,7 @@ class AsyncFollower:
             await self._listener.close()
 
 
-FollowSteps = Generator["Read | float | Any", Any, Any]
+FollowSteps = Generator["Read | Locked | float | Any", Any, Any]
 
 
 def check_seconds(field: str, value: float | None) -> None:

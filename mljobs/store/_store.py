@@ -9,6 +9,7 @@ or on a host's ``sessionmaker``, runs each operation in a session, so that the h
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any, Generic, Self, TextIO, Unpack
@@ -28,7 +29,7 @@ from mljobs.record._models import MlJob
 from mljobs.store._base import LEASE_GIVEN_BACK, Store, bind_of, read_committed, source_error, store_method
 from mljobs.store._bulk import BulkActions
 from mljobs.store._display import display_for
-from mljobs.store._following import Follower, FollowSteps, Read, closed_meanwhile, poll_seconds, wait_steps
+from mljobs.store._following import Follower, FollowSteps, Locked, Read, closed_meanwhile, poll_seconds, wait_steps
 from mljobs.store._keeper import Keeper
 from mljobs.store._methods import (
     claim_method,
@@ -44,7 +45,7 @@ from mljobs.store._outcomes import Followable, Followed, followed_steps, followi
 from mljobs.store._recording import record_end
 from mljobs.store._run import Run, worker_name
 from mljobs.store._transferring import Transfers
-from mljobs.store._watching import watch_steps
+from mljobs.store._watching import SharedReader, watch_steps
 
 _CACHE_OWNED = 16
 _CACHE_SHARED = 2  # of a host's pool
@@ -75,6 +76,7 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
         self._joined: JoinedConnection | None = None
         self._owned = isinstance(source, str | URL)
         self._followers: WeakSet[Follower] = WeakSet()
+        self._reader = SharedReader(model, threading.Lock)
         bind: object = source
         if isinstance(source, str | URL):
             bind = new_engine(source, autocommit=True, **options)
@@ -263,7 +265,7 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
             **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
         """
         chosen = selection(self.model, filter, where, fields)
-        return self._follow(watch_steps(chosen, timeout, poll_seconds(self.engine.dialect.name, poll)))
+        return self._follow(watch_steps(self._reader, chosen, timeout, poll_seconds(self.engine.dialect.name, poll)))
 
     def follow(
         self,
@@ -315,17 +317,32 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
                 except StopIteration as stop:
                     return stop.value
                 answer = None
-                if not isinstance(step, Read | float | int):
+                if not isinstance(step, Read | Locked | float | int):
                     yield step
                     continue
                 with follower.busy:
                     if follower.closed:
                         return None
                     if isinstance(step, Read):
-                        with self.connect(atomic=False) as bind:
-                            answer = step.operation(bind)
+                        answer = self._read(step)
+                    elif isinstance(step, Locked):
+                        with step.lock:
+                            answer = self._read_all(step.steps)
                     else:
                         listener.wait(step)
+
+    def _read(self, step: Read) -> Any:
+        with self.connect(atomic=False) as bind:
+            return step.operation(bind)
+
+    def _read_all(self, steps: Generator[Read, Any, Any]) -> Any:
+        answer = None
+        while True:
+            try:
+                step = steps.send(answer)
+            except StopIteration as stop:
+                return stop.value
+            answer = self._read(step)
 
     @contextmanager
     def running(self, job: JobRef, *, worker: str | None = None, lease: float = DEFAULT_LEASE) -> Iterator[Run[M]]:
