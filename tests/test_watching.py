@@ -5,10 +5,13 @@ A look is called by hand here, and the clock is the test's, so that nothing wait
 
 from __future__ import annotations
 
+import gc
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from itertools import combinations, pairwise
@@ -27,6 +30,7 @@ from mljobs.store import _change_reader, _watching
 from mljobs.store._change_reader import ChangeReader
 from mljobs.store._following import Locked, Read
 from mljobs.store._watching import Watch
+from tests.waiting import until
 from tests.watches import answered, yielded_by
 
 TABLE = MlJob.__table__
@@ -40,6 +44,7 @@ class Looks:
         engine: Where.
         filter: Of the watch.
         beside: A watch with which it shares the reader.
+        where: Of the watch.
         **fields: Of the filter.
     """
 
@@ -48,10 +53,11 @@ class Looks:
         engine: Engine,
         filter: str | None = None,  # noqa: A002 - as in a store
         beside: Looks | None = None,
+        where: Any = None,
         **fields: Any,
     ) -> None:
         reader = ChangeReader(MlJob, threading.Lock) if beside is None else beside.watch.reader
-        self.watch = Watch(reader, selection(MlJob, filter, None, fields))
+        self.watch = Watch(reader, selection(MlJob, filter, where, fields))
         self._engine = engine
         self.look()
 
@@ -196,6 +202,37 @@ def test_what_is_late_is_seen_once_among_many_that_are_not(busy: Engine, clock: 
         assert seen.count("new") == 4
         found += [name for name in seen if name != "new"]
     assert sorted(found) == sorted(f"{minutes} {what}" for minutes in (1, 2, 3, 4) for what in ("late", "ended late"))
+
+
+@pytest.mark.parametrize("ended", [2 * MINUTE, 3 * MINUTE], ids=["after it was created", "before"])
+def test_a_job_that_is_met_again_where_it_was_late_is_not_said_again(
+    busy: Engine, clock: Clock, ended: timedelta
+) -> None:
+    with busy.begin() as connection:
+        for number in range(60):
+            moment = clock.now - timedelta(seconds=5 * number)
+            add(connection, "before", moment, status="failed", finished_at=moment)
+    looks, created_at = Looks(busy), clock.now - 2.5 * MINUTE
+    with busy.begin() as connection:
+        job_id = add(connection, "late", created_at, status="running", started_at=clock.now)
+    assert looks.seen() == [("late", "running")]
+    _set(busy, job_id, status="failed", finished_at=clock.now - ended)
+    assert looks.seen() == [("late", "failed")]
+    for _ in range(25):
+        clock.now += timedelta(seconds=4)
+        assert looks.look() == []
+
+
+def test_a_look_that_pauses_says_each_change_once(busy: Engine, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_change_reader, "_CHANGES_AT_ONCE", 1)
+    looks = Looks(busy)
+    with busy.begin() as connection:
+        ids = [add(connection, str(number), clock.now) for number in range(9)]
+    assert looks.seen() == [(str(number), "queued") for number in range(9)]
+    for job_id in ids:
+        _set(busy, job_id, status="failed", finished_at=clock.now)
+    assert looks.seen() == [(str(number), "failed") for number in range(9)]
+    assert looks.look() == []
 
 
 def test_what_is_a_little_late_or_by_a_clock_that_is_slow_is_seen_at_the_next_look(busy: Engine, clock: Clock) -> None:
@@ -406,7 +443,9 @@ def test_the_clock_of_who_submits_may_differ(sqlite_url: str, clock: Clock, minu
     engine.dispose()
 
 
-def test_an_import_of_what_finished_long_ago_is_not_yielded(sqlite_url: str, clock: Clock) -> None:
+def test_an_import_of_what_finished_long_ago_is_not_yielded(
+    sqlite_url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = create_engine(sqlite_url)
     looks, hour = Looks(engine), clock.now - 60 * MINUTE
     with engine.begin() as connection:
@@ -415,6 +454,13 @@ def test_an_import_of_what_finished_long_ago_is_not_yielded(sqlite_url: str, clo
         add(connection, "old and running", hour, status="running", started_at=hour)
     assert looks.seen() == [("old and running", "running"), ("ended before it was created", "failed")]
     assert looks.seen() == []
+    monkeypatch.setattr(_change_reader, "_QUEUED_KEPT", 1)
+    monkeypatch.setattr(_watching, "_FINISHED_KEPT", 2)
+    with engine.begin() as connection:
+        for _ in range(9):
+            add(connection, "x", clock.now, status="failed", finished_at=hour)
+    assert len(looks.look()) == 9
+    assert len(looks.watch._yielded) == 3  # the one that runs, and two that have finished
     engine.dispose()
 
 
@@ -503,6 +549,11 @@ def test_of_many_queued_jobs_the_latest_are_remembered(sqlite_url: str, monkeypa
             connection.execute(delete(TABLE).where(TABLE.c.status == "queued"))
         assert looks.look() == []
         assert len(looks.watch._yielded) == len(looks.watch.reader._active) == 1  # the one that runs
+        with engine.begin() as connection:
+            connection.execute(delete(MlJob.__leases__))
+            connection.execute(delete(TABLE).where(TABLE.c.status == "running"))
+        assert looks.look() == []
+        assert len(looks.watch._yielded) == len(looks.watch.reader._active) == 0
     engine.dispose()
 
 
@@ -526,3 +577,134 @@ def test_jobs_begun_by_hand_are_looked_for_less_often_where_that_takes_long(
         _set(engine, by_hand, progress=7)
         assert sorted(looks.seen()) == [("by hand", "running"), ("leased", "running")]
     engine.dispose()
+
+
+# ------------------------------------------------------------------------------------------------- one reader for all
+
+
+def test_one_look_serves_all_watches_and_each_asks_for_its_own_filter(sqlite_url: str) -> None:
+    engine = create_engine(sqlite_url)
+    with JobStore(sqlite_url) as store, sent(engine) as statements:
+        first = Looks(engine)
+        begun = time.monotonic()
+        others = [Looks(engine, text, beside=first) for text in ("", "kind:backfill", "status:queued")]
+        job = store.submit("train", "a")
+        assert first.seen() == [("a", "queued")]
+        statements.clear()
+        assert [[job.target_name for job in looks.look(begun)] for looks in others] == [["a"], [], ["a"]]
+        asked, whole = ([text for text, _ in statements if ("spec_json" in text) is whole] for whole in (False, True))
+        assert (len(asked), len(whole)) == (2, 2)
+        assert not [text for text in asked if "finished_at" in text]  # the reader read nothing
+        claim = store.claim_one(job, worker="w")
+        assert [others[2].seen(), others[1].seen(), first.seen()] == [[("a", "running")], [], [("a", "running")]]
+        statements.clear()
+        store.set_progress(claim, 5)
+        assert first.seen() == [("a", "running")]
+        statements.clear()
+        assert first.look(begun) == []
+        assert statements == []
+    engine.dispose()
+
+
+def test_what_passes_by_a_change_of_something_else_is_yielded_while_it_is_active(sqlite_url: str) -> None:
+    engine = create_engine(sqlite_url)
+    with JobStore(sqlite_url) as store:
+        job_id = store.submit("train", "a").id
+        looks = Looks(engine, where=TABLE.c.priority > 3)
+        for priority, seen in ((5, [("a", "queued")]), (0, []), (4, [("a", "queued")]), (6, [])):
+            _set(engine, job_id, priority=priority)
+            assert looks.seen() == seen
+    engine.dispose()
+
+
+def test_what_was_there_before_a_watch_began_is_not_new_to_it_however_late_another_meets_it(
+    busy: Engine, clock: Clock
+) -> None:
+    first, found = Looks(busy), list[str]()
+    with busy.begin() as connection:
+        add(connection, "late", clock.now - 2 * MINUTE)
+    assert first.look() == []
+    second = Looks(busy, beside=first)
+    with busy.begin() as connection:
+        add(connection, "later", clock.now - 2 * MINUTE)
+    for _ in range(40):
+        clock.now += timedelta(seconds=5)
+        found += [name for name, _ in second.seen()]
+    assert found == ["later"]
+    assert sorted(job.target_name for job in first.look(0.0)) == ["late", "later"]
+
+
+def test_a_watch_that_is_far_behind_holds_up_nobody_and_loses_nothing(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_change_reader, "_CHANGES_KEPT", 5)
+    engine = create_engine(sqlite_url)
+    with JobStore(sqlite_url) as store:
+        first = Looks(engine)
+        slow, slower = (Looks(engine, beside=first) for _ in range(2))
+        for number in range(12):
+            store.submit("train", str(number))
+            assert first.seen() == [(str(number), "queued")]
+            assert len(first.watch.reader._changes) <= 5
+        assert set(first.watch.reader._takers) == {first.watch}
+        assert slow.watch.reader is not slower.watch.reader
+        last, before, *_ = store.find().jobs
+        store.claim_one(before, worker="w")
+        store.cancel(last)
+        assert first.seen() == [("10", "running"), ("11", "cancelled")]
+        expected = [*((str(number), "queued") for number in range(10)), ("10", "running"), ("11", "cancelled")]
+        assert sorted(slow.seen()) == sorted(slower.seen()) == sorted(expected)
+        assert slow.look() == slower.look() == []
+    engine.dispose()
+
+
+def test_a_look_that_fails_loses_nothing_that_others_wait_for(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = create_engine(sqlite_url)
+    with JobStore(sqlite_url) as store:
+        ids = store.submit_many([("train", name, None) for name in "abcd"], ids=True)
+        first = Looks(engine)
+        second = Looks(engine, beside=first)
+        for number, job_id in enumerate(ids[:3]):
+            store.cancel(job_id)
+            store.claim_one(store.submit("train", f"new {number}"), worker="w")
+            reads = iter(range(number))  # the first read fails, then the second, then the third
+
+            def failing(step: Read, reads: Iterator[int] = reads) -> Any:
+                if next(reads, None) is None:
+                    raise ConnectionError
+                return Looks.read(first, step)
+
+            with pytest.raises(ConnectionError):
+                yielded_by(first.watch.look(time.monotonic()), failing)
+            assert sorted(second.seen()) == [("abc"[number], "cancelled"), (f"new {number}", "running")]
+            assert second.look() == []
+    engine.dispose()
+
+
+def test_the_reader_is_made_for_the_first_watch_of_a_store_and_gone_with_the_last(sqlite_url: str) -> None:
+    with JobStore(sqlite_url) as store:
+        shared = store._reader
+        kept = weakref.ref(shared.get())
+        assert kept() is None
+        seen: list[list[str]] = []
+
+        def watch() -> None:
+            names = []
+            for job in store.watch(poll=0.001):
+                names.append(job.target_name)
+                if job.target_name == "last":
+                    break
+            seen.append(names)
+
+        with ThreadPoolExecutor() as pool:
+            watching = [pool.submit(watch) for _ in range(3)]
+            until(lambda: (reader := shared.get()) is shared.get() and len(reader._takers) == 3)
+            for name in ("first", "last"):
+                store.submit("train", name)
+            for one in watching:
+                one.result(60)
+        assert seen == [["first", "last"]] * 3
+        gc.collect()  # an exception that a thread raised may hold its frame
+        made = shared._made
+        assert made is not None
+        assert made() is None

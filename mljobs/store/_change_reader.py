@@ -175,7 +175,7 @@ class ChangeReader:
         self._dropped = 0
         self._takers: WeakSet[Taker] = WeakSet()
         self._begun = -math.inf
-        self._whole: tuple[float, int] = -math.inf, 0
+        self._whole = -math.inf
         self._paused: Generator[Read | None, Any, None] | None = None
         self._paused_at = 0
         self._by_hand_after = 0.0
@@ -189,7 +189,7 @@ class ChangeReader:
 
         What a late commit brings is thus known from what was there before the watch began.
         """
-        if self._whole[0] < since or self._whole[1] != self._end:
+        if self._whole < since:
             self._paused = self._look(whole=True)
             while self._paused is not None:
                 yield from self._look_on(self._paused)
@@ -250,7 +250,7 @@ class ChangeReader:
         yield from self._read_missing({key[8:] for key in new}, {state.id.bytes for state in running})
         self._begun, self.ended = begun, time.monotonic()
         if whole:
-            self._whole = begun, self._end
+            self._whole = begun
 
     def _read_first(
         self, bind: Bind, starts: Sequence[tuple[_Order, Place]], size: int
@@ -274,7 +274,7 @@ class ChangeReader:
         Returns:
             The latest of the keys that are new.
         """
-        new = self._meet(order, start, found)
+        new = self._meet(order, start, found)[-_QUEUED_KEPT:]
         place = order.next = found.end
         again = True
         while place is not None:
