@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 from starlette.testclient import TestClient
 
 from mljobs import JobStore, MlJob
@@ -93,10 +97,19 @@ def history(store: JobStore) -> Made:
     return Made(completed, failed, retried, queued, running, silent, cancelled)
 
 
+@cache
+def _portal() -> BlockingPortal:
+    stack = ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(start_blocking_portal())
+
+
 def client(store: Any, access: Access | None = Access.ACT, **options: Any) -> TestClient:
-    """Return a client of a board on ``store``."""
+    """Return a client of a board on ``store``. All share an event loop: to make one for each request takes as long again."""
     authorize = None if access is None else lambda _request: access
-    return TestClient(create_app(store, authorize=authorize, **options), follow_redirects=False)
+    made = TestClient(create_app(store, authorize=authorize, **options), follow_redirects=False)
+    made.portal = _portal()
+    return made
 
 
 def token_of(html: str) -> str:

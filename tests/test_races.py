@@ -9,7 +9,6 @@ from datetime import timedelta
 from itertools import combinations_with_replacement
 from typing import Any
 
-import pytest
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool

@@ -8,7 +8,6 @@ import tomllib
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import pytest
 from alembic import command

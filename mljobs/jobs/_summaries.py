@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Final, Unpack
 from uuid import UUID
 
@@ -266,6 +267,7 @@ def _read(
     return [_summary(row, text) for row in rows]
 
 
+@lru_cache(64)  # to put it together takes longer than to send it
 def _statement(model: Model, text: int, error: int, *, postgres: bool) -> Select[Any]:
     table, leases = table_of(model), model.__leases__
     joined = table.outerjoin(leases, leases.c.token == token_of(model, table))
