@@ -262,7 +262,7 @@ def _read(
     text: int,
     error: int = 0,
 ) -> list[JobSummary]:
-    statement = _statement(model, text, error, postgres=is_postgres(connection))
+    statement = _statement(model, text, error, postgres=is_postgres(connection))  # type: ignore[arg-type] # a class can be hashed
     rows = connection.execute(statement.where(*where).order_by(*order).limit(limit))
     return [_summary(row, text) for row in rows]
 
