@@ -5,6 +5,7 @@ A look is called by hand here, and the clock is the test's, so that nothing wait
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import re
 import threading
@@ -12,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from datetime import datetime, timedelta
 from itertools import combinations, pairwise
 from typing import Any
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine, create_engine, delete, event, insert, update
 from sqlalchemy.orm import Session
 
-from mljobs import JobStore, MlJob, jobs
+from mljobs import AsyncJobStore, JobStore, MlJob, jobs
 from mljobs._values import utc_now
 from mljobs.jobs._filters import selection
 from mljobs.store import _change_reader, _watching
@@ -708,3 +709,30 @@ def test_the_reader_is_made_for_the_first_watch_of_a_store_and_gone_with_the_las
         made = shared._made
         assert made is not None
         assert made() is None
+
+
+def test_tasks_share_one_reader_too_and_a_cancelled_one_holds_up_no_other(sqlite_url: str) -> None:
+    async def names(store: AsyncJobStore) -> list[str]:
+        found = []
+        async with aclosing(store.watch(poll=0.001)) as watch:
+            async for job in watch:
+                found.append(job.target_name)
+                if job.target_name == "last":
+                    break
+        return found
+
+    async def check() -> None:
+        async with AsyncJobStore(sqlite_url) as store:
+            watching = [asyncio.create_task(names(store)) for _ in range(3)]
+            reader = store._reader.get()
+            while len(reader._takers) < 3:  # noqa: ASYNC110 - nothing tells of it
+                await asyncio.sleep(0)
+            async with reader.lock:  # the others wait for it while one is cancelled
+                await store.submit("train", "first")
+                while len(reader.lock._waiters or ()) < 3:  # noqa: ASYNC110
+                    await asyncio.sleep(0)
+                watching.pop().cancel()
+            await store.submit("train", "last")
+            assert await asyncio.wait_for(asyncio.gather(*watching), 60) == [["first", "last"]] * 2
+
+    asyncio.run(check())
