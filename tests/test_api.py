@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,23 @@ def test_a_section_names_what_its_module_has(module: str) -> None:
 
 def _docstrings() -> Iterator[tuple[str, str]]:
     for path in (ROOT / "mljobs").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in _blocks(ast.parse(path.read_text())):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 text = ast.get_docstring(node)
                 if text:
                     yield f"{path.relative_to(ROOT)}: {getattr(node, 'name', 'module')}", text
 
 
+def _blocks(node: Any) -> Iterator[Any]:
+    """Yield what has statements, but no expressions, which are nine tenths of a tree."""
+    yield node
+    for part in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for statement in getattr(node, part, ()):
+            if hasattr(statement, "body"):
+                yield from _blocks(statement)
+
+
+@cache
 def _exists(dotted: str) -> bool:
     first, _, rest = dotted.partition(".")
     found: Any = OWNERS.get(first)

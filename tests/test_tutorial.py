@@ -17,6 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.waiting import until
+
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "tutorial.md").read_text()
 FILES = dict(re.findall(r'```\w+ title="([^"]+)"\n(.*?)```', PAGE, re.DOTALL))
@@ -85,9 +87,15 @@ class Reader:
         return f"http://127.0.0.1:{self.port}"
 
     def wait_until_up(self) -> None:
-        transport = httpx.HTTPTransport(retries=12)  # 0, 0.5, 1, 2 ... seconds apart
-        with httpx.Client(transport=transport, timeout=30) as client:
-            assert "EventSource" in client.get(self.url).text
+        with httpx.Client(timeout=30) as client:
+
+            def page() -> str:
+                try:
+                    return client.get(self.url).text
+                except httpx.ConnectError:
+                    return ""
+
+            assert "EventSource" in until(page)
 
     def close(self) -> None:
         for server in self.servers.values():
