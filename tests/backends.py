@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from inspect import iscoroutine
 from typing import Any, TypeVar
@@ -65,6 +66,7 @@ class Backend:
     engine: Engine | AsyncEngine = field(init=False)
     _runner: asyncio.Runner | None = None
     _stores: list[Any] = field(default_factory=list)
+    _context: Context = field(default_factory=copy_context)  # as a runner has one for all that it runs
 
     def __post_init__(self) -> None:
         if self.is_async:
@@ -100,9 +102,10 @@ class Backend:
             return result
 
     def wait(self, coroutine: Coroutine[Any, Any, R]) -> R:
-        """Run a coroutine to its end on the event loop of this backend."""
+        """Run a coroutine to its end on the event loop of this backend, without the runner's handler of Ctrl-C."""
         assert self._runner is not None
-        return self._runner.run(coroutine)
+        loop = self._runner.get_loop()
+        return loop.run_until_complete(loop.create_task(coroutine, context=self._context))
 
     def store(self, **options: Any) -> Any:
         """Return a store whose methods block."""

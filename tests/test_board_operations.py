@@ -145,8 +145,20 @@ def test_finished_jobs_are_counted_in_spans_by_outcome(store: Any) -> None:
 
 
 def test_durations_are_spread_by_kind_and_never_negative(store: Any) -> None:
-    for took in range(1, 102):
-        ended(store, "completed", took=took)
+    now = utc_now() - timedelta(seconds=600)
+    starts = [(now - timedelta(seconds=took), now) for took in range(1, 102)]
+    store.submit_many(
+        MlJob(
+            kind="train",
+            target_name="spam",
+            status="completed",
+            attempts=1,
+            created_at=start - timedelta(seconds=30),
+            started_at=start,
+            finished_at=end,
+        )
+        for start, end in starts
+    )
     ended(store, "failed", took=5000)
     ended(
         store, "completed", started_at=utc_now(), finished_at=utc_now() - timedelta(seconds=5)
