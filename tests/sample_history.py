@@ -18,7 +18,7 @@ from mljobs.db._rows import insert_rows
 
 DAYS = 90
 ACTIVE = 400
-"""The last so many jobs have not finished."""
+"""The last so many jobs have not finished, unless a small history is to have fewer."""
 
 
 class Job(NamedTuple):
@@ -83,7 +83,7 @@ ERRORS = [
 _DIGITS = 128
 
 
-def history(number: int, now: datetime, seed: int = 7) -> Iterator[Job]:
+def history(number: int, now: datetime, seed: int = 7, *, active: int = ACTIVE) -> Iterator[Job]:
     """Yield ``number`` jobs, the oldest first; the same for the same arguments."""
     pick = random.Random(seed)
     failed: list[Job] = []
@@ -114,7 +114,7 @@ def history(number: int, now: datetime, seed: int = 7) -> Iterator[Job]:
         )
         if failed and pick.random() < 0.03:
             job = job._replace(retry_of=failed[pick.randrange(max(0, len(failed) - 20), len(failed))].id)
-        if at < number - ACTIVE:
+        if at < number - active:
             job = _finished(job, pick)
             if job.status == "failed":
                 failed.append(job)
@@ -180,16 +180,16 @@ def leases(jobs: list[Job], now: datetime, seed: int = 7) -> list[Lease]:
     return found
 
 
-@cache  # two databases hold the same
-def _rows(number: int) -> tuple[list[Job], list[Lease], datetime]:
+@cache  # two databases may hold the same
+def _rows(number: int, active: int) -> tuple[list[Job], list[Lease], datetime]:
     now = utc_now()
-    jobs = list(history(number, now))
+    jobs = list(history(number, now, active=active))
     return jobs, leases(jobs, now), now
 
 
-def fill(engine: Engine, number: int) -> tuple[list[Job], list[Lease], datetime]:
+def fill(engine: Engine, number: int, active: int = ACTIVE) -> tuple[list[Job], list[Lease], datetime]:
     """Fill the tables with a history, gather statistics, and return what they hold and the moment it is told at."""
-    jobs, held, now = _rows(number)
+    jobs, held, now = _rows(number, active)
     with engine.begin() as connection:
         insert_rows(connection, MlJob.__table__, list(Job._fields), jobs)
         _insert_leases(connection, held)

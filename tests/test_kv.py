@@ -215,6 +215,7 @@ def test_redis_gets_and_gives_every_byte(
             assert stored(backend) == before
 
 
+@pytest.mark.parametrize("client", ["bytes"], indirect=True)
 def test_redis_values_of_another_kind_are_rejected(backend: Backend, store: Any, client: redis.Redis) -> None:
     one, listed = job(), uuid4().hex
     client.set(one.id.hex, one.to_json())
