@@ -256,13 +256,14 @@ def _on_sqlite(
 ) -> tuple[list[Claim[Any]], int]:
     """Run the parts of the statement in turn, under the write lock: no target can be taken meanwhile."""
     lock_sqlite(connection, model)
-    arguments = connection, model, which, parameters
-    if is_plain_record(model):
-        answer, picked = start_in_turn(*arguments)
-    else:
-        answer, picked = unless_target_taken(connection, lambda: start_in_turn(*arguments))
-    lasts = from_millis(parameters["now"]), from_millis(parameters["expires"])
-    return claims_of(session, model, answer, lasts, parameters["worker"], before=0), picked
+
+    def started() -> tuple[list[Claim[Any]], int]:
+        answer, picked = start_in_turn(connection, model, which, parameters)
+        lasts = from_millis(parameters["now"]), from_millis(parameters["expires"])
+        return claims_of(session, model, answer, lasts, parameters["worker"], before=0), picked
+
+    # What a host's type or class cannot read is undone with the rest, or nobody could name the job that is at fault.
+    return started() if is_plain_record(model) else unless_target_taken(connection, started)
 
 
 def claims_of(
