@@ -47,7 +47,9 @@ CREATE TABLE ml_jobs (
   CONSTRAINT ck_ml_jobs_progress CHECK (progress BETWEEN 0 AND 100),
   CONSTRAINT ck_ml_jobs_lease CHECK (lease IS NULL OR status = 'running')
 )""",
-    "CREATE INDEX ix_ml_jobs_active ON ml_jobs (target_name, kind) WHERE status IN ('queued', 'running')",
+    """\
+CREATE INDEX ix_ml_jobs_active ON ml_jobs (status, target_name text_pattern_ops, kind) \
+WHERE status IN ('queued', 'running')""",
     "CREATE INDEX ix_ml_jobs_created ON ml_jobs (created_at, id)",
     """\
 CREATE INDEX ix_ml_jobs_failed ON ml_jobs (status, created_at, id, kind) \
@@ -278,7 +280,7 @@ CREATE TABLE ml_jobs (
   CONSTRAINT ck_ml_jobs_spec_json CHECK (typeof(spec_json) = 'text' AND json_valid(spec_json) AND instr(spec_json, char(0)) = 0 AND (instr(spec_json, '\\u') = 0 OR instr(lower(replace(spec_json, '\\\\', ' ')), '\\u0000') = 0 AND replace(replace(replace(replace(replace(replace(replace(replace(lower(replace(spec_json, '\\\\', ' ')), '\\ud8', char(1)), '\\ud9', char(1)), '\\uda', char(1)), '\\udb', char(1)), '\\udc', char(2)), '\\udd', char(2)), '\\ude', char(2)), '\\udf', char(2)) NOT GLOB '*' || char(1) || '[0-9a-f][0-9a-f][^' || char(2) || ']*' AND '   ' || replace(replace(replace(replace(replace(replace(replace(replace(lower(replace(spec_json, '\\\\', ' ')), '\\ud8', char(1)), '\\ud9', char(1)), '\\uda', char(1)), '\\udb', char(1)), '\\udc', char(2)), '\\udd', char(2)), '\\ude', char(2)), '\\udf', char(2)) NOT GLOB '*[^' || char(1) || ']??' || char(2) || '*')),
   CONSTRAINT ck_ml_jobs_metrics_json CHECK (metrics_json IS NULL OR typeof(metrics_json) = 'text' AND json_valid(metrics_json) AND instr(metrics_json, char(0)) = 0 AND (instr(metrics_json, '\\u') = 0 OR instr(lower(replace(metrics_json, '\\\\', ' ')), '\\u0000') = 0 AND replace(replace(replace(replace(replace(replace(replace(replace(lower(replace(metrics_json, '\\\\', ' ')), '\\ud8', char(1)), '\\ud9', char(1)), '\\uda', char(1)), '\\udb', char(1)), '\\udc', char(2)), '\\udd', char(2)), '\\ude', char(2)), '\\udf', char(2)) NOT GLOB '*' || char(1) || '[0-9a-f][0-9a-f][^' || char(2) || ']*' AND '   ' || replace(replace(replace(replace(replace(replace(replace(replace(lower(replace(metrics_json, '\\\\', ' ')), '\\ud8', char(1)), '\\ud9', char(1)), '\\uda', char(1)), '\\udb', char(1)), '\\udc', char(2)), '\\udd', char(2)), '\\ude', char(2)), '\\udf', char(2)) NOT GLOB '*[^' || char(1) || ']??' || char(2) || '*'))
 )""",
-    "CREATE INDEX ix_ml_jobs_active ON ml_jobs (target_name, kind) WHERE status IN ('queued', 'running')",
+    "CREATE INDEX ix_ml_jobs_active ON ml_jobs (status, target_name, kind) WHERE status IN ('queued', 'running')",
     "CREATE INDEX ix_ml_jobs_created ON ml_jobs (created_at, id)",
     """\
 CREATE INDEX ix_ml_jobs_failed ON ml_jobs (status, created_at, id, kind) \

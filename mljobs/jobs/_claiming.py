@@ -104,7 +104,7 @@ def claim(
     which, parameters = claim_parameters(model, worker, kinds, limit, lease, skip, lock_timeout)
     if parameters["kinds"] == []:
         return []
-    return _claim(session, model, which, parameters, limit)
+    return claim_asked(session, model, which, parameters, limit)
 
 
 def claim_parameters(  # noqa: PLR0917 - those of claim
@@ -174,7 +174,7 @@ def claim_one(
     model, job_id = model_and_id(job, model)
     whole_table_of(model)
     parameters = {"worker": worker_name(worker), "ids": [job_id], **moments(check_lease(lease))}
-    claims = _claim(session, model, "ids", parameters, 1)
+    claims = claim_asked(session, model, "ids", parameters, 1)
     if claims:
         return claims[0]
     connection = connection_of(session, model)
@@ -186,7 +186,8 @@ def claim_one(
 # --------------------------------------------------------------------------------------------------------- the claim
 
 
-def _claim(session: Bind, model: Model, which: str, parameters: dict[str, Any], limit: int) -> list[Claim[Any]]:
+def claim_asked(session: Bind, model: Model, which: str, parameters: dict[str, Any], limit: int) -> list[Claim[Any]]:
+    """Claim what ``claim_parameters`` says."""
     connection = connection_of(session, model)
     claim_some = _on_postgres if is_postgres(connection) else _on_sqlite
     claims: list[Claim[Any]] = []

@@ -9,6 +9,7 @@ from mljobs.jobs._base import Bind, JobRef, M, Model, connection_of, is_postgres
 from mljobs.jobs._claiming import (
     DEFAULT_LEASE,
     claim,
+    claim_asked,
     claim_parameters,
     claim_rows,
     claims_of,
@@ -62,7 +63,9 @@ def finish_and_claim(
     skipped = list(skip)
     which, parameters = claim_parameters(model, worker, kinds, limit, lease, skipped, lock_timeout)
     connection = connection_of(session, model)
-    if not given or parameters["kinds"] == [] or not is_postgres(connection):
+    if not given and parameters["kinds"] != []:
+        return [], claim_asked(session, model, which, parameters, limit)
+    if parameters["kinds"] == [] or not is_postgres(connection):
         errors = finish_many(session, given)
         more: dict[str, Any] = {"skip": skipped, "lock_timeout": lock_timeout}
         return errors, claim(session, worker=worker, kinds=kinds, limit=limit, lease=lease, model=model, **more)

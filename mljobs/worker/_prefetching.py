@@ -264,7 +264,6 @@ class Prefetcher:
             if self._nothing_left(recorded):
                 return
             self._sleep()
-            return
 
     def _exchange(self, taken: Sequence[FinishedRun]) -> bool:
         """Write ``taken``, claim, and buffer the claims; return whether there are any."""

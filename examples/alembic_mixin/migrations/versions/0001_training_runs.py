@@ -62,7 +62,7 @@ def upgrade() -> None:
     sa.PrimaryKeyConstraint('id', name=op.f('pk_training_runs'))
     )
     with op.batch_alter_table('training_runs', schema=None) as batch_op:
-        batch_op.create_index(batch_op.f('ix_training_runs_active'), ['target_name', 'kind'], unique=False, postgresql_where=sa.text("status IN ('queued', 'running')"), sqlite_where=sa.text("status IN ('queued', 'running')"))
+        batch_op.create_index(batch_op.f('ix_training_runs_active'), ['status', 'target_name', 'kind'], unique=False, postgresql_where=sa.text("status IN ('queued', 'running')"), sqlite_where=sa.text("status IN ('queued', 'running')"), postgresql_ops={'target_name': 'text_pattern_ops'})
         batch_op.create_index(batch_op.f('ix_training_runs_created'), ['created_at', 'id'], unique=False)
         batch_op.create_index(batch_op.f('ix_training_runs_failed'), ['status', 'created_at', 'id', 'kind'], unique=False, postgresql_where=sa.text("status = 'failed' OR status = 'cancelled'"), sqlite_where=sa.text("status = 'failed' OR status = 'cancelled'"))
         batch_op.create_index(batch_op.f('ix_training_runs_failed_target'), ['status', 'target_name', 'created_at', 'id', 'kind'], unique=False, postgresql_where=sa.text("status = 'failed' OR status = 'cancelled'"), sqlite_where=sa.text("status = 'failed' OR status = 'cancelled'"), postgresql_ops={'target_name': 'text_pattern_ops'})
