@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from decimal import Decimal
@@ -13,12 +14,15 @@ from uuid import UUID
 
 import pytest
 from sqlalchemy import JSON, Connection, Engine, Float, Numeric, bindparam, event, literal_column, select
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError, StatementError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import NullType
 
 from mljobs import JobStore, MlJob, MlJobMixin, MlJobStatus, jobs
-from mljobs.db._prepared import Prepared
+from mljobs.db import _prepared
+from mljobs.db._prepared import Prepared, _Compiled
+from mljobs.jobs import _claiming
 
 
 class Grade(Enum):
@@ -39,6 +43,17 @@ def test_a_listener_is_told_of_every_statement_from_the_moment_it_listens(engine
         store.cancel(other.id)
     assert "INSERT" in seen
     assert "UPDATE" in seen
+
+
+def test_a_claim_is_compiled_once_for_all_numbers_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(_prepared, "_Compiled", lambda *given: compiled.append(given) or _Compiled(*given))
+    dialect = postgresql.psycopg.dialect()
+    limits = (3, 7, 512, 1000)
+    texts = [_claiming._claim_statement(MlJob, "any skip", limit)._text(dialect, {}).text for limit in limits]
+    found = [match[1] for text in texts if (match := re.search(r"LIMIT (\S+)", text))]
+    assert found == ["3", "7", "512", "%(limit)s::INTEGER"]  # the last is too rare for a text of its own
+    assert len(compiled) == 2
 
 
 def test_echo_shows_the_statements(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:

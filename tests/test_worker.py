@@ -296,10 +296,15 @@ def test_how_many_are_claimed_ahead_does_not_swing_with_the_length_of_single_cla
         prefetcher._ended = jobs_ended
         prefetcher._measure()
         ahead.append(prefetcher._ahead())
-    writer.close()
-    prefetcher.close()
     assert min(ahead[1:]) > 800
     assert max(ahead) <= 1250
+    numbers = [1]
+    for _ in range(30):  # each claim takes as long as it has jobs
+        prefetcher._ended, now = numbers[-1], now + 0.002 + numbers[-1] * 0.0002
+        numbers.append(prefetcher._number())
+    writer.close()
+    prefetcher.close()
+    assert len(set(numbers[10:])) == 1
 
 
 # ------------------------------------------------------------------------------------------------------ wrong from the start

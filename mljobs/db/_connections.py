@@ -27,7 +27,7 @@ from mljobs.db._prepared import LOCK_TURNS, is_unwatched
 R = TypeVar("R")
 
 _FOR_TRANSACTIONS = 2  # of any pool, as a worker's rescue and a retry need
-_FRESH_SECONDS = 1.0
+_FRESH_SECONDS = 1.5  # longer than an idle worker's poll, whose every claim would ask first whether the server is there
 _TURN_MILLISECONDS = 3  # SQLite looks for the lock again after 1 and 2 of them
 _TURNS = 80
 _LOCK_PAUSE = 0.002

@@ -227,10 +227,10 @@ def answers(
     connection = connection_of(session, model)
     everything = written.ids is None and len(tried) == len(outcomes)
     done = set() if everything else {id(outcome) for outcome in tried if outcome.claim in written}
-    errors: list[Exception | None] = []
-    for outcome in outcomes:
-        recorded = everything or id(outcome) in done
-        errors.append(None if recorded else explain(connection, model, outcome.claim, written, outcome.status))
+    errors: list[Exception | None] = [None] * len(outcomes)
+    for at, outcome in enumerate(outcomes):
+        if not everything and id(outcome) not in done:
+            errors[at] = explain(connection, model, outcome.claim, written, outcome.status)
         outcome.claim.note_end()
     refresh(session, model, (outcome.claim.job_id for outcome in outcomes))
     if events.subscribed():

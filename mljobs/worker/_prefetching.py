@@ -152,24 +152,22 @@ class Prefetcher:
 
     def _take_or_claim(self) -> Run | Literal[True] | None:
         """Return a run; True where the caller has to claim for all; None where the worker stops."""
-        self._waiting += 1
-        try:
-            while True:
-                if self._stopped:
-                    self._writer.nudge()  # no claim will record what this thread has just handed over
-                    return None
-                if len(self._under_way) < self._settings.slots:
-                    if not self._claiming and len(self._buffer) <= (0 if self._drained else self._low_mark()):
-                        self._claiming = True
-                        return True
-                    if self._buffer:
-                        run = self._buffer.popleft()
-                        self._under_way.add(run)
-                        self._writer.nudge()
-                        return run
-                self._writer.nudge()
-                self._changed.wait()
-        finally:
+        while True:
+            if self._stopped:
+                self._writer.nudge()  # no claim will record what this thread has just handed over
+                return None
+            if len(self._under_way) < self._settings.slots:
+                if not self._claiming and len(self._buffer) <= (0 if self._drained else self._low_mark()):
+                    self._claiming = True
+                    return True
+                if self._buffer:
+                    run = self._buffer.popleft()
+                    self._under_way.add(run)
+                    self._writer.nudge()
+                    return run
+            self._writer.nudge()
+            self._waiting += 1
+            self._changed.wait()
             self._waiting -= 1
 
     def _low_mark(self) -> int:
@@ -263,7 +261,9 @@ class Prefetcher:
                 continue
             if self._nothing_left(recorded):
                 return
+            self._writer.nudge()  # what shares no statement with others
             self._sleep()
+            return
 
     def _exchange(self, taken: Sequence[FinishedRun]) -> bool:
         """Write ``taken``, claim, and buffer the claims; return whether there are any."""
