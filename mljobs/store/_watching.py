@@ -112,7 +112,7 @@ class Watch:
 
     def _passing(self, names: Collection[bytes]) -> Generator[Read, Any, Collection[bytes]]:
         """Return which of these jobs pass."""
-        if not self._chosen:
+        if not (self._chosen and names):
             return names
         where, passing, model = self._chosen.conditions(), set[bytes](), self._chosen.model
         for some in several(names, _ASKED_AT_ONCE):
