@@ -111,12 +111,28 @@ def test_retention_is_off_however_the_block_is_left(backend: Backend) -> None:
         session.rollback()
 
     backend.run(_finish)
+    before = _guard(backend.outside)
     for leave in WAYS_OUT:
         with case(leave.__name__):
             backend.run(block, leave)
             _is_off(backend.outside)
             assert len(backend.run(lambda session: session.scalars(select(MlJob)).all())) == 1
-            schema.verify(backend.outside)
+            assert _guard(backend.outside) == before
+    schema.verify(backend.outside)
+
+
+def _guard(engine: Engine) -> Any:
+    """Return what the catalog has of triggers and their functions, and the rows that say whether retention is on."""
+    statements = (
+        ("SELECT type, name, sql FROM sqlite_master ORDER BY 1, 2", "SELECT * FROM ml_jobs_guard ORDER BY 1")
+        if engine.dialect.name == "sqlite"
+        else (
+            "SELECT t::text, p::text FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid ORDER BY t.oid",
+            "SELECT s::text FROM pg_db_role_setting s ORDER BY 1",
+        )
+    )
+    with engine.connect() as connection:
+        return [connection.exec_driver_sql(statement).all() for statement in statements]
 
 
 def test_what_the_block_deletes_is_gone_and_retention_off_in_the_same_transaction(backend: Backend) -> None:

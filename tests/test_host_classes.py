@@ -306,54 +306,26 @@ def name_of_63_bytes() -> Any:
     return Run, {}
 
 
-def column_called_as_an_argument() -> Any:
-    class Base(DeclarativeBase):
-        pass
+def names_and_kinds_like_parameters() -> Any:
+    """A table with a percent sign, kinds with colons and quotes, a column that is called as an argument of ours."""
 
-    class Run(MlJobMixin, Base):
-        __tablename__ = "runs"
-        model_name: Mapped[str] = mapped_column("model")
-
-    return Run, {"model_name": "bert"}
-
-
-def name_with_a_percent_sign() -> Any:
     class Base(DeclarativeBase):
         pass
 
     class Run(MlJobMixin, Base):
         __tablename__ = "100%s of runs"
-
-    return Run, {}
-
-
-def kinds_like_parameters() -> Any:
-    class Base(DeclarativeBase):
-        pass
-
-    class Run(MlJobMixin, Base):
-        __tablename__ = "runs"
         kind: Mapped[OddKind] = kind_column(OddKind)
+        model_name: Mapped[str] = mapped_column("model")
 
-    return Run, {}
-
-
-def name_like_a_column() -> Any:
-    class Base(DeclarativeBase):
-        pass
-
-    class Run(MlJobMixin, Base):
-        __tablename__ = "jobs"
-
-    return Run, {}
+    return Run, {"model_name": "bert"}
 
 
-def dataclass_mixin_in_a_plain_base() -> Any:
+def dataclass_mixin_in_a_plain_base_with_a_name_like_a_column() -> Any:
     class Base(DeclarativeBase):
         pass
 
     class Run(MlJobDataclassMixin, Base):
-        __tablename__ = "runs"
+        __tablename__ = "jobs"
         kind: Mapped[Kind] = kind_column(Kind)
 
     return Run, {}
@@ -362,8 +334,7 @@ def dataclass_mixin_in_a_plain_base() -> Any:
 HOSTS: list[Callable[[], Any]] = [
     plain, own_kinds_and_columns, single_table, joined, base_with_an_id_and_times, abstract_parent, classic_base,
     registry_decorator, own_constructor, optimistic_versions, very_long_name, name_to_be_quoted, name_of_63_bytes,
-    name_with_a_percent_sign, column_called_as_an_argument, kinds_like_parameters, name_like_a_column, dataclass_base,
-    dataclass_mixin_in_a_plain_base,
+    names_and_kinds_like_parameters, dataclass_base, dataclass_mixin_in_a_plain_base_with_a_name_like_a_column,
 ]  # fmt: skip
 
 
