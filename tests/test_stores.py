@@ -7,6 +7,7 @@ import os
 import sqlite3
 import threading
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +371,36 @@ def test_an_operation_waits_for_a_locked_file_as_long_as_the_timeout_says(
             hasty.submit("train", "spam")
         writer.execute("COMMIT")
         assert hasty.counts().total() == 2
+    writer.close()
+
+
+def test_an_awaited_operation_waits_for_a_locked_file_in_the_same_turns(sqlite_url: str) -> None:
+    writer = sqlite3.connect(sqlite_url.removeprefix("sqlite:///"), isolation_level=None, check_same_thread=False)
+
+    async def run() -> None:
+        async with AsyncJobStore(sqlite_url) as store:
+            job = await store.submit("train", "spam")
+            for again in (
+                partial(store.cancel, job),
+                partial(store.submit, "train", "ham"),
+                partial(store.claim, worker="w"),
+            ):
+                writer.execute("BEGIN IMMEDIATE")
+                letting_go = threading.Timer(0.03, writer.execute, ["COMMIT"])
+                letting_go.start()
+                assert await again()
+                letting_go.join()
+            await store._single.aclose()
+            async with store.engine.connect() as connection:  # a host's own statements wait as they did
+                assert (await connection.exec_driver_sql("PRAGMA busy_timeout")).scalar_one() == 30_000
+        async with AsyncJobStore(sqlite_url, connect_args={"timeout": 0.02}) as hasty:
+            writer.execute("BEGIN IMMEDIATE")
+            with pytest.raises(OperationalError, match="locked"):
+                await hasty.submit("train", "spam")
+            writer.execute("COMMIT")
+            assert (await hasty.counts()).total() == 2
+
+    asyncio.run(run())
     writer.close()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import sqlite3.dbapi2
 import threading
 import time
 from collections import deque
@@ -31,6 +30,7 @@ _FRESH_SECONDS = 1.5  # longer than an idle worker's poll, whose every claim wou
 _TURN_MILLISECONDS = 3  # SQLite looks for the lock again after 1 and 2 of them
 _TURNS = 80
 _LOCK_PAUSE = 0.002
+_SQLITE_DRIVERS = frozenset({"pysqlite", "aiosqlite"})
 
 
 def engines_of(engine: Engine, *, owned: bool) -> tuple[Engine, Engine]:
@@ -87,6 +87,11 @@ class ConnectionCache:
         self._idle: deque[_Use] = deque()
         self._forks = _forks
 
+    @property
+    def keeps(self) -> bool:
+        """Whether any connection is kept."""
+        return self._size > 0
+
     def use(self) -> AbstractContextManager[Connection]:
         """Return a context manager that yields a connection for one operation: one that was kept, or a new one."""
         if self._forks != _forks:  # these belong to the parent
@@ -103,11 +108,10 @@ class ConnectionCache:
 
     def _new(self) -> Connection:
         connection = self._engine.connect()
-        driver: Any = self._engine.dialect.dbapi
-        if self._size and driver is sqlite3.dbapi2:  # whose errors say that the file is locked
-            ((self._busy_timeout,),) = _driver(connection).execute("PRAGMA busy_timeout")
+        if self._size and self._engine.dialect.driver in _SQLITE_DRIVERS:  # whose errors say that the file is locked
+            self._busy_timeout = _pragma(connection, "PRAGMA busy_timeout")
             if self._busy_timeout > _TURN_MILLISECONDS:
-                _driver(connection).execute(f"PRAGMA busy_timeout = {_TURN_MILLISECONDS}")
+                _pragma(connection, f"PRAGMA busy_timeout = {_TURN_MILLISECONDS}")
                 connection.info[LOCK_TURNS] = min(_TURNS, self._busy_timeout // _TURN_MILLISECONDS)
         return connection
 
@@ -120,9 +124,11 @@ class ConnectionCache:
 
     def release(self, connection: Connection) -> None:
         """Roll back what is open, and give a connection back to the pool, as it came from there."""
-        if self.begins and not connection.invalidated and connection.info.pop(LOCK_TURNS, None) is not None:
-            _driver(connection).execute(f"PRAGMA busy_timeout = {self._busy_timeout}")
-        connection.close()
+        try:
+            if self.begins and not connection.invalidated and connection.info.pop(LOCK_TURNS, None) is not None:
+                _pragma(connection, f"PRAGMA busy_timeout = {self._busy_timeout}")
+        finally:
+            connection.close()
 
     def lock_pauses(self) -> Iterator[float]:
         """Yield how many seconds to wait before each new attempt of an operation that met a locked file."""
@@ -193,6 +199,15 @@ def _commit(connection: Any) -> None:
     except BaseException as error:
         connection._handle_dbapi_exception(error, None, None, None, None)  # noqa: SLF001 - as SQLAlchemy does
         raise
+
+
+def _pragma(connection: Connection, text: str) -> int:
+    """Return what a PRAGMA says; past SQLAlchemy, whose listeners it does not concern."""
+    cursor = connection.connection.cursor()
+    cursor.execute(text)
+    ((value,),) = cursor.fetchall()
+    cursor.close()
+    return int(value)
 
 
 def _driver(connection: Connection) -> Any:

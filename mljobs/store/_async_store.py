@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from contextlib import asynccontextmanager, closing
 from functools import partial
 from typing import Any, Generic, Self, TextIO, TypeVar, Unpack, cast
@@ -26,7 +26,15 @@ from mljobs.jobs import DEFAULT_LEASE, Bind, Filter, Filters, JobRef, Where, tab
 from mljobs.jobs._base import M, is_plain_record
 from mljobs.jobs._filters import selection
 from mljobs.record._models import MlJob
-from mljobs.store._base import LEASE_GIVEN_BACK, Store, async_store_method, bind_of, read_committed, source_error
+from mljobs.store._base import (
+    LEASE_GIVEN_BACK,
+    Store,
+    async_store_method,
+    bind_of,
+    has_iterator,
+    read_committed,
+    source_error,
+)
 from mljobs.store._bulk import AsyncBulkActions
 from mljobs.store._display import display_for
 from mljobs.store._following import (
@@ -59,6 +67,7 @@ from mljobs.store._watching import SharedReader, watch_steps
 R = TypeVar("R")
 
 _CACHE = 16
+_CACHE_SQLITE = 2  # more would only wait for the same lock
 
 
 def new_async_engine(url: str | URL, *, autocommit: bool = False, **options: Any) -> AsyncEngine:
@@ -114,12 +123,15 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
         single, transactional = engines_of(bind.sync_engine, owned=self._owned)
         self._transactional = AsyncEngine(transactional)
         # Of a store that is closed: a connection that is never given back is an error to SQLAlchemy's async pools.
-        self._single = AsyncConnectionCache(single, cache_size(single, _CACHE) if self._owned else 0)
+        most = _CACHE if single.dialect.name == "postgresql" else _CACHE_SQLITE
+        self._single = AsyncConnectionCache(single, cache_size(single, most) if self._owned else 0)
         self._engine = self._transactional if self._owned else bind
         self._on_postgres = bind.dialect.name == "postgresql"
         self._sync_url = sync_url(keeper_url or bind.url)
         if self._sessions is None and not is_plain_record(model):
             self._sessions = async_sessionmaker(self._transactional, expire_on_commit=False)
+        # Whether an operation may run on a kept connection of SQLite, and again where the file was locked.
+        self._repeats = self._single.begins and self._single.keeps and self._sessions is None
 
     @classmethod
     def from_env(cls, **options: Any) -> Self:
@@ -138,29 +150,48 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
             operation: Takes the session or connection.
             atomic: Whether what it does stands or falls together.
         """
+        return await self._deliver(operation, kept=self._on_postgres and not atomic)
+
+    async def operate(self, operation: Callable[[Bind], R], arguments: Iterable[Any], *, atomic: bool) -> R:
+        """Run one of the operations.
+
+        Args:
+            operation: Takes the session or connection.
+            arguments: Its arguments.
+            atomic: Whether it is several statements.
+        """
+        kept = not has_iterator(arguments) if self._repeats else self._on_postgres and not atomic
+        return await self._deliver(operation, kept=kept)
+
+    def lock_pauses(self, arguments: Iterable[Any]) -> Iterator[float]:
+        """Yield how many seconds to wait before each new attempt of an operation that met a locked SQLite file."""
+        return self._single.lock_pauses() if self._repeats and not has_iterator(arguments) else iter(())
+
+    async def _deliver(self, operation: Callable[[Bind], R], *, kept: bool) -> R:
+        """Run an operation, and have what finishes in it delivered to those who have subscribed."""
         if not events.subscribed():
-            return await self._run(operation, atomic=atomic)
+            return await self._run(operation, kept=kept)
         if self._joined is not None:  # the host commits
             events.join(_sync(self._joined), self)
-            return await self._run(operation, atomic=atomic)
+            return await self._run(operation, kept=kept)
         taken: list[Callable[[], list[Any]]] = []
 
         def keeping(bind: Bind) -> R:
             taken.append(events.collecting(bind, self))
             return operation(bind)
 
-        result = await self._run(keeping, atomic=atomic)
+        result = await self._run(keeping, kept=kept)
         await events.deliver_async([job for take in taken for job in take()], events.origin_of(self))
         return result
 
-    async def _run(self, operation: Callable[[Bind], R], *, atomic: bool) -> R:
+    async def _run(self, operation: Callable[[Bind], R], *, kept: bool) -> R:
         if self._joined is not None:
             async with self._joined_lock:
                 return cast("R", await self._joined.run_sync(partial(self._in_savepoint, operation)))
         if self._sessions is not None:
             async with self._sessions.begin() as session:
                 return cast("R", await session.run_sync(partial(self._in_session, operation)))
-        if not atomic and self._on_postgres:
+        if kept:
             return await self._single.run(operation)
         async with self._transactional.begin() as connection:
             return await connection.run_sync(operation)

@@ -84,7 +84,11 @@ class Runs(Protocol[M_co]):
     @property
     def model(self) -> type[M_co]: ...
 
-    def run(self, operation: Callable[[Bind], R], *, atomic: bool = ...) -> Coroutine[Any, Any, R]: ...
+    def operate(
+        self, operation: Callable[[Bind], R], arguments: Iterable[Any], *, atomic: bool
+    ) -> Coroutine[Any, Any, R]: ...
+
+    def lock_pauses(self, arguments: Iterable[Any]) -> Iterator[float]: ...
 
 
 def store_method(
@@ -148,13 +152,19 @@ def async_store_method(
         if takes_model:
             kw.setdefault("model", self.model)
         call = partial(_result_or_error, operation, committed_errors, args, kw)
-        pauses = None
+        arguments = (*args, *kw.values())
+        pauses = lock_pauses = None
         while True:
             try:
-                result, error = await self.run(call, atomic=bool(kw.get(named)) if named else always)
+                result, error = await self.operate(call, arguments, atomic=bool(kw.get(named)) if named else always)
             except DBAPIError as failure:
-                pauses = pauses or _pauses((*args, *kw.values()))
-                if (pause := next(pauses, None)) is None or not _may_run_again(self, failure):
+                if is_locked(failure):
+                    again = lock_pauses = lock_pauses or self.lock_pauses(arguments)
+                elif _may_run_again(self, failure):
+                    again = pauses = pauses or _pauses(arguments)
+                else:
+                    raise
+                if (pause := next(again, None)) is None:
                     raise
                 await asyncio.sleep(pause)
             else:
@@ -166,12 +176,20 @@ def async_store_method(
     return cast("Callable[Concatenate[Runs[Any], P], Coroutine[Any, Any, R]]", run)
 
 
+def has_iterator(arguments: Iterable[Any]) -> bool:
+    """Whether one of the arguments is used up by one attempt."""
+    for value in arguments:  # noqa: SIM110 - `any` is a generator more
+        if hasattr(value, "__next__"):
+            return True
+    return False
+
+
 def _pauses(arguments: Iterable[Any]) -> Iterator[float]:
     """Yield how many seconds to wait before each new attempt of a transaction that met another one.
 
     None where an argument is an iterator, which the first attempt has used up.
     """
-    if any(isinstance(value, Iterator) for value in arguments):
+    if has_iterator(arguments):
         return
     for attempt in range(_ATTEMPTS):
         yield random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt))  # noqa: S311 - spread, no secret

@@ -26,7 +26,15 @@ from mljobs.jobs import DEFAULT_LEASE, Bind, Filter, Filters, JobRef, Model, Whe
 from mljobs.jobs._base import M, is_plain_record
 from mljobs.jobs._filters import selection
 from mljobs.record._models import MlJob
-from mljobs.store._base import LEASE_GIVEN_BACK, Store, bind_of, read_committed, source_error, store_method
+from mljobs.store._base import (
+    LEASE_GIVEN_BACK,
+    Store,
+    bind_of,
+    has_iterator,
+    read_committed,
+    source_error,
+    store_method,
+)
 from mljobs.store._bulk import BulkActions
 from mljobs.store._display import display_for
 from mljobs.store._following import Follower, FollowSteps, Locked, Read, closed_meanwhile, poll_seconds, wait_steps
@@ -92,6 +100,7 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
         self._single = ConnectionCache(single, cache_size(bind, _CACHE_OWNED if self._owned else _CACHE_SHARED))
         if self._sessions is None and not is_plain_record(model):
             self._sessions = sessionmaker(self._transactional, expire_on_commit=False)
+        # Whether an operation may run on a kept connection of SQLite, and again where the file was locked.
         self._repeats = self._single.begins and self._sessions is None and self._joined is None
 
     @classmethod
@@ -125,19 +134,13 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
             arguments: Its arguments.
             atomic: Whether it is several statements.
         """
-        inner = self._single.use() if self._may_be_repeated(arguments) else self._connect(atomic=atomic)
+        repeats = self._repeats and not has_iterator(arguments)
+        inner = self._single.use() if repeats else self._connect(atomic=atomic)
         return self._delivering(inner) if events.subscribed() else inner
 
     def lock_pauses(self, arguments: Iterable[Any]) -> Iterator[float]:
         """Yield how many seconds to wait before each new attempt of an operation that met a locked SQLite file."""
-        return self._single.lock_pauses() if self._may_be_repeated(arguments) else iter(())
-
-    def _may_be_repeated(self, arguments: Iterable[Any]) -> bool:
-        """Whether an operation may run on a kept connection of SQLite, and again where the file was locked."""
-        for value in arguments if self._repeats else ():
-            if hasattr(value, "__next__"):  # an iterator is used up by one attempt
-                return False
-        return self._repeats
+        return self._single.lock_pauses() if self._repeats and not has_iterator(arguments) else iter(())
 
     def _delivering(self, inner: AbstractContextManager[Bind]) -> AbstractContextManager[Bind]:
         """Have what finishes in a transaction delivered to those who have subscribed."""
