@@ -119,14 +119,9 @@ def delete_empty(model: Model, held: Any, written: sa.Select[Any] | None, dialec
     another = sa.exists(1).where(others.c.lease == standing.c.token)
     if written is not None:
         another = another.where(others.c.id.not_in(written))
-    tokens = (
-        sa.select(standing.c.token)
-        .join(held, held.c.token == standing.c.token)
-        .where(held.c.empty, ~another)
-        .order_by(standing.c.token)
-    )
+    tokens = sa.select(standing.c.token).join(held, held.c.token == standing.c.token).where(held.c.empty, ~another)
     if dialect == POSTGRES:
-        tokens = tokens.with_for_update(of=standing)
+        tokens = tokens.order_by(standing.c.token).with_for_update(of=standing)
     return sa.delete(leases).where(in_rows(leases.c.token, tokens, dialect))
 
 
