@@ -257,7 +257,7 @@ def test_starlette_admin_lists_shows_edits_and_shows_why_a_finished_job_stays(ba
             assert wrong.status_code == 422
             assert f"field '{field}' cannot be '{typed}'" in _said(wrong)
         names = form.keys() - {"csrftoken", "_continue_editing", "_add_another"}
-        for name in set() if backend.is_async else names:  # the same statements through each driver
+        for name in names if backend.name == "postgresql" else ():  # SQLite sorts by any column
             sorted_by = await client.get(f"/admin/ml-job/list?sort={name}__asc")
             assert sorted_by.status_code == 200, name
         listed = (await client.get("/admin/ml-job/list")).text
