@@ -153,8 +153,8 @@ NAMES = {
 def run(url: str, jobs: int) -> None:
     """Fill a database and print what looks at it cost."""
     with JobStore(url) as store:
+        now = utc_now()  # to fill it takes minutes, too
         fill(store, jobs, apart=SPAN / timedelta(milliseconds=1) / jobs)
-        now = utc_now()
         dialect = store.engine.dialect.name
     costs: dict[str, list[tuple[float, float]]] = {name: [] for name in NAMES}
     memory: dict[str, list[int]] = {}
