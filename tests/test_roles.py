@@ -27,7 +27,7 @@ class Database:
     def __init__(self, url: str, prefix: str) -> None:
         self.url = url
         self.prefix = prefix
-        self.engine = create_engine(url, poolclass=NullPool)
+        self.engine = create_engine(url)
         self.owner = JobStore(url)
         self._open = ExitStack()
         self._stores = {"owner": self.owner}
@@ -74,6 +74,7 @@ def database(postgres_admin: Engine, empty_url: str, request: pytest.FixtureRequ
             connection.exec_driver_sql(f"DROP ROLE {made.prefix}{role}_login")
         for role in reversed(ROLES):
             connection.exec_driver_sql(f"DROP ROLE {made.prefix}{role}")
+    made.engine.dispose()
 
 
 pytestmark = pytest.mark.parametrize("empty_url", ["postgresql"], indirect=True)
