@@ -35,7 +35,7 @@ _DONE_TO_THE_SERVER = (
 def test_no_fault_loses_duplicates_or_changes_a_job(
     database: str, acts: tuple[str, ...], done: tuple[str, ...], tmp_path: Path
 ) -> None:
-    report = fight(Plan(database, jobs=240, acts=len(acts), seed=11, bound=300), tmp_path)
+    report = fight(Plan(database, jobs=400, acts=len(acts), seed=11, bound=300), tmp_path)
     assert report.wrong == []
     assert {what: report.counts[what] for what in done if not report.counts[what]} == {}
 
