@@ -129,10 +129,10 @@ def test_a_job_that_kills_its_worker_every_time_fails_after_the_last_attempt(url
 
 def test_a_worker_suspended_past_its_lease_writes_nothing_and_continues(url: str, store: JobStore) -> None:
     job = submit(store, "line", "return")
-    with WorkerProcess(url, LEASE=0.5) as asleep:
+    with WorkerProcess(url, LEASE=1) as asleep:
         asleep.hears("begun")
         asleep.stand_still(store)
-        with WorkerProcess(url, LEASE=0.5) as other:
+        with WorkerProcess(url, LEASE=1) as other:
             done = store.wait(job.id, timeout=60)
             other.send(SIGTERM)
             assert other.ends() == 0
