@@ -230,3 +230,47 @@ def storable_json(field: str, value: object) -> str:
     if _NUL_ESCAPE in value:
         _refuse_nul(field, value)
     return value
+
+
+_MAX_SECONDS = 10 * 365 * 86_400
+
+
+def check_lease(lease: float) -> float:
+    """Return ``lease`` if it is a sensible number of seconds.
+
+    Raises:
+        InvalidValueError: It is not.
+    """
+    if isinstance(lease, bool) or not isinstance(lease, int | float) or not 0 < lease <= _MAX_SECONDS:
+        raise InvalidValueError("lease", lease, "expected seconds, above 0 and at most ten years")
+    return lease
+
+
+def check_seconds(field: str, value: float, *, above_zero: bool = False, longest: float | None = None) -> float:
+    """Return ``value`` if it is a number of seconds.
+
+    Args:
+        field: Its name, for the error.
+        value: What was given.
+        above_zero: Whether 0 is refused too.
+        longest: The most that is taken; None for no limit.
+
+    Raises:
+        InvalidValueError: It is not.
+    """
+    fits = not isinstance(value, bool) and isinstance(value, int | float) and value >= 0
+    if not fits or (above_zero and value == 0) or (longest is not None and value > longest):
+        limit = "" if longest is None else f" and at most {longest:.0f}"
+        raise InvalidValueError(field, value, f"expected seconds {'above' if above_zero else 'of at least'} 0{limit}")
+    return value
+
+
+def check_count(field: str, value: int, highest: int, *, lowest: int = 1) -> int:
+    """Return ``value`` if it is an int from ``lowest`` to ``highest``.
+
+    Raises:
+        InvalidValueError: It is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+        raise InvalidValueError(field, value, f"expected an int, {lowest} to {highest}")
+    return value

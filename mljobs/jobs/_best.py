@@ -6,8 +6,9 @@ from typing import Unpack
 
 from sqlalchemy import ColumnElement
 
+from mljobs._values import check_count
 from mljobs.errors import InvalidValueError
-from mljobs.jobs._base import Bind, M, check_count, connection_of, table_of
+from mljobs.jobs._base import Bind, M, connection_of, table_of
 from mljobs.jobs._filters import Filter, Filters, Where, selection
 from mljobs.jobs._paging import Paging
 from mljobs.jobs._reading import Page, fetch

@@ -16,8 +16,9 @@ from sqlalchemy import Connection
 
 from mljobs._values import MAX_MS, from_millis, to_millis
 from mljobs.db._prepared import Prepared
-from mljobs.jobs._base import Bind, Model, connection_of, is_plain_record, per_model, table_of
+from mljobs.jobs._base import Bind, Model, connection_of, per_model, table_of
 from mljobs.jobs._paging import Place
+from mljobs.jobs._records import is_ml_job
 from mljobs.jobs._statements import POSTGRES, any_of, constant, in_active_state
 from mljobs.record._sql import epoch_millis
 from mljobs.states import MlJobStatus
@@ -174,7 +175,7 @@ def _rows(
     *key: Any,
 ) -> Iterable[Sequence[Any]]:
     """Return the rows of the statement that ``build`` makes; of the plain record it is made once."""
-    if not is_plain_record(model):
+    if not is_ml_job(model):
         return connection.execute(build(model, *key), parameters)
     return _prepared(model, build, *key).rows(connection, parameters)
 
@@ -190,4 +191,4 @@ def _select(model: Model) -> sa.Select[Any]:
 
 def _of(model: Model, statement: sa.Select[Any]) -> sa.Select[Any]:
     """Return the statement, of a subclass for its own jobs only."""
-    return statement if is_plain_record(model) else statement.select_from(model)
+    return statement if is_ml_job(model) else statement.select_from(model)

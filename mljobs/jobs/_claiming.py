@@ -17,7 +17,7 @@ from sqlalchemy.dialects.postgresql import JSONB, aggregate_order_by
 from sqlalchemy.dialects.postgresql import insert as insert_on_postgres
 from sqlalchemy.orm import Session
 
-from mljobs._values import from_millis, to_member
+from mljobs._values import check_count, check_lease, check_seconds, from_millis, to_member
 from mljobs.db._answers import Answer
 from mljobs.errors import TargetLockedError
 from mljobs.jobs._base import (
@@ -25,24 +25,19 @@ from mljobs.jobs._base import (
     JobRef,
     M,
     Model,
-    check_count,
-    check_lease,
-    check_seconds,
     connection_of,
     id_of,
-    is_plain_record,
     is_postgres,
-    loaded,
     lock_sqlite,
     model_and_id,
     per_model,
-    refusal,
-    state_of,
     table_of,
     whole_table_of,
 )
 from mljobs.jobs._claims import Claim, ClaimedRows, Lease, UnreadJob
 from mljobs.jobs._picking import pick_statement, queued_jobs, with_limit
+from mljobs.jobs._records import is_ml_job, loaded
+from mljobs.jobs._refusals import refusal, state_of
 from mljobs.jobs._refusing import ROUNDS, start_refusal, unless_target_taken, without_waiting
 from mljobs.jobs._starting import LEASE_COLUMNS, lease_values, place_of, start_in_turn
 from mljobs.jobs._statements import (
@@ -264,7 +259,7 @@ def _on_sqlite(
         return claims_of(session, model, answer, lasts, parameters["worker"], before=0), picked
 
     # What a host's type or class cannot read is undone with the rest, or nobody could name the job that is at fault.
-    return started() if is_plain_record(model) else unless_target_taken(connection, started)
+    return started() if is_ml_job(model) else unless_target_taken(connection, started)
 
 
 def claims_of(
@@ -297,7 +292,7 @@ def claims_of(
     leases = {token: Lease(token, acquired_at, job_ids) for token, job_ids in of_lease.items()}
     rows = ClaimedRows(model, answer, _record_in_row(model, before))
     jobs: Iterable[Any]
-    if isinstance(session, sa.Connection) and is_plain_record(model):
+    if isinstance(session, sa.Connection) and is_ml_job(model):
         jobs = map(UnreadJob, repeat(rows), count(), ids, kinds)
     else:
         jobs = loaded(session, model, [rows.read(at) for at in range(len(answer))])

@@ -13,7 +13,8 @@ import msgspec
 
 from mljobs.db._answers import Answer
 from mljobs.errors import InvalidValueError
-from mljobs.jobs._base import M, Model, owner_of, record
+from mljobs.jobs._base import M, Model, owner_of
+from mljobs.jobs._records import record
 
 
 class Lease:

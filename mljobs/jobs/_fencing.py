@@ -18,8 +18,9 @@ import sqlalchemy as sa
 
 from mljobs.db._prepared import Prepared
 from mljobs.errors import LeaseLostError, TerminalStateError
-from mljobs.jobs._base import Model, per_model, refusal_and_start, table_of
+from mljobs.jobs._base import Model, per_model, table_of
 from mljobs.jobs._claims import Claim, Lease
+from mljobs.jobs._refusals import refusal_and_start
 from mljobs.jobs._statements import POSTGRES, SQLITE, Array, constant, in_rows, parameter_table, table_parameters
 from mljobs.states import MlJobStatus
 from mljobs.types import JobId

@@ -12,18 +12,7 @@ import sqlalchemy as sa
 from mljobs import events
 from mljobs._values import storable_text, to_json_text
 from mljobs.db._prepared import Prepared
-from mljobs.jobs._base import (
-    Bind,
-    JobRef,
-    M,
-    Model,
-    connection_of,
-    model_and_id,
-    per_model,
-    refresh,
-    state_of,
-    table_of,
-)
+from mljobs.jobs._base import Bind, JobRef, M, Model, connection_of, model_and_id, per_model, table_of
 from mljobs.jobs._claims import Claim, model_of
 from mljobs.jobs._fencing import (
     FencedWrite,
@@ -35,6 +24,8 @@ from mljobs.jobs._fencing import (
     wanted_table,
 )
 from mljobs.jobs._holding import newest_by_job
+from mljobs.jobs._records import refresh
+from mljobs.jobs._refusals import state_of
 from mljobs.jobs._statements import constant, moments
 from mljobs.jobs._transitions import cancel_values, outcome_values
 from mljobs.record._models import MlJob

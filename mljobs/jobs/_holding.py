@@ -8,19 +8,10 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from mljobs._values import to_json_text
+from mljobs._values import check_lease, to_json_text
 from mljobs.db._prepared import Prepared
 from mljobs.errors import InvalidValueError
-from mljobs.jobs._base import (
-    Bind,
-    M,
-    Model,
-    check_lease,
-    connection_of,
-    per_model,
-    refresh,
-    table_of,
-)
+from mljobs.jobs._base import Bind, M, Model, connection_of, per_model, table_of
 from mljobs.jobs._claiming import DEFAULT_LEASE
 from mljobs.jobs._claims import Claim, Renewal, model_of
 from mljobs.jobs._fencing import (
@@ -32,6 +23,7 @@ from mljobs.jobs._fencing import (
     wanted_parameters,
     wanted_table,
 )
+from mljobs.jobs._records import refresh
 from mljobs.jobs._statements import POSTGRES, expiry_of, in_rows, moments
 from mljobs.jobs._transitions import report_values
 from mljobs.states import MlJobStatus

@@ -8,9 +8,9 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import func, select
 
-from mljobs._values import utc_now
+from mljobs._values import check_count, utc_now
 from mljobs.errors import InvalidValueError
-from mljobs.jobs._base import Bind, Model, check_count, connection_of, table_of
+from mljobs.jobs._base import Bind, Model, connection_of, table_of
 from mljobs.jobs._paging import MAX_PAGE
 from mljobs.jobs._queue import queue_depths
 from mljobs.jobs._statements import in_active_state

@@ -12,9 +12,9 @@ from uuid import UUID
 
 from sqlalchemy import ColumnElement, Subquery, and_, false, func, literal, select, tuple_, union_all
 
-from mljobs._values import from_millis, to_job_id, to_millis
+from mljobs._values import check_count, from_millis, to_job_id, to_millis
 from mljobs.errors import InvalidValueError
-from mljobs.jobs._base import Bind, check_count, connection_of, is_postgres, table_of
+from mljobs.jobs._base import Bind, connection_of, is_postgres, table_of
 from mljobs.jobs._filters import Selection
 from mljobs.jobs._serving import Range, branches, divided
 from mljobs.states import ACTIVE

@@ -11,19 +11,10 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from mljobs._values import to_utc, utc_now
+from mljobs._values import check_count, to_utc, utc_now
 from mljobs.errors import InvalidValueError
 from mljobs.guards._retention import deletable
-from mljobs.jobs._base import (
-    Bind,
-    Model,
-    check_count,
-    connection_of,
-    is_postgres,
-    lock_sqlite,
-    table_of,
-    whole_table_of,
-)
+from mljobs.jobs._base import Bind, Model, connection_of, is_postgres, lock_sqlite, table_of, whole_table_of
 from mljobs.jobs._batches import all_batches
 from mljobs.jobs._fencing import has_not_stopped
 from mljobs.jobs._filters import Filter, Filters, Where, conditions

@@ -9,8 +9,8 @@ from uuid import UUID
 
 from sqlalchemy import Boolean, ColumnElement, and_, func, literal, or_, select, type_coerce
 
-from mljobs._values import utc_now
-from mljobs.jobs._base import Bind, Model, check_count, connection_of, table_of
+from mljobs._values import check_count, utc_now
+from mljobs.jobs._base import Bind, Model, connection_of, table_of
 from mljobs.jobs._paging import MAX_PAGE
 from mljobs.jobs._picking import queued_jobs
 from mljobs.jobs._statements import constant, in_active_state, moments

@@ -11,24 +11,10 @@ from sqlalchemy import ColumnElement, Connection, func, select, text
 
 from mljobs.errors import JobNotFound
 from mljobs.guards._companions import companion_names, qualified_name, schema_of
-from mljobs.jobs._base import (
-    Bind,
-    JobRef,
-    M,
-    Model,
-    connection_of,
-    is_plain_record,
-    is_postgres,
-    model_and_id,
-    record,
-    record_columns,
-    select_all,
-    session_on,
-    table_of,
-    whole_table_of,
-)
+from mljobs.jobs._base import Bind, JobRef, M, Model, connection_of, is_postgres, model_and_id, table_of, whole_table_of
 from mljobs.jobs._filters import Filter, Filters, Selection, Where, selection
 from mljobs.jobs._paging import Order, Paging
+from mljobs.jobs._records import is_ml_job, record, record_columns, select_all, session_on
 from mljobs.record._html import jobs_html
 from mljobs.record._models import MlJob
 from mljobs.states import ACTIVE, TERMINAL, MlJobStatus, UnknownKind
@@ -323,7 +309,7 @@ def fetch(
     bind: Bind, model: Model, where: Sequence[ColumnElement[bool]], order: Sequence[Any] = (), limit: int | None = None
 ) -> list[Any]:
     """Return the jobs for which all of ``where`` holds, each of the class that it is."""
-    if isinstance(bind, Connection) and is_plain_record(model):
+    if isinstance(bind, Connection) and is_ml_job(model):
         rows = bind.execute(select(*record_columns(model)).where(*where).order_by(*order).limit(limit))
         return [record(model, row) for row in rows]
     if isinstance(bind, Connection):

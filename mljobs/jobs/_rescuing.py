@@ -10,23 +10,13 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from mljobs import events
-from mljobs._values import to_member
+from mljobs._values import check_count, to_member
 from mljobs.db._prepared import Prepared
-from mljobs.jobs._base import (
-    Bind,
-    Model,
-    check_count,
-    connection_of,
-    is_postgres,
-    lock_sqlite,
-    per_model,
-    refresh,
-    table_of,
-    whole_table_of,
-)
+from mljobs.jobs._base import Bind, Model, connection_of, is_postgres, lock_sqlite, per_model, table_of, whole_table_of
 from mljobs.jobs._claims import Claim, Lease
 from mljobs.jobs._fencing import FencedWrite
 from mljobs.jobs._finishing import Outcome, one_for_each_job, outcome_update, record_outcomes
+from mljobs.jobs._records import refresh
 from mljobs.jobs._savepoints import row_by_row
 from mljobs.jobs._statements import POSTGRES, constant, in_rows, moments, now_of
 from mljobs.jobs._transitions import ATTEMPTS_MAX

@@ -11,8 +11,9 @@ from sqlalchemy import Connection, inspect
 from mljobs._fields import FIELDS
 from mljobs._values import to_json_text
 from mljobs.errors import InvalidTransitionError, InvalidValueError
-from mljobs.jobs._base import Bind, JobRef, M, connection_of, is_plain_record, model_and_id, session_on, table_of
+from mljobs.jobs._base import Bind, JobRef, M, connection_of, model_and_id, table_of
 from mljobs.jobs._reading import get
+from mljobs.jobs._records import is_ml_job, session_on
 from mljobs.jobs._submitting import first_active, hold_off_others, required_fields, submit
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus
@@ -55,7 +56,7 @@ def retry(
         InvalidValueError: ``spec`` is not one that JSON can hold, or another one than that of the retry that is there.
     """
     model, job_id = model_and_id(job, model)
-    if isinstance(session, Connection) and not is_plain_record(model):
+    if isinstance(session, Connection) and not is_ml_job(model):
         with session_on(session) as own:
             choices: dict[str, Any] = {"run_after": run_after, "priority": priority, "unless_active": unless_active}
             retried = retry(own, job_id, spec=spec, again=again, another=another, model=model, **choices)

@@ -15,8 +15,8 @@ from typing import Final
 
 from sqlalchemy import String, func, literal, select, type_coerce
 
-from mljobs._values import from_millis, to_utc
-from mljobs.jobs._base import Bind, Model, check_count, connection_of, table_of
+from mljobs._values import check_count, from_millis, to_utc
+from mljobs.jobs._base import Bind, Model, connection_of, table_of
 from mljobs.jobs._statements import constant
 from mljobs.jobs._summaries import JobSummary, summaries_of
 from mljobs.record._models import MlJob

@@ -24,21 +24,9 @@ from mljobs.db._rows import insert_rows
 from mljobs.errors import InvalidValueError, JobExistsError
 from mljobs.guards._companions import qualified_name
 from mljobs.guards._errors import duplicate_id_error
-from mljobs.jobs._base import (
-    Bind,
-    M,
-    Model,
-    connection_of,
-    is_plain_record,
-    is_postgres,
-    lock_sqlite,
-    owner_of,
-    per_model,
-    record,
-    session_on,
-    table_of,
-)
+from mljobs.jobs._base import Bind, M, Model, connection_of, is_postgres, lock_sqlite, owner_of, per_model, table_of
 from mljobs.jobs._reading import get
+from mljobs.jobs._records import is_ml_job, record, session_on
 from mljobs.jobs._statements import constant
 from mljobs.record._mixin import MlJobMixin
 from mljobs.record._models import MlJob
@@ -87,7 +75,7 @@ def submit(
     """
     table_of(model)
     special = priority != 0 or exclusive is not False or unless_active or run_after is not None or values
-    if not special and is_plain_record(model) and isinstance(session, Connection):
+    if not special and is_ml_job(model) and isinstance(session, Connection):
         # The frequent case. To build the record by its constructor would cost as much again as to send it.
         row = _row_of_plain(kind, target_name, {} if spec is None else spec)
         added: M = _add_row(session, model, row, _insertion(model, _OF_PLAIN))
@@ -148,7 +136,7 @@ def submit_many(
     table = table_of(model)
     given: list[UUID] = []
     keep = given.append if ids else None
-    if is_plain_record(model):
+    if is_ml_job(model):
         with _naming_duplicates():
             rows = _rows(jobs, values, keep)
             total = insert_rows(connection_of(session, model), table, table.columns.keys(), rows)
@@ -224,7 +212,7 @@ def _add(given_bind: Bind, job: Any) -> Any:
             bind.flush()
         return job
     model = type(job)
-    if is_plain_record(model):
+    if is_ml_job(model):
         state = inspect(job).dict
         row = tuple([state.get(column.name) for column in table_of(model).columns])
         return _add_row(bind, model, row, _insertion(model, NAMES))

@@ -11,18 +11,9 @@ from uuid import UUID
 
 from sqlalchemy import Column, ColumnElement, Connection, Select, Text, case, cast, func, literal, null, select
 
+from mljobs._values import check_count
 from mljobs.errors import InvalidValueError
-from mljobs.jobs._base import (
-    Bind,
-    JobRef,
-    Model,
-    check_count,
-    connection_of,
-    id_of,
-    is_postgres,
-    model_and_id,
-    table_of,
-)
+from mljobs.jobs._base import Bind, JobRef, Model, connection_of, id_of, is_postgres, model_and_id, table_of
 from mljobs.jobs._fencing import has_not_stopped, token_of
 from mljobs.jobs._filters import Filter, Filters, Where, selection
 from mljobs.jobs._paging import MAX_PAGE, Order, Paging

@@ -21,8 +21,8 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.operators import custom_op
 
-from mljobs._values import storable_text
-from mljobs.jobs._base import Bind, Model, check_count, connection_of, is_postgres, lock_sqlite, table_of
+from mljobs._values import check_count, storable_text
+from mljobs.jobs._base import Bind, Model, connection_of, is_postgres, lock_sqlite, table_of
 from mljobs.jobs._filters import Filter, selection
 from mljobs.jobs._paging import MAX_PAGE, Paging
 from mljobs.jobs._summaries import JobSummary, summaries_of

@@ -23,8 +23,9 @@ from mljobs.db._engines import async_url, engine_options, refuse_memory, set_up_
 from mljobs.db._wake import AsyncChangeListener
 from mljobs.errors import InvalidValueError
 from mljobs.jobs import DEFAULT_LEASE, Bind, Filter, Filters, JobRef, Where, table_of
-from mljobs.jobs._base import M, is_plain_record
+from mljobs.jobs._base import M
 from mljobs.jobs._filters import selection
+from mljobs.jobs._records import is_ml_job
 from mljobs.record._models import MlJob
 from mljobs.store._base import (
     LEASE_GIVEN_BACK,
@@ -128,7 +129,7 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
         self._engine = self._transactional if self._owned else bind
         self._on_postgres = bind.dialect.name == "postgresql"
         self._sync_url = sync_url(keeper_url or bind.url)
-        if self._sessions is None and not is_plain_record(model):
+        if self._sessions is None and not is_ml_job(model):
             self._sessions = async_sessionmaker(self._transactional, expire_on_commit=False)
         # Whether an operation may run on a kept connection of SQLite, and again where the file was locked.
         self._repeats = self._single.begins and self._single.keeps and self._sessions is None

@@ -23,8 +23,9 @@ from mljobs.db._connections import ConnectionCache, JoinedConnection, cache_size
 from mljobs.db._engines import new_engine, refuse_memory, url_from_env
 from mljobs.db._wake import ChangeListener
 from mljobs.jobs import DEFAULT_LEASE, Bind, Filter, Filters, JobRef, Model, Where, table_of
-from mljobs.jobs._base import M, is_plain_record
+from mljobs.jobs._base import M
 from mljobs.jobs._filters import selection
+from mljobs.jobs._records import is_ml_job
 from mljobs.record._models import MlJob
 from mljobs.store._base import (
     LEASE_GIVEN_BACK,
@@ -98,7 +99,7 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
         single, self._transactional = engines_of(bind, owned=self._owned)
         self._engine = self._transactional if self._owned else bind
         self._single = ConnectionCache(single, cache_size(bind, _CACHE_OWNED if self._owned else _CACHE_SHARED))
-        if self._sessions is None and not is_plain_record(model):
+        if self._sessions is None and not is_ml_job(model):
             self._sessions = sessionmaker(self._transactional, expire_on_commit=False)
         # Whether an operation may run on a kept connection of SQLite, and again where the file was locked.
         self._repeats = self._single.begins and self._sessions is None and self._joined is None

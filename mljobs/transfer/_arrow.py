@@ -11,10 +11,11 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 from mljobs._fields import BY_NAME, FIELDS
+from mljobs._values import check_count
 from mljobs.db._wire import Wire, read_wire, wire_of
 from mljobs.errors import InvalidValueError
 from mljobs.jobs import Bind, Filter, Filters, Model, Where, conditions, table_of
-from mljobs.jobs._base import check_count, connection_of
+from mljobs.jobs._base import connection_of
 from mljobs.record._host_columns import host_columns
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus

@@ -22,7 +22,8 @@ from mljobs.db._rows import insert_rows, row_security
 from mljobs.db._wire import Wire, insert_wire, wire_of
 from mljobs.errors import JobExistsError, JobHeldError, MlJobsError
 from mljobs.jobs import Bind, Model, table_of
-from mljobs.jobs._base import connection_of, is_plain_record, is_postgres, lock_sqlite, refresh, session_on
+from mljobs.jobs._base import connection_of, is_postgres, lock_sqlite
+from mljobs.jobs._records import is_ml_job, refresh, session_on
 from mljobs.record._models import MlJob
 from mljobs.states import ACTIVE, MlJobStatus
 from mljobs.transfer._host_values import HostValues
@@ -206,7 +207,7 @@ class Writer:
     def _try(self, bind: Bind, connection: Connection, write: Callable[[], object]) -> Exception | None:
         """Write, all or nothing; return why the database refuses it, None if it does not."""
         savepoint: Any
-        if isinstance(bind, Session) and not is_plain_record(self.model):
+        if isinstance(bind, Session) and not is_ml_job(self.model):
             savepoint = bind.begin_nested()
             connection_for(bind, self.model)  # only now is it sent
         else:
@@ -226,7 +227,7 @@ class Writer:
 
     def _send(self, bind: Bind, connection: Connection, rows: Iterator[Row]) -> int:
         wire = wire_of(connection)
-        if is_plain_record(self.model):
+        if is_ml_job(self.model):
             table = table_of(self.model)
             if is_postgres(connection) and row_security(connection, table):
                 return insert_rows(connection, table, NAMES, (python_values(wire, row) for row in rows))

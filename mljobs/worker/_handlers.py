@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, get_type_hints
 
+from mljobs._values import check_count
 from mljobs.errors import GiveUp, InvalidValueError
-from mljobs.jobs._base import check_count
 from mljobs.store._run import Run
 
 Function = Callable[[Run], Any]

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sqlalchemy import inspect
 
-from mljobs._values import storable_text, to_member
+from mljobs._values import check_count, check_lease, check_seconds, storable_text, to_member
 from mljobs.db._engines import refuse_memory
 from mljobs.errors import InvalidValueError, SchemaError
 from mljobs.guards._companions import schema_of
 from mljobs.jobs import DEFAULT_LEASE, table_of
-from mljobs.jobs._base import M, check_count, check_lease, check_seconds
+from mljobs.jobs._base import M
 from mljobs.store._base import Store
 from mljobs.store._keeper import Keeper
 from mljobs.store._run import Run, worker_name

@@ -1,0 +1,54 @@
+"""Why a job did not become what was wanted."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import Connection, bindparam, select
+
+from mljobs.db._prepared import Prepared
+from mljobs.errors import InvalidTransitionError, JobNotFound, TerminalStateError
+from mljobs.jobs._base import Model, per_model, table_of
+from mljobs.states import MlJobStatus
+
+
+@per_model
+def _state(model: Model) -> Prepared:
+    table = table_of(model)
+    columns = (table.c.status, table.c.finished_at, table.c.started_at)
+    return Prepared(lambda _: select(*columns).where(table.c.id == bindparam("id", type_=table.c.id.type)))
+
+
+def state_of(connection: Connection, model: Model, job_id: UUID) -> MlJobStatus:
+    """Return the job's status now.
+
+    Raises:
+        JobNotFound: No record has this id.
+    """
+    rows = _state(model).rows(connection, {"id": job_id})
+    if not rows:
+        raise JobNotFound(job_id)
+    status: MlJobStatus = rows[0][0]
+    return status
+
+
+def refusal(
+    connection: Connection, model: Model, job_id: UUID, wanted: MlJobStatus
+) -> TerminalStateError | InvalidTransitionError | JobNotFound:
+    """Return the error that says why the job did not become ``wanted``."""
+    return refusal_and_start(connection, model, job_id, wanted)[0]
+
+
+def refusal_and_start(
+    connection: Connection, model: Model, job_id: UUID, wanted: MlJobStatus
+) -> tuple[TerminalStateError | InvalidTransitionError | JobNotFound, datetime | None]:
+    """Return what ``refusal`` returns, and when the job was started."""
+    rows = _state(model).rows(connection, {"id": job_id})
+    if not rows:
+        return JobNotFound(job_id), None
+    status, finished_at, started_at = rows[0]
+    if status.is_terminal:
+        error = TerminalStateError(job_id, status, finished_at, {"status": (status.token, wanted.token)})
+        return error, started_at
+    return InvalidTransitionError(job_id, status, wanted), started_at
