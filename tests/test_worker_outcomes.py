@@ -70,6 +70,17 @@ def test_a_retry_waits_as_long_as_the_backoff_says(store: JobStore) -> None:
     assert 3500 < (retry.run_after - retry.created_at).total_seconds() <= 3601
 
 
+def test_a_failure_with_a_retry_is_recorded_before_an_idle_worker_sleeps(store: JobStore) -> None:
+    worker = worker_of(store, poll=3600)
+    worker.handles("train", retries=1, backoff=3600)(partial(fail, "no"))
+    job = store.submit("train", "spam")
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    until(lambda: ended(store, job).status is FAILED)
+    worker.stop()
+    thread.join()
+
+
 def test_a_retry_that_cannot_be_submitted_leaves_the_first_failed(store: JobStore) -> None:
     with store.engine.begin() as connection:
         connection.exec_driver_sql("CREATE UNIQUE INDEX host_once ON ml_jobs (target_name)")
