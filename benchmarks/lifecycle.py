@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -166,21 +167,23 @@ def _store_worker(store: JobStore, batch: int, rounds: int) -> None:
             store.complete_many([(claim, {"auc": 0.97}) for claim in claims])
 
 
-def _raw_claims(url: str, store: JobStore, batch: int, rounds: int, threads: int) -> None:
+def _raw_claims(raws: Sequence[psycopg.Connection[Any]], store: JobStore, batch: int, rounds: int) -> None:
+    """Claim and complete, in a thread for each connection."""
     dialect = store.engine.dialect
     claim = _claim_statement(MlJob, "any", batch)._text(dialect, {})
     finish = _finishing._FINISH.statement(MlJob)._text(dialect, {})
+    idle = iter(raws)
 
     def work() -> None:
-        with psycopg.connect(address(url), autocommit=True) as raw:
-            for _ in range(rounds):
-                given = {"worker": "w", "lease": timedelta(seconds=60), "limit": batch}
-                rows = raw.execute(claim.text, {**claim.fixed, **given}).fetchall()
-                done = {"status": "completed", "error": None, "metrics": '{"auc":0.97}'}
-                finished = under_leases(claimed(rows), ends=True, **done)
-                raw.execute(finish.text, {**finish.fixed, **finished}).fetchall()
+        raw = next(idle)
+        for _ in range(rounds):
+            given = {"worker": "w", "lease": timedelta(seconds=60), "limit": batch}
+            rows = raw.execute(claim.text, {**claim.fixed, **given}).fetchall()
+            done = {"status": "completed", "error": None, "metrics": '{"auc":0.97}'}
+            finished = under_leases(claimed(rows), ends=True, **done)
+            raw.execute(finish.text, {**finish.fixed, **finished}).fetchall()
 
-    _in_threads(work, threads)
+    _in_threads(work, len(raws))
 
 
 def _in_threads(work: Callable[[], None], threads: int) -> None:
@@ -202,7 +205,9 @@ def claims(url: str, cases: Sequence[tuple[int, int, int]] | None = None) -> Non
         (100, 1, scaled(20_000)),
         (100, 2, scaled(20_000)),
     )
-    with JobStore(url, pool_size=10) as store:
+    with JobStore(url, pool_size=10) as store, ExitStack() as kept:
+        # Kept from one run to the next, as the store keeps its own.
+        raws = [kept.enter_context(psycopg.connect(address(url), autocommit=True)) for _ in range(8)]
         clear(url, keep_finished=True)
         for batch, threads, number in every if cases is None else cases:
             rounds = max(1, number // batch // threads)
@@ -216,7 +221,7 @@ def claims(url: str, cases: Sequence[tuple[int, int, int]] | None = None) -> Non
 
             def by_raw(batch: int = batch, rounds: int = rounds, threads: int = threads, n: int = jobs_in_all) -> float:
                 fill(n)
-                return rate(n, lambda: _raw_claims(url, store, batch, rounds, threads))
+                return rate(n, lambda: _raw_claims(raws[:threads], store, batch, rounds))
 
             def by_store(
                 batch: int = batch, rounds: int = rounds, threads: int = threads, n: int = jobs_in_all
