@@ -140,7 +140,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("parts", nargs="*", default=list(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--databases", nargs="+", default=["postgresql", "sqlite"])
     parser.add_argument("--peers", action="store_true", help="other job systems too")
-    parser.add_argument("--scale", type=float, default=0.12, help="how many jobs, as a part of what the benchmarks take")
+    parser.add_argument("--scale", type=float, default=0.12, help="how many jobs: a part of what the others take")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--server", metavar="URL", help="a database with the schema, which is emptied")
     parser.add_argument("--svg", type=Path, metavar="PATH", help="where to draw the table")
