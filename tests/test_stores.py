@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sqlite3
 import threading
@@ -372,6 +373,21 @@ def test_an_operation_waits_for_a_locked_file_as_long_as_the_timeout_says(
         writer.execute("COMMIT")
         assert hasty.counts().total() == 2
     writer.close()
+
+
+def test_a_store_that_nobody_closes_leaves_the_hosts_connections_as_they_were(sqlite_url: str) -> None:
+    engine = create_engine(sqlite_url)
+
+    def found() -> tuple[int, dict[Any, Any]]:
+        with engine.connect() as connection:
+            return connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one(), {**connection.info}
+
+    before = found()
+    for _ in range(2):
+        JobStore(engine).submit("train", "spam")  # on the one connection that the pool has
+        gc.collect()
+        assert found() == before
+    engine.dispose()
 
 
 def test_an_awaited_operation_waits_for_a_locked_file_in_the_same_turns(sqlite_url: str) -> None:

@@ -682,6 +682,44 @@ def test_a_look_that_fails_loses_nothing_that_others_wait_for(sqlite_url: str, m
     engine.dispose()
 
 
+def test_a_job_that_a_failed_look_met_is_remembered_as_queued(sqlite_url: str) -> None:
+    engine = create_engine(sqlite_url)
+    with JobStore(sqlite_url) as store:
+        first = Looks(engine)
+        queued = Looks(engine, "status:queued", beside=first)
+        job = store.submit("train", "spam")
+        reads = iter(range(1))  # the read of what runs and is new; the next one, of the queued ones, fails
+
+        def failing(step: Read) -> Any:
+            if next(reads, None) is None:
+                raise ConnectionError
+            return first.read(step)
+
+        with pytest.raises(ConnectionError):
+            yielded_by(first.watch.look(time.monotonic()), failing)
+        assert queued.seen() == [("spam", "queued")]
+        store.claim_one(job, worker="w")
+        assert queued.seen() == [("spam", "running")]  # it passes no more
+    engine.dispose()
+
+
+def test_closing_the_store_ends_a_watch_that_has_not_begun(sqlite_url: str) -> None:
+    store = JobStore(sqlite_url)
+    before = store.watch(poll=0.01)
+    store.close()
+    assert list(before) == []
+    assert list(store.watch(poll=0.01, timeout=0)) == []  # a store may be used again
+    store.close()
+
+    async def run() -> None:
+        async with AsyncJobStore(sqlite_url) as awaited:
+            before = awaited.watch(poll=0.01)
+            await awaited.close()
+            assert [job async for job in before] == []
+
+    asyncio.run(run())
+
+
 def test_the_reader_is_made_for_the_first_watch_of_a_store_and_gone_with_the_last(sqlite_url: str) -> None:
     with JobStore(sqlite_url) as store:
         shared = store._reader

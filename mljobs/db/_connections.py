@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState, QueuePool
 from sqlalchemy.util import greenlet_spawn
 
 from mljobs.db._engines import at_level
@@ -30,6 +30,7 @@ _FRESH_SECONDS = 1.5  # longer than an idle worker's poll, whose every claim wou
 _TURN_MILLISECONDS = 3  # SQLite looks for the lock again after 1 and 2 of them
 _TURNS = 80
 _LOCK_PAUSE = 0.002
+_BUSY_TIMEOUT = "mljobs_busy_timeout"  # as the host has set it
 _SQLITE_DRIVERS = frozenset({"pysqlite", "aiosqlite"})
 
 
@@ -111,6 +112,9 @@ class ConnectionCache:
         if self._size and self._engine.dialect.driver in _SQLITE_DRIVERS:  # whose errors say that the file is locked
             self._busy_timeout = _pragma(connection, "PRAGMA busy_timeout")
             if self._busy_timeout > _TURN_MILLISECONDS:
+                if not event.contains(self._engine.pool, "reset", _restore_busy_timeout):
+                    event.listen(self._engine.pool, "reset", _restore_busy_timeout)
+                connection.info[_BUSY_TIMEOUT] = self._busy_timeout
                 _pragma(connection, f"PRAGMA busy_timeout = {_TURN_MILLISECONDS}")
                 connection.info[LOCK_TURNS] = min(_TURNS, self._busy_timeout // _TURN_MILLISECONDS)
         return connection
@@ -124,11 +128,7 @@ class ConnectionCache:
 
     def release(self, connection: Connection) -> None:
         """Roll back what is open, and give a connection back to the pool, as it came from there."""
-        try:
-            if self.begins and not connection.invalidated and connection.info.pop(LOCK_TURNS, None) is not None:
-                _pragma(connection, f"PRAGMA busy_timeout = {self._busy_timeout}")
-        finally:
-            connection.close()
+        connection.close()
 
     def lock_pauses(self) -> Iterator[float]:
         """Yield how many seconds to wait before each new attempt of an operation that met a locked file."""
@@ -199,6 +199,16 @@ def _commit(connection: Any) -> None:
     except BaseException as error:
         connection._handle_dbapi_exception(error, None, None, None, None)  # noqa: SLF001 - as SQLAlchemy does
         raise
+
+
+def _restore_busy_timeout(driver: Any, record: ConnectionPoolEntry, state: PoolResetState) -> None:
+    """Give a connection back as it came from the pool: whoever dropped it, a store that nobody closed included."""
+    record.info.pop(LOCK_TURNS, None)
+    configured = record.info.pop(_BUSY_TIMEOUT, None)
+    if configured is not None and not state.terminate_only:
+        cursor = driver.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {configured}")
+        cursor.close()
 
 
 def _pragma(connection: Connection, text: str) -> int:

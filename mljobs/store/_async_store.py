@@ -110,6 +110,7 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
         self._joined_lock = asyncio.Lock()
         self._owned = isinstance(source, str | URL)
         self._followers: WeakSet[AsyncFollower] = WeakSet()
+        self._closings = 0
         self._reader = SharedReader(model, asyncio.Lock)
         bind: object = source
         if isinstance(source, str | URL):
@@ -314,9 +315,14 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
             display.end(followed)
         return followed
 
-    async def _follow(self, steps: FollowSteps, finished: list[M]) -> AsyncIterator[M]:
+    def _follow(self, steps: FollowSteps, finished: list[M]) -> AsyncIterator[M]:
+        return self._followed(steps, finished, self._closings)
+
+    async def _followed(self, steps: FollowSteps, finished: list[M], closings: int) -> AsyncIterator[M]:
         answer: Any = None
         polls = self._joined is not None
+        if self._closings != closings:  # before the first step
+            return
         async with AsyncChangeListener(self.engine, table_of(self.model), polls=polls) as listener:
             follower = AsyncFollower(listener)
             self._followers.add(follower)
@@ -389,6 +395,7 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
 
     async def close(self) -> None:
         """End each ``watch``, and close the connections of a store that was made from a URL."""
+        self._closings += 1
         for follower in list(self._followers):
             await follower.close()
         if self._owned:

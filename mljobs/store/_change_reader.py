@@ -171,6 +171,7 @@ class ChangeReader:
         self._at = utc_now()
         self._created, self._finished = _Order(by_end=False, now=self._at), _Order(by_end=True, now=self._at)
         self._active: dict[bytes, Version] = {}
+        self._met: set[bytes] = set()
         self._changes: list[Change] = []
         self._dropped = 0
         self._takers: WeakSet[Taker] = WeakSet()
@@ -241,13 +242,11 @@ class ChangeReader:
         running, slices = yield Read(lambda bind: self._read_first(bind, starts, _MOST if whole else _SLICE))
         for state in running:
             self._note(state)
-        new: list[bytes] = []
         for (order, start), found in zip(starts, slices, strict=True):
             target = None if whole else (start[0] + _PACE * elapsed, FIRST_ID)
-            met = yield from self._read_on(order, start, found, target)
-            new = new if order.by_end else met
+            yield from self._read_on(order, start, found, target)
             order.near = (min(found.newest or now, now) - _SLACK, FIRST_ID)
-        yield from self._read_missing({key[8:] for key in new}, {state.id.bytes for state in running})
+        yield from self._read_missing({state.id.bytes for state in running})
         self._begun, self.ended = begun, time.monotonic()
         if whole:
             self._whole = begun
@@ -268,13 +267,9 @@ class ChangeReader:
 
     def _read_on(
         self, order: _Order, start: Place, found: Slice, target: Place | None
-    ) -> Generator[Read | None, Any, list[bytes]]:
-        """Read the next slices, as far as ``target``; then what is new, unless they have reached it.
-
-        Returns:
-            The latest of the keys that are new.
-        """
-        new = self._meet(order, start, found)[-_QUEUED_KEPT:]
+    ) -> Generator[Read | None, Any, None]:
+        """Read the next slices, as far as ``target``; then what is new, unless they have reached it."""
+        self._meet(order, start, found)
         place = order.next = found.end
         again = True
         while place is not None:
@@ -284,26 +279,27 @@ class ChangeReader:
                 yield None
             read = Read(lambda bind, at=place: read_slice(bind, self._model, at, by_end=order.by_end, size=_MOST))  # type: ignore[misc]
             found = yield read
-            new = sorted([*new, *self._meet(order, place, found)])[-_QUEUED_KEPT:]
+            self._meet(order, place, found)
             place = found.end
             if again:
                 order.next = place
-        return new
 
-    def _meet(self, order: _Order, start: Place, found: Slice) -> list[bytes]:
-        """Take the jobs of a slice that are new as changed; return their keys."""
+    def _meet(self, order: _Order, start: Place, found: Slice) -> None:
+        """Take the jobs of a slice that are new as changed."""
         new = order.put(start, found)
         if order.by_end and self._active:
             for key in new:
                 self._active.pop(key[8:], None)
         if self._takers:
             self._changes.extend((key, order.by_end) for key in new)
-        return new
+        if new and not order.by_end:  # kept until they are looked at: this look may fail before
+            self._met.update(key[8:] for key in new[-_QUEUED_KEPT:])
+            self._met &= order.latest(_QUEUED_KEPT)  # of the others none is remembered
 
-    def _read_missing(self, new: set[bytes], running: set[bytes]) -> Steps[None]:
+    def _read_missing(self, running: set[bytes]) -> Steps[None]:
         """Read those that ran, or were queued, and do not run: they may be deleted."""
         latest = self._created.latest(_QUEUED_KEPT)
-        for names in several({*self._active, *new} - running, _AT_ONCE):
+        for names in several({*self._active, *self._met} - running, _AT_ONCE):
             ids = [UUID(bytes=name) for name in names]
             found: list[State] = yield Read(lambda bind, ids=ids: read_states(bind, self._model, ids))  # type: ignore[misc]
             for state in found:
@@ -311,6 +307,7 @@ class ChangeReader:
             for name in {*names}.difference(state.id.bytes for state in found):
                 self._active.pop(name, None)
                 self._change(bytes(8) + name, finished=True)
+        self._met.clear()
 
     def _note(self, state: State, latest: Container[bytes] = ()) -> None:
         """Remember a state, and take the job as changed if it is another than before.
@@ -358,6 +355,7 @@ class ChangeReader:
             "_created": copy(self._created),
             "_finished": copy(self._finished),
             "_active": {**self._active},
+            "_met": {*self._met},
             "_changes": self._changes[taker.position - self._dropped :],
             "_dropped": taker.position,
             "_takers": WeakSet([taker]),

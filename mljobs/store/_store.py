@@ -85,6 +85,7 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
         self._joined: JoinedConnection | None = None
         self._owned = isinstance(source, str | URL)
         self._followers: WeakSet[Follower] = WeakSet()
+        self._closings = 0
         self._reader = SharedReader(model, threading.Lock)
         bind: object = source
         if isinstance(source, str | URL):
@@ -311,7 +312,12 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
         return followed
 
     def _follow(self, steps: FollowSteps) -> Generator[Any, None, Any]:
+        return self._followed(steps, self._closings)
+
+    def _followed(self, steps: FollowSteps, closings: int) -> Generator[Any, None, Any]:
         answer: Any = None
+        if self._closings != closings:  # before the first step
+            return None
         with self.new_listener() as listener:
             follower = Follower(listener)
             self._followers.add(follower)
@@ -385,6 +391,7 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
 
     def close(self) -> None:
         """Give back all connections, and end each ``watch``; of a store that was made from a URL, close them."""
+        self._closings += 1
         for follower in list(self._followers):
             follower.close()
         self._single.close()
