@@ -105,7 +105,7 @@ class ConnectionCache:
                 return _Use(self, self._new())
             if self.begins or time.monotonic() - kept.since < _FRESH_SECONDS:
                 return kept
-            self.release(kept.connection)  # the pool checks whether the server is still there
+            kept.connection.close()  # the pool checks whether the server is still there
 
     def _new(self) -> Connection:
         connection = self._engine.connect()
@@ -124,11 +124,7 @@ class ConnectionCache:
         if len(self._idle) < self._size:
             self._idle.append(used)
         else:
-            self.release(used.connection)
-
-    def release(self, connection: Connection) -> None:
-        """Roll back what is open, and give a connection back to the pool, as it came from there."""
-        connection.close()
+            used.connection.close()
 
     def lock_pauses(self) -> Iterator[float]:
         """Yield how many seconds to wait before each new attempt of an operation that met a locked file."""
@@ -139,7 +135,7 @@ class ConnectionCache:
     def close(self) -> None:
         """Give all back to the pool."""
         while self._idle:
-            self.release(self._idle.pop().connection)
+            self._idle.pop().connection.close()
 
 
 _forks = 0
@@ -166,7 +162,7 @@ class _Use:
             try:
                 self.connection.begin()
             except BaseException:
-                self._cache.release(self.connection)
+                self.connection.close()
                 raise
         return self.connection
 
@@ -184,12 +180,12 @@ class _Use:
             elif is_locked(error):  # and nothing worse: it will be tried again at once
                 connection.rollback()
         except BaseException:
-            cache.release(connection)
+            connection.close()
             raise
         if kind is None or is_locked(error):
             cache.keep(self)
         else:
-            cache.release(connection)
+            connection.close()
 
 
 def _commit(connection: Any) -> None:

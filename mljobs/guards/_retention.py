@@ -89,8 +89,14 @@ def _statements(block: _Block, *, on: bool) -> Iterator[str]:
         elif by_trigger:
             yield f"DROP TRIGGER IF EXISTS temp.{trigger}"
     if not (by_trigger and on):  # off too: a trigger of a host may keep ours from it, by RAISE(IGNORE)
-        prefix = f"{quote(schema)}." if schema else ""
-        yield f"UPDATE {prefix}{guard_table} SET open = {int(on)} WHERE name = 'retention'"  # noqa: S608 - quoted
+        yield _row_set(connection, table, on=on)
+
+
+def _row_set(connection: Connection, table: Table, *, on: bool) -> str:
+    """Return the statement that sets SQLite's row for all."""
+    quote, schema = connection.dialect.identifier_preparer.quote, schema_of(connection, table)
+    guard_table = (f"{quote(schema)}." if schema else "") + quote(companion_names(table.name)["guard"])
+    return f"UPDATE {guard_table} SET open = {int(on)} WHERE name = 'retention'"  # noqa: S608 - quoted
 
 
 def record_table_of(model: type[Any]) -> Table:
@@ -108,9 +114,7 @@ def _begin(connection: Connection, table: Table) -> None:
     """
     if connection.dialect.name != "sqlite":
         return
-    quote, schema = connection.dialect.identifier_preparer.quote, schema_of(connection, table)
-    guard_table = (f"{quote(schema)}." if schema else "") + quote(companion_names(table.name)["guard"])
-    connection.execute(text(f"UPDATE {guard_table} SET open = 0 WHERE name = 'retention'"))  # noqa: S608 - quoted
+    connection.execute(text(_row_set(connection, table, on=False)))
     driver: Any = connection.connection.driver_connection
     if not driver.in_transaction:
         raise InvalidValueError("session", connection, _AUTOCOMMIT)

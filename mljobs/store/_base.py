@@ -112,7 +112,7 @@ def store_method(
         if takes_model:
             kw.setdefault("model", self.model)
         arguments = (*args, *kw.values())
-        pauses = lock_pauses = None
+        again: _Again | None = None
         while True:
             try:
                 with self.operate(arguments, atomic=bool(kw.get(named)) if named else always) as bind:
@@ -121,13 +121,8 @@ def store_method(
                     except committed_errors as refused:
                         error = refused
             except DBAPIError as failure:
-                if is_locked(failure):
-                    again = lock_pauses = lock_pauses or self.lock_pauses(arguments)
-                elif _may_run_again(self, failure):
-                    again = pauses = pauses or _pauses(arguments)
-                else:
-                    raise
-                if (pause := next(again, None)) is None:
+                again = again or _Again(self, arguments)
+                if (pause := again.pause_after(failure)) is None:
                     raise
                 time.sleep(pause)
             else:
@@ -153,18 +148,13 @@ def async_store_method(
             kw.setdefault("model", self.model)
         call = partial(_result_or_error, operation, committed_errors, args, kw)
         arguments = (*args, *kw.values())
-        pauses = lock_pauses = None
+        again: _Again | None = None
         while True:
             try:
                 result, error = await self.operate(call, arguments, atomic=bool(kw.get(named)) if named else always)
             except DBAPIError as failure:
-                if is_locked(failure):
-                    again = lock_pauses = lock_pauses or self.lock_pauses(arguments)
-                elif _may_run_again(self, failure):
-                    again = pauses = pauses or _pauses(arguments)
-                else:
-                    raise
-                if (pause := next(again, None)) is None:
+                again = again or _Again(self, arguments)
+                if (pause := again.pause_after(failure)) is None:
                     raise
                 await asyncio.sleep(pause)
             else:
@@ -182,6 +172,21 @@ def has_iterator(arguments: Iterable[Any]) -> bool:
         if hasattr(value, "__next__"):
             return True
     return False
+
+
+class _Again:
+    """Whether an operation that failed is run again, and after which pause."""
+
+    def __init__(self, store: Any, arguments: Iterable[Any]) -> None:
+        self._store = store
+        self._locked: Iterator[float] = store.lock_pauses(arguments)
+        self._met_another = _pauses(arguments)
+
+    def pause_after(self, failure: DBAPIError) -> float | None:
+        """Return how many seconds to wait; None where it is not run again."""
+        if is_locked(failure):
+            return next(self._locked, None)
+        return next(self._met_another, None) if _may_run_again(self._store, failure) else None
 
 
 def _pauses(arguments: Iterable[Any]) -> Iterator[float]:

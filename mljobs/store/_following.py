@@ -13,7 +13,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mljobs.errors import InvalidValueError, MlJobsError, WaitTimeout
+from mljobs._values import check_seconds
+from mljobs.errors import MlJobsError, WaitTimeout
 from mljobs.jobs import Bind, JobRef, Model, get
 from mljobs.jobs._base import id_of, model_and_id
 from mljobs.record._models import MlJob
@@ -83,20 +84,20 @@ class AsyncFollower:
 FollowSteps = Generator["Read | Locked | float | Any", Any, Any]
 
 
-def check_seconds(field: str, value: float | None) -> None:
-    """Refuse what is not a number of seconds of at least 0.
+def check_waiting(timeout: float | None, poll: float) -> None:
+    """Refuse what is not a number of seconds of at least 0; no timeout is None.
 
     Raises:
-        InvalidValueError: It is not.
+        InvalidValueError: One of them is not.
     """
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
-        raise InvalidValueError(field, value, "expected seconds of at least 0")
+    if timeout is not None:
+        check_seconds("timeout", timeout)
+    check_seconds("poll", poll)
 
 
 def wait_steps(job: JobRef, timeout: float | None, poll: float, model: Model) -> FollowSteps:
     """Read until the job has finished, and return it."""
-    check_seconds("timeout", timeout)
-    check_seconds("poll", poll)
+    check_waiting(timeout, poll)
     model, job_id = model_and_id(job, model)
     end = None if timeout is None else time.monotonic() + timeout
     while True:

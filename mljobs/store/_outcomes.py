@@ -19,7 +19,7 @@ from mljobs.jobs._filters import Selection, selection
 from mljobs.jobs._reading import fetch
 from mljobs.record._html import numbers_of, values_of
 from mljobs.states import MlJobStatus
-from mljobs.store._following import Read, check_seconds
+from mljobs.store._following import Read, check_waiting
 
 MOST: Final = 10_000
 _AT_ONCE: Final = 1_000
@@ -151,8 +151,7 @@ def following(
 
 def followed_steps(chosen: tuple[Model, Selection | list[UUID]], timeout: float | None, poll: float) -> FollowedSteps:
     """Yield how far the jobs are, until all have finished or the time is up; return what became of them."""
-    check_seconds("timeout", timeout)
-    check_seconds("poll", poll)
+    check_waiting(timeout, poll)
     begun = time.monotonic()
     model, asked = chosen
     wanted: list[UUID] = asked if isinstance(asked, list) else (yield Read(lambda bind: _ids_of(bind, asked)))

@@ -21,7 +21,7 @@ from mljobs.jobs._reading import fetch
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus
 from mljobs.store._change_reader import Change, ChangeReader, Version, several
-from mljobs.store._following import FollowSteps, Locked, Read, check_seconds
+from mljobs.store._following import FollowSteps, Locked, Read, check_waiting
 
 _AT_ONCE = 1_000
 """How many jobs are read whole at once."""
@@ -58,8 +58,7 @@ class SharedReader:
 
 def watch_steps(shared: SharedReader, chosen: Selection, timeout: float | None, poll: float) -> FollowSteps:
     """Yield each job that was added, or whose state, progress or attempts changed, since the watch began."""
-    check_seconds("timeout", timeout)
-    check_seconds("poll", poll)
+    check_waiting(timeout, poll)
     chosen.conditions()  # an error comes before the first look
     since = time.monotonic()
     end = None if timeout is None else since + timeout
