@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import threading
 import time
@@ -19,6 +18,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState, QueuePool
 from sqlalchemy.util import greenlet_spawn
 
+from mljobs.db import _forks
 from mljobs.db._engines import at_level
 from mljobs.db._failures import is_locked
 from mljobs.db._prepared import LOCK_TURNS, is_unwatched
@@ -86,7 +86,7 @@ class ConnectionCache:
         self.begins = engine.dialect.name == "sqlite"
         self._busy_timeout = 0
         self._idle: deque[_Use] = deque()
-        self._forks = _forks
+        _forks.register(self)
 
     @property
     def keeps(self) -> bool:
@@ -95,9 +95,8 @@ class ConnectionCache:
 
     def use(self) -> AbstractContextManager[Connection]:
         """Return a context manager that yields a connection for one operation: one that was kept, or a new one."""
-        if self._forks != _forks:  # these belong to the parent
-            self._idle, self._forks = deque(), _forks
-            self._engine.dispose(close=False)
+        if _forks.under_way:
+            _forks.wait()
         while True:
             try:
                 kept = self._idle.pop()
@@ -134,12 +133,34 @@ class ConnectionCache:
 
     def close(self) -> None:
         """Give all back to the pool."""
-        while self._idle:
-            self._idle.pop().connection.close()
+        while True:
+            try:
+                kept = self._idle.pop()
+            except IndexError:
+                return
+            kept.connection.close()
 
+    @property
+    def closed_at_forks(self) -> bool:
+        """Whether they are connections to a SQLite file; see ``mljobs.db._forks``."""
+        return self.begins and self.keeps
 
-_forks = 0
-os.register_at_fork(after_in_child=lambda: globals().update(_forks=_forks + 1))
+    def in_use(self) -> bool:
+        """Give those at rest back to the pool, and return whether any of the pool is in use, by the host for example."""
+        self.close()
+        pool: Any = self._engine.pool
+        return bool(pool.checkedout())
+
+    def close_all(self) -> None:
+        """Close those at rest, those in the pool included."""
+        self.close()
+        self._engine.dispose()
+
+    def leave_to_parent(self) -> None:
+        """Forget all, in a child of the process."""
+        _forks.keep_from_being_collected(self._idle, self._engine.pool)
+        self._idle = deque()
+        self._engine.dispose(close=False)
 
 
 class _Use:
@@ -226,6 +247,16 @@ class AsyncConnectionCache(ConnectionCache):
     def __init__(self, engine: Engine, size: int) -> None:
         super().__init__(engine, size)
         self._places = asyncio.Semaphore(size)
+
+    @property
+    def closed_at_forks(self) -> bool:
+        """They cannot be: each is closed by a loop."""
+        return False
+
+    def leave_to_parent(self) -> None:
+        """Forget all, in a child of the process; nobody waits for a place there."""
+        super().leave_to_parent()
+        self._places = asyncio.Semaphore(self._size)
 
     async def run(self, operation: Callable[[Connection], R]) -> R:
         """Return what ``operation`` returns, which runs in a greenlet.

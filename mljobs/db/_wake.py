@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import selectors
 import socket
 import threading
@@ -46,6 +47,7 @@ _WATCHERS_MAX = 9
 
 _slots: WeakKeyDictionary[Pool, list[object]] = WeakKeyDictionary()
 _slots_lock = threading.RLock()  # taken again by a listener that is collected meanwhile
+os.register_at_fork(after_in_child=lambda: globals().update(_slots_lock=threading.RLock()))
 
 
 class _Slot:

@@ -19,6 +19,7 @@ from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from mljobs import events, jobs
+from mljobs.db import _forks
 from mljobs.db._connections import ConnectionCache, JoinedConnection, cache_size, engines_of
 from mljobs.db._engines import new_engine, refuse_memory, url_from_env
 from mljobs.db._wake import ChangeListener
@@ -99,7 +100,8 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
             raise source_error(source, "expected a URL, an Engine, a Connection or a sessionmaker")
         single, self._transactional = engines_of(bind, owned=self._owned)
         self._engine = self._transactional if self._owned else bind
-        self._single = ConnectionCache(single, cache_size(bind, _CACHE_OWNED if self._owned else _CACHE_SHARED))
+        kept = 0 if self._joined is not None else _CACHE_OWNED if self._owned else _CACHE_SHARED
+        self._single = ConnectionCache(single, cache_size(bind, kept))
         if self._sessions is None and not is_ml_job(model):
             self._sessions = sessionmaker(self._transactional, expire_on_commit=False)
         # Whether an operation may run on a kept connection of SQLite, and again where the file was locked.
@@ -159,6 +161,8 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
         if self._joined is not None:
             return self._joined.use()
         if atomic or self._single.begins:
+            if _forks.under_way:
+                _forks.wait()
             return self._transactional.begin()
         return self._single.use()
 

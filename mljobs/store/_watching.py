@@ -6,6 +6,7 @@ whether they pass its filter, and reads whole those of them that it yields.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Collection, Generator
@@ -43,11 +44,17 @@ class SharedReader:
     def __init__(self, model: Model, new_lock: Callable[[], Any]) -> None:
         self._model = model
         self._new_lock = new_lock
+        self._begin()
+
+    def _begin(self) -> None:
         self._making = threading.Lock()
         self._made: ref[ChangeReader] | None = None
+        self._process = os.getpid()
 
     def get(self) -> ChangeReader:
-        """Return it."""
+        """Return it; after a fork a new one, for a thread of the parent may have held the lock."""
+        if self._process != os.getpid():
+            self._begin()
         with self._making:
             reader = None if self._made is None else self._made()
             if reader is None:
