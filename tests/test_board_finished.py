@@ -12,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 
 from mljobs import JobStore, MlJob, jobs
 from mljobs._values import utc_now
-from mljobs.board import _hub, create_app
+from mljobs.board import _hub, _overview_page, create_app
 from mljobs.board._finished import HOUR, FinishedKept
 from tests.boards import client, ended
 from tests.test_board_attacks import Reader
@@ -75,6 +75,25 @@ def test_the_overview_shows_what_is_counted_and_counts_on_beside(
         await reader.leave()
 
     asyncio.run(story())
+
+
+def test_the_figures_of_a_period_are_read_once_for_all_who_look_in_the_same_seconds(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    real = jobs.durations
+    monkeypatch.setattr(jobs, "durations", lambda bind, **options: asked.append(1) or real(bind, **options))
+    ended(store, "completed", took=60)
+    board = client(store)
+    assert "1 m 00 s" in board.get("/overview").text
+    before = len(asked)
+    assert "1 m 00 s" in board.get("/overview").text
+    assert len(asked) == before
+    board.get("/overview?span=7d")
+    assert len(asked) == before + 1
+    monkeypatch.setattr(_overview_page, "_FIGURES_KEPT", -1.0)
+    board.get("/overview")
+    assert len(asked) == before + 2
 
 
 def test_a_page_that_is_open_says_when_the_database_is_away_and_when_it_is_back(

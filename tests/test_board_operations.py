@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -169,6 +170,35 @@ def test_durations_are_spread_by_kind_and_never_negative(store: Any) -> None:
     assert (train.ran.p50, round(train.ran.p95), round(train.ran.p99), train.ran.jobs) == (51, 96, 100, 101)
     assert train.waited.p50 == 30
     assert train.failed == pytest.approx(1 / 103)
+
+
+def test_durations_are_of_the_last_that_finished_and_say_whether_that_was_all(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mljobs.jobs import _statistics
+
+    monkeypatch.setattr(_statistics, "SAMPLE", 3)
+    for number in range(3):
+        ended(store, "completed", took=10 * (number + 1), ago=600 - number)
+    assert store.durations(since=utc_now() - DAY).complete
+    ended(store, "failed", target="spam", ago=100)
+    found = store.durations(since=utc_now() - DAY)
+    assert not found.complete
+    assert (found.kinds[0].ran.jobs, found.kinds[0].ran.p50, found.kinds[0].failed) == (2, 25, pytest.approx(1 / 3))
+
+
+def test_a_search_without_an_index_looks_as_far_as_its_time_allows(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mljobs.jobs import _paging
+
+    clock = itertools.count()  # each look at it is a second later: two jobs are looked at in a second
+    monkeypatch.setattr(_paging, "WINDOWS", (2, 2, 100))
+    monkeypatch.setattr(_paging, "_STEP", 1)
+    monkeypatch.setattr(_paging, "perf_counter", lambda: next(clock))
+    store.submit_many([("train", f"t{number}", {}) for number in range(20)])
+    far, near = (store.summaries("error:nowhere", seconds=seconds) for seconds in (7.5, 0))
+    assert (far.jobs, far.complete, far.scanned, near.complete, near.scanned) == ((), False, 13, False, 4)
+    rest = store.summaries("error:nowhere", seconds=1000, after=near.cursor)
+    assert (rest.complete, rest.cursor) == (True, None)
 
 
 def test_what_is_usual_is_the_median_of_those_that_completed(store: Any) -> None:

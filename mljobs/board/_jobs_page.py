@@ -14,7 +14,7 @@ from mljobs import jobs
 from mljobs._values import utc_now
 from mljobs.board._access import Access
 from mljobs.board._format import duration, leaves, literal, parsed, short, size
-from mljobs.board._query import Asked
+from mljobs.board._query import LOOK_SECONDS, Asked
 from mljobs.board._site import Site
 from mljobs.jobs import Bind, JobSummary
 
@@ -96,7 +96,15 @@ async def listing(request: Request) -> Response:
         return site.page(request, viewer, "jobs_invalid.html", status=422, fields=jobs.Filter.fields(model), **shared)
 
     def read(bind: Bind) -> dict[str, Any]:
-        page = jobs.summaries(bind, asked.filter, limit=asked.limit, after=asked.after, order=asked.order, model=model)
+        page = jobs.summaries(
+            bind,
+            asked.filter,
+            limit=asked.limit,
+            after=asked.after,
+            order=asked.order,
+            seconds=LOOK_SECONDS,
+            model=model,
+        )
         found = {
             "page": page,
             "chains": jobs.chains(bind, [job.id for job in page.jobs], model=model),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -21,10 +22,12 @@ from mljobs.board._finished import HOUR, FinishedKept
 from mljobs.board._html import Html
 from mljobs.board._now import columns_of
 from mljobs.board._site import Site
-from mljobs.jobs import Bind, Finished, KindDurations, Spread
+from mljobs.jobs import Bind, Durations, Finished, KindDurations, Reasons, Spread
 
 logger = logging.getLogger(__name__)
 _PAUSE = 0.03  # as long as the count before it takes: half of the time is for others
+
+_FIGURES_KEPT = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +60,16 @@ async def overview(request: Request) -> Response:
     """Show how things go: what finished when, how long jobs take and wait, why they fail, who works."""
     site: Site = request.app.state.site
     viewer = await site.viewer(request)
-    model = site.backend.model
     chosen = request.query_params.get("span", "24h")
     chosen = chosen if chosen in PERIODS else "24h"
     period, moment = PERIODS[chosen], utc_now()
 
-    def read(bind: Bind) -> dict[str, Any]:
-        return {
-            "finished": _finished(bind, site, period, moment),
-            "durations": jobs.durations(bind, since=moment - period.span, model=model),
-            "reasons": jobs.failure_reasons(bind, since=moment - period.span, model=model),
-        }
+    def read(bind: Bind) -> tuple[list[Finished], Figures]:
+        return _finished(bind, site, period, moment), _figures(bind, site, period)
 
-    found = await site.backend.read(read)
+    finished, figures = await site.backend.read(read)
     snapshot = await site.hub.snapshot(oldest=5)
-    html, whole = finished_part(site, period, moment, found["finished"])
+    html, whole = finished_part(site, period, moment, finished)
     if not whole:
         count_beside(site)
     return site.page(
@@ -87,15 +85,34 @@ async def overview(request: Request) -> Response:
         period=period,
         finished=Html(html),
         moment=moment,
-        complete=found["durations"].complete,
-        ran=_spreads(found["durations"].kinds, "ran"),
-        waited=_spreads(found["durations"].kinds, "waited"),
-        reasons=found["reasons"].reasons[:12],
-        reasons_complete=found["reasons"].complete,
-        failures=sum(reason.jobs for reason in found["reasons"].reasons),
+        complete=figures.durations.complete,
+        ran=_spreads(figures.durations.kinds, "ran"),
+        waited=_spreads(figures.durations.kinds, "waited"),
+        reasons=figures.reasons.reasons[:12],
+        reasons_complete=figures.reasons.complete,
+        failures=sum(reason.jobs for reason in figures.reasons.reasons),
         workers=snapshot.workers(moment),
         registered=snapshot.around.workers is not None,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """How long jobs take and wait, and why they fail, over a period: read once in some seconds for all viewers."""
+
+    at: float
+    durations: Durations
+    reasons: Reasons
+
+
+def _figures(bind: Bind, site: Site, period: Period) -> Figures:
+    kept: Figures | None = site.figures.get(period.name)
+    if kept is None or time.monotonic() - kept.at > _FIGURES_KEPT:
+        since, model = utc_now() - period.span, site.backend.model
+        durations = jobs.durations(bind, since=since, model=model)
+        reasons = jobs.failure_reasons(bind, since=since, model=model)
+        site.figures[period.name] = kept = Figures(time.monotonic(), durations, reasons)
+    return kept
 
 
 def _finished(bind: Bind, site: Site, period: Period, moment: datetime) -> list[Finished]:

@@ -14,10 +14,13 @@ from mljobs.jobs._paging import ORDERS, Order
 from mljobs.states import TERMINAL, MlJobStatus
 
 MOST_TEXT = 2_000
-MOST_NAME = 10_000
 """Characters of a filter."""
+MOST_NAME = 10_000
+"""Characters of the name of a target."""
 PAGE = 50
 _MOST = 200
+LOOK_SECONDS = 0.05
+"""About how long a page looks for what no index serves."""
 _BACK: Mapping[Order, Order] = {
     "newest": "oldest", "oldest": "newest", "last_finished": "first_finished", "first_finished": "last_finished"
 }  # fmt: skip

@@ -129,6 +129,7 @@ class Site:
         self.tokens = Tokens(secret)
         self.version = version()
         self.finished = FinishedKept()
+        self.figures: dict[str, Any] = {}
         self.counting: asyncio.Task[None] | None = None
         self._read_only: tuple[datetime, str | None] | None = None
 

@@ -22,7 +22,7 @@ from mljobs.board._hub import MOST_STREAMS, View
 from mljobs.board._job_page import render_job
 from mljobs.board._now_page import render_now
 from mljobs.board._overview_page import PERIODS, render_overview
-from mljobs.board._query import MOST_TEXT
+from mljobs.board._query import LOOK_SECONDS, MOST_TEXT
 from mljobs.board._site import Links, Site
 from mljobs.errors import InvalidValueError
 from mljobs.jobs import Bind, Filter
@@ -111,7 +111,8 @@ def _listing(site: Site, asked: Filter) -> Callable[[], Awaitable[dict[str, str]
             model = site.backend.model
 
             def read(bind: Bind) -> list[str]:
-                return [str(job.id) for job in jobs.summaries(bind, asked, limit=_LISTED, text=0, model=model).jobs]
+                page = jobs.summaries(bind, asked, limit=_LISTED, seconds=LOOK_SECONDS, text=0, model=model)
+                return [str(job.id) for job in page.jobs]
 
             kept[:] = [time.monotonic(), {"~ids": ",".join(await site.backend.read(read))}]
         found: dict[str, str] = kept[1]

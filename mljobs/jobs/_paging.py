@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from time import perf_counter
 from typing import Any, Final, Literal, get_args
 from uuid import UUID
 
@@ -23,6 +24,8 @@ MAX_PAGE = 10_000
 """The most jobs on one page."""
 WINDOWS = (1000, 9000, 90_000)
 """Jobs that are looked at in one statement, one after the other."""
+_ALWAYS = 2  # windows that are looked at whatever time they take
+_STEP = 1000
 _FEW = 10_000  # jobs that are sorted in a few milliseconds
 
 Order = Literal["newest", "oldest", "last_finished", "first_finished"]
@@ -79,13 +82,14 @@ class Paging:
         moment, job_id = self._key
         self._key = (func.coalesce(moment, moment, type_=moment.type), func.coalesce(job_id, job_id, type_=job_id.type))
 
-    def find(self, read: Reader, *, after: str | None, scan: bool) -> Found:
+    def find(self, read: Reader, *, after: str | None, scan: bool, seconds: float | None = None) -> Found:
         """Return the page.
 
         Args:
             read: Reads the jobs.
             after: The cursor of the page before.
             scan: Look at all jobs, however long it takes.
+            seconds: Look no further after about so long; at 10,000 jobs at least. None for no limit.
 
         Raises:
             InvalidValueError: ``after`` is no cursor of this order.
@@ -96,7 +100,7 @@ class Paging:
             return self._merge(read, branches, start)
         served, looked_at = self.divided(sort_all=scan)
         if not scan and looked_at:
-            return self._look(read, served, looked_at, start)
+            return self._look(read, served, looked_at, start, seconds)
         where = [*self._between(start, None), *served, *looked_at]
         return self._full(read(where, self._by, self._limit + 1), None)
 
@@ -191,11 +195,21 @@ class Paging:
         served: Sequence[ColumnElement[bool]],
         looked_at: Sequence[ColumnElement[bool]],
         start: Place | None,
+        seconds: float | None,
     ) -> Found:
-        """Look at one job after the other, in growing windows."""
+        """Look at one job after the other, in growing windows; the last is as large as the time lets it be."""
         found: list[Any] = []
-        scanned = 0
-        for window in WINDOWS:
+        scanned = window = 0
+        begin = last = perf_counter()
+        for at, most in enumerate(WINDOWS):
+            now = perf_counter()
+            if seconds is None or at < _ALWAYS:
+                window = most
+            else:
+                window = _fitting(seconds - (now - begin), window / (now - last), most)
+            if not window:
+                break
+            last = now
             end = self._place(served, start, window)
             found += read([*self._between(start, end), *served, *looked_at], self._by, self._limit + 1)
             scanned += window
@@ -234,6 +248,11 @@ class Paging:
     def _there(self, place: Place) -> Any:
         moment, job_id = self._key
         return tuple_(literal(place[0], moment.type), literal(place[1], job_id.type))
+
+
+def _fitting(seconds: float, jobs_a_second: float, most: int) -> int:
+    """Return how many jobs, in thousands, can be looked at in so many seconds."""
+    return max(0, min(most, int(seconds * jobs_a_second) // _STEP * _STEP))
 
 
 def cursor_of(job: Any, order: Order) -> str:

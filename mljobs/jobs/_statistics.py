@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from statistics import median
 from typing import Final
 
-from sqlalchemy import String, func, literal, select, type_coerce
+from sqlalchemy import ColumnElement, String, Text, and_, case, cast, func, literal, select, type_coerce
 
 from mljobs._values import check_count, from_millis, to_utc
 from mljobs.jobs._base import Bind, Model, connection_of, table_of
@@ -136,37 +136,45 @@ def durations(session: Bind, *, since: datetime, model: Model = MlJob) -> Durati
         since: Finished at this time or later.
         model: The mapped job class.
     """
-    table = table_of(model)
-    ready = func.coalesce(table.c.run_after, table.c.created_at)
-    started, ended = epoch_millis(table.c.started_at), epoch_millis(table.c.finished_at)
-    statement = (
-        # Tokens as text: to make each a member would cost more than to read it.
-        select(
-            type_coerce(table.c.kind, String),
-            type_coerce(table.c.status, String),
-            table.c.attempts,
-            ended - started,
-            started - epoch_millis(ready),
-        )
-        .where(table.c.finished_at >= to_utc("since", since))
-        .order_by(table.c.finished_at.desc(), table.c.id.desc())
-        .limit(SAMPLE + 1)
-    )
-    rows = connection_of(session, model).execute(statement).all()
+    table, connection = table_of(model), connection_of(session, model)
+    times = table.c.created_at, table.c.run_after, table.c.started_at, table.c.finished_at
+    finished = select(table.c.kind, table.c.status, table.c.attempts, *times)
+    newest = finished.where(times[-1] >= to_utc("since", since)).order_by(times[-1].desc(), table.c.id.desc())
+    lately = newest.limit(SAMPLE).subquery()
+    started = epoch_millis(lately.c.started_at)
+    took = epoch_millis(lately.c.finished_at) - started
+    wait = started - epoch_millis(func.coalesce(lately.c.run_after, lately.c.created_at))
+    # One row for each kind and state: to fetch and look at each job would take three times as long.
+    statement = select(
+        type_coerce(lately.c.kind, String),
+        type_coerce(lately.c.status, String),
+        func.count(),
+        _joined(took, and_(lately.c.status == constant(MlJobStatus.COMPLETED), took >= literal(0))),
+        _joined(wait, and_(lately.c.attempts <= literal(1), wait >= literal(0))),
+    ).group_by(lately.c.kind, lately.c.status)
     ran: dict[str, list[float]] = defaultdict(list)
     waited: dict[str, list[float]] = defaultdict(list)
     ends: dict[str, Counter[str]] = defaultdict(Counter)
-    for kind, status, attempts, took, wait in rows[:SAMPLE]:
-        ends[kind][status] += 1
-        if status == MlJobStatus.COMPLETED and took is not None and took >= 0:
-            ran[kind].append(took / 1000)
-        if attempts <= 1 and wait is not None and wait >= 0:
-            waited[kind].append(wait / 1000)
+    for kind, status, number, took_millis, wait_millis in connection.execute(statement):
+        ends[kind][status] = number
+        ran[kind] += _seconds(took_millis)
+        waited[kind] += _seconds(wait_millis)
     kinds = [
         KindDurations(str(kind), Spread.of(ran[kind]), Spread.of(waited[kind]), _share(ends[kind]))
         for kind in sorted(ends)
     ]
-    return Durations(tuple(kinds), len(rows) <= SAMPLE)
+    full = sum(map(Counter.total, ends.values())) == SAMPLE
+    more = newest.with_only_columns(table.c.id).offset(SAMPLE).limit(1)
+    return Durations(tuple(kinds), not full or connection.execute(more).first() is None)
+
+
+def _joined(millis: ColumnElement[int], where: ColumnElement[bool]) -> ColumnElement[str | None]:
+    """Return the aggregate of those numbers for which the condition holds, as text."""
+    return func.aggregate_strings(case((where, cast(millis, Text))), ",")
+
+
+def _seconds(millis: str | None) -> list[float]:
+    return [int(one) / 1000 for one in millis.split(",")] if millis else []
 
 
 def _share(ends: Counter[str]) -> float | None:
@@ -261,16 +269,19 @@ def failure_reasons(session: Bind, *, since: datetime, model: Model = MlJob) -> 
         .limit(_FAILURES_READ + 1)
     )
     rows = connection_of(session, model).execute(statement).all()
-    groups: dict[str, list[tuple[str, str, int | None]]] = defaultdict(list)
-    for error, target, finished in rows[:_FAILURES_READ]:
-        groups[pattern_of(error or "")].append((error or "", target, finished))
+    lines = [error or "" for error, *_ in rows[:_FAILURES_READ]]
+    groups: dict[str, list[int]] = defaultdict(list)
+    for at, pattern in enumerate(
+        pattern_of("\n".join(lines)).split("\n")[: len(lines)]
+    ):  # at once, for it takes a third
+        groups[pattern].append(at)
     reasons = []
     for group in groups.values():
-        targets = Counter(target for _, target, _ in group).most_common()
-        last = max((finished for *_, finished in group if finished is not None), default=None)
+        targets = Counter(rows[at][1] for at in group).most_common()
+        last = max((finished for at in group if (finished := rows[at][2]) is not None), default=None)
         names = tuple(name for name, _ in targets[:5])
         ended = None if last is None else from_millis(last)
-        reasons.append(Reason(group[0][0], len(group), names, len(targets) - len(names), ended))
+        reasons.append(Reason(lines[group[0]], len(group), names, len(targets) - len(names), ended))
     reasons.sort(key=lambda reason: -reason.jobs)
     return Reasons(tuple(reasons), len(rows) <= _FAILURES_READ)
 

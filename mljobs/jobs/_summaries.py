@@ -96,6 +96,7 @@ def summaries(
     limit: int = 50,
     after: str | None = None,
     scan: bool = False,
+    seconds: float | None = None,
     text: int = TEXT_SHOWN,
     model: Model = MlJob,
     **fields: Unpack[Filters],
@@ -110,6 +111,7 @@ def summaries(
         limit: At most so many jobs, 1 to 10,000.
         after: The ``cursor`` of the page before.
         scan: Look at all jobs, however long it takes.
+        seconds: For what no index serves: look no further after about so long, at 10,000 jobs at least; None for no limit.
         text: How many characters of ``spec`` and ``metrics`` to read at most; 0 for none.
         model: The mapped job class.
         **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
@@ -120,7 +122,10 @@ def summaries(
     paging = Paging(session, selection(model, filter, where, fields), order, limit)
     connection = connection_of(session, model)
     found = paging.find(
-        lambda conditions, by, most: _read(connection, model, conditions, by, most, text=text), after=after, scan=scan
+        lambda conditions, by, most: _read(connection, model, conditions, by, most, text=text),
+        after=after,
+        scan=scan,
+        seconds=seconds,
     )
     return SummaryPage(found.jobs, found.cursor, found.scanned, found.complete)
 
