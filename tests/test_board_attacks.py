@@ -290,8 +290,10 @@ def test_bodies_addresses_and_pages_are_bounded(store: JobStore, made: Made) -> 
 
 def test_a_formula_in_a_table_is_made_inert(store: JobStore) -> None:
     ended(store, "completed", target="=HYPERLINK(1)", spec={"@x": "+1+1"}, metrics={"f1": -0.5})
+    ended(store, "completed", target="\uff1dHYPERLINK(1)")  # full width, which some spreadsheets take for the same
     text = client(store).get("/api/jobs.csv").text
     assert "'=HYPERLINK(1)" in text
+    assert "'\uff1dHYPERLINK(1)" in text
     assert ",=HYPERLINK" not in text
 
 

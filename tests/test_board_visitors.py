@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
+from uuid import UUID
 
 import pytest
 from starlette.applications import Starlette
@@ -14,8 +18,8 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from mljobs import JobStore, MlJobStatus
-from mljobs.board import Access, create_app
-from tests.boards import FORM, Made, client, history, send
+from mljobs.board import Access, _hub, create_app
+from tests.boards import FORM, Made, client, ended, history, send
 from tests.cases import case
 
 UNKNOWN = "0" * 32
@@ -149,6 +153,60 @@ def test_a_closed_store_and_one_that_cannot_be_written_are_shown(store: JobStore
     assert client(store).get("/").status_code in (200, 503)
 
 
+def test_every_value_of_a_spec_leads_to_the_jobs_that_have_it(store: JobStore) -> None:
+    deep: Any = 5
+    for _ in range(11):
+        deep = {"d": deep}
+    odd = {
+        "a b": 1, "a.b": 2, 'a"q': 3, "": 4, "é": "x", "x>y": None, "flag": True, "two": "two words", "quoted": 'say "hi"',
+        "star": "a*b", "comma": "a,b", "sp": {"in ner": 1.5}, "big": 2**70, "small": 1e-9, "empty": "", "slash": "a\\b",
+        "lines": "a\nb", "word": "true", "digits": "12", "lead": " x", "less": "<5", "__proto__": 1, "deep": deep,
+        "control": "\x01", "list": [1, 2, 3, 4, 5, 6, 7, 8, 9, {"x": "y"}], "long": "x" * 3000,
+    }  # fmt: skip
+    job = store.submit("train", "odd", odd)
+    store.submit("train", "plain", {"a": 1})
+    page = client(store).get(f"/jobs/{job.id}").text
+    links = [html.unescape(link) for link in re.findall(r'<a href="(/jobs\?[^"]*q=spec[^"]*)"', page)]
+    asked = [parse_qs(urlsplit(link).query)["q"][0] for link in links]
+    assert len(asked) == 34  # all but the long one, which no address has room for
+    assert [text for text in asked if [found.target_name for found in store.find(text)] != ["odd"]] == []
+    assert client(store).get("/jobs", params={"q": "spec" + ".d" * 101 + ":1"}).status_code == 422
+
+
+def test_a_board_may_be_mounted_where_an_api_is_and_its_own_api_knows_its_place(sqlite_url: str) -> None:
+    store = JobStore(sqlite_url)
+    host = TestClient(Starlette(routes=[Mount("/api/board", create_app(store, authorize=lambda _: Access.ACT))]))
+    assert host.get("/api/board/jobs/none").headers["content-type"].startswith("text/html")
+    assert host.get("/api/board/api/jobs/none").headers["content-type"] == "application/problem+json"
+    queued = host.post("/api/board/api/jobs", json={"kind": "train", "target_name": "new"})
+    assert queued.headers["location"] == f"/api/board/api/jobs/{queued.json()['id']}"
+    assert host.get(queued.headers["location"]).status_code == 200
+    assert host.get("/api/board/api/openapi.json").json()["servers"] == [{"url": "/api/board/api"}]
+    assert client(store).get("/jobs/none", headers={"host": "x/api/"}).headers["content-type"].startswith("text/html")
+
+
+def test_a_database_without_the_tables_is_told_from_one_that_is_away(empty_url: str) -> None:
+    with JobStore(empty_url) as store:
+        board = client(store)
+        for path in ("/", "/jobs", "/overview"):
+            answer = board.get(path)
+            assert answer.status_code == 503
+            assert "The tables are not there" in answer.text
+            assert "mljobs upgrade" in answer.text
+        assert board.get("/api/jobs").json()["title"] == "The tables are not there"
+
+
+def test_pages_that_polled_once_are_forgotten(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = JobStore(sqlite_url)
+    board = client(store)
+    hub = board.app.state.site.hub
+    monkeypatch.setattr(_hub, "_LAST_VIEW_KEPT", -1.0)
+    for number in range(60):  # more lists than are kept
+        assert board.get("/poll", params={"view": "jobs", "q": f"attempts>{number}"}).status_code == 200
+        board.get("/poll", params={"view": "job", "id": str(UUID(int=number))})
+    assert len(hub.views) < 3
+
+
 def test_a_policy_of_the_host_stands_beside_ours_and_a_mount_may_end_with_a_slash(sqlite_url: str) -> None:
     with JobStore(sqlite_url) as store:
         history(store)
@@ -169,6 +227,21 @@ def test_a_policy_of_the_host_stands_beside_ours_and_a_mount_may_end_with_a_slas
             assert len(answer.headers.get_list("content-security-policy")) == 2
             assert f'href="{root.rstrip("/")}/ops/jobs"' in answer.text
             assert "//ops" not in answer.text
+
+
+def test_an_origin_or_an_id_of_an_event_that_is_none_breaks_nothing(sqlite_url: str) -> None:
+    store = JobStore(sqlite_url)
+    made = ended(store, "completed", metrics={"f1": 1})
+    board = client(store)
+    for origin in ("http://[", "http://[x]", "://", "null"):
+        assert board.post("/actions/rescue", headers={"origin": origin}).status_code == 403
+        assert board.post("/api/jobs", json={}, headers={"origin": origin}).status_code == 403
+    boot = board.app.state.site.hub.boot
+    assert board.get("/poll", params={"view": "now", "last": f"{boot}.{'9' * 5000}"}).status_code == 200
+    for what in ("metrics", "spec"):
+        assert board.get(f"/jobs/{made.id}/{what}.json").status_code == 200
+    for what in ("%E2%82%AC", "anything", "a%22b"):
+        assert board.get(f"/jobs/{made.id}/{what}.json").status_code == 404
 
 
 def test_a_page_of_another_port_is_another_site(store: JobStore, made: Made) -> None:

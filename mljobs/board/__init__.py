@@ -10,7 +10,8 @@ Needs the extra ``board``: ``pip install 'mljobs[board]'``.
 - ``_now_page``, ``_jobs_page``, ``_job_page``, ``_targets_page``, ``_target_page``, ``_compare_page``, ``_overview_page``:
   the pages; ``_now``, ``_query``, ``_compared``, ``_workers``, ``_finished``: what they show; ``_actions``: what they change
 - ``_html``: anybody's text in a page; ``_format``, ``_charts``, ``_plots``: values and figures as people read them
-- ``_api``, ``_openapi``: the same as JSON
+- ``_api``: the same as JSON; ``_api_requests``, ``_api_records``, ``_api_jobs``, ``_api_figures``, ``_api_files``: its
+  parts; ``_openapi``: its description
 - ``_demo``, ``_live``: the demonstration
 """
 

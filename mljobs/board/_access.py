@@ -87,8 +87,15 @@ def check_same_origin(request: Request) -> None:
             return
         raise HTTPException(403, "This form was sent from another site; nothing was done.")
     origin = request.headers.get("origin")
-    if origin is None or urlsplit(origin).netloc.lower() != request.headers.get("host", "").lower():
+    if origin is None or _place_of(origin) != request.headers.get("host", "").lower():
         raise HTTPException(403, "This request does not say that it comes from this site; nothing was done.")
+
+
+def _place_of(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:  # a host in brackets that is no address
+        return None
 
 
 def check_api_origin(request: Request) -> None:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mljobs.board import (
     _actions,
     _api,
+    _api_requests,
     _compare_page,
     _job_page,
     _jobs_page,
@@ -27,8 +28,8 @@ from mljobs.board import (
     _targets_page,
 )
 from mljobs.board._access import Access, Authorize
-from mljobs.board._backend import Backend, DatabaseAway, TooSlow
-from mljobs.board._site import Links, Site, Viewer
+from mljobs.board._backend import Backend, DatabaseAway, TablesMissing, TooSlow
+from mljobs.board._site import ROOT, Links, Site, Viewer, path_in
 from mljobs.errors import JobNotFound, MlJobsError
 from mljobs.jobs import Model
 
@@ -141,7 +142,8 @@ class SafeHeaders:
         if not path.startswith(root) and (outer + path).startswith(
             root
         ):  # FastAPI(root_path=...) leaves it out of the path
-            scope = {**scope, "path": outer + path}
+            path = outer + path
+        scope = {**scope, "path": path, ROOT: root}
         if len(scope.get("query_string", b"")) + len(scope.get("path", "")) > _URL_MOST:
             await Response("The address is too long.", 414, media_type="text/plain")(scope, receive, sending)
             return
@@ -167,14 +169,14 @@ async def static(request: Request) -> Response:
 
 
 def _is_api(request: Request) -> bool:
-    return "/api/" in request.url.path
+    return path_in(request.scope).startswith("/api/")
 
 
 async def _message(request: Request, status: int, heading: str, message: str) -> Response:
     if _is_api(request):
-        return _api.problem(request, status, heading, message)
+        return _api_requests.problem(request, status, heading, message)
     site: Site = request.app.state.site
-    viewer = Viewer(Access.NONE, None, Links(request.scope.get("root_path", "")))
+    viewer = Viewer(Access.NONE, None, Links.of(request.scope))
     return site.page(request, viewer, "message.html", heading=heading, message=message, status=status)
 
 
@@ -192,7 +194,7 @@ _WORDS = {404: "There is no such page.", 405: "This address does not take that."
 
 async def _failed(request: Request, error: Exception) -> Response:
     if _is_api(request):
-        return _api.problem_of(request, error)
+        return _api_requests.problem_of(request, error)
     status = 404 if isinstance(error, JobNotFound) else 409
     if isinstance(error, ValueError):
         status = 422
@@ -205,12 +207,15 @@ async def _broken(request: Request, _error: Exception) -> Response:
 
 
 async def _away(request: Request, error: Exception) -> Response:
-    slow = isinstance(error, TooSlow)
-    heading = "This took too long" if slow else "The database does not answer"
+    heading = "The database does not answer"
+    if isinstance(error, TooSlow):
+        heading = "This took too long"
+    elif isinstance(error, TablesMissing):
+        heading = "The tables are not there"
     if _is_api(request):
-        return _api.problem(request, 503, heading, "")
+        return _api_requests.problem(request, 503, heading, "")
     site: Site = request.app.state.site
-    viewer = Viewer(Access.NONE, None, Links(request.scope.get("root_path", "")))
+    viewer = Viewer(Access.NONE, None, Links.of(request.scope))
     answer = site.page(
         request, viewer, "away.html", heading=heading, message=str(error), since=site.hub.away_since, status=503
     )

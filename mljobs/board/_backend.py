@@ -8,10 +8,9 @@ from typing import Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from mljobs import jobs
+from mljobs.db._failures import CONNECTION_ERRORS, database_is_away
 from mljobs.jobs import Bind, Model
 from mljobs.store._store import JobStore
 
@@ -19,10 +18,16 @@ R = TypeVar("R")
 
 _THREADS = 8
 _QUERY_CANCELED = "57014"
+_UNDEFINED = ("42P01", "42703", "3F000")  # table, column, schema
+_SQLITE_UNDEFINED = ("no such table", "no such column")
 
 
 class DatabaseAway(Exception):
     """The database does not answer."""
+
+
+class TablesMissing(DatabaseAway):
+    """The database answers, and has no such tables."""
 
 
 class TooSlow(Exception):
@@ -77,12 +82,11 @@ class Backend:
                     self._threads = CapacityLimiter(_THREADS)
                 return await to_thread.run_sync(self._in_thread, work, limiter=self._threads)
             result: R = await self.store.run(work)
-        except (OperationalError, InterfaceError, PoolTimeout, OSError) as error:
-            raise _named(error) from error
-        except DBAPIError as error:
-            if error.connection_invalidated:
-                raise _named(error) from error
-            raise
+        except CONNECTION_ERRORS as error:
+            named = _named(error)
+            if named is None:
+                raise
+            raise named from error
         return result
 
     def _in_thread(self, work: Callable[[Bind], R]) -> R:
@@ -95,9 +99,13 @@ def _limited(work: Callable[[Bind], R], seconds: float, bind: Bind) -> R:
     return work(bind)
 
 
-def _named(error: Exception) -> DatabaseAway | TooSlow:
+def _named(error: Exception) -> DatabaseAway | TooSlow | None:
+    """Return what a page says of an error of the database; None of one of ours."""
     original = getattr(error, "orig", None) or error
     state = getattr(original, "sqlstate", None)
     if state == _QUERY_CANCELED:
         return TooSlow("it took longer than the board lets a page take")
-    return DatabaseAway(str(original).strip().partition("\n")[0] or type(original).__name__)
+    line = str(original).strip().partition("\n")[0] or type(original).__name__
+    if state in _UNDEFINED or line.startswith(_SQLITE_UNDEFINED):
+        return TablesMissing(f"{line}; 'mljobs upgrade' makes the tables, or brings them up to date")
+    return DatabaseAway(line) if database_is_away(error) else None

@@ -115,6 +115,17 @@ def size(number: int) -> str:
     return f"{number} GB"
 
 
+def plural(number: int, one: str, many: str = "") -> str:
+    """Return a number of things: ``1 job``, ``1,204 jobs``.
+
+    Args:
+        number: How many.
+        one: What one of them is called.
+        many: What several are called; empty for ``one`` with an s.
+    """
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def number(value: float) -> str:
     """Return a figure in at most six digits."""
     return f"{value:.6g}"
@@ -164,7 +175,7 @@ def literal(value: Any) -> str:
         case list():
             return f"[{', '.join(map(literal, value))}]"
         case _:
-            return f"{len(value)} keys"
+            return plural(len(value), "key")
 
 
 def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[str, Any]]:
@@ -182,7 +193,8 @@ class Node:
 
     key: str
     text: str
-    path: str
+    keys: tuple[str, ...] = ()
+    value: Any = None
     note: str = ""
     children: tuple[Node, ...] = ()
     leaf: bool = True
@@ -190,10 +202,10 @@ class Node:
 
 def tree(value: Any) -> tuple[Node, ...]:
     """Return parsed JSON as nodes: at most 200 of each level and 2,000 in all; what is left out is said."""
-    return _level(value, "", 0, [_NODES_SHOWN])
+    return _level(value, (), [_NODES_SHOWN])
 
 
-def _level(value: Any, path: str, depth: int, left: list[int]) -> tuple[Node, ...]:
+def _level(value: Any, keys: tuple[str, ...], left: list[int]) -> tuple[Node, ...]:
     pairs: list[tuple[str, Any]] = (
         list(value.items()) if isinstance(value, dict) else [(str(at), item) for at, item in enumerate(value)]
     )
@@ -202,25 +214,25 @@ def _level(value: Any, path: str, depth: int, left: list[int]) -> tuple[Node, ..
         if left[0] <= 0:
             break
         left[0] -= 1
-        nodes.append(_node(key, item, f"{path}.{key}" if path else key, depth, left))
+        nodes.append(_node(item, (*keys, key), left))
     if len(pairs) > len(nodes):
-        nodes.append(Node("", f"{len(pairs) - len(nodes):,} more", "", leaf=False))
+        nodes.append(Node("", f"{len(pairs) - len(nodes):,} more", leaf=False))
     return tuple(nodes)
 
 
-def _node(key: str, item: Any, path: str, depth: int, left: list[int]) -> Node:
+def _node(item: Any, keys: tuple[str, ...], left: list[int]) -> Node:
+    key, depth = keys[-1], len(keys) - 1
     if isinstance(item, dict) and item and depth < _DEPTH_SHOWN:
-        word = "key" if len(item) == 1 else "keys"
-        return Node(key, "", path, f"{len(item)} {word}", _level(item, path, depth + 1, left), leaf=False)
+        return Node(key, "", note=plural(len(item), "key"), children=_level(item, keys, left), leaf=False)
     if isinstance(item, list) and depth < _DEPTH_SHOWN:
         flat = all(not isinstance(one, dict | list) for one in item)
         text = literal(item) if flat else ""
         if flat and len(item) <= 8 and len(text) <= 80:
-            return Node(key, text, path, leaf=False)
+            return Node(key, text, leaf=False)
         head = ", ".join(literal(one) for one in item[:3]) if flat else ""
-        note = f"{len(item):,} items" + (f": {head[:80]} …" if head else "")
-        return Node(key, "", path, note, _level(item, path, depth + 1, left), leaf=False)
-    return Node(key, literal(item), path)
+        note = plural(len(item), "item") + (f": {head[:80]} …" if head else "")
+        return Node(key, "", note=note, children=_level(item, keys, left), leaf=False)
+    return Node(key, literal(item), keys, item)
 
 
 # -------------------------------------------------------------------------------------------------------- tracebacks

@@ -42,6 +42,7 @@ _WAITS_EVERY = 300.0
 _USUAL_EVERY = 120.0
 _BEAT_EVERY = 15.0
 _LAST_VIEW_KEPT = 30.0
+_DIGITS = 16
 
 
 @dataclass
@@ -169,12 +170,26 @@ class Hub:
         """Return the view that is known by this key; ``render`` returns its fragments, awaited."""
         self._on_this_loop()
         if key not in self.views:
+            self._forget_views()
             self.views[key] = View(render)
+        self.views[key].left = time.monotonic()
         return self.views[key]
+
+    def _forget_views(self) -> None:
+        """Forget the views that nobody has watched for a while, or asked for by polling."""
+        now = time.monotonic()
+        for key, view in list(self.views.items()):
+            if not view.watchers and now - view.left > _LAST_VIEW_KEPT:
+                del self.views[key]
 
     async def refresh(self, view: View) -> None:
         """Render a view now, for whoever comes first."""
         view.put({AWAY: "", **await view.render()})
+
+    def number_of(self, last: str) -> int:
+        """Return the number in the id of an event; 0 where it is none of this process."""
+        boot, _, digits = last.partition(".")
+        return int(digits) if boot == self.boot and digits.isdecimal() and len(digits) < _DIGITS else 0
 
     async def follow(self, view: View, last: str) -> AsyncIterator[tuple[str, dict[str, str]]]:
         """Yield an id and the fragments that changed, each time some did; nothing but an id as a beat.
@@ -183,8 +198,7 @@ class Hub:
             view: What is watched.
             last: The last id that was received; empty at first.
         """
-        boot, _, digits = last.partition(".")
-        number = int(digits) if boot == self.boot and digits.isdecimal() else 0
+        number = self.number_of(last)
         view.watchers += 1
         self.streams += 1
         self._start()
@@ -218,10 +232,7 @@ class Hub:
 
     async def _watch(self) -> None:
         while not self.ending:
-            now = time.monotonic()
-            for key, view in list(self.views.items()):
-                if not view.watchers and now - view.left > _LAST_VIEW_KEPT and view.left:
-                    del self.views[key]
+            self._forget_views()
             watched = [view for view in self.views.values() if view.watchers]
             if not watched and not self.streams:
                 return

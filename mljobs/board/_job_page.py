@@ -14,13 +14,15 @@ from starlette.responses import Response
 from mljobs import jobs
 from mljobs._values import to_job_id, utc_now
 from mljobs.board._access import Access
-from mljobs.board._format import failure, parsed, size, tree
+from mljobs.board._format import Node, Numeral, failure, numeric, parsed, plural, size, tree
 from mljobs.board._html import Html
 from mljobs.board._now import running_row
 from mljobs.board._plots import gantt
+from mljobs.board._query import MOST_TEXT
 from mljobs.board._site import Links, Site, quoted
 from mljobs.errors import InvalidValueError
-from mljobs.jobs import Bind, JobSummary
+from mljobs.jobs import Bind, Filter, FilterTerm, JobSummary
+from mljobs.jobs._words import Pattern
 from mljobs.states import MlJobStatus
 
 _TEXT_WHOLE = 200_000
@@ -94,12 +96,27 @@ def job_parts(
 
 
 def filter_url_of(url: Links) -> Any:
-    """Return what makes the address of the jobs that have the value of a node, too."""
+    """Return what makes the address of the jobs that have the value of a node, too; empty where no filter can ask for it."""
 
     def filter_url(what: str, node: Any) -> str:
-        return url("jobs", q=f"{what}.{node.path}={node.text}")
+        term = term_of(what, node)
+        return url("jobs", q=str(Filter(term))) if term is not None and len(term.text) <= MOST_TEXT else ""
 
     return filter_url
+
+
+def term_of(what: str, node: Node) -> FilterTerm | None:
+    """Return the term of a filter for the value of a node; None where there is none."""
+    value: Any = node.value
+    if isinstance(value, Numeral):
+        if numeric(value) is None:
+            return None
+        value = int(value) if value.lstrip("-").isdigit() else float(value)
+    elif isinstance(value, str):
+        value = Pattern((value,))
+    elif not (value is None or isinstance(value, bool)):
+        return None
+    return FilterTerm(what, ":", (value,), node.keys)
 
 
 async def render_job(site: Site, url: Links, job_id: UUID) -> dict[str, str]:
@@ -174,8 +191,7 @@ async def job(request: Request) -> Response:
 def _count_of(text: str | None) -> str:
     value = parsed(text)
     if isinstance(value, dict | list):
-        word = ("key" if isinstance(value, dict) else "item") + ("" if len(value) == 1 else "s")
-        return f"{len(value)} {word}, {size(len(text or ''))}"
+        return f"{plural(len(value), 'key' if isinstance(value, dict) else 'item')}, {size(len(text or ''))}"
     return size(len(text)) if text else ""
 
 
@@ -196,6 +212,8 @@ async def job_json(request: Request) -> Response:
     site: Site = request.app.state.site
     await site.viewer(request)
     job_id, model = id_in_path(request), site.backend.model
+    if request.path_params["what"] not in ("spec", "metrics"):
+        raise HTTPException(404)
     found: Any = await site.backend.read(lambda bind: jobs.get(bind, job_id, model=model))
     text = found.spec_json if request.path_params["what"] == "spec" else found.metrics_json
     if text is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -78,6 +79,28 @@ def _some_of(value: Any, keys: Sequence[str]) -> tuple[tuple[tuple[str, str], ..
     )
 
 
+def _read(bind: Bind, asked: Asked, model: Any) -> dict[str, Any]:
+    """Return the page of jobs, and what stands around it."""
+    page = jobs.summaries(
+        bind,
+        asked.filter,
+        limit=asked.limit,
+        after=asked.after,
+        order=asked.order,
+        seconds=LOOK_SECONDS,
+        model=model,
+    )
+    found = {
+        "page": page,
+        "chains": jobs.chains(bind, [job.id for job in page.jobs], model=model),
+        "counts": None if asked.others else jobs.counts(bind, model=model),
+        "matching": None,
+    }
+    if asked.filter and page.jobs and page.scanned is None:  # what no index finds is not counted either
+        found["matching"] = jobs.count_up_to(bind, _COUNTED + 1, asked.filter, model=model)
+    return found
+
+
 async def listing(request: Request) -> Response:
     """Show a page of jobs that a filter finds."""
     site: Site = request.app.state.site
@@ -95,27 +118,7 @@ async def listing(request: Request) -> Response:
     if asked.problems:
         return site.page(request, viewer, "jobs_invalid.html", status=422, fields=jobs.Filter.fields(model), **shared)
 
-    def read(bind: Bind) -> dict[str, Any]:
-        page = jobs.summaries(
-            bind,
-            asked.filter,
-            limit=asked.limit,
-            after=asked.after,
-            order=asked.order,
-            seconds=LOOK_SECONDS,
-            model=model,
-        )
-        found = {
-            "page": page,
-            "chains": jobs.chains(bind, [job.id for job in page.jobs], model=model),
-            "counts": None if asked.others else jobs.counts(bind, model=model),
-            "matching": None,
-        }
-        if asked.filter and page.jobs and page.scanned is None:  # what no index finds is not counted either
-            found["matching"] = jobs.count_up_to(bind, _COUNTED + 1, asked.filter, model=model)
-        return found
-
-    found = await site.backend.read(read)
+    found = await site.backend.read(partial(_read, asked=asked, model=model))
     moment = utc_now()
     page: jobs.SummaryPage = found["page"]
     in_order = page.jobs if asked.order == asked.sort else page.jobs[::-1]

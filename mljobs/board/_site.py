@@ -29,6 +29,8 @@ from mljobs.board._hub import Hub
 
 THEME = "mljobs-theme"
 """The one cookie: ``light`` or ``dark``."""
+ROOT = "mljobs.board.root"
+"""Where in the scope the path stands that the board is mounted at."""
 _CUT = 60
 
 
@@ -75,6 +77,12 @@ def version() -> str:
     return digest.hexdigest()[:12]
 
 
+def path_in(scope: Scope) -> str:
+    """Return the path that was asked for, from the root of the board on; some servers leave the mount out of the path."""
+    path: str = scope.get("path", "/")
+    return path.removeprefix(scope.get(ROOT, scope.get("root_path", "")).rstrip("/"))
+
+
 class Links:
     """Addresses on this board, wherever it is mounted: ``url("jobs", q="status:failed")``.
 
@@ -85,14 +93,19 @@ class Links:
     def __init__(self, root: str) -> None:
         self.root = re.sub("//+", "/", root).rstrip("/")
 
+    @classmethod
+    def of(cls, scope: Scope) -> Links:
+        """Return the addresses of the board that a request has reached, whichever of its own mounts it is in."""
+        return cls(scope.get(ROOT, scope.get("root_path", "")))
+
     def __call__(self, path: str, **query: Any) -> str:
         pairs = [(name, value) for name, value in query.items() if value not in (None, "", [])]
         tail = f"?{urlencode(pairs, doseq=True)}" if pairs else ""
         return f"{quote(self.root)}/{quote(path)}{tail}"
 
     def here(self, scope: Scope) -> str:
-        """Return the address that was asked for; some servers leave the mount out of the path."""
-        path = scope.get("path", "/").removeprefix(scope.get("root_path", "").rstrip("/"))
+        """Return the address that was asked for."""
+        path = path_in(scope)
         query = scope.get("query_string", b"").decode("latin-1")
         return self(path.lstrip("/")) + (f"?{query}" if query else "")
 
@@ -155,7 +168,7 @@ class Site:
             HTTPException: Somebody who may see nothing (403).
         """
         access = await access_of(request, self.authorize)
-        return Viewer(access, None, Links(request.scope.get("root_path", "")))
+        return Viewer(access, None, Links.of(request.scope))
 
     def page(
         self,

@@ -72,8 +72,7 @@ async def poll(request: Request) -> Response:
     viewer = await site.viewer(request)
     view = _view_of(request, site, viewer.url)
     await site.hub.refresh(view)
-    boot, _, digits = request.query_params.get("last", "").partition(".")
-    number = int(digits) if boot == site.hub.boot and digits.isdecimal() else 0
+    number = site.hub.number_of(request.query_params.get("last", ""))
     body = {"id": f"{site.hub.boot}.{view.number}", **_message(view.since(number))}
     return JSONResponse(body, headers={"Cache-Control": "no-store"})
 

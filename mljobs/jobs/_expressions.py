@@ -14,6 +14,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import Boolean, TypeDecorator, TypeEngine
 
 _MAX_SQLITE_INT: Final = 2**63 - 1
+_NESTED: Final = 4
 
 
 class Number(TypeDecorator[Any]):
@@ -83,6 +84,7 @@ def _at(element: FunctionElement[Any], compiler: SQLCompiler, wanted: str, **kw:
     """Return the subquery of SQLite that walks down the keys; of a key that stands there twice the last one counts."""
     column, _, *keys = element.clauses
     inner = compiler.process(column, **kw)
+    steps = []
     for number, key in enumerate(keys, 1):
         last = number == len(keys)
         value = wanted if last else "value"
@@ -91,7 +93,10 @@ def _at(element: FunctionElement[Any], compiler: SQLCompiler, wanted: str, **kw:
             f"(SELECT {value} FROM json_each({inner}) WHERE CAST(key AS TEXT) = {compiler.process(key, **kw)}"  # noqa: S608 - compiled parts
             f"{inside} ORDER BY id DESC LIMIT 1)"
         )
-    return inner
+        if not last and len(keys) > _NESTED:  # by name: SQLite's parser has room for ten within another
+            steps.append(f"k{number}(value) AS {inner}")
+            inner = f"(SELECT value FROM k{number})"  # noqa: S608 - a number
+    return f"(WITH {', '.join(steps)} SELECT * FROM {inner})" if steps else inner  # noqa: S608 - compiled parts
 
 
 @compiles(JsonNumber)

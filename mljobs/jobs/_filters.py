@@ -18,6 +18,7 @@ from mljobs.jobs._base import JobRef, Model, id_of
 from mljobs.jobs._conditions import Field, condition_of, fields_of, tokens_of
 from mljobs.jobs._sentences import said
 from mljobs.jobs._words import (
+    MOST_KEYS,
     Operator,
     Pattern,
     Term,
@@ -404,6 +405,8 @@ def _json_term(name: str, path: str, wanted: Any) -> Term:
         raise InvalidValueError(f"{name}.{path}", wanted, "expected a number that a double can hold")
     value = Pattern((storable_text(name, wanted),)) if isinstance(wanted, str) else wanted
     keys = tuple(storable_text(name, path).split("."))
+    if len(keys) > MOST_KEYS:
+        raise InvalidValueError(name, f"{path[:60]}…", f"expected a path of at most {MOST_KEYS} keys")
     return Term(name, operator, (value,), keys)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from statistics import median
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import ColumnElement, String, Text, and_, case, cast, func, literal, select, type_coerce
 
@@ -168,7 +168,7 @@ def durations(session: Bind, *, since: datetime, model: Model = MlJob) -> Durati
     return Durations(tuple(kinds), not full or connection.execute(more).first() is None)
 
 
-def _joined(millis: ColumnElement[int], where: ColumnElement[bool]) -> ColumnElement[str | None]:
+def _joined(millis: ColumnElement[int], where: ColumnElement[bool]) -> ColumnElement[Any]:
     """Return the aggregate of those numbers for which the condition holds, as text."""
     return func.aggregate_strings(case((where, cast(millis, Text))), ",")
 

@@ -28,6 +28,8 @@ Form = Literal["token", "text", "part", "number", "flag", "time", "date", "span"
 COMPARED: Final = frozenset({"number", "time", "date", "span", "json"})
 """Forms of which one may be more or less than another."""
 
+MOST_KEYS: Final = 100
+"""The most keys of a path: each is a subquery of SQLite."""
 _UNITS: Final = {"w": 604_800_000, "d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1000, "ms": 1}
 _SPAN = re.compile(r"(?:\d{1,15}(?:\.\d{1,9})?(?:ms|[smhdw]))+")
 _SPAN_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhdw])")
@@ -226,6 +228,8 @@ def _divided(word: Word) -> Word:
             at = close + 1
         else:
             return word
+    if len(path) > MOST_KEYS:
+        raise word.error(f"a path has at most {MOST_KEYS} keys")
     operator = _OPERATOR.match(word.text, at)
     if operator is None:
         return word
