@@ -770,7 +770,7 @@ def test_tasks_share_one_reader_too_and_a_cancelled_one_holds_up_no_other(sqlite
                 await asyncio.sleep(0)
             async with reader.lock:  # the others wait for it while one is cancelled
                 await store.submit("train", "first")
-                while len(reader.lock._waiters or ()) < 3:  # noqa: ASYNC110
+                while len(reader.lock.lock._waiters or ()) < 3:  # noqa: ASYNC110
                     await asyncio.sleep(0)
                 watching.pop().cancel()
             await store.submit("train", "last")

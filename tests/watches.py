@@ -32,10 +32,10 @@ def answered(step: Read | Locked, read: Callable[[Read], Any]) -> Any:
     """Return what is to be sent to steps that ask for this."""
     if isinstance(step, Read):
         return read(step)
-    answer = None
+    answer, steps = None, step.steps()
     with step.lock:
         while True:
             try:
-                answer = read(step.steps.send(answer))
+                answer = read(steps.send(answer))
             except StopIteration as stop:
                 return stop.value

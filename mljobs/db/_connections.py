@@ -6,6 +6,7 @@ import asyncio
 import random
 import threading
 import time
+from asyncio import get_running_loop
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -242,11 +243,16 @@ def _driver(connection: Connection) -> Any:
 
 
 class AsyncConnectionCache(ConnectionCache):
-    """The same for the tasks of an event loop, which are many: one that finds all in use waits for the next, in turn."""
+    """The same for the tasks of an event loop, which are many: one that finds all in use waits for the next, in turn.
+
+    A connection to PostgreSQL belongs to the loop on which it was opened. So on another loop, as ``asyncio.run`` makes one,
+    all are dropped and new ones are opened.
+    """
 
     def __init__(self, engine: Engine, size: int) -> None:
         super().__init__(engine, size)
         self._places = asyncio.Semaphore(size)
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def closed_at_forks(self) -> bool:
@@ -266,6 +272,8 @@ class AsyncConnectionCache(ConnectionCache):
         """
         if not self._size:
             return await greenlet_spawn(self._run, operation)
+        if self._loop is not get_running_loop():
+            self.enter_loop()
         if self._places.locked():
             await self._wait()
         else:
@@ -287,8 +295,21 @@ class AsyncConnectionCache(ConnectionCache):
         except TimeoutError:
             raise PoolTimeoutError(f"none of {self._size} connections became free within {pool.timeout()} s") from None
 
+    def enter_loop(self) -> None:
+        """Drop the connections of another loop than the running one."""
+        loop, before = get_running_loop(), self._loop
+        if loop is before:
+            return
+        self._loop, self._places = loop, asyncio.Semaphore(self._size)
+        if before is not None and not self.begins:
+            for kept in self._idle:
+                kept.connection.detach()  # or the pool would close it, which its own loop alone can do
+            self._idle = deque()
+            self._engine.dispose(close=False)
+
     async def aclose(self) -> None:
         """Give all back to the pool."""
+        self.enter_loop()
         await greenlet_spawn(self.close)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
-from contextlib import asynccontextmanager, closing
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import aclosing, asynccontextmanager, closing
 from functools import partial
 from typing import Any, Generic, Self, TextIO, TypeVar, Unpack, cast
 from weakref import WeakSet
@@ -38,15 +38,8 @@ from mljobs.store._base import (
 )
 from mljobs.store._bulk import AsyncBulkActions
 from mljobs.store._display import display_for
-from mljobs.store._following import (
-    AsyncFollower,
-    FollowSteps,
-    Locked,
-    Read,
-    closed_meanwhile,
-    poll_seconds,
-    wait_steps,
-)
+from mljobs.store._followers import AsyncFollower, TaskLock
+from mljobs.store._following import FollowSteps, Read, closed_meanwhile, poll_seconds, wait_steps
 from mljobs.store._keeper import Keeper
 from mljobs.store._methods import (
     async_claim_method,
@@ -58,7 +51,7 @@ from mljobs.store._methods import (
     async_renewal_method,
     async_submit_many_method,
 )
-from mljobs.store._outcomes import Followable, Followed, Snapshot, followed_steps, following
+from mljobs.store._outcomes import Followable, Followed, followed_steps, following
 from mljobs.store._recording import record_end
 from mljobs.store._run import Run, worker_name
 from mljobs.store._store import JobStore
@@ -107,11 +100,10 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
         self.model: type[M] = model
         self._sessions: async_sessionmaker[Any] | None = None
         self._joined: AsyncConnection | None = None
-        self._joined_lock = asyncio.Lock()
+        self._joined_lock = TaskLock()
         self._owned = isinstance(source, str | URL)
-        self._followers: WeakSet[AsyncFollower] = WeakSet()
-        self._closings = 0
-        self._reader = SharedReader(model, asyncio.Lock)
+        self._followers: WeakSet[AsyncFollower[Any]] = WeakSet()
+        self._reader = SharedReader(model, TaskLock)
         bind: object = source
         if isinstance(source, str | URL):
             bind = new_async_engine(source, autocommit=True, **options)
@@ -190,13 +182,19 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
         if self._joined is not None:
             async with self._joined_lock:
                 return cast("R", await self._joined.run_sync(partial(self._in_savepoint, operation)))
+        if kept and self._sessions is None:
+            return await self._single.run(operation)
+        self._enter_loop()
         if self._sessions is not None:
             async with self._sessions.begin() as session:
                 return cast("R", await session.run_sync(partial(self._in_session, operation)))
-        if kept:
-            return await self._single.run(operation)
         async with self._transactional.begin() as connection:
             return await connection.run_sync(operation)
+
+    def _enter_loop(self) -> None:
+        """Leave the connections of another loop alone; those of a host's engine are the host's."""
+        if self._owned:
+            self._single.enter_loop()
 
     def _in_session(self, operation: Callable[[Bind], R], session: Session) -> R:
         read_committed(session, self.model)
@@ -271,12 +269,13 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
     async def wait(self, job: JobRef, timeout: float | None = None, *, poll: float | None = None) -> M:  # noqa: ASYNC109
         """Wait until the job has finished, and return it; see ``JobStore.wait``."""
         steps = wait_steps(job, timeout, poll_seconds(self.engine.dialect.name, poll), self.model)
-        finished: list[M] = []
-        async for _ in self._follow(steps, finished):
-            pass
-        if not finished:
+        async with aclosing(self._follow(steps, timeout)) as follower:
+            async for _ in follower:
+                pass
+        if follower.result is None:
             raise closed_meanwhile(job)
-        return finished[0]
+        finished: M = follower.result
+        return finished
 
     def watch(
         self,
@@ -286,12 +285,14 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
         timeout: float | None = None,
         poll: float | None = None,
         **fields: Unpack[Filters],
-    ) -> AsyncIterator[M]:
-        """Yield each job that is added or changes, from now on; see ``JobStore.watch``."""
+    ) -> AsyncFollower[M]:
+        """Yield each job that is added or changes; see ``JobStore.watch``.
+
+        It begins where it is entered, ``async with store.watch() as watch``, or else with its first step.
+        """
         chosen = selection(self.model, filter, where, fields)
-        return self._follow(
-            watch_steps(self._reader, chosen, timeout, poll_seconds(self.engine.dialect.name, poll)), []
-        )
+        steps = watch_steps(self._reader, chosen, timeout, poll_seconds(self.engine.dialect.name, poll))
+        return self._follow(steps, timeout)
 
     async def follow(
         self,
@@ -307,54 +308,25 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
         """Follow jobs until all have finished; see ``JobStore.follow``."""
         chosen = following(self.model, jobs, where, fields)
         steps: Any = followed_steps(chosen, timeout, poll_seconds(self.engine.dialect.name, poll))
-        found: list[Any] = []
         with closing(display_for(file, show=show)) as display:
-            async for snapshot in self._follow(steps, found):
-                display.show(cast("Snapshot", snapshot))
-            followed: Followed[M] = found[0] if found else Followed(complete=False)
+            async with aclosing(self._follow(steps, timeout)) as follower:
+                async for snapshot in follower:
+                    display.show(snapshot)
+            followed: Followed[M] = follower.result or Followed(complete=False)
             display.end(followed)
         return followed
 
-    def _follow(self, steps: FollowSteps, finished: list[M]) -> AsyncIterator[M]:
-        return self._followed(steps, finished, self._closings)
+    def _follow(self, steps: FollowSteps, timeout: float | None) -> AsyncFollower[Any]:
+        follower: AsyncFollower[Any] = AsyncFollower(steps, self._read, self._new_listener, timeout)
+        self._followers.add(follower)
+        return follower
 
-    async def _followed(self, steps: FollowSteps, finished: list[M], closings: int) -> AsyncIterator[M]:
-        answer: Any = None
-        polls = self._joined is not None
-        if self._closings != closings:  # before the first step
-            return
-        async with AsyncChangeListener(self.engine, table_of(self.model), polls=polls) as listener:
-            follower = AsyncFollower(listener)
-            self._followers.add(follower)
-            while True:
-                try:
-                    step = steps.send(answer)
-                except StopIteration as stop:
-                    finished.append(stop.value)
-                    return
-                answer = None
-                if not isinstance(step, Read | Locked | float | int):
-                    yield step
-                    continue
-                async with follower.busy:
-                    if follower.closed:
-                        return
-                    if isinstance(step, Read):
-                        answer = await self.run(step.operation, atomic=False)
-                    elif isinstance(step, Locked):
-                        async with step.lock:
-                            answer = await self._read_all(step.steps)
-                    else:
-                        await listener.wait(step)
+    async def _read(self, step: Read) -> Any:
+        return await self.run(step.operation, atomic=False)
 
-    async def _read_all(self, steps: Generator[Read, Any, Any]) -> Any:
-        answer = None
-        while True:
-            try:
-                step = steps.send(answer)
-            except StopIteration as stop:
-                return stop.value
-            answer = await self.run(step.operation, atomic=False)
+    def _new_listener(self) -> AsyncChangeListener:
+        self._enter_loop()
+        return AsyncChangeListener(self.engine, table_of(self.model), polls=self._joined is not None)
 
     @asynccontextmanager
     async def running(
@@ -395,9 +367,8 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
 
     async def close(self) -> None:
         """End each ``watch``, and close the connections of a store that was made from a URL."""
-        self._closings += 1
         for follower in list(self._followers):
-            await follower.close()
+            await follower.aclose()
         if self._owned:
             await self._single.aclose()
             await self._engine.dispose()

@@ -1,26 +1,22 @@
 """Follow jobs: wait for one to finish. The logic only; who reads and who sleeps, the store knows.
 
 Each generator here yields what it needs next: a :class:`Read` of the database, or several of them (:class:`Locked`), whose
-answer it is sent, a number of seconds to sleep, or a job to hand to the caller. So one body serves threads and coroutines.
+answer it is sent, a number of seconds to sleep, or a job to hand to the caller. So one body serves threads and coroutines;
+what runs it stands in ``mljobs.store._followers``.
 """
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mljobs._values import check_seconds
 from mljobs.errors import MlJobsError, WaitTimeout
 from mljobs.jobs import Bind, JobRef, Model, get
 from mljobs.jobs._base import id_of, model_and_id
 from mljobs.record._models import MlJob
-
-if TYPE_CHECKING:
-    from mljobs.db._wake import AsyncChangeListener, ChangeListener
 
 _POLL = 1.0
 _POLL_SQLITE = 0.1
@@ -35,53 +31,24 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Locked:
-    """Reads to be made under a lock, one after the other; the answer is what they return."""
-
-    lock: Any
-    steps: Generator[Read, Any, Any]
-
-
-class Follower:
-    """A ``wait`` or ``watch`` under way, which its store can end from another thread.
-
-    Args:
-        listener: What it waits with.
+    """Reads to be made under a lock, one after the other; the answer is what they return.
 
     Attributes:
-        busy: Held while it reads or waits, not while its caller has a job.
-        closed: Whether the store was closed.
+        lock: Of threads, or of tasks.
+        steps: Makes them, again where they were interrupted.
     """
 
-    def __init__(self, listener: ChangeListener) -> None:
-        self._listener = listener
-        self.busy = threading.Lock()
-        self.closed = False
-
-    def close(self) -> None:
-        """End it, and close its connection."""
-        self.closed = True
-        self._listener.wake()
-        with self.busy:
-            self._listener.close()
+    lock: Any
+    steps: Callable[[], Generator[Read, Any, Any]]
 
 
-class AsyncFollower:
-    """A ``wait`` or ``watch`` under way, which its store can end from another task; see ``Follower``."""
-
-    def __init__(self, listener: AsyncChangeListener) -> None:
-        self._listener = listener
-        self.busy = asyncio.Lock()
-        self.closed = False
-
-    async def close(self) -> None:
-        """End it, and close its connection."""
-        self.closed = True
-        self._listener.wake()
-        async with self.busy:
-            await self._listener.close()
+class Begun:
+    """What ``watch`` says after its first look: what comes after it is yielded."""
 
 
-FollowSteps = Generator["Read | Locked | float | Any", Any, Any]
+BEGUN = Begun()
+
+FollowSteps = Generator["Read | Locked | float | Begun | Any", Any, Any]
 
 
 def check_waiting(timeout: float | None, poll: float) -> None:

@@ -10,7 +10,7 @@ or on a host's ``sessionmaker``, runs each operation in a session, so that the h
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any, Generic, Self, TextIO, Unpack
 from weakref import WeakSet
@@ -39,7 +39,8 @@ from mljobs.store._base import (
 )
 from mljobs.store._bulk import BulkActions
 from mljobs.store._display import display_for
-from mljobs.store._following import Follower, FollowSteps, Locked, Read, closed_meanwhile, poll_seconds, wait_steps
+from mljobs.store._followers import Follower
+from mljobs.store._following import FollowSteps, Read, closed_meanwhile, poll_seconds, wait_steps
 from mljobs.store._keeper import Keeper
 from mljobs.store._methods import (
     claim_method,
@@ -85,8 +86,7 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
         self._sessions: sessionmaker[Any] | None = None
         self._joined: JoinedConnection | None = None
         self._owned = isinstance(source, str | URL)
-        self._followers: WeakSet[Follower] = WeakSet()
-        self._closings = 0
+        self._followers: WeakSet[Follower[Any]] = WeakSet()
         self._reader = SharedReader(model, threading.Lock)
         bind: object = source
         if isinstance(source, str | URL):
@@ -246,10 +246,13 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
             MlJobsError: The store was closed meanwhile.
         """
         steps = wait_steps(job, timeout, poll_seconds(self.engine.dialect.name, poll), self.model)
-        result: M | None = _last(self._follow(steps))
-        if result is None:
+        with self._follow(steps, timeout) as follower:
+            for _ in follower:
+                pass
+        if follower.result is None:
             raise closed_meanwhile(job)
-        return result
+        finished: M = follower.result
+        return finished
 
     def watch(
         self,
@@ -259,11 +262,13 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
         timeout: float | None = None,
         poll: float | None = None,
         **fields: Unpack[Filters],
-    ) -> Iterator[M]:
-        """Yield each job that is added or changes (state, progress, attempts), from now on.
+    ) -> Follower[M]:
+        """Yield each job that is added or changes (state, progress, attempts), from this call on.
 
         A job that changes twice between two looks is yielded once, as it is then. One that is committed five minutes or more
-        after its times were taken may be missed.
+        after its times were taken may be missed. A database that is away is waited for, a minute at most; then its error is
+        raised, and the same watch goes on where it was when it is asked again. Leaving a ``with`` around it ends it, and so
+        does its ``close``, from any thread.
 
         Args:
             filter: A :class:`~mljobs.Filter`, or its text; None for all jobs.
@@ -274,7 +279,8 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
             **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
         """
         chosen = selection(self.model, filter, where, fields)
-        return self._follow(watch_steps(self._reader, chosen, timeout, poll_seconds(self.engine.dialect.name, poll)))
+        steps = watch_steps(self._reader, chosen, timeout, poll_seconds(self.engine.dialect.name, poll))
+        return self._follow(steps, timeout).begin()
 
     def follow(
         self,
@@ -310,53 +316,21 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
         """
         chosen = following(self.model, jobs, where, fields)
         steps: Any = followed_steps(chosen, timeout, poll_seconds(self.engine.dialect.name, poll))
-        with closing(display_for(file, show=show)) as display:
-            followed = _last(self._follow(steps), display.show) or Followed(complete=False)
+        with closing(display_for(file, show=show)) as display, self._follow(steps, timeout) as follower:
+            for snapshot in follower:
+                display.show(snapshot)
+            followed: Followed[M] = follower.result or Followed(complete=False)
             display.end(followed)
         return followed
 
-    def _follow(self, steps: FollowSteps) -> Generator[Any, None, Any]:
-        return self._followed(steps, self._closings)
-
-    def _followed(self, steps: FollowSteps, closings: int) -> Generator[Any, None, Any]:
-        answer: Any = None
-        if self._closings != closings:  # before the first step
-            return None
-        with self.new_listener() as listener:
-            follower = Follower(listener)
-            self._followers.add(follower)
-            while True:
-                try:
-                    step = steps.send(answer)
-                except StopIteration as stop:
-                    return stop.value
-                answer = None
-                if not isinstance(step, Read | Locked | float | int):
-                    yield step
-                    continue
-                with follower.busy:
-                    if follower.closed:
-                        return None
-                    if isinstance(step, Read):
-                        answer = self._read(step)
-                    elif isinstance(step, Locked):
-                        with step.lock:
-                            answer = self._read_all(step.steps)
-                    else:
-                        listener.wait(step)
+    def _follow(self, steps: FollowSteps, timeout: float | None) -> Follower[Any]:
+        follower: Follower[Any] = Follower(steps, self._read, self.new_listener(), timeout)
+        self._followers.add(follower)
+        return follower
 
     def _read(self, step: Read) -> Any:
         with self.connect(atomic=False) as bind:
             return step.operation(bind)
-
-    def _read_all(self, steps: Generator[Read, Any, Any]) -> Any:
-        answer = None
-        while True:
-            try:
-                step = steps.send(answer)
-            except StopIteration as stop:
-                return stop.value
-            answer = self._read(step)
 
     @contextmanager
     def running(self, job: JobRef, *, worker: str | None = None, lease: float = DEFAULT_LEASE) -> Iterator[Run[M]]:
@@ -395,7 +369,6 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
 
     def close(self) -> None:
         """Give back all connections, and end each ``watch``; of a store that was made from a URL, close them."""
-        self._closings += 1
         for follower in list(self._followers):
             follower.close()
         self._single.close()
@@ -417,12 +390,3 @@ def _detaching(begun: AbstractContextManager[Session], model: Model | None = Non
         yield session
         session.flush()
         session.expunge_all()  # as it is, whatever expire_on_commit says
-
-
-def _last(steps: Generator[Any, None, Any], see: Callable[[Any], object] = lambda _: None) -> Any:
-    """Return what a generator returns; give ``see`` what it yields."""
-    while True:
-        try:
-            see(next(steps))
-        except StopIteration as stop:
-            return stop.value

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Generator
+from functools import partial
 from typing import Any
 from uuid import UUID
 from weakref import ref
@@ -22,7 +23,7 @@ from mljobs.jobs._reading import fetch
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus
 from mljobs.store._change_reader import Change, ChangeReader, Version, several
-from mljobs.store._following import FollowSteps, Locked, Read, check_waiting
+from mljobs.store._following import BEGUN, FollowSteps, Locked, Read, check_waiting
 
 _AT_ONCE = 1_000
 """How many jobs are read whole at once."""
@@ -70,15 +71,17 @@ def watch_steps(shared: SharedReader, chosen: Selection, timeout: float | None, 
     since = time.monotonic()
     end = None if timeout is None else since + timeout
     watch = Watch(shared.get(), chosen)
+    yield from watch.look(since)
+    yield BEGUN
     while True:
-        yield from watch.look(since)
         now, looked = time.monotonic(), watch.reader.ended
         due = looked + poll
-        if end is not None and end <= now:
-            return
         yield max(0.0, (due if end is None else min(due, end)) - now)
         now = time.monotonic()
         since = looked if now >= due else now  # before that, a notification has come, or the end
+        yield from watch.look(since)
+        if end is not None and end <= now:
+            return
 
 
 class Watch:
@@ -103,7 +106,7 @@ class Watch:
             since: By the monotonic clock: a look that began earlier does not count, a later one of another watch does.
         """
         if not self._joined:
-            active = yield Locked(self.reader.lock, self.reader.join(self, since))
+            active = yield Locked(self.reader.lock, lambda: self.reader.join(self, since))
             passing = yield from self._passing(active)
             self._yielded = {name: version for name, version in active.items() if name in passing}
             self._joined = True
@@ -111,7 +114,7 @@ class Watch:
         more = True
         while more:
             reader = self.reader
-            changes, active, more = yield Locked(reader.lock, reader.take(self, since))
+            changes, active, more = yield Locked(reader.lock, partial(reader.take, self, since))
             yield from self._hand_out(changes, active)
             if not more:
                 self._forget(active)
