@@ -412,6 +412,23 @@ def test_days_are_found_and_read_by_index(url: str) -> None:
     assert all("ix_ml_jobs_finished" in plan for plan in statements)
 
 
+def test_a_digest_sorts_in_more_memory_and_leaves_the_setting_as_it_was(postgres_url: str) -> None:
+    put(postgres_url, *(finished(number) for number in range(3)))
+    engine = create_engine(postgres_url, poolclass=NullPool)
+    seen: list[str] = []
+    with engine.connect() as connection:
+
+        def setting() -> str:
+            return str(connection.exec_driver_sql("SELECT current_setting('work_mem')").scalar())
+
+        for own, inside in (("5MB", "64MB"), ("1GB", "1GB")):
+            connection.exec_driver_sql(f"SET work_mem = '{own}'")
+            digest(connection, on_line=lambda _: seen.append(setting()))
+            assert set(seen) == {inside}
+            assert setting() == own
+            seen.clear()
+
+
 # ------------------------------------------------------------------------------------------------------ on the command
 
 

@@ -6,7 +6,8 @@ A ``UUID`` and three ``datetime`` objects cost more than all else in a row; see 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
@@ -14,7 +15,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from sqlalchemy import Boolean, SmallInteger, Text, cast, literal_column, select, type_coerce
+from sqlalchemy import Boolean, SmallInteger, Text, cast, func, literal_column, select, type_coerce
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import NullType
 
@@ -223,6 +224,21 @@ def sorted_reader(
     joined = places.outerjoin(rows, literal_column("sorted_row.rowid") == places.c.place)
     found: list[Any] = [type_coerce(rows.c[column.name], NullType()) for column in columns]
     return _stream_of(connection, select(*found).select_from(joined), chunk)
+
+
+@contextmanager
+def more_sort_memory(connection: Connection) -> Iterator[None]:
+    """Let PostgreSQL sort 64 MB in memory, in this transaction, until the block ends; by default it has 4 MB."""
+    if connection.dialect.name != "postgresql":
+        yield
+        return
+    before = connection.exec_driver_sql("SELECT current_setting('work_mem')").scalar()
+    connection.exec_driver_sql(
+        "SELECT set_config('work_mem', '64MB', true) WHERE pg_size_bytes(current_setting('work_mem')) < 64 * 1024 * 1024"
+    )
+    yield
+    # After an error there is nothing to set back: the transaction ends, and the setting with it.
+    connection.execute(select(func.set_config("work_mem", before, True)))
 
 
 def _stream_of(connection: Connection, statement: Select[Any], chunk: int) -> Reader:

@@ -17,7 +17,7 @@ import msgspec
 from sqlalchemy import ColumnElement, Connection, bindparam, func, select
 
 from mljobs._values import to_utc, utc_now
-from mljobs.db._wire import Reader, sorted_reader, wire_of
+from mljobs.db._wire import Reader, more_sort_memory, sorted_reader, wire_of
 from mljobs.errors import InvalidValueError
 from mljobs.jobs import Bind, Model, table_of
 from mljobs.jobs._base import connection_of, is_postgres
@@ -278,21 +278,22 @@ class _Days:
             end: The day after the last.
             undated: Whether what has finished without a day comes last, under None.
         """
-        rows_of = self._rows_by_id(*self._in_span)
-        day = self._first_day(start, end)
-        while day is not None and day < end:
-            content = self._content(rows_of(_span(day, day + _DAY)))
-            if content.finished:
-                yield day, content
-            day += _DAY
-            # The day after mostly has records too: it is looked for only behind one that has none.
-            if not content.finished:
-                day = self._first_day(day, end)
-        if undated:
-            status, finished_at = self._table.c.status, self._table.c.finished_at
-            content = self._content(self._rows_by_id(status.in_(TERMINAL), finished_at.is_(None))({}))
-            if content.finished:
-                yield None, content
+        with more_sort_memory(self._connection):
+            rows_of = self._rows_by_id(*self._in_span)
+            day = self._first_day(start, end)
+            while day is not None and day < end:
+                content = self._content(rows_of(_span(day, day + _DAY)))
+                if content.finished:
+                    yield day, content
+                day += _DAY
+                # The day after mostly has records too: it is looked for only behind one that has none.
+                if not content.finished:
+                    day = self._first_day(day, end)
+            if undated:
+                status, finished_at = self._table.c.status, self._table.c.finished_at
+                content = self._content(self._rows_by_id(status.in_(TERMINAL), finished_at.is_(None))({}))
+                if content.finished:
+                    yield None, content
 
     def _first_day(self, start: date, end: date) -> date | None:
         """Return the first day from ``start``, before ``end``, on which anything has ``finished_at``; by index."""
