@@ -66,7 +66,7 @@ def _by_id(table: pa.Table) -> dict[UUID, dict[str, Any]]:
     return {UUID(str(row["id"])): row for row in table.to_pylist()}
 
 
-def _told(value: Any) -> Any:
+def _in_json(value: Any) -> Any:
     if isinstance(value, UUID):
         return str(value)
     return str(value) if isinstance(value, str) else value
@@ -78,7 +78,7 @@ def test_every_value_comes_through_every_driver_as_it_is(backend: Backend) -> No
     rows = _by_id(table)
     assert len(rows) == len(held)
     for job in held:
-        assert rows[job["id"]] == {name: _told(value) for name, value in job.items()}
+        assert rows[job["id"]] == {name: _in_json(value) for name, value in job.items()}
 
 
 def test_the_types_are_those_that_frames_want(backend: Backend) -> None:

@@ -44,11 +44,11 @@ def nobody_listens_afterwards() -> Iterator[None]:
 
 
 @pytest.fixture
-def told() -> Seen:
+def seen() -> Seen:
     """What everybody in this process was told, as target and state."""
-    seen: Seen = []
-    on_finished(lambda job: seen.append((job.target_name, job.status.value)))
-    return seen
+    found: Seen = []
+    on_finished(lambda job: found.append((job.target_name, job.status.value)))
+    return found
 
 
 def _job(target: str, *, running: bool = False) -> MlJob:
@@ -61,7 +61,7 @@ def _job(target: str, *, running: bool = False) -> MlJob:
 # ------------------------------------------------------------------------------------------------ a session's own ways
 
 
-def test_a_flush_that_finishes_jobs_calls_listeners_once_after_the_commit(backend: Backend, told: Seen) -> None:
+def test_a_flush_that_finishes_jobs_calls_listeners_once_after_the_commit(backend: Backend, seen: Seen) -> None:
     def life(session: Session) -> None:
         first, second = _job("a", running=True), _job("b")
         session.add_all([first, second])
@@ -72,12 +72,12 @@ def test_a_flush_that_finishes_jobs_calls_listeners_once_after_the_commit(backen
         session.flush()
         first.progress = 100  # no change
         session.flush()
-        assert told == []
+        assert seen == []
 
     backend.run(life)
-    assert told == [("a", "completed"), ("b", "cancelled")]
+    assert seen == [("a", "completed"), ("b", "cancelled")]
     backend.run(lambda session: session.scalars(select(MlJob)).all())
-    assert len(told) == 2
+    assert len(seen) == 2
 
 
 def test_the_record_is_detached_whole_and_as_it_is_in_the_database(backend: Backend) -> None:
@@ -99,7 +99,7 @@ def test_the_record_is_detached_whole_and_as_it_is_in_the_database(backend: Back
     assert job.to_json() == backend.run(lambda session: jobs.get(session, job).to_json())
 
 
-def test_a_rollback_calls_no_listener(backend: Backend, told: Seen) -> None:
+def test_a_rollback_calls_no_listener(backend: Backend, seen: Seen) -> None:
     def life(session: Session) -> None:
         session.add(_job("a", running=True))
         session.commit()
@@ -111,7 +111,7 @@ def test_a_rollback_calls_no_listener(backend: Backend, told: Seen) -> None:
         job.fail("boom")
 
     backend.run(life)
-    assert told == [("a", "failed")]
+    assert seen == [("a", "failed")]
 
     def fails(session: Session) -> None:
         session.add(_job("b"))
@@ -121,10 +121,10 @@ def test_a_rollback_calls_no_listener(backend: Backend, told: Seen) -> None:
 
     with pytest.raises(RuntimeError):
         backend.run(fails)
-    assert told == [("a", "failed")]
+    assert seen == [("a", "failed")]
 
 
-def test_listeners_get_what_a_savepoint_kept_and_not_what_it_rolled_back(backend: Backend, told: Seen) -> None:
+def test_listeners_get_what_a_savepoint_kept_and_not_what_it_rolled_back(backend: Backend, seen: Seen) -> None:
     def life(session: Session) -> None:
         for name in "abcdef":
             session.add(_job(name))
@@ -150,10 +150,10 @@ def test_listeners_get_what_a_savepoint_kept_and_not_what_it_rolled_back(backend
         outer.commit()
 
     backend.run(life)
-    assert sorted(told) == [("a", "cancelled"), ("b", "cancelled"), ("e", "cancelled")]
+    assert sorted(seen) == [("a", "cancelled"), ("b", "cancelled"), ("e", "cancelled")]
 
 
-def test_a_failed_flush_in_a_savepoint_calls_no_listener(backend: Backend, told: Seen) -> None:
+def test_a_failed_flush_in_a_savepoint_calls_no_listener(backend: Backend, seen: Seen) -> None:
     def life(session: Session) -> None:
         session.add_all([_job("a"), _job("b")])
         session.commit()
@@ -165,10 +165,10 @@ def test_a_failed_flush_in_a_savepoint_calls_no_listener(backend: Backend, told:
         second.cancel()
 
     backend.run(life)
-    assert told == [("b", "cancelled")]
+    assert seen == [("b", "cancelled")]
 
 
-def test_every_operation_in_a_session_that_finishes_a_job_calls_listeners(backend: Backend, told: Seen) -> None:
+def test_every_operation_in_a_session_that_finishes_a_job_calls_listeners(backend: Backend, seen: Seen) -> None:
     def life(session: Session) -> None:
         for name in ("complete", "fail", "requeue", "cancel", "lost"):
             jobs.submit(session, "train", name)
@@ -181,13 +181,13 @@ def test_every_operation_in_a_session_that_finishes_a_job_calls_listeners(backen
         session.execute(text("UPDATE ml_job_leases SET expires_at = acquired_at"))
 
     backend.run(life)
-    assert sorted(told) == [("cancel", "cancelled"), ("complete", "completed"), ("fail", "failed")]
-    told.clear()
+    assert sorted(seen) == [("cancel", "cancelled"), ("complete", "completed"), ("fail", "failed")]
+    seen.clear()
     backend.run(lambda session: jobs.rescue(session, max_attempts=1))
-    assert told == [("lost", "failed")]
+    assert seen == [("lost", "failed")]
 
 
-def test_updates_by_statement_call_listeners(backend: Backend, told: Seen) -> None:
+def test_updates_by_statement_call_listeners(backend: Backend, seen: Seen) -> None:
     finished = {"status": MlJobStatus.CANCELLED}
 
     def life(session: Session) -> None:
@@ -206,10 +206,10 @@ def test_updates_by_statement_call_listeners(backend: Backend, told: Seen) -> No
         session.execute(update(MlJob).where(MlJob.target_name == "nobody").values(finished))
 
     backend.run(life)
-    assert sorted(told) == [(name, "cancelled") for name in ("core", "key", "orm", "query")]
+    assert sorted(seen) == [(name, "cancelled") for name in ("core", "key", "orm", "query")]
 
 
-def test_records_that_are_inserted_finished_call_no_listener(backend: Backend, told: Seen) -> None:
+def test_records_that_are_inserted_finished_call_no_listener(backend: Backend, seen: Seen) -> None:
     def life(session: Session) -> None:
         past = _job("past", running=True)
         past.complete()
@@ -219,10 +219,10 @@ def test_records_that_are_inserted_finished_call_no_listener(backend: Backend, t
         fresh.complete()  # taken its final state since, so it has finished here
 
     backend.run(life)
-    assert told == [("fresh", "completed")]
+    assert seen == [("fresh", "completed")]
 
 
-def test_hosts_columns_that_change_after_the_end_call_no_listener(url: str, told: Seen) -> None:
+def test_hosts_columns_that_change_after_the_end_call_no_listener(url: str, seen: Seen) -> None:
     with create_engine(url, poolclass=NullPool).connect() as connection:
         HostBase.metadata.create_all(connection)
         connection.commit()
@@ -237,7 +237,7 @@ def test_hosts_columns_that_change_after_the_end_call_no_listener(url: str, told
         session.commit()
         session.execute(update(TrainingRun).values(note="again"))
         session.commit()
-    assert told == [("a", "cancelled")]
+    assert seen == [("a", "cancelled")]
 
 
 def test_a_subclass_comes_with_its_own_columns_and_a_class_can_be_listened_to(url: str) -> None:
@@ -261,7 +261,7 @@ def test_a_subclass_comes_with_its_own_columns_and_a_class_can_be_listened_to(ur
     assert [(type(run), run.points) for run in grids] == [(GridRun, 9)]
 
 
-def test_a_session_may_be_used_again_by_the_callback_and_after_it(url: str, told: Seen) -> None:
+def test_a_session_may_be_used_again_by_the_callback_and_after_it(url: str, seen: Seen) -> None:
     engine = create_engine(url, pool_size=1, max_overflow=0, pool_timeout=0.1)  # the connection is back in the pool
     with Session(engine) as session:
         found: list[int] = []
@@ -277,19 +277,19 @@ def test_a_session_may_be_used_again_by_the_callback_and_after_it(url: str, told
         session.rollback()
         assert len(session.scalars(select(MlJob)).all()) >= 2
     engine.dispose()
-    assert len(told) == 2
+    assert len(seen) == 2
 
 
-def test_a_two_phase_commit_calls_listeners_after_the_second_phase(postgres_url: str, told: Seen) -> None:
+def test_a_two_phase_commit_calls_listeners_after_the_second_phase(postgres_url: str, seen: Seen) -> None:
     engine = create_engine(postgres_url, poolclass=NullPool)
     with Session(engine, twophase=True) as session:
         first, second = jobs.submit(session, "train", "a"), jobs.submit(session, "train", "b")
         second_id = second.id
         first.cancel()
         session.prepare()
-        assert told == []
+        assert seen == []
         session.commit()
-        assert told == [("a", "cancelled")]
+        assert seen == [("a", "cancelled")]
         second.cancel()
         session.prepare()
         session.rollback()
@@ -298,10 +298,10 @@ def test_a_two_phase_commit_calls_listeners_after_the_second_phase(postgres_url:
         jobs.cancel(connection, second_id)
         transaction.prepare()
         transaction.commit()
-    assert told == [("a", "cancelled"), ("b", "cancelled")]
+    assert seen == [("a", "cancelled"), ("b", "cancelled")]
 
 
-def test_a_commit_that_fails_calls_no_listener(url: str, told: Seen) -> None:
+def test_a_commit_that_fails_calls_no_listener(url: str, seen: Seen) -> None:
     class Own(DeclarativeBase):
         pass
 
@@ -327,18 +327,18 @@ def test_a_commit_that_fails_calls_no_listener(url: str, told: Seen) -> None:
         finish(connection)
     with pytest.raises(Exception, match=r"(?i)foreign key"), JobStore(engine).connect() as connection:
         finish(connection)
-    assert told == []
+    assert seen == []
     with engine.begin() as connection:
         job = jobs.submit(connection, "train", "b")
         jobs.cancel(connection, job)
-    assert told == [("b", "cancelled")]
+    assert seen == [("b", "cancelled")]
 
 
 # -------------------------------------------------------------------------------------------------- joined transactions
 
 
 @pytest.mark.parametrize("mode", ["conditional_savepoint", "rollback_only", "create_savepoint", "control_fully"])
-def test_a_session_that_joins_a_transaction_calls_listeners_when_that_commits(url: str, told: Seen, mode: Any) -> None:
+def test_a_session_that_joins_a_transaction_calls_listeners_when_that_commits(url: str, seen: Seen, mode: Any) -> None:
     engine = create_engine(url, poolclass=NullPool)
 
     def life(connection: Any, target: str) -> None:
@@ -351,7 +351,7 @@ def test_a_session_that_joins_a_transaction_calls_listeners_when_that_commits(ur
         with connection.begin() as transaction:
             life(connection, "kept")
             if mode != "control_fully":  # which commits the transaction itself
-                assert told == []
+                assert seen == []
             if transaction.is_active:
                 transaction.commit()
         with connection.begin() as transaction:
@@ -359,10 +359,10 @@ def test_a_session_that_joins_a_transaction_calls_listeners_when_that_commits(ur
             if transaction.is_active:
                 transaction.rollback()
     expected = [("kept", "cancelled")]
-    assert told == (expected if mode != "control_fully" else [*expected, ("taken back", "cancelled")])
+    assert seen == (expected if mode != "control_fully" else [*expected, ("taken back", "cancelled")])
 
 
-def test_core_connections_call_listeners_after_each_commit_and_not_after_a_rollback(url: str, told: Seen) -> None:
+def test_core_connections_call_listeners_after_each_commit_and_not_after_a_rollback(url: str, seen: Seen) -> None:
     engine = create_engine(url)
     with engine.begin() as connection:
         kept, gone = (jobs.submit(connection, "train", name) for name in ("kept", "gone"))
@@ -372,25 +372,25 @@ def test_core_connections_call_listeners_after_each_commit_and_not_after_a_rollb
             savepoint.rollback()
         with connection.begin_nested():
             jobs.cancel(connection, jobs.submit(connection, "train", "nested"))
-        assert told == []
-    assert told == [("kept", "cancelled"), ("nested", "cancelled")]
+        assert seen == []
+    assert seen == [("kept", "cancelled"), ("nested", "cancelled")]
     with engine.connect() as connection:
         jobs.cancel(connection, gone)
         connection.rollback()
         jobs.cancel(connection, gone)
         connection.commit()
         connection.execute(text("SELECT 1"))
-        assert told[2:] == [("gone", "cancelled")]
+        assert seen[2:] == [("gone", "cancelled")]
         jobs.cancel(connection, jobs.submit(connection, "train", "never"))
-    assert len(told) == 3
+    assert len(seen) == 3
     if engine.dialect.name == "postgresql":
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             jobs.cancel(connection, jobs.submit(connection, "train", "at once"))
-            assert told[3:] == [("at once", "cancelled")]
+            assert seen[3:] == [("at once", "cancelled")]
     engine.dispose()
 
 
-def test_the_rollback_of_a_savepoint_drops_no_event_from_before_it(url: str, told: Seen) -> None:
+def test_the_rollback_of_a_savepoint_drops_no_event_from_before_it(url: str, seen: Seen) -> None:
     engine = create_engine(url)
     with engine.begin() as connection:
         jobs.cancel(connection, jobs.submit(connection, "train", "core"))
@@ -402,14 +402,14 @@ def test_the_rollback_of_a_savepoint_drops_no_event_from_before_it(url: str, tol
         session.commit()
         jobs.submit(session, "train", "never")
         session.rollback()
-    assert told == [("core", "cancelled"), ("joined", "cancelled")]
+    assert seen == [("core", "cancelled"), ("joined", "cancelled")]
     engine.dispose()
 
 
 # ------------------------------------------------------------------------------------------------------------- stores
 
 
-def test_every_operation_of_a_store_that_finishes_a_job_calls_listeners(backend: Backend, told: Seen) -> None:
+def test_every_operation_of_a_store_that_finishes_a_job_calls_listeners(backend: Backend, seen: Seen) -> None:
     store = backend.store()
     for name in ("complete", "fail", "many", "exchanged", "requeue", "cancel", "lost"):
         store.submit("train", name)
@@ -427,21 +427,21 @@ def test_every_operation_of_a_store_that_finishes_a_job_calls_listeners(backend:
     )
     assert errors[0] is None
     assert errors[1] is not None
-    assert told == [
+    assert seen == [
         ("complete", "completed"),
         ("fail", "failed"),
         ("cancel", "cancelled"),
         ("many", "completed"),
         ("exchanged", "failed"),
     ]
-    told.clear()
+    seen.clear()
     with backend.outside.begin() as connection:
         connection.execute(text("UPDATE ml_job_leases SET expires_at = acquired_at"))
     assert store.rescue(max_attempts=1).failed
-    assert told == [("lost", "failed")]
+    assert seen == [("lost", "failed")]
 
 
-def test_runs_by_hand_call_listeners(backend: Backend, told: Seen) -> None:
+def test_runs_by_hand_call_listeners(backend: Backend, seen: Seen) -> None:
     store = backend.store()
     good, bad = store.submit("train", "good"), store.submit("train", "bad")
 
@@ -459,10 +459,10 @@ def test_runs_by_hand_call_listeners(backend: Backend, told: Seen) -> None:
             work.metrics = {"f1": 1}
         with pytest.raises(ZeroDivisionError), store.running(bad):
             _ = 1 / 0
-    assert told == [("good", "completed"), ("bad", "failed")]
+    assert seen == [("good", "completed"), ("bad", "failed")]
 
 
-def test_a_block_of_a_store_calls_listeners_after_it_commits(url: str, told: Seen) -> None:
+def test_a_block_of_a_store_calls_listeners_after_it_commits(url: str, seen: Seen) -> None:
     with JobStore(url) as store:
         with store.connect() as bind:
             kept, gone = (jobs.submit(bind, "train", name) for name in ("kept", "gone"))
@@ -470,16 +470,16 @@ def test_a_block_of_a_store_calls_listeners_after_it_commits(url: str, told: See
             with bind.begin_nested() as savepoint:
                 jobs.cancel(bind, gone)
                 savepoint.rollback()
-            assert told == []
-        assert told == [("kept", "cancelled")]
+            assert seen == []
+        assert seen == [("kept", "cancelled")]
         with pytest.raises(RuntimeError), store.connect() as bind:
             jobs.cancel(bind, gone)
             raise RuntimeError
-        assert len(told) == 1
+        assert len(seen) == 1
         assert store.get(gone).status == "queued"
 
 
-def test_a_worker_calls_listeners_for_all_that_it_finishes(url: str, told: Seen) -> None:
+def test_a_worker_calls_listeners_for_all_that_it_finishes(url: str, seen: Seen) -> None:
     with JobStore(url) as store:
         own: Seen = []
         store.on_finished(lambda job: own.append((job.target_name, job.status.value)))
@@ -495,7 +495,7 @@ def test_a_worker_calls_listeners_for_all_that_it_finishes(url: str, told: Seen)
 
         worker.run(until_idle=True)
     expected = sorted([*((f"good-{n}", "completed") for n in range(40)), ("bad", "failed"), ("bad", "failed")])
-    assert sorted(told) == expected
+    assert sorted(seen) == expected
     assert sorted(own) == expected
 
 
@@ -688,7 +688,7 @@ def test_a_subscription_ends_by_its_handle_its_block_or_with_its_target(url: str
 
 
 def test_what_finished_is_told_though_another_thread_has_the_connection_already(
-    url: str, told: Seen, monkeypatch: pytest.MonkeyPatch
+    url: str, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with JobStore(url) as store:
         jobs_to_end, kept = [store.submit("train", target) for target in ("a", "b")], ConnectionCache.keep
@@ -700,7 +700,7 @@ def test_what_finished_is_told_though_another_thread_has_the_connection_already(
 
         monkeypatch.setattr(ConnectionCache, "keep", keep_and_use)
         store.cancel(jobs_to_end.pop())
-    assert sorted(told) == [("a", "cancelled"), ("b", "cancelled")]
+    assert sorted(seen) == [("a", "cancelled"), ("b", "cancelled")]
 
 
 def test_callbacks_run_in_the_thread_that_commits(url: str) -> None:

@@ -491,7 +491,7 @@ def test_alternatives_with_indexes_of_their_own_are_merged_in_order(
         session.commit()
         everything = jobs.find(session, limit=100).jobs
         for text in _ALTERNATIVES:
-            named = {term.name: set(map(_plain, term.values)) for term in Filter.parse(text).terms}
+            named = {term.name: set(map(_as_text, term.values)) for term in Filter.parse(text).terms}
             wanted = [
                 job.id
                 for job in everything
@@ -512,7 +512,7 @@ def test_alternatives_with_indexes_of_their_own_are_merged_in_order(
             assert jobs.count_up_to(session, 5, text) == min(5, len(wanted)), text
 
 
-def _plain(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return "*".join(value.parts) if isinstance(value, FilterPattern) else str(value)
 
 

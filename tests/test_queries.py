@@ -76,8 +76,8 @@ class Place:
         return self.names["statement"]
 
     def sql(self, question: Question) -> Any:
-        told = question.sql.replace("now()", fixed(self.now)).replace(SAMPLE_ID, str(self.retried))
-        return text(re.sub(r":(?=:)|(?<=:):", r"\\:", told))
+        asked = question.sql.replace("now()", fixed(self.now)).replace(SAMPLE_ID, str(self.retried))
+        return text(re.sub(r":(?=:)|(?<=:):", r"\\:", asked))
 
 
 def _place(engine: Engine) -> Place:
@@ -368,7 +368,7 @@ def _(place: Place) -> Rows:
 # ------------------------------------------------------------------------------------------------------ the comparison
 
 
-def _plain(value: Any) -> Any:
+def _comparable(value: Any) -> Any:
     """Return a value as both databases and Python would tell it."""
     if isinstance(value, datetime):
         return to_millis(value)
@@ -383,8 +383,8 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, str) else value
 
 
-def _told(rows: Iterable[Iterable[Any]]) -> Rows:
-    return [tuple(_plain(value) for value in row) for row in rows]
+def _comparable_rows(rows: Iterable[Iterable[Any]]) -> Rows:
+    return [tuple(_comparable(value) for value in row) for row in rows]
 
 
 def test_there_are_twenty_questions_each_with_an_answer_worked_out_here() -> None:
@@ -395,13 +395,13 @@ def test_there_are_twenty_questions_each_with_an_answer_worked_out_here() -> Non
 def test_every_question_has_one_answer_however_it_is_asked(database: str, request: pytest.FixtureRequest) -> None:
     place: Place = request.getfixturevalue(database)
     for question in QUESTIONS:
-        wanted = _told(ANSWERS[question.number](place))
+        wanted = _comparable_rows(ANSWERS[question.number](place))
         assert wanted, question.title
         with Session(place.engine) as session:
-            by_sqlalchemy = _told(session.execute(place.statement(question)))
+            by_sqlalchemy = _comparable_rows(session.execute(place.statement(question)))
             assert by_sqlalchemy == wanted, question.title
             if database == "postgres":
-                assert _told(session.execute(place.sql(question))) == wanted, question.title
+                assert _comparable_rows(session.execute(place.sql(question))) == wanted, question.title
 
 
 def scans(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:

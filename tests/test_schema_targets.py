@@ -32,7 +32,7 @@ ASYNC = {name: driver for name, driver in DRIVERS.items() if "-" in name}
 # ------------------------------------------------------------------------------------------------------------ engines
 
 
-def _plain(url: str) -> Engine:
+def _engine(url: str) -> Engine:
     return create_engine(url, poolclass=NullPool)
 
 
@@ -58,7 +58,7 @@ def _unusual(url: str) -> Engine:
 
 
 ENGINES: dict[str, Callable[[str], Engine]] = {
-    "plain": _plain,
+    "plain": _engine,
     "AUTOCOMMIT": _autocommit,
     "of a store": lambda url: new_engine(url, autocommit=True),
     "unusual": _unusual,
@@ -81,7 +81,7 @@ def test_an_engine_of_any_kind_goes_up_and_down_and_keeps_its_settings(of_any_ki
         level = connection.get_isolation_level()
     schema.upgrade(of_any_kind)
     schema.verify(of_any_kind)
-    schema.verify(_plain(empty_url))
+    schema.verify(_engine(empty_url))
     schema.downgrade(of_any_kind)
     assert schema.current(of_any_kind) is None
     schema.upgrade(of_any_kind)
@@ -130,7 +130,7 @@ def test_an_upgrade_that_fails_half_way_leaves_nothing_through_an_engine_of_any_
 
 @pytest.mark.usefixtures("broken")
 def test_an_upgrade_that_fails_leaves_the_callers_transaction_as_it_was_before(empty_url: str) -> None:
-    engine = _plain(empty_url)
+    engine = _engine(empty_url)
     with engine.begin() as connection:
         connection.exec_driver_sql("CREATE TABLE mine (n INTEGER)")
         connection.exec_driver_sql("INSERT INTO mine VALUES (1)")
@@ -145,7 +145,7 @@ def test_an_upgrade_that_fails_leaves_the_callers_transaction_as_it_was_before(e
 # ------------------------------------------------------------------------------------------------- one at a time
 
 
-def _upgrade_when_told(kind: str, url: str, barrier: Any, results: Any) -> None:
+def _upgrade_at_the_barrier(kind: str, url: str, barrier: Any, results: Any) -> None:
     target = url if kind == "URL" else ENGINES[kind](url)
     barrier.wait(60)
     try:
@@ -159,7 +159,9 @@ def test_processes_that_upgrade_at_the_same_moment_all_succeed(empty_url: str) -
     kinds = ["URL", "AUTOCOMMIT", "unusual"] * 2  # each kind meets its own and the others
     forks = forkserver()
     barrier, results = forks.Barrier(len(kinds)), forks.Queue()
-    processes = [forks.Process(target=_upgrade_when_told, args=(kind, empty_url, barrier, results)) for kind in kinds]
+    processes = [
+        forks.Process(target=_upgrade_at_the_barrier, args=(kind, empty_url, barrier, results)) for kind in kinds
+    ]
     for process in processes:
         process.start()
     assert [results.get(timeout=90) for _ in processes] == ["done"] * len(kinds)
@@ -217,7 +219,7 @@ def test_an_upgrade_gives_up_waiting_for_another_as_the_engine_says(
     url = request.getfixturevalue("sqlite_url" if "timeout" in patience else "postgres_url")
     schema.stamp(url)
     impatient = create_engine(url, poolclass=NullPool, connect_args=patience)
-    with _plain(url).connect() as connection:
+    with _engine(url).connect() as connection:
         schema.upgrade(connection)
         with pytest.raises(DBAPIError, match="lock"):
             schema.upgrade(impatient)
@@ -244,7 +246,7 @@ def async_engine(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 
 @pytest.fixture
 def empty_postgres_url(postgres_url: str) -> str:
-    engine = _plain(postgres_url)
+    engine = _engine(postgres_url)
     MlJob.metadata.drop_all(engine)
     assert _tables(engine) == set()
     return postgres_url
@@ -315,14 +317,14 @@ def test_a_connection_in_autocommit_is_refused_where_a_transaction_is_needed(pos
 def test_another_kind_of_database_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidValueError, match="expected one of"):
         schema.upgrade("mysql://root@localhost/jobs")
-    engine = _plain(f"sqlite:///{tmp_path / 'x.db'}")
+    engine = _engine(f"sqlite:///{tmp_path / 'x.db'}")
     monkeypatch.setattr(engine.dialect, "name", "mysql")
     with pytest.raises(InvalidValueError, match="mljobs knows PostgreSQL and SQLite, not mysql"):
         schema.upgrade(engine)
 
 
 def test_a_server_that_is_too_old_is_refused(empty_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = _plain(empty_url)
+    engine = _engine(empty_url)
     with engine.connect() as connection:
         name = connection.dialect.name
     old, oldest = {"postgresql": ((11, 22), "12"), "sqlite": ((3, 34, 1), "3.35")}[name]
@@ -349,7 +351,7 @@ def test_inside_a_migration_of_a_hosts_the_way_that_works_is_named(empty_url: st
     config = Config()
     config.set_main_option("script_location", str(tmp_path))
     config.set_main_option("path_separator", "os")
-    engine = _plain(empty_url)
+    engine = _engine(empty_url)
     with pytest.raises(SchemaError, match="version_locations"), engine.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
@@ -372,7 +374,7 @@ def test_the_hosts_logging_is_left_alone_and_nothing_is_printed(
 
 def test_a_hosts_autogenerate_leaves_our_tables_alone(empty_url: str) -> None:
     """As ``docs/migrations.md`` shows it."""
-    engine = _plain(empty_url)
+    engine = _engine(empty_url)
     schema.upgrade(engine)
     host = MetaData()
     Table("uploads", host, Column("id", Integer, primary_key=True))
@@ -394,4 +396,4 @@ def test_finished_records_go_down_with_their_table_where_foreign_keys_are_enforc
         connection.execute(MlJob.__table__.insert(), row)
     engine.dispose()
     schema.downgrade(empty_url)
-    assert _tables(_plain(empty_url)) == {schema.VERSION_TABLE}
+    assert _tables(_engine(empty_url)) == {schema.VERSION_TABLE}

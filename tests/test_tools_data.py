@@ -38,7 +38,7 @@ def ids(engine: Engine) -> tuple[UUID, UUID]:
         return _jobs(session)
 
 
-def _plain(engine: Engine) -> str:
+def _driver_url(engine: Engine) -> str:
     """Return the URL as other programs write it."""
     return engine.url.set(drivername=engine.url.get_backend_name()).render_as_string(hide_password=False)
 
@@ -113,7 +113,7 @@ def test_polars_reads_records_with_their_types(engine: Engine, ids: tuple[UUID, 
 def test_polars_reads_by_adbc(engine: Engine, ids: tuple[UUID, UUID]) -> None:
     import polars as pl
 
-    frame = pl.read_database_uri("SELECT * FROM ml_jobs ORDER BY id", _plain(engine), engine="adbc")
+    frame = pl.read_database_uri("SELECT * FROM ml_jobs ORDER BY id", _driver_url(engine), engine="adbc")
     assert frame.columns == COLUMNS
     first = frame["id"][0]
     assert (UUID(bytes=first) if isinstance(first, bytes) else UUID(first)) == ids[0]
@@ -123,7 +123,7 @@ def test_polars_reads_by_adbc(engine: Engine, ids: tuple[UUID, UUID]) -> None:
 def test_polars_reads_by_connectorx(engine: Engine, ids: tuple[UUID, UUID]) -> None:
     import polars as pl
 
-    frame = pl.read_database_uri("SELECT * FROM ml_jobs ORDER BY id", _plain(engine), engine="connectorx")
+    frame = pl.read_database_uri("SELECT * FROM ml_jobs ORDER BY id", _driver_url(engine), engine="connectorx")
     assert frame.columns == COLUMNS
     assert UUID(frame["id"][0]) == ids[0]
     assert frame["status"].to_list() == ["completed", "queued"]
@@ -146,7 +146,7 @@ def test_duckdbs_postgres_reader_attaches_the_database(postgres_url: str) -> Non
     (extension,) = Path(spec.submodule_search_locations[0]).glob(f"extensions/v{duckdb.__version__}/*.duckdb_extension")
     with duckdb.connect() as duck:
         duck.execute(f"LOAD '{extension}'")
-        duck.execute(f"ATTACH '{_plain(engine)}' AS jobs (TYPE postgres, READ_ONLY)")
+        duck.execute(f"ATTACH '{_driver_url(engine)}' AS jobs (TYPE postgres, READ_ONLY)")
         rows = duck.execute(
             "SELECT id, epoch_ms(finished_at), CAST(json_extract(metrics_json, '$.f1') AS DOUBLE) FROM jobs.ml_jobs"
             " WHERE status = 'completed'"
@@ -172,7 +172,7 @@ def test_duckdb_that_may_write_is_stopped_by_the_guard(postgres_url: str) -> Non
     (extension,) = Path(spec.submodule_search_locations[0]).glob(f"extensions/v{duckdb.__version__}/*.duckdb_extension")
     with duckdb.connect() as duck:
         duck.execute(f"LOAD '{extension}'")
-        duck.execute(f"ATTACH '{_plain(engine)}' AS jobs (TYPE postgres)")
+        duck.execute(f"ATTACH '{_driver_url(engine)}' AS jobs (TYPE postgres)")
         with pytest.raises(duckdb.Error, match="mljobs: record is in a terminal state"):
             duck.execute("UPDATE jobs.ml_jobs SET progress = 1")
 
