@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -20,7 +20,9 @@ from mljobs import (
     MlJobStatus,
     TerminalStateError,
 )
+from mljobs._values import utc_now
 from mljobs.jobs import Claim
+from mljobs.jobs._claims import Lease
 
 SETTINGS = settings(
     max_examples=25,
@@ -83,7 +85,9 @@ def store_machine(store: JobStore) -> type[RuleBasedStateMachine]:
             got = self.store.claim(worker="w")
             if not wanted:
                 assert got == []
-                return Claim(MlJob(kind="train", target_name="nothing"), 0, "w", None)  # type: ignore[arg-type]
+                return Claim(
+                    MlJob(kind="train", target_name="nothing"), uuid4(), 0, "w", utc_now(), Lease(MlJob, 0, None, ())
+                )
             assert [claim.job_id for claim in got] == wanted[:1]
             job = self.jobs[got[0].job_id]
             job.status, job.progress, job.token, job.expired = "running", 0, got[0].token, False

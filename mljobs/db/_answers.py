@@ -118,11 +118,8 @@ class UnreadAnswer:
         """Return the Python values of a column, of all rows."""
         result, process = self._result, self._conversion.process_of(at)
         load = self._transformer.get_loader(result.ftype(at), result.fformat(at)).load
-        made: dict[bytes | None, Any] = {None: None}  # many columns have few values
-        values = []
-        for row in range(result.ntuples):
-            raw = result.get_value(row, at)
-            if raw not in made:
-                made[raw] = load(raw) if process is None else process(load(raw))
-            values.append(made[raw])
-        return values
+        raw = [result.get_value(row, at) for row in range(result.ntuples)]
+        values = {value: load(value) for value in set(raw) if value is not None}  # many columns have few values
+        if process is not None:
+            values = {value: process(made) for value, made in values.items()}
+        return list(map(values.get, raw))

@@ -289,14 +289,15 @@ def claims_of(
     of_lease: dict[int, list[int]] = {}
     for token, job_id in zip(tokens, ids, strict=True):
         of_lease.setdefault(token, []).append(job_id.int)
-    leases = {token: Lease(token, acquired_at, job_ids) for token, job_ids in of_lease.items()}
+    leases = {token: Lease(model, token, acquired_at, job_ids) for token, job_ids in of_lease.items()}
     rows = ClaimedRows(model, answer, _record_in_row(model, before))
     jobs: Iterable[Any]
     if isinstance(session, sa.Connection) and is_ml_job(model):
-        jobs = map(UnreadJob, repeat(rows), count(), ids, kinds)
+        jobs = map(UnreadJob, repeat(rows), count(), kinds)
     else:
         jobs = loaded(session, model, [rows.read(at) for at in range(len(answer))])
-    return [Claim(job, token, worker, expires_at, leases[token]) for job, token in zip(jobs, tokens, strict=True)]
+    held = map(leases.__getitem__, tokens)
+    return list(map(Claim, jobs, ids, tokens, repeat(worker), repeat(expires_at), held))
 
 
 @per_model

@@ -21,6 +21,7 @@ class Lease:
     """One row of the lease table, as this process knows it: shared by the claims that one statement made.
 
     Attributes:
+        model: The mapped class of its jobs.
         token: Names the lease in the record of each of its jobs.
         acquired_at: When it was made, by the database's clock. With the token it names the lease for ever: a token alone
             could come back, from a restarted sequence or a restored backup.
@@ -28,9 +29,10 @@ class Lease:
         parted: Whether its jobs ended in several writes, of which each may have seen the jobs of another as still open.
     """
 
-    __slots__ = ("acquired_at", "open", "parted", "token")
+    __slots__ = ("acquired_at", "model", "open", "parted", "token")
 
-    def __init__(self, token: int, acquired_at: datetime | None, job_ids: Iterable[int] | None) -> None:
+    def __init__(self, model: Model, token: int, acquired_at: datetime | None, job_ids: Iterable[int] | None) -> None:
+        self.model = model
         self.token = token
         self.acquired_at = acquired_at
         self.open = None if job_ids is None else set(job_ids)
@@ -49,31 +51,26 @@ class Lease:
 
     def __reduce__(self) -> tuple[Any, ...]:
         alone = self.open is not None and len(self.open) == 1
-        return Lease, (self.token, self.acquired_at, self.open if alone else None)
+        return Lease, (self.model, self.token, self.acquired_at, self.open if alone else None)
 
 
-class Claim(Generic[M]):
+class Claim(msgspec.Struct, Generic[M], eq=False, gc=False):
     """The right to work on a job until the lease ends.
 
     Attributes:
+        job_id: The id of the claimed job.
         token: The fencing token: grows with every claim, never used twice. The jobs of one claim share it.
         worker: The name that the claim was made under.
         expires_at: When the lease ends unless it is renewed, UTC.
-        job_id: The id of the claimed job.
         lease: The lease, shared with the other jobs of the same claim.
     """
 
-    __slots__ = ("_job", "expires_at", "job_id", "lease", "token", "worker")
-
-    def __init__(
-        self, job: M | UnreadJob, token: int, worker: str, expires_at: datetime, lease: Lease | None = None
-    ) -> None:
-        self._job = job
-        self.job_id = job.id
-        self.token = token
-        self.worker = worker
-        self.expires_at = expires_at
-        self.lease = Lease(token, None, (job.id.int,)) if lease is None else lease
+    _job: M | UnreadJob
+    job_id: UUID
+    token: int
+    worker: str
+    expires_at: datetime
+    lease: Lease
 
     @property
     def job(self) -> M:
@@ -90,8 +87,7 @@ class Claim(Generic[M]):
     @property
     def model(self) -> type[M]:
         """The mapped class of the job."""
-        model: Any = self._job.rows.model if isinstance(self._job, UnreadJob) else type(self._job)
-        return model  # type: ignore[no-any-return]
+        return typed("type[M]", self.lease.model)
 
     @property
     def ended(self) -> bool:
@@ -105,10 +101,10 @@ class Claim(Generic[M]):
 
     def until(self, expires_at: datetime) -> Claim[M]:
         """Return the same claim with another end."""
-        return Claim(self._job, self.token, self.worker, expires_at, self.lease)
+        return Claim(self._job, self.job_id, self.token, self.worker, expires_at, self.lease)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Claim, (self.job, self.token, self.worker, self.expires_at, self.lease)
+        return Claim, (self.job, self.job_id, self.token, self.worker, self.expires_at, self.lease)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Claim) and (self.token, self.job_id) == (other.token, other.job_id)
@@ -144,13 +140,11 @@ class UnreadJob(msgspec.Struct, gc=False):
     Attributes:
         rows: Where its record is.
         at: In which row.
-        id: Its id.
         kind: The token of its kind.
     """
 
     rows: ClaimedRows
     at: int
-    id: UUID
     kind: str
 
 
@@ -169,13 +163,23 @@ class Renewal(Generic[M]):
     cancelled: list[Claim[M]]
 
 
+def note_ends(claims: Iterable[Claim[Any]]) -> None:
+    """Remember that these claims hold their jobs no more."""
+    given = list(claims)
+    ended = {claim.job_id.int for claim in given}
+    for lease in {claim.lease for claim in given}:
+        if lease.open is not None:
+            lease.open -= lease.open & ended  # in place: other threads end other claims of it
+
+
 def model_of(claims: Iterable[Claim[Any]]) -> Model:
     """Return the one job class of these claims.
 
     Raises:
         InvalidValueError: They are of several.
     """
-    models: set[Model] = {owner_of(claim.model) for claim in claims}
+    leases = {claim.lease for claim in claims}
+    models: set[Model] = {owner_of(lease.model) for lease in leases}
     if len(models) != 1:
         raise InvalidValueError("claims", models, "one call takes claims of one model")
     return models.pop()

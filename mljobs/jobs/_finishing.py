@@ -13,7 +13,7 @@ from mljobs import events
 from mljobs._values import storable_text, to_json_text
 from mljobs.db._prepared import Prepared
 from mljobs.jobs._base import Bind, JobRef, M, Model, connection_of, model_and_id, per_model, table_of
-from mljobs.jobs._claims import Claim, model_of
+from mljobs.jobs._claims import Claim, model_of, note_ends
 from mljobs.jobs._fencing import (
     FencedWrite,
     Written,
@@ -216,13 +216,15 @@ def answers(
         written: What the write found.
     """
     connection = connection_of(session, model)
-    everything = written.ids is None and len(tried) == len(outcomes)
-    done = set() if everything else {id(outcome) for outcome in tried if outcome.claim in written}
     errors: list[Exception | None] = [None] * len(outcomes)
-    for at, outcome in enumerate(outcomes):
-        if not everything and id(outcome) not in done:
-            errors[at] = explain(connection, model, outcome.claim, written, outcome.status)
-        outcome.claim.note_end()
+    if written.ids is not None or len(tried) < len(outcomes):
+        done = {id(outcome) for outcome in tried if outcome.claim in written}
+        for at, outcome in enumerate(outcomes):
+            if id(outcome) not in done:
+                errors[at] = explain(connection, model, outcome.claim, written, outcome.status)
+            outcome.claim.note_end()
+    else:
+        note_ends(map(_CLAIM, outcomes))
     refresh(session, model, (outcome.claim.job_id for outcome in outcomes))
     if events.subscribed():
         ended = [one.claim.job_id for one, error in zip(outcomes, errors, strict=True) if error is None]

@@ -126,7 +126,7 @@ def _put_back(
 def _outcome(row: Sequence[Any], max_attempts: int, may_fail: set[Any]) -> Outcome:
     """Return what becomes of a job whose lease has expired; one without an end was deleted."""
     job_id, kind, attempts, token, worker, acquired_at, expires_at = row
-    claim = Claim(MlJob(id=job_id), token, worker, expires_at, Lease(token, acquired_at, ()))
+    claim = Claim(MlJob(id=job_id), job_id, token, worker, expires_at, Lease(MlJob, token, acquired_at, ()))
     if attempts < max_attempts or kind not in may_fail:
         return Outcome.requeued(claim)
     ended = "was deleted" if expires_at is None else f"expired at {expires_at:%Y-%m-%d %H:%M:%S} UTC"

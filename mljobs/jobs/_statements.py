@@ -20,6 +20,8 @@ from mljobs.states import ACTIVE, MlJobStatus
 from mljobs.types import JobId, UtcMillis
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from sqlalchemy.engine import Dialect
     from sqlalchemy.types import TypeEngine
 
@@ -164,27 +166,30 @@ class Array(TypeDecorator[list[Any]]):
     def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any] | None:
         if not dialect.driver.startswith("psycopg"):
             return super().bind_processor(dialect)
-        write = next((write for of, write in _ITEMS if isinstance(self.item, of)), None)
-        if write is None:
-            process = self.item.dialect_impl(dialect).bind_processor(dialect)
-            write = _quoted if process is None else lambda value: _quoted(process(value))
+        if isinstance(self.item, JobId):
+            return _ids
+        if isinstance(self.item, (sa.Integer, sa.Boolean)):
+            return _numbers
+        process = self.item.dialect_impl(dialect).bind_processor(dialect) or str
 
-        def text(values: Sequence[Any]) -> str:
-            return f"{{{','.join(['NULL' if value is None else write(value) for value in values])}}}"
+        def texts(values: Sequence[Any]) -> str:
+            written = {value: "NULL" if value is None else _quoted(process(value)) for value in set(values)}
+            return f"{{{','.join(map(written.__getitem__, values))}}}"  # many columns have few values
 
-        return text
+        return texts
+
+
+def _ids(values: Sequence[UUID]) -> str:
+    return f"{{{','.join(['%032x'] * len(values))}}}" % tuple([value.int for value in values])
+
+
+def _numbers(values: Sequence[float | None]) -> str:
+    return f"{{{','.join(map(str, values)).replace('None', 'NULL')}}}"
 
 
 def _quoted(value: Any) -> str:
     escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
-
-
-_ITEMS: tuple[tuple[Any, Callable[[Any], str]], ...] = (
-    (JobId, lambda value: f"{value.int:032x}"),
-    (sa.Integer, str),
-    (sa.Boolean, str),
-)
 
 
 def any_of(column: sa.ColumnElement[Any], name: str, item: TypeEngine[Any], dialect_name: str) -> Any:

@@ -71,14 +71,16 @@ class Tally:
 
 
 _ERROR_MAX = 4000
-_ALARMING = ("failed", "lost")
+_ALARMING = frozenset(("failed", "lost"))
 
 
 def log_outcomes(entries: Sequence[FinishedRun], words: Sequence[str]) -> None:
     """Log one line on what became of each job."""
-    shown = None if logger.isEnabledFor(logging.INFO) else _ALARMING
+    everything = logger.isEnabledFor(logging.INFO)
+    if not everything and _ALARMING.isdisjoint(words):
+        return
     for entry, word in zip(entries, words, strict=True):
-        if shown is None or word in shown:
+        if everything or word in _ALARMING:
             _log(logging.WARNING if word in _ALARMING else logging.INFO, entry, word)
 
 

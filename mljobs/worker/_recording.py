@@ -118,8 +118,7 @@ class OutcomeWriter:
         taken: list[FinishedRun] = []
         with self._no_writer:
             for waiting in (self._waiting,) if batchable_only else (self._waiting, self._others):
-                while waiting and len(taken) < most:
-                    taken.append(waiting.popleft())
+                taken += [waiting.popleft() for _ in range(min(len(waiting), most - len(taken)))]
             if taken:
                 self._writing += 1
         return taken
@@ -140,7 +139,7 @@ class OutcomeWriter:
     def settle(self, entries: Sequence[FinishedRun], errors: Sequence[Exception | None]) -> None:
         """Take note of what was committed, and of what was refused because the job is not ours any more."""
         self._end(entries, [self._what_became(entry, error) for entry, error in zip(entries, errors, strict=True)])
-        leases = {entry.run.claim.lease: entry.run.claim for entry in entries}
+        leases = {(claim := entry.run.claim).lease: claim for entry in entries}
         with self._no_writer:
             self._left_over.update((lease, claim) for lease, claim in leases.items() if lease.may_be_left_over)
 
