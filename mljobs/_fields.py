@@ -1,7 +1,7 @@
 """The fields of a record, once: what each is called, holds, and who may set it.
 
 The columns of the mixins, the guard's list, COPY, Arrow, the transfer of records and what a retry takes over derive from
-``FIELDS``. A field that is added here is missing from nothing that derives; tests name the places that do not.
+``FIELDS``. For a field that is added here, tests name the places that do not derive from it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mljobs._values import MAX_PROGRESS, MAX_SMALLINT, MIN_SMALLINT, utc_now
 from mljobs.states import MlJobStatus
 
 Form = Literal["id", "token", "text", "json", "small", "big", "time", "flag"]
-"""What a field holds: 128 bits, a token of an enum, text, JSON text, an integer of 16 or 64 bits, a time, True or False."""
+"""What a field holds: an id, a token of an enum, text, JSON text, an integer of 16 or 64 bits, a time, True or False."""
 
 SetBy = Literal["submitter", "operations"]
 """Who sets a field: whoever submits the job, or the operations while it lives."""
@@ -29,16 +29,16 @@ class Field:
     """A field of the record, which is a column of its table and an attribute of its class.
 
     Attributes:
-        name: Of the column and of the attribute.
+        name: The name of the column and of the attribute.
         python: The type of its values; of ``kind`` and ``status`` a ``StrEnum``.
-        form: What it holds, whatever the database.
+        form: What it holds, the same on both databases.
         nullable: Whether it may be None.
-        default: What a new record has, unless it is given another value or ``factory`` makes one.
-        factory: Makes the value of a new record.
-        server_default: SQL of the column's default for rows that others insert.
-        limits: Least and greatest number.
+        default: The value in a new record, unless another one is given or there is a ``factory``.
+        factory: Makes the value for a new record.
+        server_default: The column's DEFAULT, for rows that others insert.
+        limits: The least and the greatest number.
         kv_key: The key in KV JSON; None where RedDB knows no such field.
-        extended: Whether an extended line holds it, under its own name.
+        extended: Whether a line of an extended export holds it, under its own name.
         set_by: Who sets it.
         taken_over: Whether a retry has the same value as the job that it does again.
     """
@@ -114,7 +114,7 @@ FIELDS: Final = (
 """The record, in the order of its columns. Columns that a host adds are its own."""
 
 NAMES: Final = tuple(field.name for field in FIELDS)
-"""The record's columns: the guard keeps all of them. Those that a host adds stay writable after the job has finished."""
+"""The record's columns. The guard keeps all of them; columns that a host adds stay writable after the job has finished."""
 
 BY_NAME: Final = {field.name: field for field in FIELDS}
 
@@ -122,4 +122,4 @@ KV_FIELDS: Final = tuple(sorted((field for field in FIELDS if field.kv_key), key
 """What KV JSON holds, in the order of its keys."""
 
 EXTENDED_FIELDS: Final = tuple(sorted((field for field in FIELDS if field.extended), key=lambda field: field.name))
-"""What an extended line holds besides, in the order of its keys."""
+"""What a line of an extended export holds besides, in the order of its keys."""

@@ -44,7 +44,7 @@ class Token(StrEnum):
 class UnknownKind(str):
     """The token of a kind that this release does not know: a newer one, or another application, has queued the job.
 
-    What was read can be shown, counted and exported. It can be set nowhere.
+    Such a job can be shown, counted and exported. No job can be given such a kind.
     """
 
     __slots__ = ()
@@ -93,7 +93,7 @@ class MlJobStatus(Token):
         return not TRANSITIONS[self]
 
     def can_become(self, other: MlJobStatus) -> bool:
-        """Whether the step from this state to ``other`` is legal. Staying in a state is no step."""
+        """Whether ``other`` may follow this state. No state follows itself."""
         return other in TRANSITIONS[self]
 
 

@@ -45,7 +45,7 @@ def statements() -> Mapping[str, Mapping[str, list[Prepared]]]:
     expired = [_rescuing._expired_jobs(MlJob)]
     orphaned = [_rescuing._orphaned_jobs(MlJob)]
     cancel = [_finishing._cancellation(MlJob)]
-    submit = [_submitting._insertion(MlJob, _submitting._OF_PLAIN)]
+    submit = [_submitting._insertion(MlJob, _submitting._NOT_DEFAULT)]
     return {
         "claim": {"PostgreSQL": [_claiming._claim_statement(MlJob, "any", 10)], "SQLite": begin},
         "renew": {

@@ -15,14 +15,14 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from mljobs import InvalidValueError, JobStore, MlJob, MlJobStatus
+from mljobs._fields import NAMES
 from mljobs._values import from_millis
-from mljobs.guards._companions import GUARDED_COLUMNS
 from mljobs.transfer._arrow import arrow_batches, reader_of, to_arrow
 from tests.backends import Backend
 from tests.cases import case
 from tests.host_application import HostBase, Team, TrainingRun
 
-COLUMNS = [name for name in GUARDED_COLUMNS if name != "lease"]
+COLUMNS = [name for name in NAMES if name != "lease"]
 MOMENT = datetime(2026, 2, 28, 23, 59, 59, 999_000, tzinfo=UTC)
 METRICS: list[Any] = [
     {"f1": 0.5, "rows": 10, "note": "fine", "ok": True, "mixed": 1, "deep": {"a": [1, 2]}, "none": None, "big": 10**18},

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.dialects import postgresql, sqlite
 
 from mljobs import MlJob, MlJobDataclassMixin, MlJobMixin
 from mljobs._fields import EXTENDED_FIELDS, FIELDS, KV_FIELDS, NAMES, Field
 from mljobs.contrib.pydantic import MlJobRead
-from mljobs.guards._companions import GUARDED_COLUMNS
+from mljobs.guards._companions import companion_ddl
 from mljobs.record._kv import KvRecord
 from mljobs.transfer import _rows as rows
 
@@ -23,7 +24,15 @@ NOT_SHOWN = {"lease"}
 
 def test_the_columns_of_a_job_table_are_the_fields_in_their_order() -> None:
     assert tuple(MlJob.__table__.c.keys()) == NAMES
-    assert GUARDED_COLUMNS == NAMES
+
+
+@pytest.mark.parametrize("dialect", [postgresql.dialect(), sqlite.dialect()], ids=lambda dialect: dialect.name)
+def test_the_guard_refuses_an_update_of_each_field(dialect: Any) -> None:
+    texts = [str(each.compile(dialect=dialect)) for each in companion_ddl(MlJob.__table__, dialect.name)]
+    (columns,) = [
+        text.partition(" UPDATE OF ")[2].partition(" ON ")[0] for text in texts if "_guard_update BEFORE" in text
+    ]
+    assert columns.replace('"', "").split(", ") == list(NAMES)
 
 
 @pytest.mark.parametrize("mixin", [MlJobMixin, MlJobDataclassMixin])

@@ -22,8 +22,8 @@ from sqlalchemy import JSON, inspect
 from starlette.datastructures import FormData
 from starlette.requests import Request
 
+from mljobs._fields import NAMES
 from mljobs.errors import InvalidValueError, MlJobsError
-from mljobs.guards._companions import GUARDED_COLUMNS
 from mljobs.types import JsonText, TokenType, UtcMillis
 
 
@@ -56,7 +56,7 @@ class _Converter(ModelConverter):
 
     @converts("Integer")
     def conv_integer(self, *args: Any, **kw: Any) -> BaseField:
-        if kw["name"] not in GUARDED_COLUMNS:
+        if kw["name"] not in NAMES:
             return super().conv_integer(*args, **kw)
         return _NumberField(**self._field_common(*args, **kw))
 
@@ -97,7 +97,7 @@ class JobView(ModelView):
             for name, value in data.items()
         }
         # Browsers send every line end as CRLF, which of a finished record would be a change.
-        texts = [name for name in filled.keys() & GUARDED_COLUMNS if isinstance(filled[name], str)]
+        texts = [name for name in filled.keys() & NAMES if isinstance(filled[name], str)]
         return filled | {name: filled[name].replace("\r\n", "\n") for name in texts}
 
     async def handle_exception(self, request: Request, exc: Exception) -> NoReturn:

@@ -1,12 +1,12 @@
-"""What stands beside a job table in the database: first of all ring 3 of the guard, which holds against every client.
+"""The companions of a job table: first of all the guard's triggers, which hold against every client.
 
-The text derives from the transition table and from the columns that the mixin brings. ``companion_ddl`` builds it for
-any table, so a host's own table name, schema and ``schema_translate_map`` work. Migrations hold a frozen copy of the
-text, never a call to this module.
+The text derives from ``states.TRANSITIONS`` and ``_fields.FIELDS``. ``companion_ddl`` builds it for any table, so a host's
+own table name, schema and ``schema_translate_map`` work. Migrations hold a frozen copy of the text, never a call to this
+module.
 
 PostgreSQL: one function and seven triggers. BEFORE UPDATE OF our columns, BEFORE DELETE and BEFORE TRUNCATE refuse
 early. AFTER UPDATE looks a second time: a host's own BEFORE trigger may have rewritten columns that are in no SET
-list. The columns are compared in the function, and only of a record that was final. Three AFTER triggers refuse what
+list. The function compares the columns only where the record had finished. Three AFTER triggers refuse what
 no client could read: times out of range, and U+0000 or a lone surrogate in JSON. A CHECK would be read and evaluated
 at each UPDATE, whatever it sets. The function names nothing through the caller's ``search_path`` and obeys no row
 policy; conditions and the wake function name their operators. Retention is ``SET LOCAL mljobs.retention =
@@ -15,17 +15,18 @@ policy; conditions and the wake function name their operators. Retention is ``SE
 SQLite: four triggers, an index and a small table, ``<table>_guard``, with two rows. ``retention`` lets deletes through.
 ``replace`` answers a question that SQLite's triggers cannot ask: whether the statement that fired them says OR REPLACE,
 which deletes the old row without any delete trigger. The conflict policy of the outer statement applies to statements inside
-the trigger, so an insert that always collides there changes its row only under OR REPLACE. Hence the guard needs no pragma
-for a finished row's own key. The index stores nothing (``WHERE 0``): incremental blob I/O fires no trigger, but cannot write
-to a column that any index names.
+the trigger, so an insert that always collides there changes its row only under OR REPLACE. So no row with the same id can
+replace a finished one, even without ``PRAGMA recursive_triggers``. The index stores nothing (``WHERE 0``): incremental blob
+I/O fires no trigger, but cannot write to a column that any index names.
 
 Two more companions serve the operations:
 
 - wake (PostgreSQL): a statement trigger notifies the channel ``mljobs`` of inserts and of status changes, but only while
-  somebody sleeps on it. A sleeper holds a shared advisory lock; the trigger tries the same lock exclusively and lets go at
-  once. NOTIFY takes a global lock until its transaction has committed, so a busy system must not send any.
-- counts: finished records only ever arrive, or leave by retention, so SQLite keeps exact counters of them by
-  trigger. PostgreSQL, where one counter row would serialise all workers, keeps multivariate statistics instead.
+  somebody listens. A listener holds a shared advisory lock; the trigger tries to take the same lock exclusively, and
+  notifies if it cannot. If it can, it releases the lock at once. NOTIFY takes a global lock until its transaction has
+  committed, so a busy system must not send any.
+- counts: finished records are only added, or deleted by retention, so on SQLite triggers keep exact counters of them.
+  On PostgreSQL one counter row would serialise all workers, so there are multivariate statistics instead.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from mljobs._fields import FIELDS, NAMES
 from mljobs.states import TERMINAL, TRANSITIONS
 
 GUARD_VERSION = 1
-"""The version of the text below, named in migrations of hosts. Whoever changes the text raises it and keeps the old text."""
+"""The version of the text below, which migrations of hosts name. A change of the text raises it and keeps the old text."""
 
 TERMINAL_MESSAGE = "mljobs: record is in a terminal state"
 TRANSITION_MESSAGE = "mljobs: this state may not follow the present one"
@@ -53,12 +54,9 @@ TRANSITION_CONSTRAINT = "mljobs_illegal_transition"
 UNREADABLE_CONSTRAINT = "mljobs_unreadable_json"
 RANGE_CONSTRAINT = "mljobs_out_of_range"
 
-GUARDED_COLUMNS = NAMES
-"""The record. Columns that a host adds are its own, and stay writable after the job has finished."""
-
 
 def listed(tokens: Iterable[str]) -> str:
-    """Return the tokens as SQL literals, in a row."""
+    """Return the tokens as SQL literals with commas between."""
     return ", ".join("'" + token.replace("'", "''") + "'" for token in tokens)
 
 
@@ -69,7 +67,7 @@ def without_parameters(condition: str) -> str:
 
 _FINISHED = listed(TERMINAL)
 _FINISHED_IN_STRING = _FINISHED.replace("'", "''")
-# What is illegal, not what is legal: the shorter list. States that do not exist are the CHECK's affair.
+# The illegal transitions, for these are fewer than the legal ones. A CHECK refuses states that do not exist.
 _ILLEGAL_EDGES = [
     (old, illegal)
     for old, news in TRANSITIONS.items()
@@ -78,8 +76,9 @@ _ILLEGAL_EDGES = [
 _ILLEGAL_EDGE = " OR ".join(f"OLD.status = '{old}' AND NEW.status IN ({listed(new)})" for old, new in _ILLEGAL_EDGES)
 
 
-# PostgreSQL reads and plans a trigger's condition anew for each statement, which costs a single row more than the rest of
-# the guard. So each is one comparison, by bytes: true up to the last that is refused. The function decides.
+# PostgreSQL parses and plans a trigger's condition anew for each statement. For a statement that writes one row, that costs
+# more than the rest of the guard. So each condition is one comparison of texts by bytes: true for every text up to the
+# last one that is refused, and for some legal ones. The function then decides.
 _WAS_FINISHED = f"OLD.status OPERATOR(pg_catalog.~<=~) '{max(TERMINAL)}'"
 _LAST_REFUSED = max(
     f"{old}{new}"
@@ -88,13 +87,13 @@ _LAST_REFUSED = max(
     if old in TERMINAL or (old is not new and new not in news)
 )
 _MAY_BE_REFUSED = f"(OLD.status OPERATOR(pg_catalog.||) NEW.status) OPERATOR(pg_catalog.~<=~) '{_LAST_REFUSED}'"
-# Bitwise, which compares json too. Texts as varchar and json come last: a difference among the others is found at once.
+# ``*=`` compares bytes, for ``json`` has no ``=``. Long texts come last: a difference in the others is found before.
 _RECORD = sorted(NAMES, key=lambda name: name in ("error_message", "spec_json", "metrics_json"))
 _SAME_RECORD = "ROW({})::record *= ROW({})::record".format(
     *(", ".join(f"{row}.{name}" for name in _RECORD) for row in ("OLD", "NEW"))
 )
 _ESCAPE = r"\u"
-_PAIR = r"\\u[dD][89abAB]..\\u[dD][c-fC-F].."  # of surrogates, as a regular expression; JSON has hex digits there
+_PAIR = r"\\u[dD][89abAB]..\\u[dD][c-fC-F].."  # a pair of surrogates; JSON allows only hex digits where the dots are
 _TIMES = [field.name for field in FIELDS if field.form == "time"]
 _NEW_TIMES = ", ".join(f"NEW.{name}" for name in _TIMES)
 
@@ -196,7 +195,7 @@ _POSTGRES_DROP = (
 
 
 def _in_final_state(row: str) -> str:
-    """Return SQLite's condition that a row had or has finished: for IN it would fill a table of its own, for each row."""
+    """Return the condition that a row has finished, for SQLite: for an IN it would fill a table in memory, for each row."""
     return "({})".format(" OR ".join(f"{row}.status = '{state}'" for state in TERMINAL))
 
 
@@ -277,8 +276,8 @@ _POSTGRES_DROP_COMPANIONS = (
     "DROP FUNCTION IF EXISTS {wake}()",
 )
 
-# Rows for every pair are there from the start: an upsert in a trigger would obey an outer OR REPLACE and count from 1.
-# They start from what the table holds, which is nothing, but for a table that was rebuilt or is guarded late.
+# There is a row for every pair of kind and state from the start: an upsert in a trigger would obey an outer OR REPLACE and
+# begin again at 1. Each begins with what the table holds: nothing, unless the table was rebuilt or had no guard before.
 _SQLITE_CREATE_COMPANIONS = (
     """\
 CREATE TABLE IF NOT EXISTS {counts} (
@@ -319,32 +318,19 @@ _TEXTS = {
     ("sqlite", False): _SQLITE_DROP_COMPANIONS + _SQLITE_DROP,
 }
 
-_TRIGGERS = (
-    "update", "after", "delete", "truncate", "range", "spec_json", "metrics_json", "insert", "key",
-    "wake_insert", "wake_update", "count_insert", "count_update", "count_delete",
-)  # fmt: skip
-
+GUARD_ROLES = ("update", "after", "delete", "truncate", "range", "spec_json", "metrics_json", "insert", "key")
+"""The roles of the guard's triggers, of both databases."""
+_OTHER_TRIGGERS = ("wake_insert", "wake_update", "count_insert", "count_update", "count_delete")
 
 IDENTIFIER_MAX = 63
 """PostgreSQL's limit for a name, in bytes."""
 
-GUARD_ROLES = ("update", "after", "delete", "truncate", "range", "spec_json", "metrics_json", "insert", "key")
-"""What the triggers of ring 3 refuse, on one database or the other."""
-
 
 def companion_names(table: str) -> dict[str, str]:
-    """Return the names of what stands beside a table: role -> name."""
-    ends = {role: f"guard_{role}" for role in GUARD_ROLES} | {
-        role: role for role in _TRIGGERS if role not in GUARD_ROLES
-    }
-    ends |= {
-        "blobs": "guard_blobs",
-        "function": "guard",
-        "guard": "guard",
-        "wake": "wake",
-        "counts": "counts",
-        "statistics": "kind_status",
-    }
+    """Return the names of the companions of a table, by their role."""
+    ends = {role: f"guard_{role}" for role in (*GUARD_ROLES, "blobs")}
+    ends |= {role: role for role in (*_OTHER_TRIGGERS, "guard", "wake", "counts")}
+    ends |= {"function": "guard", "statistics": "kind_status"}
     return {role: short_name(f"{table}_{end}") for role, end in ends.items()}
 
 
@@ -354,9 +340,9 @@ def is_blob_index(name: str | None, table: str | None) -> bool:
 
 
 def short_name(name: str) -> str:
-    """Return a name that PostgreSQL can hold: cut, and told apart by a digest, where it is longer than 63 bytes.
+    """Return a name that PostgreSQL can hold: one of more than 63 bytes is cut and ends with a digest of the whole.
 
-    PostgreSQL itself would cut without a word, and two triggers of one table would get one name.
+    PostgreSQL would cut it without an error, and two triggers of one table could get the same name.
     """
     if len(name.encode()) <= IDENTIFIER_MAX:
         return name
@@ -365,7 +351,7 @@ def short_name(name: str) -> str:
 
 
 class CompanionDDL(ExecutableDDLElement):
-    """One statement that creates or drops a part of what stands beside a table."""
+    """One statement that creates or drops a companion of a table."""
 
     inherit_cache = False
 
@@ -376,7 +362,7 @@ class CompanionDDL(ExecutableDDLElement):
 
     @property
     def drops_by_itself(self) -> bool:
-        """Whether dropping the table leaves this object standing."""
+        """Whether this object stays when the table is dropped."""
         return self.text.startswith(("DROP FUNCTION", "DROP TABLE"))
 
 
@@ -390,7 +376,7 @@ def _render(element: CompanionDDL, compiler: DDLCompiler, **_: object) -> str:
     here = {f"{role}_here": names[role] for role in ("guard", "counts")} | {"table_here": preparer.quote(table.name)}
     # SQLite: the schema goes before a trigger's name and nowhere else. PostgreSQL: before everything but that name.
     sqlite = compiler.dialect.name == "sqlite"
-    for role in (*_TRIGGERS, "blobs"):
+    for role in (*GUARD_ROLES, *_OTHER_TRIGGERS, "blobs"):
         names[role] = f"{prefix if sqlite else ''}{names[role]}"
     for role in ("function", "guard", "wake", "counts", "statistics"):
         names[role] = f"{prefix}{names[role]}"
@@ -401,7 +387,7 @@ def _render(element: CompanionDDL, compiler: DDLCompiler, **_: object) -> str:
         **here,
         table=here["table_here"] if sqlite else f"{prefix}{here['table_here']}",
         counted=f"{prefix}{here['table_here']}",
-        columns=", ".join(preparer.quote(name) for name in GUARDED_COLUMNS),
+        columns=", ".join(preparer.quote(name) for name in NAMES),
         collides="id = NEW.id OR rowid = NEW.rowid" if rowid else "id = NEW.id",
         moves="NEW.id <> OLD.id OR NEW.rowid <> OLD.rowid" if rowid else "NEW.id <> OLD.id",
         pairs=", ".join(f"({listed([kind])}, '{status}')" for kind in kinds for status in TERMINAL),
@@ -411,10 +397,10 @@ def _render(element: CompanionDDL, compiler: DDLCompiler, **_: object) -> str:
 def companion_ddl(
     table: Table, dialect_name: str, *, create: bool = True, kinds: Sequence[str] | None = None
 ) -> Sequence[CompanionDDL]:
-    """Return the statements that create (or drop) what stands beside ``table``, in order; none for an unknown dialect.
+    """Return the statements that create (or drop) the companions of ``table``, in order; none for an unknown dialect.
 
     Args:
-        table: The job table; its name, schema and SQLite options are asked, and where ``kinds`` is None its column ``kind``.
+        table: The job table. Its name, schema and SQLite options are used; its column ``kind`` where ``kinds`` is None.
         dialect_name: ``postgresql`` or ``sqlite``.
         create: False for the statements that drop.
         kinds: The tokens of the column ``kind``, for SQLite's counters.

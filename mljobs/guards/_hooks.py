@@ -14,6 +14,7 @@ from sqlalchemy.orm import Mapper, Session, attributes, object_session
 from sqlalchemy.sql.ddl import SchemaDropper
 from sqlalchemy.sql.elements import ClauseElement
 
+from mljobs._fields import NAMES
 from mljobs.errors import (
     InvalidTransitionError,
     InvalidValueError,
@@ -22,7 +23,7 @@ from mljobs.errors import (
     TerminalStateError,
 )
 from mljobs.guards._beside import leases_of
-from mljobs.guards._companions import GUARDED_COLUMNS, companion_ddl
+from mljobs.guards._companions import companion_ddl
 from mljobs.guards._errors import remember_table
 from mljobs.guards._retention import is_on
 from mljobs.states import ACTIVE, MlJobStatus
@@ -58,7 +59,7 @@ def _stored_id(target: object) -> Any:
 def _changes(state: InstanceState[Any]) -> dict[str, tuple[object, object]]:
     """Return the net changes of guarded columns, ``{field: (old, new)}``; an unloaded old value is ``None``."""
     changes: dict[str, tuple[object, object]] = {}
-    for name in (column for column in GUARDED_COLUMNS if column in state.committed_state):
+    for name in (column for column in NAMES if column in state.committed_state):
         history = state.attrs[name].history
         if history.has_changes():
             changes[name] = (
@@ -68,7 +69,7 @@ def _changes(state: InstanceState[Any]) -> dict[str, tuple[object, object]]:
     return changes
 
 
-_GUARDED = frozenset(GUARDED_COLUMNS)
+_GUARDED = frozenset(NAMES)
 
 
 def remember_start(job: Any) -> None:

@@ -4,27 +4,44 @@ Each function takes the caller's ``Session`` (or a Core ``Connection``) first an
 committed here. :class:`mljobs.JobStore` and :class:`mljobs.AsyncJobStore` are the same operations with an
 engine and a transaction of their own.
 
-By the question they answer:
+What writes:
 
-- :mod:`~mljobs.jobs._submitting`: what is to be done (``submit``, ``submit_many``)
-- :mod:`~mljobs.jobs._retrying`: what is to be done once more (``retry``)
-- :mod:`~mljobs.jobs._filters`: which jobs are meant (``Filter``)
-- :mod:`~mljobs.jobs._reading`: what is there (``get``, ``find``, ``history``, ``counts``)
-- :mod:`~mljobs.jobs._naming`: which job a short id names (``find_id``)
-- :mod:`~mljobs.jobs._best`: which run was best (``best``)
-- :mod:`~mljobs.jobs._bulk`: many at once (``affected``, ``cancel_batch``, ``retry_batch``)
-- :mod:`~mljobs.jobs._load`: what is going on, by kind and by worker (``stats``, ``holders``)
-- :mod:`~mljobs.jobs._summaries`: what a list shows (``summaries``, ``running_jobs``, ``chains``)
-- :mod:`~mljobs.jobs._statistics`: figures over many (``finished_per``, ``durations``, ``failure_reasons``)
-- :mod:`~mljobs.jobs._queue`: what waits (``queue_depths``, ``next_claims``, ``held_in_queue``)
-- :mod:`~mljobs.jobs._targets`: which targets there are (``target_names``, ``target_jobs``)
-- :mod:`~mljobs.jobs._claiming`: who begins what (``claim``, ``claim_one``)
-- :mod:`~mljobs.jobs._holding`: who works on what now (``renew``, ``look``, ``release``, ``report``, ``set_progress``)
-- :mod:`~mljobs.jobs._finishing`: how it ended (``complete``, ``fail``, ``requeue``, ``cancel``)
-- :mod:`~mljobs.jobs._exchanging`: both at once, for busy workers (``finish_and_claim``)
-- :mod:`~mljobs.jobs._workers`: who works (``workers``)
-- :mod:`~mljobs.jobs._rescuing`: what nobody does any more (``rescue``)
-- :mod:`~mljobs.jobs._pruning`: what is past its time (``prune``)
+- :mod:`~mljobs.jobs._submitting`: queue jobs (``submit``, ``submit_many``)
+- :mod:`~mljobs.jobs._retrying`: queue the work of a finished job again (``retry``)
+- :mod:`~mljobs.jobs._claiming`: claim jobs (``claim``, ``claim_one``)
+- :mod:`~mljobs.jobs._holding`: renew leases, report, give claims back (``renew``, ``look``, ``release``, ``report``,
+  ``set_progress``)
+- :mod:`~mljobs.jobs._finishing`: record outcomes (``complete``, ``fail``, ``requeue``), and ``cancel``
+- :mod:`~mljobs.jobs._exchanging`: record outcomes and claim in one statement (``finish_and_claim``)
+- :mod:`~mljobs.jobs._rescuing`: requeue or fail the jobs whose lease has expired (``rescue``)
+- :mod:`~mljobs.jobs._pruning`: delete old finished records (``prune``)
+- :mod:`~mljobs.jobs._bulk`: cancel or retry many by a filter (``affected``, ``cancel_batch``, ``retry_batch``)
+
+What reads:
+
+- :mod:`~mljobs.jobs._reading`: jobs and their number (``get``, ``find``, ``history``, ``lineage``, ``counts``)
+- :mod:`~mljobs.jobs._naming`: the job that a short id names (``find_id``)
+- :mod:`~mljobs.jobs._best`: the best runs by a metric (``best``)
+- :mod:`~mljobs.jobs._summaries`: jobs with what a list shows (``summaries``, ``running_jobs``, ``chains``)
+- :mod:`~mljobs.jobs._load`: figures by kind and by worker (``stats``, ``holders``)
+- :mod:`~mljobs.jobs._statistics`: figures over many jobs (``finished_per``, ``durations``, ``failure_reasons``)
+- :mod:`~mljobs.jobs._queue`: the queue (``queue_depths``, ``next_claims``, ``held_in_queue``)
+- :mod:`~mljobs.jobs._targets`: the targets (``target_names``, ``target_jobs``)
+- :mod:`~mljobs.jobs._workers`: the workers (``workers``)
+- :mod:`~mljobs.jobs._changes`: the states of jobs, for watches
+
+What they are made of:
+
+- :mod:`~mljobs.jobs._base`: sessions, connections and tables; :mod:`~mljobs.jobs._records`: rows as objects
+- :mod:`~mljobs.jobs._statements`: parts of statements; :mod:`~mljobs.jobs._transitions`: the SET list of each transition
+- claims: :mod:`~mljobs.jobs._claims` (``Claim``), :mod:`~mljobs.jobs._picking` (the SELECT), :mod:`~mljobs.jobs._starting`
+  (the parts on SQLite), :mod:`~mljobs.jobs._refusing` (a job that cannot be started)
+- writes under a lease: :mod:`~mljobs.jobs._fencing`; why one was refused: :mod:`~mljobs.jobs._refusals`
+- filters: :mod:`~mljobs.jobs._filters` (``Filter``), :mod:`~mljobs.jobs._words` (its text as terms),
+  :mod:`~mljobs.jobs._sentences` (its terms as English), :mod:`~mljobs.jobs._conditions` (its terms as SQL),
+  :mod:`~mljobs.jobs._expressions` (SQL that differs by database)
+- pages: :mod:`~mljobs.jobs._paging`, :mod:`~mljobs.jobs._serving` (which index serves a filter)
+- many rows: :mod:`~mljobs.jobs._batches`, :mod:`~mljobs.jobs._savepoints`
 
 Every write names the state it expects, and a worker's write the lease it holds, in the condition of its own statement.
 On PostgreSQL each is one statement, and times come from the database's clock. On SQLite, where one writer works at a

@@ -1,19 +1,14 @@
-"""What every operation needs: the caller's connection, the tables of a model, the job that is meant."""
+"""What every operation needs: the caller's connection, the tables of a model, the id of a job."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import cache, wraps
 from types import FunctionType
 from typing import Any, Concatenate, ParamSpec, cast
 from uuid import UUID
 
-from sqlalchemy import (
-    Connection,
-    Table,
-    inspect,
-    update,
-)
+from sqlalchemy import Connection, Table, inspect, update
 from sqlalchemy.orm import Mapper, Session
 from typing_extensions import TypeVar
 
@@ -29,7 +24,7 @@ from mljobs.record._models import MlJob
 Bind = _binds.Bind
 Model = type[MlJobMixin]
 M = TypeVar("M", bound=MlJobMixin, default=MlJob)
-"""The class of the jobs that an operation returns: what ``model`` says, else ``MlJob``."""
+"""The class of the jobs that an operation returns: the argument ``model``, ``MlJob`` by default."""
 JobRef = UUID | int | str | MlJobMixin
 """What names a job: its id in any accepted form, or the record."""
 
@@ -39,15 +34,15 @@ _R = TypeVar("_R")
 
 
 def per_model(build: Callable[Concatenate[Model, _P], _R]) -> Callable[Concatenate[Model, _P], _R]:
-    """Keep what ``build`` returns for each model and each further argument."""
+    """Return ``build`` with a cache: it is called once for each model and each set of further arguments."""
     return cast("Callable[Concatenate[Model, _P], _R]", cache(build))
 
 
 def accept_any_session(names: dict[str, Any], public: Iterable[str]) -> None:
-    """Let the public operations of a room take whatever a host calls a session; inside, ``resolve`` has been called.
+    """Let the public operations of a package take any ``Bind``: each is called with what ``resolve`` returns.
 
     Args:
-        names: The room's names, ``globals()``.
+        names: The package's names, ``globals()``.
         public: Which of them are public. An operation is a function whose first parameter is ``session``.
     """
     for name in public:
@@ -69,7 +64,7 @@ def _resolving(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def connection_of(bind: Bind, model: Model) -> Connection:
-    """Return the connection of the caller's transaction on the model's database, with what its session holds written to it.
+    """Return the connection of the caller's transaction on the model's database; a session is flushed first.
 
     Raises:
         InvalidValueError: Neither a session nor a connection.
@@ -83,10 +78,10 @@ def connection_of(bind: Bind, model: Model) -> Connection:
 
 
 def is_postgres(connection: Connection) -> bool:
-    """Whether this is PostgreSQL; SQLite is the other one.
+    """Whether this is PostgreSQL; False for SQLite.
 
     Raises:
-        InvalidValueError: Neither.
+        InvalidValueError: It is neither.
     """
     name = connection.dialect.name
     if name == "postgresql":
@@ -124,7 +119,7 @@ def table_of(model: Model) -> Table:
 
 @per_model
 def owner_of(model: Model) -> Model:
-    """Return the class that the job table of ``model`` belongs to: of a subclass its parent, of any other itself."""
+    """Return the class that the job table of ``model`` was made for: ``model``, or the parent whose table it shares."""
     table = table_of(model)
     owners = [mapper.class_ for mapper in inspect(model).iterate_to_root() if mapper.local_table is table]
     owner: Model = owners[-1]
@@ -132,11 +127,12 @@ def owner_of(model: Model) -> Model:
 
 
 @per_model
-def whole_table_of(model: Model) -> Table:
-    """Return the table that holds the record of ``model``, and of nothing else.
+def own_table_of(model: Model) -> Table:
+    """Return the table that holds the record of ``model``, if it is made for this class.
 
     Raises:
-        InvalidValueError: ``model`` is not a mapped job class; or a subclass, whose table holds jobs that are none of it.
+        InvalidValueError: ``model`` is not a mapped job class; or it shares the table of its parent, whose jobs are no jobs
+            of ``model``.
     """
     table = table_of(model)
     owner = owner_of(model)
@@ -147,34 +143,29 @@ def whole_table_of(model: Model) -> Table:
 
 
 def id_of(job: JobRef) -> UUID:
-    """Return the id that ``job`` names.
+    """Return the id of a record, or the id itself.
 
     Raises:
-        InvalidValueError: It names none.
+        InvalidValueError: It is no id.
     """
     if not isinstance(job, MlJobMixin):
         return to_job_id(job)
-    identity = inspect(job).identity  # is there when a commit has expired the job, and its session is closed
+    identity = inspect(job).identity  # known even where a commit has expired the job and its session is closed
     return job.id if identity is None else identity[0]
 
 
 def model_and_id(job: JobRef, model: type[M]) -> tuple[type[M], UUID]:
-    """Return the class and the id of the job that is meant: a record is of its own class, whatever the default says.
+    """Return the class and the id of a job: of a record its own class, where the caller has left ``model`` out.
 
     Args:
         job: The job or its id.
-        model: What the caller said, or the default ``MlJob``.
+        model: The class that the caller gave; the default is ``MlJob``.
 
     Raises:
-        InvalidValueError: It names none, or is of another class than the caller said.
+        InvalidValueError: It is no id, or a record of another class than the caller gave.
     """
     if isinstance(job, MlJobMixin) and not (isinstance(job, model) or issubclass(model, type(job))):
         if model is not MlJob:
             raise InvalidValueError("job", job, f"it is a {type(job).__name__}, and the model is {model.__name__}")
         return cast("type[M]", type(job)), id_of(job)
     return model, id_of(job)
-
-
-def given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that are not None: what the caller left out keeps the model's default."""
-    return {name: value for name, value in values.items() if value is not None}

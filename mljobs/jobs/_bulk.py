@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, exists, select
 
 from mljobs.db._binds import resolve
 from mljobs.errors import InvalidValueError
-from mljobs.jobs._base import Bind, Model, connection_of, is_postgres, lock_sqlite, table_of, whole_table_of
+from mljobs.jobs._base import Bind, Model, connection_of, is_postgres, lock_sqlite, own_table_of, table_of
 from mljobs.jobs._filters import Filter, Filters, Selection, Where, selection
 from mljobs.jobs._finishing import cancel
 from mljobs.jobs._paging import Paging
@@ -143,7 +143,7 @@ def retry_batch(
 
 
 def _meant(action: Action, chosen: Selection, *, everything: bool) -> Selection:
-    whole_table_of(chosen.model)
+    own_table_of(chosen.model)
     if not chosen and not everything:
         raise InvalidValueError("filter", None, f"without one this would {action} all jobs: say everything=True")
     return changed_by(action, chosen)

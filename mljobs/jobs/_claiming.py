@@ -1,8 +1,8 @@
-"""Claim jobs: pick them, lease them, start them.
+"""Claim jobs: pick queued ones, make their leases, start them.
 
-The record is history, the lease is the present. One lease serves all jobs of a claim, and each of their records names it.
-An exclusive job has a lease of its own, which carries the lock of its target; the lock stands until the worker has really
-stopped, or the lease expires.
+One lease serves all jobs of a claim, and the record of each names it. An exclusive job has a lease of its own, which holds
+the lock of its target too; the lock stands until the worker has stopped or the lease expires, even if the job is cancelled
+before.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from mljobs.jobs._base import (
     is_postgres,
     lock_sqlite,
     model_and_id,
+    own_table_of,
     per_model,
     table_of,
-    whole_table_of,
 )
 from mljobs.jobs._claims import Claim, ClaimedRows, Lease, UnreadJob
 from mljobs.jobs._picking import pick_statement, queued_jobs, with_limit
@@ -40,12 +40,7 @@ from mljobs.jobs._records import is_ml_job, loaded
 from mljobs.jobs._refusals import refusal, state_of
 from mljobs.jobs._refusing import ROUNDS, start_refusal, unless_target_taken, without_waiting
 from mljobs.jobs._starting import LEASE_COLUMNS, lease_values, place_of, start_in_turn
-from mljobs.jobs._statements import (
-    constant,
-    expiry_of,
-    in_rows,
-    moments,
-)
+from mljobs.jobs._statements import constant, expiry_of, in_rows, moments
 from mljobs.jobs._transitions import start_values
 from mljobs.record._models import MlJob
 from mljobs.record._values import worker_name
@@ -58,7 +53,7 @@ MAX_BATCH = 10_000
 """The most jobs that one statement claims, renews or finishes."""
 _LOCK_TIMEOUT = 0.25
 _BEFORE_RECORD = 2
-"""Columns before the record's in a row of a claim: how many jobs were picked, and the end of the lease."""
+"""The columns before the record's in a row of ``claim_rows``: how many jobs were picked, and the end of the lease."""
 
 
 def claim(
@@ -99,7 +94,7 @@ def claim(
     which, parameters = claim_parameters(model, worker, kinds, limit, lease, skip, lock_timeout)
     if parameters["kinds"] == []:
         return []
-    return claim_asked(session, model, which, parameters, limit)
+    return claim_by_parameters(session, model, which, parameters, limit)
 
 
 def claim_parameters(  # noqa: PLR0917 - those of claim
@@ -111,15 +106,15 @@ def claim_parameters(  # noqa: PLR0917 - those of claim
     skip: Iterable[JobRef],
     lock_timeout: float | None,
 ) -> tuple[str, dict[str, Any]]:
-    """Return which statement claims what ``claim`` was asked for, and its parameters.
+    """Return the name of the statement that claims what ``claim`` was asked for, and its parameters.
 
-    Which one is said in words: by what it picks (``any``, ``kind``, ``kinds``, ``ids``), then ``skip`` and ``timeout``
-    where these are given, and ``shared`` where it picks no exclusive job.
+    The name is one word for what is picked (``any``, ``kind``, ``kinds``, ``ids``), then ``skip`` and ``timeout`` where
+    these arguments are given, then ``shared`` where no exclusive job is picked: ``"kinds skip"``.
 
     Raises:
         InvalidValueError: An argument is out of range.
     """
-    whole_table_of(model)
+    own_table_of(model)
     if isinstance(kinds, str):
         kinds = [kinds]
     tokens = None if kinds is None else sorted({to_member(model.__kinds__, "kinds", kind).value for kind in kinds})
@@ -131,7 +126,7 @@ def claim_parameters(  # noqa: PLR0917 - those of claim
     if lock_timeout is not None:
         check_seconds("lock_timeout", lock_timeout, above_zero=True)
         more, parameters = f"{more} timeout", {**parameters, "lock_timeout": _milliseconds(lock_timeout)}
-    if tokens is None:  # kinds that were named are always asked for: a newer release may queue others
+    if tokens is None:  # all kinds that this release knows are not all kinds: a newer one may have queued others
         return f"any{more}", parameters
     if len(tokens) == 1:
         return f"kind{more}", {**parameters, "kind": tokens[0]}
@@ -150,7 +145,7 @@ def claim_one(
     lease: float = DEFAULT_LEASE,
     model: type[M] = MlJob,  # type: ignore[assignment]
 ) -> Claim[M]:
-    """Start this job, if it is queued and its target is free; ``run_after`` is not asked.
+    """Start this job, if it is queued and its target is free, whatever its ``run_after`` is.
 
     Args:
         session: The caller's session or connection; the claim is part of its transaction.
@@ -167,9 +162,9 @@ def claim_one(
         StartRefusedError: Its row cannot be read as the class, or the database refuses the write; it stays queued.
     """
     model, job_id = model_and_id(job, model)
-    whole_table_of(model)
+    own_table_of(model)
     parameters = {"worker": worker_name(worker), "ids": [job_id], **moments(check_lease(lease))}
-    claims = claim_asked(session, model, "ids", parameters, 1)
+    claims = claim_by_parameters(session, model, "ids", parameters, 1)
     if claims:
         return claims[0]
     connection = connection_of(session, model)
@@ -181,18 +176,20 @@ def claim_one(
 # --------------------------------------------------------------------------------------------------------- the claim
 
 
-def claim_asked(session: Bind, model: Model, which: str, parameters: dict[str, Any], limit: int) -> list[Claim[Any]]:
-    """Claim what ``claim_parameters`` says."""
+def claim_by_parameters(
+    session: Bind, model: Model, which: str, parameters: dict[str, Any], limit: int
+) -> list[Claim[Any]]:
+    """Claim by the statement and the parameters that ``claim_parameters`` returns."""
     connection = connection_of(session, model)
     claim_some = _on_postgres if is_postgres(connection) else _on_sqlite
     claims: list[Claim[Any]] = []
-    # A picked job whose exclusive target was taken in the same moment gets no lease: pick again in its place.
+    # A picked job gets no lease if its exclusive target was taken in the same moment: pick another one in its place.
     for _ in range(ROUNDS):
         parameters["limit"] = limit - len(claims)
         try:
             started, picked = claim_some(session, connection, model, which, parameters)
         except Exception as error:  # noqa: BLE001 - is raised again
-            if claims:  # are ours already; the next call meets the error
+            if claims:  # these are ours; the next call meets the error
                 break
             raise_refusal(session, connection, model, which, parameters, error)
         claims += started
@@ -204,7 +201,7 @@ def claim_asked(session: Bind, model: Model, which: str, parameters: dict[str, A
 def raise_refusal(  # noqa: PLR0917 - internal, called twice
     session: Bind, connection: sa.Connection, model: Model, which: str, parameters: dict[str, Any], error: Exception
 ) -> NoReturn:
-    """Raise, for a claim that failed, the error that names the job that is at fault; the same error if none is."""
+    """Raise the error that names the job for which a claim failed; ``error`` itself if it failed for another reason."""
     which_of_these = "ids timeout"
     of_these = {"lock_timeout": _milliseconds(_LOCK_TIMEOUT), **parameters}
 
@@ -225,7 +222,7 @@ def raise_refusal(  # noqa: PLR0917 - internal, called twice
     if refused is None:
         raise error
     if isinstance(session, Session):
-        session.expire_all()  # what it has read of the others was undone
+        session.expire_all()  # it may have read jobs as running whose start was undone
     raise refused from error
 
 
@@ -244,7 +241,7 @@ def _started(
     statement = _claim_statement(model, which, parameters["limit"])
     answer = statement.answer(connection, parameters)
     first = answer.row(0)
-    return claims_of(session, model, answer, lasts_of(model, first), parameters["worker"]), first[0]
+    return claims_of(session, model, answer, lease_period(model, first), parameters["worker"]), first[0]
 
 
 def _on_sqlite(
@@ -255,10 +252,10 @@ def _on_sqlite(
 
     def started() -> tuple[list[Claim[Any]], int]:
         answer, picked = start_in_turn(connection, model, which, parameters)
-        lasts = from_millis(parameters["now"]), from_millis(parameters["expires"])
-        return claims_of(session, model, answer, lasts, parameters["worker"], before=0), picked
+        period = from_millis(parameters["now"]), from_millis(parameters["expires"])
+        return claims_of(session, model, answer, period, parameters["worker"], before=0), picked
 
-    # What a host's type or class cannot read is undone with the rest, or nobody could name the job that is at fault.
+    # For a host's class in a savepoint: if its types cannot read a row, the start is undone, and the job at fault is found.
     return started() if is_ml_job(model) else unless_target_taken(connection, started)
 
 
@@ -266,26 +263,26 @@ def claims_of(
     session: Bind,
     model: Model,
     answer: Answer,
-    lasts: tuple[datetime, datetime],
+    period: tuple[datetime, datetime],
     worker: str,
     *,
     before: int = _BEFORE_RECORD,
 ) -> list[Claim[Any]]:
-    """Return claims in the order of the rows; their records are members of the caller's session, if it is one.
+    """Return claims in the order of the rows. Their records are members of ``session``, unless it is a connection.
 
     Args:
         session: The caller's session or connection.
         model: The mapped job class.
-        answer: The rows of the claim's statement; one without an id where nothing was started.
-        lasts: When the leases begin and end: one statement, one moment.
-        worker: Under which name.
-        before: Columns before the record's in a row: of ``claim_rows`` two.
+        answer: The rows of the claim's statement; a row without an id where nothing was started.
+        period: When the leases begin and end, the same for all.
+        worker: The name that the claims are made under.
+        before: How many columns stand before the record's in a row.
     """
     ids = answer.column(before + place_of(model, "id"))
     if not ids or ids[0] is None:
         return []
     kinds, tokens = answer.column(before + place_of(model, "kind")), answer.column(before + place_of(model, "lease"))
-    acquired_at, expires_at = lasts
+    acquired_at, expires_at = period
     of_lease: dict[int, list[int]] = {}
     for token, job_id in zip(tokens, ids, strict=True):
         of_lease.setdefault(token, []).append(job_id.int)
@@ -305,7 +302,7 @@ def _record_in_row(model: Model, before: int) -> slice:
     return slice(before, before + len(table_of(model).columns))
 
 
-def lasts_of(model: Model, first: Sequence[Any]) -> tuple[datetime, datetime]:
+def lease_period(model: Model, first: Sequence[Any]) -> tuple[datetime, datetime]:
     """Return when the leases begin and end, from the first row of ``claim_rows``."""
     return first[_BEFORE_RECORD + place_of(model, "started_at")], first[1]
 
@@ -314,15 +311,15 @@ def lasts_of(model: Model, first: Sequence[Any]) -> tuple[datetime, datetime]:
 
 
 def claim_rows(model: Model, which: str, limit: Any, dialect: str, beside: sa.Subquery | None = None) -> sa.Select[Any]:
-    """PostgreSQL: pick, lease and start in one statement.
+    """PostgreSQL: pick jobs, make their leases and start them in one statement.
 
-    The jobs that start are found by an array of ids, and the token of an exclusive one by a JSON object of targets, not by
-    joins: the planner, which knows nothing of how many there will be, would read the whole table for one, or compare
-    five hundred with five hundred.
+    The jobs that start are found by an array of ids, and the token of an exclusive one by a JSON object with a key for each
+    target. With joins instead, the planner, which cannot know how many jobs there will be, would read the whole table for
+    one job, or compare each of five hundred jobs with each of five hundred leases.
 
     Returns:
-        For each job that was started, in the order of the queue: how many were picked, the end of the lease, the record,
-        and the one row ``beside``. At least one row.
+        A row for each job that was started, in the order of the queue: how many were picked, the end of the lease, the
+        record, and the columns of ``beside``, which has one row. Without a started job one row, whose record is NULL.
     """
     jobs: Any = table_of(model).alias("j")
     picked = queued_jobs(model, which, limit, dialect).with_for_update(skip_locked=True, key_share=True).cte("picked")
@@ -330,7 +327,7 @@ def claim_rows(model: Model, which: str, limit: Any, dialect: str, beside: sa.Su
     first = sa.func.array_agg(by_queue, type_=sa.ARRAY(JobId()))[constant(1)]
     exclusive: list[sa.ColumnElement[bool]] = [picked.c.exclusive]
     if "timeout" in which.split():
-        # Is in force for the locks that this statement takes from here on; only where there is a target to wait for.
+        # In force for the locks that this statement takes later. Only where a job is exclusive: others wait for none.
         timeout = sa.bindparam("lock_timeout", type_=sa.Text())
         exclusive.append(sa.func.set_config(constant("lock_timeout"), timeout, sa.true()).is_not(None))
     alone = (
@@ -364,13 +361,13 @@ def claim_rows(model: Model, which: str, limit: Any, dialect: str, beside: sa.Su
 
 
 def _leases_of(model: Model, picked: sa.CTE, alone: sa.CTE, dialect: str) -> sa.CTE:
-    """Return the INSERT of one lease for all jobs that are not exclusive, and of one for each target that can be had."""
+    """Return the INSERT of one lease for all jobs that are not exclusive, and of one for each target that is free."""
     leases = model.__leases__
     shared = sa.select(sa.cast(sa.null(), sa.Text()).label("target_lock")).where(
         sa.exists(1).where(~picked.c.exclusive)
     )
     locks = shared.union_all(sa.select(alone.c.target_name)).subquery("locks")
-    # Two claims that take several targets wait for each other in one order.
+    # In one order, so that two claims which take several targets never deadlock.
     rows = sa.select(*lease_values(dialect, locks.c.target_lock)).order_by(locks.c.target_lock)
     insert = insert_on_postgres(leases).from_select(LEASE_COLUMNS, rows).on_conflict_do_nothing()
     return insert.returning(leases.c.token, leases.c.target_lock).cte("leased")

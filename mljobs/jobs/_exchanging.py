@@ -1,4 +1,4 @@
-"""Finish and claim in one statement: what a busy worker does all day costs one round trip, one snapshot, one commit."""
+"""Record outcomes and claim in one statement: one round trip, one snapshot and one commit for a busy worker."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from mljobs.jobs._base import Bind, JobRef, M, Model, connection_of, is_postgres
 from mljobs.jobs._claiming import (
     DEFAULT_LEASE,
     claim,
-    claim_asked,
+    claim_by_parameters,
     claim_parameters,
     claim_rows,
     claims_of,
-    lasts_of,
+    lease_period,
     raise_refusal,
 )
 from mljobs.jobs._claims import Claim, model_of
-from mljobs.jobs._fencing import in_one, read_answer
+from mljobs.jobs._fencing import one_statement, read_answer
 from mljobs.jobs._finishing import Outcome, answers, finish_many, finish_update, one_for_each_job, outcome_parameters
 from mljobs.jobs._picking import with_limit
 from mljobs.jobs._refusing import unless_target_taken, without_waiting
@@ -56,15 +56,15 @@ def finish_and_claim(
 
     Raises:
         InvalidValueError: An argument is out of range; nothing was written.
-        StartRefusedError: One job cannot be started; nothing was claimed. Roll back: on SQLite the outcomes were
-            written before.
+        StartRefusedError: One job cannot be started; nothing was claimed. Roll back: on SQLite the outcomes have been
+            written.
     """
     given = list(outcomes)
     skipped = list(skip)
     which, parameters = claim_parameters(model, worker, kinds, limit, lease, skipped, lock_timeout)
     connection = connection_of(session, model)
     if not given and parameters["kinds"] != []:
-        return [], claim_asked(session, model, which, parameters, limit)
+        return [], claim_by_parameters(session, model, which, parameters, limit)
     if parameters["kinds"] == [] or not is_postgres(connection):
         errors = finish_many(session, given)
         more: dict[str, Any] = {"skip": skipped, "lock_timeout": lock_timeout}
@@ -76,7 +76,7 @@ def finish_and_claim(
     def run(which: str) -> tuple[list[Claim[Any]], Any]:
         answer = _statement(model, which, limit).answer(connection, parameters)
         first = answer.row(0)
-        return claims_of(session, model, answer, lasts_of(model, first), worker), read_answer(first[-2:])
+        return claims_of(session, model, answer, lease_period(model, first), worker), read_answer(first[-2:])
 
     try:
         claims, written = without_waiting(which, lambda which: unless_target_taken(connection, lambda: run(which)))
@@ -86,12 +86,11 @@ def finish_and_claim(
 
 
 def _rows(model: Model, which: str, limit: Any, dialect: str) -> Any:
-    """Return the rows of ``claim_rows``, each with the row of ``in_one``.
+    """Return the rows of ``claim_rows``, each with the row of ``one_statement``.
 
-    Jobs that end here are running in the statement's snapshot, and those that are picked are queued, so no row is
-    written twice.
+    No row is written twice: in the statement's snapshot a job that ends is running, and a job that is picked is queued.
     """
-    finished = in_one(model, finish_update, ends=True).subquery("finished")
+    finished = one_statement(model, finish_update, ends=True).subquery("finished")
     return claim_rows(model, which, limit, dialect, finished)
 
 

@@ -1,8 +1,8 @@
-"""How a worker writes: into a record only while it names the worker's lease.
+"""How a worker writes into a record: only while the record names the worker's lease.
 
-A write names the job and the token of its lease. The record is the authority: whoever takes a job away sets another lease,
-or none, in the row that the write looks at, and PostgreSQL looks at that row once more when it had to wait for it. That
-the lease is the same one, and not another under a number that came back, is seen from its ``acquired_at``.
+A write names the job and the token of its lease. Whoever takes a job away sets another lease, or none, in the record, so
+the UPDATE finds no row; where PostgreSQL had to wait for the row, it checks the condition once more. A token alone could
+come back, from a restarted sequence or a restored backup, so the lease must have the same ``acquired_at`` too.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _JOB_ID, _TOKEN = attrgetter("job_id"), attrgetter("token")
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a write found.
+    """What a write has changed.
 
     Attributes:
         ids: The jobs that were written; None for all.
-        tokens: The leases that stood when it began; of no interest where all were written.
+        tokens: The leases that stood when it began; not known where all were written.
     """
 
     ids: Collection[UUID] | None
@@ -50,7 +50,7 @@ _ALL = Written(None, ())
 
 
 def wanted_table(dialect: str, **columns: Any) -> Any:
-    """Return the parameter table of a write: ``id`` and ``token`` of each claim, and what is to be written."""
+    """Return the parameter table of a write: ``id`` and ``token`` of each claim, and further columns of values to write."""
     return parameter_table(_WANTED, dialect, id=JobId(), token=sa.BigInteger(), **columns)
 
 
@@ -61,7 +61,7 @@ def wanted_parameters(dialect: str, claims: Sequence[Claim[Any]], **columns: Seq
 
 
 def lease_parameters(dialect: str, claims: Iterable[Claim[Any]]) -> dict[str, Any]:
-    """Return the parameters of the leases of these claims, and which of them have no other job, as far as is known."""
+    """Return the parameters of the leases of these claims: token, start, and whether the write ends their last job."""
     ids: set[int] = set()
     leases: dict[int, Lease] = {}
     for claim in claims:
@@ -76,7 +76,7 @@ def lease_parameters(dialect: str, claims: Iterable[Claim[Any]]) -> dict[str, An
 
 
 def standing_leases(model: Model, dialect: str) -> sa.Select[Any]:
-    """Return ``token`` and ``empty`` of those leases of ``lease_parameters`` that stand."""
+    """Return ``token`` and ``empty`` of those leases of ``lease_parameters`` that the database still has."""
     leases = model.__leases__.alias("l")
     asked = parameter_table(
         _LEASES, dialect, token=sa.BigInteger(), acquired_at=leases.c.acquired_at.type, empty=sa.Boolean()
@@ -88,8 +88,8 @@ def standing_leases(model: Model, dialect: str) -> sa.Select[Any]:
 def holds(jobs: Any, wanted: Any, held: Any, dialect: str) -> list[Any]:
     """Return the conditions of a write: the record names the lease, and the lease is the same one.
 
-    ``IS NOT DISTINCT FROM`` is ``=`` that no index serves: a plan that finds the jobs by their lease compares all jobs
-    of a claim with all others. That the job is running need not be asked, for no other has a lease.
+    ``IS NOT DISTINCT FROM`` is an ``=`` that no index serves. With ``=`` a plan could find the jobs by their lease, and
+    would compare each job of a claim with each of its others. Only a running job has a lease, so the state is not asked.
 
     Args:
         jobs: The job table, or an alias.
@@ -99,15 +99,14 @@ def holds(jobs: Any, wanted: Any, held: Any, dialect: str) -> list[Any]:
     """
     stands = in_rows(wanted.c.token, sa.select(held.c.token), dialect)
     if dialect == POSTGRES:
-        # As a comparison with a constant, of which the planner expects one row in two hundred: of these ten, one.
+        # Of a comparison with a constant the planner expects one row in two hundred: one of the ten that it takes the
+        # parameter table for.
         stands = sa.case((stands, constant(1))) == constant(1)
     return [jobs.c.id == wanted.c.id, jobs.c.lease.is_not_distinct_from(wanted.c.token), stands]
 
 
 def delete_empty(model: Model, held: Any, written: sa.Select[Any] | None, dialect: str) -> sa.Delete:
-    """Delete the leases that no job names any more.
-
-    Locked in the order of their tokens, as a renewal locks them.
+    """Delete the leases that no job names any more, locked in the order of their tokens as a renewal locks them.
 
     Args:
         model: The mapped job class.
@@ -130,13 +129,13 @@ Write = Callable[[Model, Any, Any, str], sa.Update]
 """Builds the UPDATE of a write: takes the model, an alias of its table, the CTE of ``standing_leases`` and the dialect."""
 
 
-def in_one(model: Model, write: Write, *, ends: bool) -> Any:
+def one_statement(model: Model, write: Write, *, ends: bool) -> Any:
     """PostgreSQL: write in one statement.
 
     Args:
         model: The mapped job class.
         write: The UPDATE.
-        ends: Whether the jobs leave their leases, and leases that are empty then go.
+        ends: Whether the jobs leave their leases, and leases without jobs are deleted.
 
     Returns:
         One row: the ids that were written, and the tokens of the leases that stood; NULLs where all were written.
@@ -156,7 +155,7 @@ def in_one(model: Model, write: Write, *, ends: bool) -> Any:
 
 
 def read_answer(row: Sequence[Any]) -> Written:
-    """Return what the row of ``in_one`` says."""
+    """Return what the row of ``one_statement`` says."""
     ids, tokens = row
     return Written(ids, tokens or ())
 
@@ -166,23 +165,23 @@ class FencedWrite:
 
     Args:
         write: The UPDATE.
-        ends: Whether the jobs leave their leases, and leases that are empty then go.
+        ends: Whether the jobs leave their leases, and leases without jobs are deleted.
     """
 
     def __init__(self, write: Write, *, ends: bool) -> None:
         self._ends = ends
-        self.statement = per_model(lambda model: Prepared(lambda _: in_one(model, write, ends=ends)))
+        self.statement = per_model(lambda model: Prepared(lambda _: one_statement(model, write, ends=ends)))
         self.part = per_model(lambda model: Prepared(lambda _: _update_part(model, write)))
 
     def run(self, connection: sa.Connection, model: Model, parameters: dict[str, Any]) -> Written:
         """Write what the parameters say.
 
-        On SQLite the UPDATE takes the write lock, so which leases stand is asked after it, and only where one may be gone.
+        On SQLite the UPDATE takes the write lock. The leases are read after it, and only where a job was not written.
 
         Args:
             connection: Where to write.
             model: The mapped job class.
-            parameters: ``wanted_parameters`` and ``lease_parameters``, and what else the UPDATE takes.
+            parameters: ``wanted_parameters``, ``lease_parameters``, and further parameters of the UPDATE.
         """
         if connection.dialect.name == POSTGRES:
             return read_answer(self.statement(model).rows(connection, parameters)[0])
@@ -220,13 +219,13 @@ def delete_statement(model: Model) -> Prepared:
 def explain(
     connection: sa.Connection, model: Model, claim: Claim[Any], written: Written, wanted: MlJobStatus
 ) -> TerminalStateError | LeaseLostError:
-    """Return why a write under ``claim`` found nothing to change: the job was cancelled, or the lease is gone.
+    """Return why a write has not changed the job of ``claim``: the job was cancelled, or the lease is gone.
 
     Args:
         connection: Where to look.
         model: The mapped job class.
-        claim: Under which the write was tried.
-        written: What it found.
+        claim: The claim.
+        written: What the write has changed.
         wanted: The status that it would have set.
     """
     if claim.token in written.tokens and not claim.ended:
@@ -237,7 +236,7 @@ def explain(
 
 
 def has_not_stopped(model: Model, jobs: Any) -> Any:
-    """Return the condition that a job was cancelled, and its worker still holds the lease.
+    """Return the condition that a job was cancelled and its worker still holds the lease.
 
     Args:
         model: The mapped job class.
@@ -248,7 +247,7 @@ def has_not_stopped(model: Model, jobs: Any) -> Any:
 
 
 def token_of(model: Model, jobs: Any) -> Any:
-    """Return the expression for the lease under which a job runs; or ran, if its worker has not stopped since a cancel.
+    """Return the expression for the token of a running job's lease; also of a cancelled one whose worker has not stopped.
 
     Args:
         model: The mapped job class.
@@ -260,7 +259,7 @@ def token_of(model: Model, jobs: Any) -> Any:
 
 
 def _held_after_cancel(leases: Any, jobs: Any) -> list[Any]:
-    """Return the conditions for the lease of a cancelled job, which names none, but says who claimed it, and when."""
+    """Return the conditions for the lease of a cancelled job. Its record names no lease, but its worker and its start."""
     lock = sa.case((jobs.c.exclusive, jobs.c.target_name), else_=sa.null())
     return [
         leases.c.acquired_at == jobs.c.started_at,

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from mljobs._values import check_lease, to_json_text
+from mljobs._values import MAX_PROGRESS, check_lease, to_json_text
 from mljobs.db._prepared import Prepared
 from mljobs.errors import InvalidValueError
 from mljobs.jobs._base import Bind, M, Model, connection_of, per_model, table_of
@@ -29,12 +29,11 @@ from mljobs.jobs._transitions import report_values
 from mljobs.states import MlJobStatus
 
 _T = TypeVar("_T")
-_PROGRESS_MAX = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a running job has come to.
+    """The progress and metrics of a running job.
 
     Attributes:
         claim: What ``claim`` returned.
@@ -58,7 +57,7 @@ class Report:
 
 
 def renew(session: Bind, claims: Iterable[Claim[M]], *, lease: float = DEFAULT_LEASE) -> Renewal[M]:
-    """Extend the leases that are still held, and see which of their jobs are, all in one statement.
+    """Extend the leases that are still held, and say which claims are held, lost and cancelled, in one statement.
 
     Args:
         session: The caller's session or connection.
@@ -66,7 +65,7 @@ def renew(session: Bind, claims: Iterable[Claim[M]], *, lease: float = DEFAULT_L
         lease: Seconds from now.
 
     Returns:
-        Which are held on, which were lost, and which jobs were cancelled meanwhile.
+        The claims by what became of them.
     """
     parameters = moments(check_lease(lease))
     held = list(dict.fromkeys(claims))
@@ -75,8 +74,8 @@ def renew(session: Bind, claims: Iterable[Claim[M]], *, lease: float = DEFAULT_L
     model = model_of(held)
     connection = connection_of(session, model)
     renewal, abandoned = _renewal(connection, model, held, parameters, extend=True)
-    if abandoned:  # somebody put the job back by hand, or deleted it; let the next worker have its target
-        _end(connection, model, abandoned)
+    if abandoned:  # by hand the job was put back or deleted, which leaves its lease: give its target to the next worker
+        _release(connection, model, abandoned)
     return renewal
 
 
@@ -98,7 +97,7 @@ def look(session: Bind, claims: Iterable[Claim[M]]) -> Renewal[M]:
 def release(session: Bind, claims: Iterable[Claim[Any]]) -> int:
     """Give claims back without an outcome, once the work on cancelled jobs has stopped.
 
-    A job that is still running leaves its lease too, and then no timer rescues that job: requeue it instead.
+    A job that is still running loses its lease too, and then no ``rescue`` finds it: requeue such a job instead.
 
     Returns:
         How many were still held.
@@ -107,7 +106,7 @@ def release(session: Bind, claims: Iterable[Claim[Any]]) -> int:
     if not given:
         return 0
     model = model_of(given)
-    return _end(connection_of(session, model), model, given)
+    return _release(connection_of(session, model), model, given)
 
 
 def set_progress(session: Bind, claim: Claim[Any], progress: int) -> None:
@@ -194,13 +193,13 @@ def report_many(session: Bind, reports: Iterable[Report]) -> list[Any]:
 
 
 def newest_by_job(given: Iterable[_T], claim_of: Callable[[_T], Claim[Any]]) -> list[_T]:
-    """Return one for each job, in the order of the ids: of several that with the newest claim, for no other can hold it.
+    """Return one item for each job, in the order of the ids, so that two writes never deadlock.
 
-    Writes that wait for each other's records take them in this order.
+    Of several for one job that with the newest claim, for only this one can hold the job; of equal claims the first.
 
     Args:
-        given: Claims, or what has one.
-        claim_of: Returns the claim; of one claim given twice the first counts.
+        given: Claims, or objects that have one.
+        claim_of: Returns the claim.
     """
     newest: dict[int, _T] = {}
     for one in given:
@@ -225,8 +224,8 @@ def _percent(value: int) -> int:
     if not isinstance(number, int) and hasattr(number, "__index__"):
         number = number.__index__()  # NumPy's integers
     if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-        raise InvalidValueError("progress", value, f"expected an int, 0 to {_PROGRESS_MAX}")
-    return min(number, _PROGRESS_MAX)
+        raise InvalidValueError("progress", value, f"expected an int, 0 to {MAX_PROGRESS}")
+    return min(number, MAX_PROGRESS)
 
 
 # ---------------------------------------------------------------------------------------------------- the statements
@@ -235,7 +234,7 @@ def _percent(value: int) -> int:
 def _renewal(
     connection: sa.Connection, model: Model, claims: Sequence[Claim[Any]], parameters: dict[str, Any], *, extend: bool
 ) -> tuple[Renewal[Any], list[Claim[Any]]]:
-    """Return what became of these claims; and those that are lost although their lease stands and has no other job."""
+    """Return what became of these claims; and the lost ones whose lease is still there, without this job."""
     dialect = connection.dialect.name
     asked = {**parameters, **wanted_parameters(dialect, claims), **lease_parameters(dialect, claims)}
     if dialect == POSTGRES:
@@ -245,13 +244,13 @@ def _renewal(
         rows = [(*row, None, None, None) for row in leases.rows(connection, asked)]
         rows += [(token, None, *rest) for token, *rest in _lost_statement(model).rows(connection, asked)]
     ends = {row[0]: row[1] for row in rows if row[1] is not None}
-    elsewhere = {(row[0], row[2]): row[3:] for row in rows if row[1] is None}
+    differing = {(row[0], row[2]): row[3:] for row in rows if row[1] is None}
     renewal, abandoned = Renewal([], [], []), []
     for claim in claims:
-        status, started_at = elsewhere.get((claim.token, claim.job_id), (MlJobStatus.RUNNING, None))
+        status, started_at = differing.get((claim.token, claim.job_id), (MlJobStatus.RUNNING, None))
         if claim.token not in ends:
             renewal.lost.append(claim)
-        elif (claim.token, claim.job_id) not in elsewhere:
+        elif (claim.token, claim.job_id) not in differing:
             renewal.held.append(claim.until(ends[claim.token]))
         elif claim.ended:
             renewal.lost.append(claim)
@@ -263,7 +262,7 @@ def _renewal(
     return renewal, abandoned
 
 
-def _end(connection: sa.Connection, model: Model, claims: Sequence[Claim[Any]]) -> int:
+def _release(connection: sa.Connection, model: Model, claims: Sequence[Claim[Any]]) -> int:
     """Take these jobs out of their leases; return how many claims were still held."""
     dialect = connection.dialect.name
     newest = newest_by_job(claims, _itself)
@@ -301,7 +300,7 @@ def _ends_of_standing(model: Model, dialect: str) -> sa.Select[Any]:
 
 
 def _extend(model: Model, dialect: str) -> sa.Update:
-    """Extend the leases that stand, locked in the order of their tokens: two statements of one worker never deadlock."""
+    """Extend the leases that stand, locked in the order of their tokens, so that two renewals never deadlock."""
     leases, held = model.__leases__, standing_leases(model, dialect).subquery("held")
     locked = leases.alias("o")
     tokens = sa.select(locked.c.token).join(held, held.c.token == locked.c.token).order_by(locked.c.token)

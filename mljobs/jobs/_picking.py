@@ -1,4 +1,4 @@
-"""Which jobs a claim may start."""
+"""The SELECT of the jobs that a claim may start."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ def queued_jobs(model: Model, which: str, limit: Any, dialect: str) -> sa.Select
 
     Args:
         model: The mapped job class.
-        which: In words: by what they are picked (``any``, ``kind``, ``kinds``, ``ids``), then ``skip`` where some are left
-            out, and ``shared`` where no exclusive job is picked.
-        limit: At most so many; an expression.
+        which: What to pick, see ``claim_parameters``.
+        limit: The expression for how many at most.
         dialect: The dialect's name.
     """
     jobs, leases = table_of(model).alias("j"), model.__leases__
@@ -47,7 +46,9 @@ def queued_jobs(model: Model, which: str, limit: Any, dialect: str) -> sa.Select
     else:
         condition.append(sa.or_(jobs.c.run_after.is_(None), jobs.c.run_after <= now_of(dialect)))
     kind = sa.type_coerce(jobs.c.kind, sa.String())
-    if by == "kind":  # has an index of its own: a few training jobs behind a million of backfill are found at once
+    if (
+        by == "kind"
+    ):  # an index that begins with the kind serves it: one job behind a million of another kind is found at once
         condition.append(kind == sa.bindparam("kind", type_=sa.String()))
     elif by == "kinds":
         condition.append(any_of(kind, "kinds", sa.String(), dialect))
@@ -60,10 +61,10 @@ def queued_jobs(model: Model, which: str, limit: Any, dialect: str) -> sa.Select
 
 
 def with_limit(build: Callable[[Model, str, Any, str], sa.Select[Any]]) -> Callable[[Model, str, int], Prepared]:
-    """Return what makes the statement for a model, for what a claim picks, and for how many jobs at most.
+    """Return a function of model, name and limit that returns the statement.
 
-    The number stands in the text: with a parameter in its place a generic plan would reckon with a tenth of the queue, and
-    the server plan anew each time. A number that is too rare to have a statement of its own is the parameter ``limit``.
+    The limit stands in the text. For a parameter PostgreSQL's generic plan would expect a tenth of the queue, so the server
+    would plan anew each time. A rare limit, which is not worth a statement of its own, is the parameter ``limit``.
 
     Args:
         build: Takes the model, what to pick, the limit as an expression, and the dialect's name.
@@ -90,4 +91,4 @@ def _picked(model: Model, which: str, limit: Any, dialect: str) -> sa.Select[Any
 
 
 pick_statement = with_limit(_picked)
-"""Returns the jobs that a claim may start; SQLite knows no FOR UPDATE and leaves it out."""
+"""Returns the statement for the jobs that a claim may start, and locks them on PostgreSQL."""

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from mljobs._values import check_count, to_utc, utc_now
 from mljobs.errors import InvalidValueError
 from mljobs.guards._retention import deletable
-from mljobs.jobs._base import Bind, Model, connection_of, is_postgres, lock_sqlite, table_of, whole_table_of
+from mljobs.jobs._base import Bind, Model, connection_of, is_postgres, lock_sqlite, own_table_of, table_of
 from mljobs.jobs._batches import all_batches
 from mljobs.jobs._fencing import has_not_stopped
 from mljobs.jobs._filters import Filter, Filters, Where, conditions
@@ -135,7 +135,7 @@ def prune_batch(
     connection = connection_of(session, model)
     if not is_postgres(connection):
         lock_sqlite(connection, model)
-    table = whole_table_of(model)
+    table = own_table_of(model)
     # Imported records may have ended without saying when: these come last, by their creation.
     moment = table.c.finished_at if after.ended else table.c.created_at
     statement = _prunable(model, moment, after.ended, keep_last).where(moment < limit)
@@ -171,7 +171,7 @@ def prunable(
         model: The mapped job class.
         **fields: Filters by keyword, see :class:`~mljobs.jobs.Filters`.
     """
-    table, limit, total = whole_table_of(model), _limit_of(session, model, older_than), 0
+    table, limit, total = own_table_of(model), _limit_of(session, model, older_than), 0
     chosen = conditions(model, filter, where=where, **fields)
     if keep_last:  # by one sort of all: the subquery that serves a batch would look back for each record anew
         ended = sa.func.coalesce(table.c.finished_at, table.c.created_at)

@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Connection, func, select, text
 
 from mljobs.errors import JobNotFound
 from mljobs.guards._companions import companion_names, qualified_name, schema_of
-from mljobs.jobs._base import Bind, JobRef, M, Model, connection_of, is_postgres, model_and_id, table_of, whole_table_of
+from mljobs.jobs._base import Bind, JobRef, M, Model, connection_of, is_postgres, model_and_id, own_table_of, table_of
 from mljobs.jobs._filters import Filter, Filters, Selection, Where, selection
 from mljobs.jobs._paging import Order, Paging
 from mljobs.jobs._records import is_ml_job, record, record_columns, select_all, session_on
@@ -262,7 +262,7 @@ def counts(
 
 def _counted(session: Bind, chosen: Selection, *, exact: bool) -> Counts:
     """Count the jobs that pass, among all or the latest 100,000 that an index leads to."""
-    table = whole_table_of(chosen.model)
+    table = own_table_of(chosen.model)
     paging = Paging(session, chosen)
     served, looked_at = paging.divided(sort_all=exact)
     latest = [] if exact else paging.latest(served)
@@ -281,7 +281,7 @@ def _pairs(model: Model) -> list[tuple[str, str]]:
 
 
 def _all_counts(session: Bind, *, exact: bool, model: Model) -> Counts:
-    table = whole_table_of(model)
+    table = own_table_of(model)
     connection = connection_of(session, model)
     jobs: dict[tuple[str, str], int] = dict.fromkeys(_pairs(model), 0)
     estimate = None

@@ -1,4 +1,4 @@
-"""Why a job did not become what was wanted."""
+"""The error that says why a job did not take a state."""
 
 from __future__ import annotations
 

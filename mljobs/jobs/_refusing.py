@@ -1,4 +1,4 @@
-"""A job that cannot be started, and a target that somebody else is about to take: neither may stop a claim of others."""
+"""What a claim does about a job that cannot be started, and about a target that another claim is taking."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ T = TypeVar("T")
 def unless_target_taken(connection: sa.Connection, execute: Callable[[], T]) -> T:
     """Run a claim again if somebody started an exclusive job of a picked target by hand in the same moment.
 
-    The database refuses the second job of the target, and with it the statement; the next try sees the first one. In a
-    transaction that goes on, a savepoint keeps what was done before, and gives back what a failed claim has started.
+    The database refuses the second job of the target, and so the whole statement; the next attempt sees the first job. In a
+    longer transaction each attempt has a savepoint, so that what was done before stays.
     """
     for left in reversed(range(ROUNDS)):
         try:
@@ -56,7 +56,7 @@ def start_refusal(
 ) -> StartRefusedError | None:
     """Return the error that names the job for which a claim failed; None where it failed for another reason.
 
-    Each part of what the claim would have picked is tried, and undone, until one job is left.
+    The jobs that the claim would have picked are halved again and again; each half is started and undone.
 
     Args:
         connection: In a transaction, unless each statement is one.
@@ -129,7 +129,7 @@ def _savepoint(connection: sa.Connection) -> AbstractContextManager[Any]:
 
 @contextmanager
 def _undone(connection: sa.Connection) -> Generator[None]:
-    """Take back what the block does, in a transaction that goes on or, where each statement is one, in one of its own."""
+    """Undo what the block does: by a savepoint, or by a transaction where each statement is one."""
     if _commits_by_itself(connection):
         connection.exec_driver_sql("BEGIN")
         try:

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from mljobs import events
 from mljobs._values import check_count, to_member
 from mljobs.db._prepared import Prepared
-from mljobs.jobs._base import Bind, Model, connection_of, is_postgres, lock_sqlite, per_model, table_of, whole_table_of
+from mljobs.jobs._base import Bind, Model, connection_of, is_postgres, lock_sqlite, own_table_of, per_model, table_of
 from mljobs.jobs._claims import Claim, Lease
 from mljobs.jobs._fencing import FencedWrite
 from mljobs.jobs._finishing import Outcome, one_for_each_job, outcome_update, record_outcomes
@@ -72,7 +72,7 @@ def rescue(
     Returns:
         What became of each; one job that the database refuses to change does not stop the others.
     """
-    whole_table_of(model)
+    own_table_of(model)
     check_count("max_attempts", max_attempts, ATTEMPTS_MAX)
     check_count("limit", limit, _BATCH_MAX)
     connection = connection_of(session, model)

@@ -1,4 +1,4 @@
-"""What a claim does on SQLite: pick, lease and start, in turn under the write lock."""
+"""A claim on SQLite: pick jobs, make their leases, start them, one statement after the other under the write lock."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ LEASE_COLUMNS = ("worker", "acquired_at", "expires_at", "target_lock")
 def start_in_turn(
     connection: sa.Connection, model: Model, which: str, parameters: dict[str, Any]
 ) -> tuple[Answer, int]:
-    """Pick, lease and start jobs; return the records of those that were started, and how many were picked.
+    """Pick jobs, make their leases and start them; return the records of those started, and how many were picked.
 
     Args:
-        connection: In the write lock: no target can be taken meanwhile.
+        connection: It has the write lock, so no target can be taken meanwhile.
         model: The mapped job class.
-        which: What to pick, in the words of ``queued_jobs``.
-        parameters: Of the claim.
+        which: What to pick, see ``claim_parameters``.
+        parameters: What ``claim_parameters`` returned, and ``limit``.
     """
-    # As SQLite stores them: what is picked goes back to it.
+    # Values as SQLite stores them: they are sent back to it.
     picked: Any = pick_statement(model, which, parameters["limit"]).answer(connection, parameters)
     if not picked:
         return picked, 0
@@ -53,7 +53,7 @@ def start_in_turn(
 
 @per_model
 def place_of(model: Model, column: str) -> int:
-    """Return where in a record this column is."""
+    """Return the position of a column in the record."""
     return [column.name for column in table_of(model).columns].index(column)
 
 

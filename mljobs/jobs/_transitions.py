@@ -1,4 +1,4 @@
-"""What each outcome sets in the record, as data, and as the SET list of a statement."""
+"""What each transition sets in the record: the effects of outcomes as a table, and the SET list of each statement."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ ATTEMPTS_MAX = 32_767
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What becomes of a job that leaves ``running``, beside its status; its lease always goes.
+    """What changes in a job that leaves ``running``, beside its status and its lease.
 
     Attributes:
         progress: The new percentage; None keeps the present one.
-        finished: Whether the job ends now. Otherwise it has not started either.
+        finished: Whether ``finished_at`` is now. Otherwise ``started_at`` is cleared too.
     """
 
     progress: int | None
@@ -35,7 +35,7 @@ EFFECTS = {
 }
 """By the status that follows."""
 _REPORTED = (MlJobStatus.COMPLETED, MlJobStatus.FAILED, MlJobStatus.QUEUED)
-"""What a worker may report. Only others cancel."""
+"""The outcomes that a worker may record; it does not cancel."""
 
 
 def start_values(jobs: Any, dialect: str, lease: Any) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def cancel_values(dialect: str) -> dict[str, Any]:
 
 
 def report_values(jobs: Any, dialect: str, progress: Any, metrics: Any) -> dict[str, Any]:
-    """Return the SET list of a report. What it says nothing of is kept, a big text without being written anew.
+    """Return the SET list of a report. What the report leaves out is kept.
 
     Args:
         jobs: The job table, or an alias.
@@ -78,7 +78,7 @@ def report_values(jobs: Any, dialect: str, progress: Any, metrics: Any) -> dict[
 
 
 def outcome_values(jobs: Any, dialect: str, status: Any, error: Any, metrics: Any) -> dict[str, Any]:
-    """Return the SET list of a finish, whose outcome is one of ``EFFECTS``, by the row.
+    """Return the SET list that records outcomes; each row of the statement may have another one of ``EFFECTS``.
 
     Args:
         jobs: The job table, or an alias.

@@ -14,9 +14,9 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.orm import MappedAsDataclass, MappedColumn, Mapper
 from sqlalchemy.schema import CreateIndex
 
+from mljobs._fields import NAMES
 from mljobs._values import storable_text
 from mljobs.errors import InvalidValueError, ModelError
-from mljobs.guards._companions import GUARDED_COLUMNS
 from mljobs.guards._unique import finished_key
 from mljobs.types import TokenType
 
@@ -75,7 +75,7 @@ def check_body(cls: type[Any]) -> None:
     check_dataclass(cls)
     table = cls.__dict__.get("__table__")
     if isinstance(table, Table):
-        missing = [name for name in GUARDED_COLUMNS if name not in table.c]
+        missing = [name for name in NAMES if name not in table.c]
         if missing:
             raise ModelError(
                 cls,
@@ -114,7 +114,7 @@ def _check_validators(cls: type[Any]) -> None:
         if parent.__module__.partition(".")[0] == __name__.partition(".")[0]:
             continue
         for name, value in vars(parent).items():
-            ours = [column for column in getattr(value, "__sa_validators__", ()) if column in GUARDED_COLUMNS]
+            ours = [column for column in getattr(value, "__sa_validators__", ()) if column in NAMES]
             if ours:
                 raise ModelError(
                     cls,
@@ -136,7 +136,7 @@ def check_mapping(cls: type[Any], mapper: Mapper[Any], columns: Mapping[str, Any
     """
     table: Any = mapper.local_table
     where = f"class {cls.__name__}(MlJobMixin, ...)"
-    for name in GUARDED_COLUMNS:
+    for name in NAMES:
         column = mapper.columns.get(
             name
         )  # not mapper.attrs, which would configure mappers while classes are still to come
@@ -209,7 +209,7 @@ def _unique_keys(table: Table) -> Iterator[tuple[list[str], list[str]]]:
     for constraint in table.constraints:
         if isinstance(constraint, UniqueConstraint):
             key = [column.name for column in constraint.columns]
-            names = [name for name in key if name in GUARDED_COLUMNS]
+            names = [name for name in key if name in NAMES]
             if names and "id" not in names:  # beside the id no other row has the same values
                 yield key, names
     for index in table.indexes:

@@ -28,7 +28,7 @@ from mljobs.jobs._filters import selection
 from mljobs.jobs._records import is_ml_job
 from mljobs.record._models import MlJob
 from mljobs.store._base import (
-    LEASE_GIVEN_BACK,
+    COMMITTED_ERRORS,
     Store,
     async_store_method,
     bind_of,
@@ -255,11 +255,11 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
     report_many = async_store_method(jobs.report_many)
     set_progress = async_store_method(jobs.set_progress)
     set_progress_many = async_store_method(jobs.set_progress_many)
-    complete = async_store_method(jobs.complete, committed_errors=LEASE_GIVEN_BACK)
+    complete = async_store_method(jobs.complete, committed_errors=COMMITTED_ERRORS)
     complete_many = async_store_method(jobs.complete_many)
-    fail = async_store_method(jobs.fail, committed_errors=LEASE_GIVEN_BACK)
+    fail = async_store_method(jobs.fail, committed_errors=COMMITTED_ERRORS)
     fail_many = async_store_method(jobs.fail_many)
-    requeue = async_store_method(jobs.requeue, committed_errors=LEASE_GIVEN_BACK)
+    requeue = async_store_method(jobs.requeue, committed_errors=COMMITTED_ERRORS)
     requeue_many = async_store_method(jobs.requeue_many)
     finish_many = async_store_method(jobs.finish_many)
     finish_and_claim = async_exchange_method(jobs.finish_and_claim)

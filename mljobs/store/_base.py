@@ -1,4 +1,4 @@
-"""What both stores have in common: the binding of an operation, and what a worker asks of either."""
+"""What ``JobStore`` and ``AsyncJobStore`` have in common: a method for each operation, and when it is run again."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 M_co = TypeVar("M_co", covariant=True)
 
-LEASE_GIVEN_BACK = (TerminalStateError,)
-"""How a finish says that the job was cancelled meanwhile; the lease that it gave back stays given back."""
+COMMITTED_ERRORS = (TerminalStateError,)
+"""After these a transaction is committed all the same: the job was cancelled, and its lease has been given back."""
 
-
-_ATTEMPTS = 12
+_MOST_ATTEMPTS = 12
 _FIRST_PAUSE = 0.01  # seconds, at most; twice as long before each further attempt
 _LONGEST_PAUSE = 0.5
 _SESSION = "a store makes sessions of its own: call jobs.submit(session, ...) in yours, or JobStore(session.get_bind())"
@@ -67,8 +66,8 @@ class Store(EventSource):
         """Where a blocking store on the same database connects."""
 
 
-class Connects(Protocol[M_co]):
-    """What an operation needs of a ``JobStore``."""
+class BlockingRunner(Protocol[M_co]):
+    """What a method that ``store_method`` returns needs of its store."""
 
     @property
     def model(self) -> type[M_co]: ...
@@ -78,8 +77,8 @@ class Connects(Protocol[M_co]):
     def lock_pauses(self, arguments: Iterable[Any]) -> Iterator[float]: ...
 
 
-class Runs(Protocol[M_co]):
-    """What an operation needs of an ``AsyncJobStore``."""
+class AsyncRunner(Protocol[M_co]):
+    """What a method that ``async_store_method`` returns needs of its store."""
 
     @property
     def model(self) -> type[M_co]: ...
@@ -96,23 +95,23 @@ def store_method(
     *,
     atomic: bool | str = False,
     committed_errors: tuple[type[MlJobsError], ...] = (),
-) -> Callable[Concatenate[Connects[Any], P], R]:
+) -> Callable[Concatenate[BlockingRunner[Any], P], R]:
     """Return the method of ``JobStore`` that runs an operation.
 
     Args:
         operation: From ``mljobs.jobs``.
-        atomic: Whether it is several statements that are committed together; the name of the argument that makes it so.
+        atomic: Whether it has several statements, which are committed together; or the argument on which that depends.
         committed_errors: After one of these the transaction is committed, then the error is raised.
     """
     takes_model, operation = _takes_model(operation), unwrap(operation)  # the session is the store's own
     named, always = _when_atomic(atomic)
 
     @wraps(operation)
-    def run(self: Connects[Any], *args: P.args, **kw: P.kwargs) -> R:
+    def run(self: BlockingRunner[Any], *args: P.args, **kw: P.kwargs) -> R:
         if takes_model:
             kw.setdefault("model", self.model)
         arguments = (*args, *kw.values())
-        again: _Again | None = None
+        attempts: _Attempts | None = None
         while True:
             try:
                 with self.operate(arguments, atomic=bool(kw.get(named)) if named else always) as bind:
@@ -121,15 +120,15 @@ def store_method(
                     except committed_errors as refused:
                         error = refused
             except DBAPIError as failure:
-                again = again or _Again(self, arguments)
-                if (pause := again.pause_after(failure)) is None:
+                attempts = attempts or _Attempts(self, arguments)
+                if (pause := attempts.pause_after(failure)) is None:
                     raise
                 time.sleep(pause)
             else:
                 raise error
 
     run.__signature__ = method_signature(operation)  # type: ignore[attr-defined]
-    return cast("Callable[Concatenate[Connects[Any], P], R]", run)
+    return cast("Callable[Concatenate[BlockingRunner[Any], P], R]", run)
 
 
 def async_store_method(
@@ -137,24 +136,24 @@ def async_store_method(
     *,
     atomic: bool | str = False,
     committed_errors: tuple[type[MlJobsError], ...] = (),
-) -> Callable[Concatenate[Runs[Any], P], Coroutine[Any, Any, R]]:
+) -> Callable[Concatenate[AsyncRunner[Any], P], Coroutine[Any, Any, R]]:
     """Return the method of ``AsyncJobStore`` that runs an operation; see ``store_method``."""
     takes_model, operation = _takes_model(operation), unwrap(operation)  # the session is the store's own
     named, always = _when_atomic(atomic)
 
     @wraps(operation)
-    async def run(self: Runs[Any], *args: P.args, **kw: P.kwargs) -> R:
+    async def run(self: AsyncRunner[Any], *args: P.args, **kw: P.kwargs) -> R:
         if takes_model:
             kw.setdefault("model", self.model)
         call = partial(_result_or_error, operation, committed_errors, args, kw)
         arguments = (*args, *kw.values())
-        again: _Again | None = None
+        attempts: _Attempts | None = None
         while True:
             try:
                 result, error = await self.operate(call, arguments, atomic=bool(kw.get(named)) if named else always)
             except DBAPIError as failure:
-                again = again or _Again(self, arguments)
-                if (pause := again.pause_after(failure)) is None:
+                attempts = attempts or _Attempts(self, arguments)
+                if (pause := attempts.pause_after(failure)) is None:
                     raise
                 await asyncio.sleep(pause)
             else:
@@ -163,19 +162,19 @@ def async_store_method(
                 return result  # type: ignore[return-value]
 
     run.__signature__ = method_signature(operation)  # type: ignore[attr-defined]
-    return cast("Callable[Concatenate[Runs[Any], P], Coroutine[Any, Any, R]]", run)
+    return cast("Callable[Concatenate[AsyncRunner[Any], P], Coroutine[Any, Any, R]]", run)
 
 
 def has_iterator(arguments: Iterable[Any]) -> bool:
-    """Whether one of the arguments is used up by one attempt."""
+    """Whether one of the arguments is an iterator, which the first attempt uses up."""
     for value in arguments:  # noqa: SIM110 - `any` is a generator more
         if hasattr(value, "__next__"):
             return True
     return False
 
 
-class _Again:
-    """Whether an operation that failed is run again, and after which pause."""
+class _Attempts:
+    """How often, and after which pauses, an operation that failed is run again."""
 
     def __init__(self, store: Any, arguments: Iterable[Any]) -> None:
         self._store = store
@@ -183,31 +182,28 @@ class _Again:
         self._met_another = _pauses(arguments)
 
     def pause_after(self, failure: DBAPIError) -> float | None:
-        """Return how many seconds to wait; None where it is not run again."""
+        """Return how many seconds to wait before it is run again; None where it is not."""
         if is_locked(failure):
             return next(self._locked, None)
         return next(self._met_another, None) if _may_run_again(self._store, failure) else None
 
 
 def _pauses(arguments: Iterable[Any]) -> Iterator[float]:
-    """Yield how many seconds to wait before each new attempt of a transaction that met another one.
-
-    None where an argument is an iterator, which the first attempt has used up.
-    """
+    """Yield how many seconds to wait before each new attempt of a transaction that conflicted with another one."""
     if has_iterator(arguments):
         return
-    for attempt in range(_ATTEMPTS):
+    for attempt in range(_MOST_ATTEMPTS):
         yield random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt))  # noqa: S311 - spread, no secret
 
 
 def _may_run_again(store: object, failure: DBAPIError) -> bool:
-    """Whether the transaction may be run again; a host's own, in which the store works, ends with its connection."""
+    """Whether the transaction may be run again. A host's own transaction is over when its connection breaks."""
     in_a_hosts = getattr(store, "_joined", None) is not None
     return may_run_again(failure) and not (in_a_hosts and failure.connection_invalidated)
 
 
 def bind_of(session: Any, model: Model) -> object:
-    """Return the engine or connection to which a new session binds the model; None if it binds it to nothing."""
+    """Return the engine or connection to which a new session binds the model; None where there is none."""
     try:
         return session.get_bind(inspect(model, raiseerr=False))
     except UnboundExecutionError:
@@ -215,19 +211,19 @@ def bind_of(session: Any, model: Model) -> object:
 
 
 def read_committed(session: Session, model: Model) -> None:
-    """Begin the transaction of a host's new session at the level that operations are written for."""
+    """Begin the transaction of a host's new session in READ COMMITTED, for which the operations are written."""
     if session.get_bind(inspect(model)).dialect.name == "postgresql":
         session.connection({"mapper": inspect(model)}, {"isolation_level": "READ COMMITTED"})
 
 
 def source_error(source: object, expected: str) -> InvalidValueError:
-    """Return the error for what no store can be made of; it shows the class only, for an engine shows its URL."""
+    """Return the error for a source that no store can be made of. It shows the class only: an engine shows its URL."""
     known = (_ADVICE[base.__name__] for base in type(source).__mro__ if base.__name__ in _ADVICE)
     return InvalidValueError("source", type(source).__name__, next(known, expected))
 
 
 def method_signature(operation: Callable[..., Any]) -> Signature:
-    """Return the signature of the method that runs an operation, for ``help``: its session and model are the store's own."""
+    """Return the signature of a store's method, for ``help``: that of its operation without ``session`` and ``model``."""
     parameters = list(signature(operation).parameters.values())[1:]
     itself = Parameter("self", Parameter.POSITIONAL_ONLY)
     return Signature([itself, *(one for one in parameters if one.name != "model")])
@@ -238,7 +234,7 @@ def _takes_model(operation: Callable[..., Any]) -> bool:
 
 
 def _when_atomic(atomic: bool | str) -> tuple[str | None, bool]:  # noqa: FBT001 - as the caller was given it
-    """Return the argument that says whether an operation is atomic; without one, whether it always is."""
+    """Return the argument on which it depends whether an operation is atomic, if there is one; else whether it is."""
     return (atomic, False) if isinstance(atomic, str) else (None, atomic)
 
 

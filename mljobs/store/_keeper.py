@@ -1,7 +1,7 @@
 """``Keeper``: a thread that renews the leases of runs.
 
-It renews all leases in one statement, writes their progress and metrics in another, and brings back cancels; so a long
-import, a busy GIL or a blocked event loop does not cost a lease.
+It renews all leases in one statement, which also tells it of cancels, and writes progress and metrics in another. So a
+handler that blocks its thread or its event loop does not lose its lease.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _RETRY_SECONDS = 0.5
 
 
 class LeaseStore(Protocol):
-    """What a keeper, and what records outcomes, needs of a store."""
+    """What ``Keeper`` and ``record_outcome`` need of a store."""
 
     def renew(self, claims: Iterable[Claim[Any]], *, lease: float = ...) -> Renewal[Any]:
         """Extend leases."""
@@ -52,9 +52,8 @@ class Keeper:
         store: Where the jobs are.
         lease: Seconds of each lease.
         clock: A monotonic clock, in seconds.
-        every: Seconds between two renewals, each of which also brings back cancels; None for a third of the lease, at
-            most 5.
-        on_renewal: Called with each renewal, and as often while there is no lease to renew.
+        every: Seconds between two renewals, so also until a cancel is noticed; None for a third of the lease, at most 5.
+        on_renewal: Called after each renewal; also where there was no lease to renew.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class Keeper:
         self.start()
 
     def start(self) -> None:
-        """Start the thread, if it does not run yet; the first run to keep does so too."""
+        """Start the thread, if it does not run yet. ``add`` does so too."""
         with self._changed:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="mljobs-keeper", daemon=True)
@@ -112,18 +111,18 @@ class Keeper:
             self._runs.difference_update(runs)
 
     def overdue(self, run: Run[Any]) -> bool:
-        """Whether this run's lease may have ended unnoticed, because the whole process stood still."""
+        """Whether this run's lease may have expired, because the whole process was suspended."""
         return run.until <= self._clock()
 
     def catch_up(self) -> None:
-        """Renew now if a lease may have ended unnoticed: what nobody else took is ours still."""
+        """Renew now if a lease may have expired: until a rescue it can still be renewed."""
         with self._changed:
             late = any(run.until <= self._clock() for run in self._runs)
         if late:
             self.renew()
 
     def renew(self) -> bool:
-        """Renew all leases now, and tell the runs what was found; return False where the database is away."""
+        """Renew all leases now, and mark the runs that are cancelled or lost; return False where the database is away."""
         with self._changed:
             runs = {run.claim: run for run in self._runs}
             first_end = min((run.until for run in self._runs), default=0.0)
@@ -148,7 +147,7 @@ class Keeper:
         return True
 
     def write_reports(self, only: Run[Any] | None = None) -> None:
-        """Write the progress and metrics that are due, of all runs in one statement; of ``only`` whatever is there."""
+        """Write the progress and metrics that are due, of all runs in one statement; of ``only`` also what is not due."""
         now = self._clock()
         with self._changed:
             runs = [only] if only is not None else list(self._runs)
@@ -171,7 +170,7 @@ class Keeper:
                 run.mark_lost()
 
     def _give_up_expired(self) -> None:
-        """Where nothing could be renewed for a whole lease, somebody else may have the job by now."""
+        """Mark as lost the runs whose lease has expired: another worker may have the job by now."""
         now = self._clock()
         with self._changed:
             expired = [run for run in self._runs if run.until <= now]
@@ -199,7 +198,7 @@ class Keeper:
                 due = self._clock() + self._every
 
     def close(self) -> None:
-        """Stop the thread; the leases live on until they expire."""
+        """Stop the thread. The leases stand until they expire."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

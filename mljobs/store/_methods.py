@@ -1,7 +1,7 @@
-"""The methods of stores whose results are of the class of the store, as type checkers see them.
+"""Types of the store methods that return jobs of the store's own class.
 
-``ParamSpec`` keeps the parameters of an operation and loses that its result is of the class that ``model`` says; for a
-store that is its own class. At run time all of these are ``store_method`` and ``async_store_method``.
+An operation returns jobs of its argument ``model``, which ``ParamSpec`` cannot express. At run time all of these are
+``store_method`` and ``async_store_method``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from uuid import UUID
 from mljobs.jobs import Bind, Claim, Page, Renewal
 from mljobs.jobs._base import M
 from mljobs.jobs._submitting import Submission
-from mljobs.store._base import Connects, Runs, async_store_method, store_method
+from mljobs.store._base import AsyncRunner, BlockingRunner, async_store_method, store_method
 
 P = ParamSpec("P")
 Operation = Callable[Concatenate[Bind, P], Any]
@@ -38,55 +38,51 @@ if TYPE_CHECKING:
 
     def submit_many_method(operation: Any, **options: Any) -> SubmitMany: ...
     def async_submit_many_method(operation: Any, **options: Any) -> AsyncSubmitMany: ...
-    def job_method(operation: Operation[P], **options: Any) -> Callable[Concatenate[Connects[M], P], M]: ...
-    def jobs_method(operation: Operation[P], **options: Any) -> Callable[Concatenate[Connects[M], P], list[M]]: ...
-    def page_method(operation: Operation[P], **options: Any) -> Callable[Concatenate[Connects[M], P], Page[M]]: ...
-    def claim_method(operation: Operation[P], **options: Any) -> Callable[Concatenate[Connects[M], P], Claim[M]]: ...
+    def job_method(operation: Operation[P], **options: Any) -> Callable[Concatenate[BlockingRunner[M], P], M]: ...
+    def jobs_method(
+        operation: Operation[P], **options: Any
+    ) -> Callable[Concatenate[BlockingRunner[M], P], list[M]]: ...
+    def page_method(
+        operation: Operation[P], **options: Any
+    ) -> Callable[Concatenate[BlockingRunner[M], P], Page[M]]: ...
+    def claim_method(
+        operation: Operation[P], **options: Any
+    ) -> Callable[Concatenate[BlockingRunner[M], P], Claim[M]]: ...
     def claims_method(
         operation: Operation[P], **options: Any
-    ) -> Callable[Concatenate[Connects[M], P], list[Claim[M]]]: ...
+    ) -> Callable[Concatenate[BlockingRunner[M], P], list[Claim[M]]]: ...
     def renewal_method(
         operation: Operation[P], **options: Any
-    ) -> Callable[Concatenate[Connects[M], P], Renewal[M]]: ...
+    ) -> Callable[Concatenate[BlockingRunner[M], P], Renewal[M]]: ...
     def exchange_method(
         operation: Operation[P], **options: Any
-    ) -> Callable[Concatenate[Connects[M], P], tuple[list[Exception | None], list[Claim[M]]]]: ...
+    ) -> Callable[Concatenate[BlockingRunner[M], P], tuple[list[Exception | None], list[Claim[M]]]]: ...
     def async_job_method(
         operation: Operation[P], **options: Any
-    ) -> Callable[Concatenate[Runs[M], P], Coroutine[Any, Any, M]]: ...
+    ) -> Callable[Concatenate[AsyncRunner[M], P], Coroutine[Any, Any, M]]: ...
     def async_jobs_method(
         operation: Operation[P], **options: Any
-    ) -> Callable[Concatenate[Runs[M], P], Coroutine[Any, Any, list[M]]]: ...
+    ) -> Callable[Concatenate[AsyncRunner[M], P], Coroutine[Any, Any, list[M]]]: ...
     def async_page_method(
         operation: Operation[P], **options: Any
-    ) -> Callable[Concatenate[Runs[M], P], Coroutine[Any, Any, Page[M]]]: ...
+    ) -> Callable[Concatenate[AsyncRunner[M], P], Coroutine[Any, Any, Page[M]]]: ...
     def async_claim_method(
         operation: Operation[P], **options: Any
-    ) -> Callable[Concatenate[Runs[M], P], Coroutine[Any, Any, Claim[M]]]: ...
+    ) -> Callable[Concatenate[AsyncRunner[M], P], Coroutine[Any, Any, Claim[M]]]: ...
     def async_claims_method(
         operation: Operation[P], **options: Any
-    ) -> Callable[Concatenate[Runs[M], P], Coroutine[Any, Any, list[Claim[M]]]]: ...
+    ) -> Callable[Concatenate[AsyncRunner[M], P], Coroutine[Any, Any, list[Claim[M]]]]: ...
     def async_renewal_method(
         operation: Operation[P], **options: Any
-    ) -> Callable[Concatenate[Runs[M], P], Coroutine[Any, Any, Renewal[M]]]: ...
+    ) -> Callable[Concatenate[AsyncRunner[M], P], Coroutine[Any, Any, Renewal[M]]]: ...
     def async_exchange_method(
         operation: Operation[P], **options: Any
-    ) -> Callable[Concatenate[Runs[M], P], Coroutine[Any, Any, tuple[list[Exception | None], list[Claim[M]]]]]: ...
+    ) -> Callable[
+        Concatenate[AsyncRunner[M], P], Coroutine[Any, Any, tuple[list[Exception | None], list[Claim[M]]]]
+    ]: ...
 
 else:
-    submit_many_method = store_method
-    async_submit_many_method = async_store_method
-    job_method = store_method
-    jobs_method = store_method
-    page_method = store_method
-    claim_method = store_method
-    claims_method = store_method
-    renewal_method = store_method
-    exchange_method = store_method
-    async_job_method = async_store_method
-    async_jobs_method = async_store_method
-    async_page_method = async_store_method
-    async_claim_method = async_store_method
-    async_claims_method = async_store_method
-    async_renewal_method = async_store_method
-    async_exchange_method = async_store_method
+    submit_many_method = job_method = jobs_method = page_method = store_method
+    claim_method = claims_method = renewal_method = exchange_method = store_method
+    async_submit_many_method = async_job_method = async_jobs_method = async_page_method = async_store_method
+    async_claim_method = async_claims_method = async_renewal_method = async_exchange_method = async_store_method

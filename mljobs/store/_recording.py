@@ -1,4 +1,4 @@
-"""What becomes of the job when the work on a run stops, and recording it while the database comes and goes."""
+"""The outcome of a run, and recording it, also while the database is away for a time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def failure_text(error: BaseException) -> str:
             [
                 frame
                 for frame in traceback.extract_tb(error.__traceback__)
-                if Path(frame.filename).parent not in _OURS  # the work's own frames say more than ours
+                if Path(frame.filename).parent not in _OURS  # the frames of the handler say more
             ][-_TRACEBACK_FRAMES:]
         )
     ).rstrip()
@@ -45,10 +45,9 @@ def failure_text(error: BaseException) -> str:
 
 
 def outcome_of(run: Run[Any], error: BaseException | None) -> Outcome | None:
-    """Return what to record when the work has stopped; None where nothing may be recorded any more.
+    """Return the outcome of a run that has stopped; None where the job was cancelled or the lease is gone.
 
-    An exception fails the job. What only asks to stop (``KeyboardInterrupt``, ``SystemExit``, a cancelled coroutine)
-    puts it back.
+    An exception fails the job. ``KeyboardInterrupt``, ``SystemExit`` and ``CancelledError`` requeue it.
     """
     if run.cancelled or run.lost:
         return None
@@ -62,13 +61,13 @@ def outcome_of(run: Run[Any], error: BaseException | None) -> Outcome | None:
 def record_outcome(
     store: LeaseStore, run: Run[Any], outcome: Outcome, pause: Callable[[float], object] | None = None
 ) -> None:
-    """Record the outcome, and go on trying while the database is away, until it is recorded or the lease is lost.
+    """Record the outcome. While the database is away, try again until the lease is lost.
 
     Args:
         store: Where the job is.
-        run: Whose lease is still kept alive.
+        run: The run; a keeper renews its lease.
         outcome: What to record.
-        pause: Sleeps so many seconds between two attempts.
+        pause: Sleeps between two attempts; takes the seconds.
 
     Raises:
         JobCancelled: The job was cancelled before.
@@ -100,7 +99,7 @@ def record_outcome(
 
 
 def was_recorded(store: LeaseStore, outcome: Outcome) -> bool:
-    """Whether an attempt whose answer was lost on the way has been recorded after all."""
+    """Whether an earlier attempt, to which no answer came, has recorded the outcome."""
     try:
         job = store.get(outcome.claim.job_id)
     except MlJobsError:

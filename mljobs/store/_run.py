@@ -1,4 +1,4 @@
-"""``Run``: the work on one claimed job, as the working code sees it: progress, cancel, a lost lease."""
+"""``Run``: the work on one claimed job, as its handler sees it: progress, metrics, whether to stop."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Run(Generic[M]):
         until: When the lease ends as far as its keeper knows, on the keeper's clock.
     """
 
-    # What most runs never set is the class's, for a run of a short job is made and dropped in microseconds.
+    # Defaults are the class's: a run of a short job lives for microseconds, and sets few of these.
     retryable = True
     until = 0.0
     _metrics: Any = None
@@ -104,14 +104,14 @@ class Run(Generic[M]):
 
     @property
     def stopping(self) -> bool:
-        """Whether the worker has been told to stop: the job is put back when its grace ends, so save what helps then.
+        """Whether the worker is stopping: the job is requeued when its grace ends, so save a checkpoint now.
 
-        Seen in the worker's own process; a handler in an executor's process is told nothing before.
+        Only known in the worker's own process, not in the processes of an executor.
         """
         return self._stopping
 
     def check(self) -> None:
-        """Stop here if the work is no longer wanted.
+        """Raise if the job was cancelled or its lease is gone.
 
         Raises:
             JobCancelled: The job was cancelled.
@@ -169,13 +169,13 @@ class Run(Generic[M]):
             self._reported = self._unreported = True
 
     def sleep(self, seconds: float) -> None:
-        """Sleep, unless the work is no longer wanted; for a handler that waits for something outside.
+        """Sleep, but no longer than until the job is cancelled or the lease is gone; for a handler that waits for something.
 
         Args:
             seconds: How long at most.
 
         Raises:
-            InvalidValueError: Not a number of seconds, or this is a coroutine, whose loop would stand still.
+            InvalidValueError: Not a number of seconds; or called in a coroutine, whose event loop it would block.
             JobCancelled: The job was cancelled.
             LeaseLostError: The lease is gone.
         """
@@ -258,25 +258,25 @@ class Run(Generic[M]):
         if total:
             self.progress(done * 100 // total)
 
-    # What the worker and the keeper do with it.
+    # ------------------------------------------------------------------------ for the keeper and whoever records outcomes
 
     def keep_result(self, returned: Any) -> None:
-        """Take what a handler returned as the metrics; a dict is merged with what was reported before."""
+        """Set the metrics to what a handler returned; a dict is merged with what was reported before."""
         if self._reported and isinstance(returned, dict) and isinstance(self._metrics, dict):
             returned = {**self._metrics, **returned}
         self.metrics = returned
 
     def failed(self, error: str | BaseException) -> Outcome:
-        """Return the outcome of a failure, with what was measured until then."""
+        """Return the outcome of a failure, with the metrics so far."""
         reason = Outcome.failed(self.claim, error).error_message
         return Outcome(self.claim, MlJobStatus.FAILED, reason, self._storable_metrics())
 
     def requeued(self) -> Outcome:
-        """Return the outcome of work that is put back, with what was measured until then."""
+        """Return the outcome that requeues the job, with the metrics so far."""
         return Outcome(self.claim, MlJobStatus.QUEUED, None, self._storable_metrics())
 
     def unfit(self, error: InvalidValueError) -> Outcome:
-        """Return the outcome of a job whose metrics JSON cannot hold: failed, with those that it can."""
+        """Return the outcome of a job with metrics that JSON cannot hold: failed, with the metrics that it can hold."""
         text, paths = storable_metrics(self.measured)
         reason = Outcome.failed(self.claim, f"{error}\nnot JSON: {unfit_paths(paths)}").error_message
         return Outcome(self.claim, MlJobStatus.FAILED, reason, text)
@@ -286,7 +286,7 @@ class Run(Generic[M]):
         return None if measured is None else storable_metrics(measured)[0]
 
     def take_report(self, now: float, *, everything: bool = False) -> Report | None:
-        """Take what is to be written now, if there is anything."""
+        """Return the report that is due and count it as written; None where nothing is due."""
         with _SHARED:
             nothing = self._progress is None and not self._unreported
             if nothing or not (everything or now - self._written >= _REPORT_SECONDS):
@@ -297,7 +297,7 @@ class Run(Generic[M]):
         return Report(self.claim, progress, None if metrics is None else storable_metrics(metrics)[0])
 
     def put_back_report(self, report: Report) -> None:
-        """Put back what could not be written, unless later values have come."""
+        """Report again what could not be written, unless there are newer values."""
         with _SHARED:
             if self._progress is None:
                 self._progress = report.progress

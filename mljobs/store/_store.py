@@ -1,7 +1,7 @@
 """``JobStore``: the operations with an engine and transactions of their own.
 
-Each operation stands here as one line that binds the function in :mod:`mljobs.jobs`; there is no second copy. Jobs come
-back detached, with every column loaded.
+Each operation of :mod:`mljobs.jobs` is a method here, made by one line. The jobs that it returns are detached, with every
+column loaded.
 
 On PostgreSQL an operation that is one statement runs without BEGIN and COMMIT around it. A store for a host's own class,
 or on a host's ``sessionmaker``, runs each operation in a session, so that the host's events and columns take part.
@@ -29,7 +29,7 @@ from mljobs.jobs._filters import selection
 from mljobs.jobs._records import is_ml_job
 from mljobs.record._models import MlJob
 from mljobs.store._base import (
-    LEASE_GIVEN_BACK,
+    COMMITTED_ERRORS,
     Store,
     bind_of,
     has_iterator,
@@ -104,7 +104,7 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
         self._single = ConnectionCache(single, cache_size(bind, kept))
         if self._sessions is None and not is_ml_job(model):
             self._sessions = sessionmaker(self._transactional, expire_on_commit=False)
-        # Whether an operation may run on a kept connection of SQLite, and again where the file was locked.
+        # Whether operations run on kept connections to SQLite, and again where the file was locked.
         self._repeats = self._single.begins and self._sessions is None and self._joined is None
 
     @classmethod
@@ -126,7 +126,7 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
         """Return what an operation runs on: ``with store.connect() as connection: jobs.submit(connection, ...)``.
 
         Args:
-            atomic: Whether what is done in the block stands or falls together.
+            atomic: Whether the block is one transaction.
         """
         inner = self._connect(atomic=atomic)
         return self._delivering(inner) if events.subscribed() else inner
@@ -136,7 +136,7 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
 
         Args:
             arguments: Its arguments.
-            atomic: Whether it is several statements.
+            atomic: Whether it has several statements.
         """
         repeats = self._repeats and not has_iterator(arguments)
         inner = self._single.use() if repeats else self._connect(atomic=atomic)
@@ -147,7 +147,7 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
         return self._single.lock_pauses() if self._repeats and not has_iterator(arguments) else iter(())
 
     def _delivering(self, inner: AbstractContextManager[Bind]) -> AbstractContextManager[Bind]:
-        """Have what finishes in a transaction delivered to those who have subscribed."""
+        """Have the jobs that finish in a transaction delivered to the subscribers."""
         if self._joined is not None:  # the host commits
             events.join(self._joined.connection, self)
             return inner
@@ -167,10 +167,10 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
         return self._single.use()
 
     def new_listener(self, *, workers: bool = False) -> ChangeListener:
-        """Return what waits for changed jobs, or for new ones; on a host's connection it polls.
+        """Return a listener for changes of jobs; on a host's connection it polls.
 
         Args:
-            workers: Wait for new jobs.
+            workers: Whether it listens for new jobs; else for changed ones.
         """
         table, polls = table_of(self.model), self._joined is not None
         return ChangeListener(self.engine, table, workers=workers, polls=polls)
@@ -220,11 +220,11 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
     report_many = store_method(jobs.report_many)
     set_progress = store_method(jobs.set_progress)
     set_progress_many = store_method(jobs.set_progress_many)
-    complete = store_method(jobs.complete, committed_errors=LEASE_GIVEN_BACK)
+    complete = store_method(jobs.complete, committed_errors=COMMITTED_ERRORS)
     complete_many = store_method(jobs.complete_many)
-    fail = store_method(jobs.fail, committed_errors=LEASE_GIVEN_BACK)
+    fail = store_method(jobs.fail, committed_errors=COMMITTED_ERRORS)
     fail_many = store_method(jobs.fail_many)
-    requeue = store_method(jobs.requeue, committed_errors=LEASE_GIVEN_BACK)
+    requeue = store_method(jobs.requeue, committed_errors=COMMITTED_ERRORS)
     requeue_many = store_method(jobs.requeue_many)
     finish_many = store_method(jobs.finish_many)
     finish_and_claim = exchange_method(jobs.finish_and_claim)
@@ -336,13 +336,13 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
     def running(self, job: JobRef, *, worker: str | None = None, lease: float = DEFAULT_LEASE) -> Iterator[Run[M]]:
         """Run a job by hand: claim it, keep its lease alive from a thread, record how the block ends.
 
-        Leaving the block completes the job with ``run.metrics``. An exception fails it, with type, message and a short
-        traceback, and goes on. ``KeyboardInterrupt`` and ``SystemExit`` put it back in the queue.
+        The end of the block completes the job with ``run.metrics``. An exception fails it, with type, message and a short
+        traceback, and is raised further. ``KeyboardInterrupt`` and ``SystemExit`` requeue the job.
 
         Args:
             job: The queued job or its id.
             worker: A name for operators to read; None for host and process.
-            lease: Seconds that the job stays ours if this process dies.
+            lease: Seconds after which another worker may have the job if this process dies.
 
         Raises:
             JobCancelled: The job was cancelled meanwhile.
@@ -389,4 +389,4 @@ def _detaching(begun: AbstractContextManager[Session], model: Model | None = Non
             read_committed(session, model)
         yield session
         session.flush()
-        session.expunge_all()  # as it is, whatever expire_on_commit says
+        session.expunge_all()  # before the commit, which may expire what is in the session
