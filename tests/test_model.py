@@ -70,6 +70,22 @@ def test_a_job_may_be_started_and_completed_in_one_flush(session: Session, engin
         session.commit()
 
 
+def test_a_start_by_hand_is_not_recorded_as_that_of_the_worker_before(session: Session) -> None:
+    job = MlJob(kind="train", target_name="spam", spec={}, worker="of the first attempt")
+    session.add(job)
+    session.commit()
+    for name, recorded in ((None, "of the first attempt"), (None, None), ("w2", "w2"), (None, None)):
+        job.start(name)
+        session.commit()
+        assert job.worker == recorded
+        job.requeue()
+        session.commit()
+    job.worker = "w3"
+    job.start()
+    session.commit()
+    assert job.worker == "w3"
+
+
 def test_a_start_that_was_rolled_back_leads_nowhere(session: Session) -> None:
     job = MlJob(kind="train", target_name="spam", spec={})
     session.add(job)

@@ -273,7 +273,7 @@ class MlJobMixin:
         """Start the queued job: running, progress 0, one more attempt.
 
         Args:
-            worker: Who runs it, for operators to read; None keeps what ``worker`` holds.
+            worker: Who runs it, for operators to read; None keeps what ``worker`` holds, unless that is who ran it before.
 
         Raises:
             InvalidValueError: ``worker`` is not a string, or an empty one; nothing was changed.
@@ -281,9 +281,10 @@ class MlJobMixin:
             TerminalStateError: The job has finished.
         """
         name = None if worker is None else worker_name(worker)
+        just_named = bool(sa.inspect(self).attrs.worker.history.added)  # before a load flushes it
         self._become(MlJobStatus.RUNNING)
         self.progress = 0
-        if name is not None:
+        if name is not None or (self.attempts and not just_named):
             self.worker = name
         self.started_at = utc_now()
         self.attempts = (self.attempts or 0) + 1
