@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from enum import Enum, StrEnum
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -33,6 +35,7 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.pool import NullPool
 
+import mljobs
 from mljobs import (
     AsyncJobStore,
     InvalidValueError,
@@ -49,6 +52,7 @@ from mljobs import (
 )
 from mljobs._values import utc_now
 from mljobs.guards import retention
+from mljobs.record._declaring import NAMES_IN_STATEMENTS
 from mljobs.types import PlainText
 from tests.backends import Backend, Blocking
 from tests.host_classes import Kind, dataclass_base, in_schema, own_kinds_and_columns, plain
@@ -167,6 +171,22 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: _define(MlJobMixin, _Base, __tablename__="taken"),
         "another class has table taken_leases.* set __lease_tablename__",
     ),
+    "a table that is called as a part of a statement": (
+        lambda: _define(MlJobMixin, _Base, __tablename__="Wanted"),
+        "statements of mljobs call a part of theirs Wanted: give the table another __tablename__",
+    ),
+    "a lease table that is called so": (
+        lambda: _define(MlJobMixin, _Base, __lease_tablename__="held"),
+        "call a part of theirs held: give the table another __lease_tablename__",
+    ),
+    "an unlogged table": (
+        lambda: _define(MlJobMixin, _Base, __table_args__={"prefixes": ["UNLOGGED"]}),
+        "its table is UNLOGGED: a crash of PostgreSQL's server empties it, finished records included",
+    ),
+    "a temporary table": (
+        lambda: _define(MlJobMixin, _Base, __table_args__={"prefixes": ["TEMPORARY"]}),
+        "its table is TEMP: it ends with the connection that made it",
+    ),
     "a validator of its own for a column of the record": (
         lambda: _define(MlJobMixin, _Base, check=validates("note", "target_name")(lambda _self, _name, value: value)),
         r"check validates target_name.* SQLAlchemy takes one: listen with @event.listens_for\(\w+\.target_name",
@@ -194,6 +214,18 @@ def test_a_class_that_cannot_hold_a_record_is_refused_where_it_is_defined(case: 
     assert isinstance(caught.value, TypeError)
     assert caught.value.model.__name__ in str(caught.value)
     assert "note" not in MlJob.__table__.c
+
+
+def test_every_name_that_statements_give_to_their_parts_is_refused() -> None:
+    named = re.compile(r'\b(?:alias|cte|subquery|render_derived|parameter_table)\(\s*(?:name=)?"(\w+)"')
+    found = {
+        name
+        for room in ("jobs", "db", "transfer", "store")
+        for path in (Path(mljobs.__file__).parent / room).glob("*.py")
+        for name in named.findall(path.read_text())
+    }
+    assert len(found) > 15
+    assert found <= NAMES_IN_STATEMENTS
 
 
 def test_a_host_may_validate_its_own_columns_and_listen_to_the_records() -> None:

@@ -111,6 +111,16 @@ def test_a_session_without_its_guard_is_named(postgres_url: str, setting: str) -
     assert "in this session" in problem
 
 
+def test_settings_that_open_nothing_are_no_problem(postgres_url: str) -> None:
+    options = "-cquote_all_identifiers=on -cstandard_conforming_strings=off -csession_replication_role=local"
+    engine = create_engine(postgres_url, poolclass=NullPool, connect_args={"options": options})
+    assert problems(engine) == []
+    with undone(engine) as connection:
+        connection.exec_driver_sql(f"ALTER DATABASE {engine.url.database} SET session_replication_role = 'local'")
+        assert problems(connection) == []
+        assert connection.exec_driver_sql("SHOW quote_all_identifiers").scalar() == "on"
+
+
 def test_a_trigger_on_a_table_beside_the_jobs_is_named(url: str) -> None:
     engine = create_engine(url, poolclass=NullPool)
     if engine.dialect.name == "sqlite":
@@ -139,6 +149,9 @@ def test_what_undermines_the_guard_on_sqlite_is_named(sqlite_url: str) -> None:
         "DROP INDEX ml_jobs_guard_blobs",
     )  # fmt: skip
     assert problems(engine) == ["blob index ml_jobs_guard_blobs of table ml_jobs is missing"]
+    with undone(engine) as connection:
+        connection.exec_driver_sql("ALTER TABLE ml_jobs ADD COLUMN RowId INTEGER AS (1)")
+        assert problems(connection)[1].startswith("column RowId of table ml_jobs hides SQLite's own rowid")
 
 
 @pytest.mark.parametrize(

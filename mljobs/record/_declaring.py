@@ -157,11 +157,35 @@ def check_mapping(cls: type[Any], mapper: Mapper[Any], columns: Mapping[str, Any
             cls,
             f"its primary key is ({', '.join(key)}), but leases refer to id alone: make the others columns and index them",
         )
+    check_name(cls, table.name, "__tablename__")
     check_table(cls, table)
     hidden = [name for name in _RESERVED if mapper.has_property(name)]
     if hidden:
         raise ModelError(cls, f"its attribute {hidden[0]} would hide the record's own: give it another name")
     _check_kind(cls, table.c.kind.type)
+
+
+def check_name(cls: type[Any], name: str, attribute: str) -> None:
+    """Check that a table can be told from what the statements of the operations call their parts.
+
+    Args:
+        cls: The class.
+        name: The table's.
+        attribute: What gives it another one.
+
+    Raises:
+        ModelError: A statement would read its own part in the place of the table.
+    """
+    if name.lower() in NAMES_IN_STATEMENTS:
+        raise ModelError(cls, f"statements of mljobs call a part of theirs {name}: give the table another {attribute}")
+
+
+NAMES_IN_STATEMENTS = frozenset({
+    "alone", "begun", "chosen", "e", "finished", "found", "held", "j", "l", "later", "leased", "locks", "lost",
+    "met", "missed", "number", "o", "picked", "r", "released", "renewed", "sorted_row", "still", "wanted",
+    "written"
+})  # fmt: skip
+"""What the operations call common table expressions, subqueries and aliases, and no host its tables."""
 
 
 def check_table(cls: type[Any], table: Table) -> None:
@@ -170,6 +194,7 @@ def check_table(cls: type[Any], table: Table) -> None:
     Raises:
         ModelError: A finished record could be replaced or removed without any trigger.
     """
+    _check_kept(cls, table)
     for option in ("partition_by", "inherits"):
         if table.dialect_options["postgresql"].get(option):
             raise ModelError(
@@ -201,7 +226,19 @@ def check_table(cls: type[Any], table: Table) -> None:
         )
 
 
+_NOT_KEPT = {
+    "UNLOGGED": "a crash of PostgreSQL's server empties it",
+    "TEMP": "it ends with the connection that made it",
+}
+
 _ROWID_NAMES = frozenset({"rowid", "oid", "_rowid_"})
+
+
+def _check_kept(cls: type[Any], table: Table) -> None:
+    for prefix in (str(prefix).upper() for prefix in table._prefixes):  # noqa: SLF001 - nothing public tells
+        for word, reason in _NOT_KEPT.items():
+            if word in prefix:
+                raise ModelError(cls, f"its table is {word}: {reason}, finished records included")
 
 
 def _unique_keys(table: Table) -> Iterator[tuple[list[str], list[str]]]:
@@ -240,8 +277,9 @@ def check_companion_name(cls: type[Any], name: str, jobs: Table, holds: str, att
         attribute: What names it otherwise.
 
     Raises:
-        ModelError: Something has.
+        ModelError: Something has; or no table can have it.
     """
+    check_name(cls, name, attribute)
     full = f"{jobs.schema}.{name}" if jobs.schema else name
     if full in jobs.metadata.tables:
         raise ModelError(cls, f"another class has table {full}, which is to hold {holds}: set {attribute}")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, MetaData, NestedTransaction, Table, create_engine, inspect, text
+from sqlalchemy import Connection, MetaData, Table, create_engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import StaticPool
 
@@ -21,6 +21,7 @@ from mljobs.guards._beside import leases_of, tables_beside
 from mljobs.guards._companions import GUARD_ROLES, companion_names, quoted, schema_of
 from mljobs.guards._overview import VIEW_COLUMNS, Overview, overview_of
 from mljobs.schema._hazards import hazards
+from mljobs.schema._savepoints import as_by_default, savepoint, sqlstate
 
 if TYPE_CHECKING:
     from sqlalchemy import Inspector
@@ -47,6 +48,11 @@ def differences(connection: Connection, metadata: MetaData) -> list[str]:
     tables = _job_tables(metadata)
     if not tables:
         raise InvalidValueError("metadata", metadata, "no class with MlJobMixin is in it")
+    with as_by_default(connection):
+        return _differences(connection, tables)
+
+
+def _differences(connection: Connection, tables: list[Table]) -> list[str]:
     postgresql = connection.dialect.name == "postgresql"
     read, expect = (_read_postgresql, _expected_postgresql) if postgresql else (_read_sqlite, _expected_sqlite)
     expected = expect(connection, tables)
@@ -100,10 +106,11 @@ def record_differences(connection: Connection, table: Table) -> list[Part]:
     bare = record_table(table)
     postgresql = connection.dialect.name == "postgresql"
     read, expect = (_read_postgresql, _expected_postgresql) if postgresql else (_read_sqlite, _expected_sqlite)
-    found = read(connection, table, schema_of(connection, table))
-    if not found:
-        return []
-    expected = expect(connection, [bare])[bare]
+    with as_by_default(connection):
+        found = read(connection, table, schema_of(connection, table))
+        if not found:
+            return []
+        expected = expect(connection, [bare])[bare]
     return [
         Part(kind, name, have)
         for (kind, name), definition in expected.items()
@@ -157,27 +164,6 @@ def _has(seen: Inspector, name: str, schema: str | None, columns: frozenset[str]
 def _names(statement: str, name: str) -> bool:
     in_quotes = '"{}"'.format(name.replace('"', '""'))
     return in_quotes in statement or re.search(rf'(?<![\w"]){re.escape(name)}(?![\w"])', statement) is not None
-
-
-def savepoint(connection: Connection) -> NestedTransaction:
-    """Begin a savepoint.
-
-    Raises:
-        InvalidValueError: The connection commits each statement by itself.
-    """
-    try:
-        return connection.begin_nested()
-    except DBAPIError as error:
-        if _sqlstate(error) == "25P01":  # no transaction to have a savepoint in
-            raise InvalidValueError(
-                "target", connection, "it is in AUTOCOMMIT, and this needs a transaction; give the engine instead"
-            ) from error
-        raise
-
-
-def _sqlstate(error: DBAPIError) -> str | None:
-    state: str | None = getattr(error.orig, "sqlstate", None)
-    return state
 
 
 def _found_as(found: _Found, kind: str, name: str, wanted: str) -> str | None:
@@ -355,7 +341,7 @@ def _expected_postgresql(connection: Connection, tables: list[Table]) -> dict[Ta
         _create(connection, tables, "pg_temp")
         return {table: _read_postgresql(connection, table, "pg_temp") for table in tables}
     except DBAPIError as error:
-        if _sqlstate(error) in _NOT_ALLOWED:
+        if sqlstate(error) in _NOT_ALLOWED:
             reason = str(error.orig).partition("\n")[0]
             raise SchemaError(
                 f"verify makes temporary tables to compare with, and this role or server may not: {reason}; "

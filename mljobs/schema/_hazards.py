@@ -55,7 +55,7 @@ _SETTINGS = text("""\
 SELECT coalesce('role ' || quote_ident(r.rolname), 'database ' || quote_ident(current_database())), setting
 FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole, unnest(s.setconfig) AS setting
 WHERE s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
-  AND lower(setting) ~ '^(mljobs\\.retention=(on|1|true|yes)|session_replication_role=(replica|local))$'
+  AND lower(setting) ~ '^(mljobs\\.retention=(on|1|true|yes)|session_replication_role=replica)$'
 ORDER BY 1, 2""")
 # Of the triggers of a host, those that turn retention on for whoever deletes.
 _OPENERS = text("""\
@@ -102,7 +102,7 @@ def _of_postgresql(connection: Connection, jobs: Table) -> Iterator[str]:
         name, _, value = setting.partition("=")
         yield f"{whose} has {name} set to {value!r}, which opens the guard in each of its sessions: ALTER ... RESET {name}"
     replication, retention = connection.execute(_SESSION).one()
-    if replication != "origin":
+    if replication == "replica":  # under "local" they do
         yield f"session_replication_role is {replication!r} in this session: triggers do not fire"
     if retention == "on":
         yield "mljobs.retention is 'on' in this session: finished jobs can be deleted"
@@ -125,6 +125,13 @@ def _of_sqlite(connection: Connection, jobs: Table) -> Iterator[str]:
     definition = str(connection.exec_driver_sql(statement, (jobs.name,)).scalar())
     if re.search(r"\bON\s+CONFLICT\s+REPLACE\b", definition, re.IGNORECASE):
         yield f"table {jobs.name} says ON CONFLICT REPLACE, which deletes records without any trigger"
+    if jobs.dialect_options["sqlite"]["with_rowid"]:
+        known = connection.exec_driver_sql(f"PRAGMA {prefix}table_xinfo({quote(jobs.name)})").all()
+        for column in [name for _, name, *_ in known if name.lower() == "rowid"]:
+            yield (
+                f"column {column} of table {jobs.name} hides SQLite's own rowid, by which finished records can then be "
+                "replaced: give it another name"
+            )
     ours = {index.name for index in jobs.indexes}
     listed = connection.exec_driver_sql(f"PRAGMA {prefix}index_list({quote(jobs.name)})").all()
     for _, name, unique, origin, _ in listed:

@@ -22,7 +22,8 @@ from mljobs.errors import InvalidValueError, SchemaError
 from mljobs.guards._companions import is_blob_index
 from mljobs.jobs import Model, table_of
 from mljobs.record._models import MlJob
-from mljobs.schema._catalog import VERSION_TABLE, differences, savepoint
+from mljobs.schema._catalog import VERSION_TABLE, differences
+from mljobs.schema._savepoints import savepoint
 
 if TYPE_CHECKING:
     from sqlalchemy import MetaData
