@@ -29,6 +29,7 @@ from mljobs import (
 )
 from mljobs.db._connections import ConnectionCache
 from mljobs.events import _delivering as delivering
+from mljobs.guards._companions import WATCHER_LOCK, WORKER_LOCK
 from mljobs.jobs import Outcome
 from tests.backends import Backend
 from tests.host_application import GridRun, HostBase, TrainingRun
@@ -282,6 +283,11 @@ def test_a_session_may_be_used_again_by_the_callback_and_after_it(url: str, seen
 
 def test_a_two_phase_commit_calls_listeners_after_the_second_phase(postgres_url: str, seen: Seen) -> None:
     engine = create_engine(postgres_url, poolclass=NullPool)
+    asleep = engine.connect()  # as workers and watchers: a transaction that has notified them cannot be prepared
+    for lock in (WORKER_LOCK, WATCHER_LOCK):
+        asleep.execute(
+            text(f"SELECT pg_advisory_lock_shared({lock}, ('ml_jobs'::regclass::oid::bigint & 2147483647)::int)")
+        )
     with Session(engine, twophase=True) as session:
         first, second = jobs.submit(session, "train", "a"), jobs.submit(session, "train", "b")
         second_id = second.id
@@ -295,10 +301,12 @@ def test_a_two_phase_commit_calls_listeners_after_the_second_phase(postgres_url:
         session.rollback()
     with engine.connect() as connection:
         transaction = connection.begin_twophase()
+        connection.exec_driver_sql("SET LOCAL mljobs.notify = 'off'")
         jobs.cancel(connection, second_id)
         transaction.prepare()
         transaction.commit()
     assert seen == [("a", "cancelled"), ("b", "cancelled")]
+    asleep.close()
 
 
 def test_a_commit_that_fails_calls_no_listener(url: str, seen: Seen) -> None:

@@ -552,7 +552,9 @@ OTHER_ROUTES = {
     "a row policy that hides finished records": "trigger",
     "a DELETE after a retention block, however it was left": "trigger",
     "a copy of the table by Table.to_metadata": "trigger",
-    "ON CONFLICT REPLACE, UNIQUE over our columns, a column named rowid, partitions": "refused where the class is defined",
+    "ON CONFLICT REPLACE, UNIQUE over our columns, a column named rowid, partitions, UNLOGGED and temporary tables": (
+        "refused where the class is defined"
+    ),
     "OR REPLACE of another statement, handed down to a trigger": "trigger",
     "decoys of the guard's table and of the job table, its rows renamed": "trigger",
     "CHECKs turned off, an id of another type": "trigger",

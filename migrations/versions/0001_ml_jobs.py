@@ -157,7 +157,7 @@ DECLARE
 BEGIN
   IF pg_catalog.pg_try_advisory_lock(sleepers, of_table) THEN
     PERFORM pg_catalog.pg_advisory_unlock(sleepers, of_table);
-  ELSE
+  ELSIF coalesce(pg_catalog.current_setting('mljobs.notify', true), '') OPERATOR(pg_catalog.<>) 'off' THEN
     PERFORM pg_catalog.pg_notify(
       'mljobs', pg_catalog.concat(pg_catalog.lower(TG_OP), ' ', TG_TABLE_SCHEMA, '.', TG_TABLE_NAME));
   END IF;

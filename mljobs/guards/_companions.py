@@ -8,9 +8,8 @@ PostgreSQL: one function and seven triggers. BEFORE UPDATE OF our columns, BEFOR
 early. AFTER UPDATE looks a second time: a host's own BEFORE trigger may have rewritten columns that are in no SET
 list. The function compares the columns only where the record had finished. Three AFTER triggers refuse what
 no client could read: times out of range, and U+0000 or a lone surrogate in JSON. A CHECK would be read and evaluated
-at each UPDATE, whatever it sets. The function names nothing through the caller's ``search_path`` and obeys no row
-policy; conditions and the wake function name their operators. Retention is ``SET LOCAL mljobs.retention =
-'on'``; it opens DELETE only. See :mod:`mljobs.guards._retention`.
+at each UPDATE, whatever it sets. The function names nothing through the caller's ``search_path`` and obeys no row policy;
+conditions and the wake function name their operators. Retention: :mod:`mljobs.guards._retention`.
 
 SQLite: four triggers, an index and a small table, ``<table>_guard``, with two rows. ``retention`` lets deletes through.
 ``replace`` answers a question that SQLite's triggers cannot ask: whether the statement that fired them says OR REPLACE,
@@ -24,7 +23,8 @@ Two more companions serve the operations:
 - wake (PostgreSQL): a statement trigger notifies the channel ``mljobs`` of inserts and of status changes, but only while
   somebody listens. A listener holds a shared advisory lock; the trigger tries to take the same lock exclusively, and
   notifies if it cannot. If it can, it releases the lock at once. NOTIFY takes a global lock until its transaction has
-  committed, so a busy system must not send any.
+  committed, so a busy system must not send any. A transaction with ``mljobs.notify = 'off'`` sends none: PostgreSQL
+  prepares no transaction that has.
 - counts: finished records are only added, or deleted by retention, so on SQLite triggers keep exact counters of them.
   On PostgreSQL one counter row would serialise all workers, so there are multivariate statistics instead.
 """
@@ -254,7 +254,7 @@ DECLARE
 BEGIN
   IF pg_catalog.pg_try_advisory_lock(sleepers, of_table) THEN
     PERFORM pg_catalog.pg_advisory_unlock(sleepers, of_table);
-  ELSE
+  ELSIF coalesce(pg_catalog.current_setting('mljobs.notify', true), '') OPERATOR(pg_catalog.<>) 'off' THEN
     PERFORM pg_catalog.pg_notify(
       '{WAKE_CHANNEL}', pg_catalog.concat(pg_catalog.lower(TG_OP), ' ', TG_TABLE_SCHEMA, '.', TG_TABLE_NAME));
   END IF;

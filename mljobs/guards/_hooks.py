@@ -297,6 +297,13 @@ def install_hooks(mixin: type) -> None:
     event.listen(mixin, "before_insert", _check_insert, propagate=True)
 
 
+@event.listens_for(Session, "after_begin")
+def _send_no_notifications(session: Session, _: object, connection: Connection) -> None:
+    """Let a two-phase commit be one beside workers and watchers that sleep: they see its jobs when they look next."""
+    if session.twophase and connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("SELECT set_config('mljobs.notify', 'off', true)")
+
+
 # --------------------------------------------------------------------------------------------------- ring 3: triggers
 
 
