@@ -14,10 +14,10 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import Engine, create_engine, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session
 from sqlalchemy.pool import NullPool
 
-from mljobs import InvalidValueError, JobStore, MlJob
+from mljobs import InvalidValueError, JobStore, MlJob, MlJobMixin
 from mljobs.db._texts import _warn
 from tests.backends import Backend
 from tests.cases import case
@@ -217,6 +217,53 @@ def test_a_text_that_is_no_utf8_is_read_at_the_second_attempt_in_a_session_of_a_
     assert "read with U+FFFD" in str(failed.value.__notes__)
     with Session(engine) as session:
         assert session.scalars(select(MlJob.target_name)).all() == ["sp\ufffdm"]
+
+
+def test_a_text_that_is_no_utf8_beside_the_record_hides_no_other_row(sqlite_url: str) -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class Noted(MlJobMixin, Base):
+        __tablename__ = "noted"
+        note: Mapped[str | None]
+
+    with JobStore(sqlite_url) as store, JobStore(sqlite_url, model=Noted) as noted:
+        Base.metadata.create_all(noted.engine)
+        noted.submit("train", "spam", note="a note")
+        _insert(store.engine, error_message=f"'it was ' || {BROKEN}")
+        with store.engine.begin() as connection:
+            connection.exec_driver_sql(f"UPDATE noted SET note = {BROKEN}")
+            values = f"{BROKEN}, 'host', 1, '[]', 1, '0', 'running', 0, 0"
+            connection.exec_driver_sql(f"INSERT INTO ml_job_workers VALUES ({values})")
+    for read in (
+        lambda store: [worker.name for worker in store.workers(gone=True)],
+        lambda store: [job.note for job in JobStore(store.engine, model=Noted).find()],
+        lambda store: [claim.job.note for claim in JobStore(store.engine, model=Noted).claim(worker="w")],
+    ):
+        with JobStore(sqlite_url) as store:
+            assert read(store) == ["sp\ufffdm"]
+    engine = create_engine(sqlite_url, poolclass=NullPool)
+    with engine.connect() as connection, pytest.raises(OperationalError, match="UTF-8"):
+        connection.execute(text("SELECT error FROM ml_jobs_overview")).all()
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT error FROM ml_jobs_overview")).scalars().all() == ["it was sp\ufffdm"]
+
+
+def test_values_of_another_type_beside_the_record_are_refused(sqlite_url: str) -> None:
+    engine = create_engine(sqlite_url, poolclass=NullPool)
+    for values in (
+        "x'77', 'h', 1, '[]', 1",
+        "'w', x'68', 1, '[]', 1",
+        "'w', 'h', 'one', '[]', 1",
+        "'w', 'h', 1, '[]', 1.5",
+    ):
+        with case(values), engine.connect() as connection, pytest.raises(IntegrityError, match="ck_mljobs_types"):
+            connection.exec_driver_sql(f"INSERT INTO ml_job_workers VALUES ({values}, '0', 'running', 0, 0)")
+    for values in ("x'77', 0, 0, NULL", "'w', 0, 0, x'68'"):
+        with case(values), engine.connect() as connection, pytest.raises(IntegrityError, match="ck_mljobs_types"):
+            connection.exec_driver_sql(
+                f"INSERT INTO ml_job_leases (worker, acquired_at, expires_at, target_lock) VALUES ({values})"
+            )
 
 
 def test_a_run_after_that_a_zone_cannot_read_is_refused(postgres_url: str) -> None:

@@ -141,6 +141,10 @@ def test_a_job_whose_lease_was_deleted_by_hand_is_rescued_and_its_workers_late_w
                 write(zombie)
         store.complete(again, {"late": False})
         assert store.get(again.job_id).metrics == {"late": False}
+        (held,) = _claimed(store, 1)
+        with store.engine.begin() as connection:  # no token that was ever given out
+            connection.exec_driver_sql("UPDATE ml_jobs SET lease = -7 WHERE status = 'running'")
+        assert store.rescue().requeued == [held.job_id]
 
 
 def test_a_rescue_of_a_deleted_lease_leaves_a_job_that_was_claimed_meanwhile(postgres_url: str) -> None:

@@ -19,6 +19,7 @@ from mljobs import MlJob, MlJobLease, MlJobMixin, SchemaError, TerminalStateErro
 from mljobs.alembic_plugin import _rebuilding as rebuilding
 from mljobs.errors import InvalidValueError
 from mljobs.guards._overview import overview_ddl
+from mljobs.types import SqliteCheck
 from tests.cases import case, undone
 from tests.host_application import HostBase
 from tests.postgres import Server
@@ -47,10 +48,13 @@ HARM_IN_SQLITE = {
     "CREATE VIEW ml_jobs_overview AS SELECT id, status FROM ml_jobs",
 }
 LEASES = "DROP TABLE ml_job_leases ;; CREATE TABLE ml_job_leases (token INTEGER NOT NULL PRIMARY KEY{}, worker {}"
-LEASE_TIMES = next(check for check in MlJob.__leases__.constraints if check.name == "ck_mljobs_times")
+LEASE_CHECKS = ", ".join(
+    f"CONSTRAINT {check.name} CHECK ({check.sqltext})"
+    for check in MlJob.__leases__.constraints
+    if isinstance(check, SqliteCheck)
+)
 LEASE_END = (
-    ", acquired_at BIGINT NOT NULL, expires_at BIGINT NOT NULL, target_lock TEXT,"
-    f" CONSTRAINT {LEASE_TIMES.name} CHECK ({LEASE_TIMES.sqltext})\n) ;; "  # type: ignore[attr-defined]
+    f", acquired_at BIGINT NOT NULL, expires_at BIGINT NOT NULL, target_lock TEXT, {LEASE_CHECKS}\n) ;; "
     "CREATE UNIQUE INDEX uq_ml_job_leases_target ON ml_job_leases (target_lock) WHERE target_lock IS NOT NULL"
 )
 HARM_IN_SQLITE |= {
@@ -126,7 +130,9 @@ def problems(target: Engine | Connection, metadata: MetaData | None = None) -> l
 def test_verify_names_what_differs(engine: Engine) -> None:
     harm = HARM_IN_SQLITE if engine.dialect.name == "sqlite" else HARM_IN_POSTGRESQL
     # Some harm cannot be done alone.
-    with_it = ("trigger ml_jobs_guard_update", "trigger ml_jobs_guard_range", "view ml_jobs_overview")
+    with_it = (
+        "trigger ml_jobs_guard_update", "trigger ml_jobs_guard_range", "view ml_jobs_overview", "check ck_mljobs_types",
+    )  # fmt: skip
     for sentence, statements in harm.items():
         with case(statements), undone(engine) as connection:
             for statement in statements.split(" ;; "):

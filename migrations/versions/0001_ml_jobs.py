@@ -360,7 +360,8 @@ CREATE TABLE ml_job_leases (
   acquired_at BIGINT NOT NULL,
   expires_at BIGINT NOT NULL,
   target_lock TEXT,
-  CONSTRAINT ck_mljobs_times CHECK ((acquired_at IS NULL OR typeof(acquired_at) = 'integer' AND acquired_at BETWEEN 0 AND 253402300799999) AND (expires_at IS NULL OR typeof(expires_at) = 'integer' AND expires_at BETWEEN 0 AND 253402300799999))
+  CONSTRAINT ck_mljobs_times CHECK ((acquired_at IS NULL OR typeof(acquired_at) = 'integer' AND acquired_at BETWEEN 0 AND 253402300799999) AND (expires_at IS NULL OR typeof(expires_at) = 'integer' AND expires_at BETWEEN 0 AND 253402300799999)),
+  CONSTRAINT ck_mljobs_types CHECK (typeof(worker) = 'text' AND (target_lock IS NULL OR typeof(target_lock) = 'text'))
 )""",
     "CREATE UNIQUE INDEX uq_ml_job_leases_target ON ml_job_leases (target_lock) WHERE target_lock IS NOT NULL",
     """\
@@ -375,7 +376,8 @@ CREATE TABLE ml_job_workers (
   started_at BIGINT NOT NULL,
   last_seen_at BIGINT NOT NULL,
   PRIMARY KEY (name),
-  CONSTRAINT ck_mljobs_times CHECK ((started_at IS NULL OR typeof(started_at) = 'integer' AND started_at BETWEEN 0 AND 253402300799999) AND (last_seen_at IS NULL OR typeof(last_seen_at) = 'integer' AND last_seen_at BETWEEN 0 AND 253402300799999))
+  CONSTRAINT ck_mljobs_times CHECK ((started_at IS NULL OR typeof(started_at) = 'integer' AND started_at BETWEEN 0 AND 253402300799999) AND (last_seen_at IS NULL OR typeof(last_seen_at) = 'integer' AND last_seen_at BETWEEN 0 AND 253402300799999)),
+  CONSTRAINT ck_mljobs_types CHECK (typeof(name) = 'text' AND typeof(host) = 'text' AND typeof(pid) = 'integer' AND typeof(kinds) = 'text' AND typeof(concurrency) = 'integer' AND typeof(version) = 'text' AND typeof(state) = 'text')
 )""",
     """\
 CREATE VIEW ml_jobs_overview AS

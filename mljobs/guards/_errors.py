@@ -43,7 +43,8 @@ def remember_table(table: Table) -> None:
         _job_tables.append(ref(table, _job_tables.remove))
 
 
-def _known_tables() -> list[Table]:
+def known_tables() -> list[Table]:
+    """Return the job tables of this process."""
     # A copy first: other threads define classes meanwhile, and iterating over a WeakSet would then fail.
     return [table for known in [*_job_tables] if (table := known()) is not None]
 
@@ -87,7 +88,7 @@ def _is_too_long(error: BaseException) -> bool:
     return getattr(error, "sqlstate", None) == _LIMIT_EXCEEDED and any(
         _source(error, "table_name") == table.name
         and index in {each.name for each in table.indexes if "target_name" in each.columns}
-        for table in _known_tables()
+        for table in known_tables()
     )
 
 
@@ -121,10 +122,10 @@ def _is_second_holder(error: BaseException) -> bool:
     """Whether a second exclusive job was to run on one target."""
     if getattr(error, "sqlstate", None) == _UNIQUE_VIOLATION:
         table, constraint = _source(error, "table_name"), _source(error, "constraint_name")
-        return any(table == known.name and constraint == exclusive_index(known.name) for known in _known_tables())
+        return any(table == known.name and constraint == exclusive_index(known.name) for known in known_tables())
     columns = _sqlite_unique(error)
     return columns is not None and columns in {
-        f"{table.name}.target_name, {table.name}.exclusive" for table in _known_tables()
+        f"{table.name}.target_name, {table.name}.exclusive" for table in known_tables()
     }
 
 
@@ -161,9 +162,9 @@ def _is_second(error: BaseException) -> bool:
                 _KEY_VALUE.search(_detail(error) or "") is not None
                 or _source(error, "constraint_name") in {table.primary_key.name, f"{table.name}_pkey"}
             )
-            for table in _known_tables()
+            for table in known_tables()
         )
-    return _sqlite_unique(error) in {f"{table.name}.id" for table in _known_tables()}
+    return _sqlite_unique(error) in {f"{table.name}.id" for table in known_tables()}
 
 
 _UNIQUE_VIOLATION = "23505"
@@ -229,7 +230,7 @@ def _missing_table(error: BaseException) -> str | None:
     if getattr(error, "sqlstate", None) != _UNDEFINED_TABLE and not str(error).startswith(_SQLITE_UNDEFINED):
         return None
     message = str(error).partition("\n")[0]
-    names = (name for table in _known_tables() for name in _beside(table))
+    names = (name for table in known_tables() for name in _beside(table))
     return next((name for name in names if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", message)), None)
 
 

@@ -188,7 +188,7 @@ def _orphaned_jobs(model: Model) -> Prepared:
         no_end = sa.cast(sa.null(), model.__leases__.c.expires_at.type)
         columns = (jobs.c.id, jobs.c.kind, jobs.c.attempts, jobs.c.lease, jobs.c.worker, jobs.c.started_at, no_end)
         # A range and no IS NOT NULL: before ANALYZE one row in two hundred is expected of it, of that all rows.
-        claimed = jobs.c.lease.between(constant(0), constant(_TOKEN_MAX))
+        claimed = jobs.c.lease.between(constant(-_TOKEN_MAX), constant(_TOKEN_MAX))
         return (
             sa.select(*columns)
             .where(claimed, _lease_is_gone(model, jobs))

@@ -167,7 +167,7 @@ def lease_table(jobs: sa.Table, name: str) -> sa.Table:
     # heartbeat that changes no index is a HOT update.
     held = sa.text("target_lock IS NOT NULL")
     sa.Index(_name("uq", leases, "target"), leases.c.target_lock, unique=True, postgresql_where=held, sqlite_where=held)
-    _add_time_checks(leases, "acquired_at", "expires_at")
+    _add_value_checks(leases, "acquired_at", "expires_at")
     leases.add_is_dependent_on(jobs)  # no foreign key says so, but a view that comes with the leases reads both
     return leases
 
@@ -188,16 +188,24 @@ def worker_table(jobs: sa.Table, name: str) -> sa.Table:
         sa.Column("last_seen_at", UtcMillis("last_seen_at"), nullable=False),
         schema=jobs.schema,
     )
-    _add_time_checks(workers, "started_at", "last_seen_at")
+    _add_value_checks(workers, "started_at", "last_seen_at")
     return workers
 
 
-def _add_time_checks(table: sa.Table, *names: str) -> None:
-    """Let a table hold no time that Python cannot read: one such row would stop whoever reads the others.
+def _add_value_checks(table: sa.Table, *times: str) -> None:
+    """Let a table hold no value that Python cannot read: one such row would stop whoever reads the others.
 
     The names are of no table, so that they stay right when a host renames it.
     """
-    in_years = " AND ".join(f"{name} >= '1970-01-01 UTC' AND {name} < '10000-01-01 UTC'" for name in names)
-    in_range = " AND ".join(_time_in_range(name) for name in names)
+    in_years = " AND ".join(f"{name} >= '1970-01-01 UTC' AND {name} < '10000-01-01 UTC'" for name in times)
+    in_range = " AND ".join(_time_in_range(name) for name in times)
+    others = [column for column in table.c if column.name not in times and not column.identity]
+    types = " AND ".join(_of_its_type(column) for column in others)
     table.append_constraint(PostgresCheck(sa.text(in_years), name=conv("ck_mljobs_years")))
     table.append_constraint(SqliteCheck(sa.text(in_range), name=conv("ck_mljobs_times")))
+    table.append_constraint(SqliteCheck(sa.text(types), name=conv("ck_mljobs_types")))
+
+
+def _of_its_type(column: sa.Column[Any]) -> str:
+    known = f"typeof({column.name}) = '{'text' if isinstance(column.type, sa.Text) else 'integer'}'"
+    return f"({column.name} IS NULL OR {known})" if column.nullable else known

@@ -84,6 +84,7 @@ def upgrade() -> None:
     sa.Column('target_lock', sa.Text(), nullable=True),
     mljobs.types.PostgresCheck("acquired_at >= '1970-01-01 UTC' AND acquired_at < '10000-01-01 UTC' AND expires_at >= '1970-01-01 UTC' AND expires_at < '10000-01-01 UTC'", name=op.f('ck_mljobs_years')),
     mljobs.types.SqliteCheck("(acquired_at IS NULL OR typeof(acquired_at) = 'integer' AND acquired_at BETWEEN 0 AND 253402300799999) AND (expires_at IS NULL OR typeof(expires_at) = 'integer' AND expires_at BETWEEN 0 AND 253402300799999)", name=op.f('ck_mljobs_times')),
+    mljobs.types.SqliteCheck("typeof(worker) = 'text' AND (target_lock IS NULL OR typeof(target_lock) = 'text')", name=op.f('ck_mljobs_types')),
     sa.PrimaryKeyConstraint('token', name=op.f('pk_training_runs_leases')),
     sqlite_autoincrement=True
     )
@@ -102,6 +103,7 @@ def upgrade() -> None:
     sa.Column('last_seen_at', mljobs.types.UtcMillis('last_seen_at'), nullable=False),
     mljobs.types.PostgresCheck("started_at >= '1970-01-01 UTC' AND started_at < '10000-01-01 UTC' AND last_seen_at >= '1970-01-01 UTC' AND last_seen_at < '10000-01-01 UTC'", name=op.f('ck_mljobs_years')),
     mljobs.types.SqliteCheck("(started_at IS NULL OR typeof(started_at) = 'integer' AND started_at BETWEEN 0 AND 253402300799999) AND (last_seen_at IS NULL OR typeof(last_seen_at) = 'integer' AND last_seen_at BETWEEN 0 AND 253402300799999)", name=op.f('ck_mljobs_times')),
+    mljobs.types.SqliteCheck("typeof(name) = 'text' AND typeof(host) = 'text' AND typeof(pid) = 'integer' AND typeof(kinds) = 'text' AND typeof(concurrency) = 'integer' AND typeof(version) = 'text' AND typeof(state) = 'text'", name=op.f('ck_mljobs_types')),
     sa.PrimaryKeyConstraint('name', name=op.f('pk_training_runs_workers'))
     )
     op.create_mljobs_guard('training_runs', kinds=['fit', 'tune'], version=1)
