@@ -16,7 +16,7 @@ from tests.cases import case
 PACKAGE = Path(__file__).parent.parent / "mljobs"
 
 ROOMS = [
-    ("_lazy", "_printable", "states", "errors", "_values", "_fields"),
+    ("_lazy", "_logging", "_printable", "states", "errors", "_values", "_fields"),
     ("types",),
     ("guards",),
     ("record",),

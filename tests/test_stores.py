@@ -429,3 +429,19 @@ def test_a_listener_ends_well_after_its_engine_was_disposed_of(postgres_url: str
     with ChangeListener(engine, MlJob.__table__) as another:
         another.wait(0)
         assert another._connection is not None
+
+
+def test_an_interrupt_while_a_connection_is_made_ready_leaves_none_in_use(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with JobStore(sqlite_url) as store:
+        pool: Any = store.engine.pool
+        with monkeypatch.context() as patched:
+            patched.setattr(_connections, "_pragma", interrupt)
+            with pytest.raises(KeyboardInterrupt) as interrupted:
+                store.submit("train", "spam")
+        assert pool.checkedout() == 0, interrupted
+        store.submit("train", "spam")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -168,3 +169,31 @@ def test_an_outcome_is_dropped_when_the_lease_is_gone_meanwhile(url: str) -> Non
         expire_leases(store.engine)
         assert store.rescue().requeued == [job.id]
         assert store.claim_one(job.id, worker="next").job.attempts == 2
+
+
+# ---------------------------------------------------------------------------------------------- logging that does not work
+
+
+def test_a_handler_or_filter_of_logs_that_raises_costs_no_job(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise ValueError(f"no disk for {record.msg}")
+
+    def filtered(record: logging.LogRecord) -> bool:
+        raise ValueError(f"no filter for {record.msg}")
+
+    logs = logging.getLogger("mljobs.worker")
+    monkeypatch.setattr(logs, "handlers", [Broken()])
+    with Flaky(sqlite_url) as store:
+        for filters in [], [filtered]:
+            monkeypatch.setattr(logs, "filters", filters)
+            worker = worker_of(store)
+            worker.handles("train")(lambda run: {} if run.job.target_name == "good" else 1 / 0)
+            for name in ("good", "bad"):
+                store.submit("train", name)
+            assert dict(worker.run(until_idle=True).jobs) == {"completed": 1, "failed": 1}
+    said = capsys.readouterr().err
+    assert "no disk for job %s" in said
+    assert "no filter for job %s" in said

@@ -109,15 +109,24 @@ class ConnectionCache:
 
     def _new(self) -> Connection:
         connection = self._engine.connect()
-        if self._size and self._engine.dialect.driver in _SQLITE_DRIVERS:  # whose errors say that the file is locked
-            self._busy_timeout = _pragma(connection, "PRAGMA busy_timeout")
-            if self._busy_timeout > _TURN_MILLISECONDS:
-                if not event.contains(self._engine.pool, "reset", _restore_busy_timeout):
-                    event.listen(self._engine.pool, "reset", _restore_busy_timeout)
-                connection.info[_BUSY_TIMEOUT] = self._busy_timeout
-                _pragma(connection, f"PRAGMA busy_timeout = {_TURN_MILLISECONDS}")
-                connection.info[LOCK_TURNS] = min(_TURNS, self._busy_timeout // _TURN_MILLISECONDS)
+        try:
+            self._set_turns(connection)
+        except BaseException:  # a task that is cancelled, say
+            connection.close()
+            raise
         return connection
+
+    def _set_turns(self, connection: Connection) -> None:
+        """Have a connection wait for the lock of a SQLite file in turns."""
+        if not (self._size and self._engine.dialect.driver in _SQLITE_DRIVERS):  # whose errors say that it is locked
+            return
+        self._busy_timeout = _pragma(connection, "PRAGMA busy_timeout")
+        if self._busy_timeout > _TURN_MILLISECONDS:
+            if not event.contains(self._engine.pool, "reset", _restore_busy_timeout):
+                event.listen(self._engine.pool, "reset", _restore_busy_timeout)
+            connection.info[_BUSY_TIMEOUT] = self._busy_timeout
+            _pragma(connection, f"PRAGMA busy_timeout = {_TURN_MILLISECONDS}")
+            connection.info[LOCK_TURNS] = min(_TURNS, self._busy_timeout // _TURN_MILLISECONDS)
 
     def keep(self, used: _Use) -> None:
         """Keep a connection for the next operation, or give it back to the pool."""

@@ -7,7 +7,6 @@ the first such text is met, for the engine that has met it.
 
 from __future__ import annotations
 
-import logging
 import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from mljobs._fields import FIELDS
+from mljobs._logging import logger_of
 from mljobs.guards._beside import tables_beside
 from mljobs.guards._errors import known_tables
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.pool import Pool
 
-log = logging.getLogger(__name__)
+log = logger_of(__name__)
 
 _COLUMN = re.compile(r"column '(.*?)' with text")
 _NO_UTF8 = "Could not decode to UTF-8"

@@ -15,7 +15,6 @@ take all connections of the server.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import selectors
 import socket
@@ -27,6 +26,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
+from mljobs._logging import logger_of
 from mljobs.db._engines import pooled
 from mljobs.db._timeouts import answers_within
 from mljobs.guards._companions import WAKE_CHANNEL, WATCHER_LOCK, WORKER_LOCK, qualified_name
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine, Pool, Table
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _LOCK = text(
     "SELECT pg_advisory_lock_shared(:lock, (CAST(CAST(:table AS regclass) AS oid)::bigint & 2147483647)::integer)"

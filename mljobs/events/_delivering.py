@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -14,7 +13,9 @@ from typing import Any, Protocol, Self
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
-logger = logging.getLogger("mljobs.events")
+from mljobs._logging import logger_of
+
+logger = logger_of("mljobs.events")
 
 Callback = Callable[[Any], Any]
 

@@ -7,7 +7,6 @@ A step that fails or is interrupted is done again at the next call. So who catch
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import random
 import threading
@@ -15,6 +14,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from mljobs._logging import logger_of
 from mljobs.db._failures import CONNECTION_ERRORS, database_is_away, first_line
 from mljobs.store._following import BEGUN, FollowSteps, Locked, Read
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _AWAY_SECONDS = 60.0
 """How long a database that has answered before may be away."""

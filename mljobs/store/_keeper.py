@@ -6,20 +6,20 @@ handler that blocks its thread or its event loop does not lose its lease.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, Self
 from uuid import UUID
 
+from mljobs._logging import logger_of
 from mljobs.db._failures import CONNECTION_ERRORS, first_line
 from mljobs.db._timeouts import answer_seconds, answers_within
 from mljobs.errors import TerminalStateError
 from mljobs.jobs import Claim, Outcome, Renewal, Report
 from mljobs.store._run import Run
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _WRITE_SECONDS = 1.0
 _RENEW_SECONDS = 5.0

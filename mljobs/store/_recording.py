@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mljobs._logging import logger_of
 from mljobs.db._failures import CONNECTION_ERRORS, database_is_away, first_line, shortened
 from mljobs.errors import InvalidValueError, JobCancelled, LeaseLostError, MlJobsError, TerminalStateError
 from mljobs.jobs import Outcome
@@ -16,7 +16,7 @@ from mljobs.states import MlJobStatus
 from mljobs.store._keeper import Keeper, LeaseStore
 from mljobs.store._run import Run
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 FIRST_PAUSE = 0.05
 """Seconds before the first new attempt, while the database is away; each further pause is twice as long."""

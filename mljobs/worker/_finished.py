@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from mljobs._logging import logger_of
 from mljobs.db._failures import first_line, one_line, shortened
 from mljobs.jobs import Claim, Outcome
 from mljobs.states import MlJobStatus
 from mljobs.store._run import Run
 from mljobs.worker._handlers import Handler
 
-logger = logging.getLogger("mljobs.worker")
+logger = logger_of("mljobs.worker")
 
 
 class FinishedRun(msgspec.Struct, eq=False, gc=False):

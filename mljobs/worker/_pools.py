@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import signal
 import tempfile
@@ -17,13 +16,14 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from mljobs._logging import logger_of
 from mljobs.store._run import Run
 from mljobs.worker._executors import ExecutorPlace
 from mljobs.worker._handlers import Handler
 from mljobs.worker._places import WorkerContext
 from mljobs.worker._remote import RemoteCall, end_with_parent
 
-logger = logging.getLogger("mljobs.worker")
+logger = logger_of("mljobs.worker")
 
 REBUILDS_MAX = 10
 """A pool that breaks more often than this in ``REBUILD_SECONDS`` ends the worker."""

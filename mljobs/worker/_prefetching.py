@@ -11,7 +11,6 @@ because a long job came after many short ones, is put back.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from uuid import UUID
 
+from mljobs._logging import logger_of
 from mljobs.db._failures import database_is_away, first_line
 from mljobs.db._timeouts import answer_seconds, answers_within
 from mljobs.errors import StartRefusedError
@@ -33,7 +33,7 @@ from mljobs.store._store import JobStore
 from mljobs.worker._finished import FinishedRun
 from mljobs.worker._recording import OutcomeWriter
 
-logger = logging.getLogger("mljobs.worker")
+logger = logger_of("mljobs.worker")
 
 AHEAD_SECONDS = 0.25
 """How long a job that was claimed ahead should wait at most."""

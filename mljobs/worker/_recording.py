@@ -7,13 +7,13 @@ leases; an outcome is dropped only when its lease is known to be gone.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from mljobs import jobs
+from mljobs._logging import logger_of
 from mljobs.db._failures import database_is_away, first_line
 from mljobs.db._timeouts import answers_within, limit_idle_transaction
 from mljobs.errors import TerminalStateError
@@ -28,7 +28,7 @@ from mljobs.store._store import JobStore
 from mljobs.worker._finished import FinishedRun, Tally, log_outcomes
 from mljobs.worker._retrying import submit_retry
 
-logger = logging.getLogger("mljobs.worker")
+logger = logger_of("mljobs.worker")
 
 BATCH_WAIT = 0.003
 """Seconds that an outcome waits for others, to be written with them."""

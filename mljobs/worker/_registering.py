@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 from collections.abc import Sequence
 
 from mljobs import __version__
+from mljobs._logging import logger_of
 from mljobs._values import utc_now
 from mljobs.db._failures import CONNECTION_ERRORS, database_is_away, first_line
 from mljobs.db._timeouts import answer_seconds, answers_within
 from mljobs.jobs._workers import WorkerInfo, WorkerState, has_worker_table, register_worker, see_worker
 from mljobs.store._store import JobStore
 
-logger = logging.getLogger("mljobs.worker")
+logger = logger_of("mljobs.worker")
 
 
 class Registration:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
 from mljobs import jobs
+from mljobs._logging import logger_of
 from mljobs.db._failures import database_is_away, first_line
 from mljobs.errors import InvalidValueError
 from mljobs.jobs import Bind
@@ -16,7 +16,7 @@ from mljobs.jobs._reading import up_to
 from mljobs.worker._finished import FinishedRun
 from mljobs.worker._handlers import Handler
 
-logger = logging.getLogger("mljobs.worker")
+logger = logger_of("mljobs.worker")
 
 
 def submit_retry(bind: Bind, entry: FinishedRun) -> tuple[Any, float] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import queue
 import random
 import time
@@ -15,6 +14,7 @@ from typing import Any
 from uuid import UUID
 
 from mljobs import jobs
+from mljobs._logging import logger_of
 from mljobs.db._failures import database_is_away, first_line
 from mljobs.db._timeouts import answer_seconds, answers_within, limit_idle_transaction
 from mljobs.jobs._base import connection_of
@@ -31,7 +31,7 @@ from mljobs.worker._prefetching import ClaimSettings, Prefetcher
 from mljobs.worker._recording import OutcomeWriter
 from mljobs.worker._registering import Registration
 
-logger = logging.getLogger("mljobs.worker")
+logger = logger_of("mljobs.worker")
 
 _LAST_SECONDS = 5.0
 _TICK = 1.0

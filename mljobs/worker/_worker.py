@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import queue
 import signal
 import threading
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sqlalchemy import inspect
 
+from mljobs._logging import logger_of
 from mljobs._values import check_count, check_lease, check_seconds, storable_text, to_member
 from mljobs.db._engines import refuse_memory
 from mljobs.errors import InvalidValueError, SchemaError
@@ -39,7 +39,7 @@ from mljobs.worker._running import RunSettings, Signal, Signals, WorkerRun
 if TYPE_CHECKING:
     from mljobs.store._async_store import AsyncJobStore
 
-logger = logging.getLogger("mljobs.worker")
+logger = logger_of("mljobs.worker")
 
 T = TypeVar("T")
 
