@@ -124,18 +124,13 @@ def to_json_text(field: str, value: object) -> str:
 _NUL_ESCAPE = r"\u0000"
 
 
-def holds_nul(text: str) -> bool:
-    """Whether JSON text holds U+0000, which PostgreSQL cannot give back by key; the backslash itself may be escaped."""
-    return _NUL_ESCAPE in text and _NUL_ESCAPE in text.replace("\\\\", "")
-
-
 def _refuse_nul(field: str, text: str) -> None:
-    """Refuse U+0000 in any string or key.
+    """Refuse JSON text with U+0000 in any string or key.
 
     Raises:
         InvalidValueError: It names the place of the first, e.g. ``$.labels[2]``.
     """
-    if holds_nul(text):
+    if _NUL_ESCAPE in text.replace("\\\\", ""):  # an escaped backslash may stand before the rest of it
         place = _place_of_nul(json.loads(text), "$")
         raise InvalidValueError(field, text, f"it holds U+0000 at {place}, which PostgreSQL cannot read by key")
 

@@ -123,9 +123,6 @@ class FilterError(InvalidValueError):
             return None
         return self.text[: self.position] + self.suggestion + self.text[self.position + len(self.word) :]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.text, self.position, self.word, self.reason, self.known, self.suggestion)
-
 
 class AmbiguousIdError(InvalidValueError):
     """Several jobs have an id that begins or ends so.
@@ -143,9 +140,6 @@ class AmbiguousIdError(InvalidValueError):
         )
         self.text = text
         self.candidates = tuple(candidates)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.text, self.candidates)
 
 
 class JobDecodeError(MlJobsError, ValueError):

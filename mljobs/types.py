@@ -44,6 +44,19 @@ class _Direct(TypeDecorator[_T]):
         return partial(self.process_bind_param, dialect=dialect)
 
 
+class _OfField(_Direct[_T]):
+    """A type that names the field in its errors."""
+
+    _of_impl: ClassVar[dict[str, Any]] = {}  # arguments of ``impl``
+
+    def __init__(self, field: str) -> None:
+        self.field = field
+        super().__init__(**self._of_impl)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.field!r})"
+
+
 class JobId(TypeDecorator[UUID]):
     """A 128-bit id: ``uuid`` on PostgreSQL, ``CHAR(32)`` of lower-case hex digits elsewhere."""
 
@@ -168,7 +181,7 @@ class Span(TypeDecorator[timedelta]):
         return value if value is None or dialect.name == "postgresql" else timedelta(milliseconds=value)
 
 
-class UtcMillis(_Direct[datetime]):
+class UtcMillis(_OfField[datetime]):
     """An aware UTC time: ``timestamptz(3)`` on PostgreSQL, integer epoch milliseconds elsewhere.
 
     In a query ``finished_at - started_at`` is a ``timedelta``, and ``created_at + timedelta(hours=1)`` a time, on both.
@@ -176,10 +189,7 @@ class UtcMillis(_Direct[datetime]):
 
     impl = sa.DateTime
     cache_ok = True
-
-    def __init__(self, field: str) -> None:
-        self.field = field
-        super().__init__(timezone=True)
+    _of_impl: ClassVar = {"timezone": True}
 
     @property
     def python_type(self) -> type[datetime]:
@@ -219,19 +229,12 @@ class UtcMillis(_Direct[datetime]):
             return moment if moment.tzinfo is UTC else moment.astimezone(UTC)
         return from_millis(value)
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.field!r})"
 
-
-class PlainText(_Direct[str]):
+class PlainText(_OfField[str]):
     """Text that every database can hold: no NUL, which PostgreSQL cannot store, and no lone surrogates."""
 
     impl = sa.Text
     cache_ok = True
-
-    def __init__(self, field: str) -> None:
-        self.field = field
-        super().__init__()
 
     @property
     def python_type(self) -> type[str]:
@@ -239,9 +242,6 @@ class PlainText(_Direct[str]):
 
     def process_bind_param(self, value: object, dialect: Dialect) -> str | None:  # noqa: ARG002
         return None if value is None else storable_text(self.field, value)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.field!r})"
 
 
 class _PostgresJson(UserDefinedType[str]):
@@ -261,15 +261,11 @@ class _PostgresJson(UserDefinedType[str]):
         return process
 
 
-class JsonText(_Direct[str]):
+class JsonText(_OfField[str]):
     """Opaque JSON text, byte for byte: ``json`` on PostgreSQL, ``TEXT`` elsewhere."""
 
     impl = sa.Text
     cache_ok = True
-
-    def __init__(self, field: str) -> None:
-        self.field = field
-        super().__init__()
 
     @property
     def python_type(self) -> type[str]:
@@ -280,9 +276,6 @@ class JsonText(_Direct[str]):
 
     def process_bind_param(self, value: object, dialect: Dialect) -> str | None:  # noqa: ARG002
         return None if value is None else storable_json(self.field, value)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.field!r})"
 
 
 class DialectCheck(sa.CheckConstraint):

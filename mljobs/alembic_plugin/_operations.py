@@ -13,7 +13,40 @@ from mljobs.errors import InvalidValueError
 from mljobs.guards._companions import GUARD_VERSION, companion_ddl, without_parameters
 
 
-class _GuardOperation(MigrateOperation):
+class JobOperation(MigrateOperation):
+    """An operation of ours on a job table.
+
+    Attributes:
+        name: What it is called after ``op.`` in a migration.
+        subject: The name of the table or view.
+        schema: Where that is; None for the default.
+    """
+
+    name: str
+    subject: str
+    schema: str | None
+
+    def statements(self, dialect_name: str, *, create: bool) -> Sequence[Any]:
+        """Return the DDL for a dialect.
+
+        Raises:
+            InvalidValueError: mljobs does not know the dialect.
+        """
+        found = self.ddl(dialect_name, create=create)
+        if not found:
+            raise InvalidValueError("dialect", dialect_name, "mljobs knows postgresql and sqlite")
+        return found
+
+    def ddl(self, dialect_name: str, *, create: bool) -> Sequence[Any]:
+        """Return the DDL for a dialect; none for an unknown one."""
+        raise NotImplementedError
+
+    def to_diff_tuple(self) -> tuple[Any, ...]:
+        """Return how ``alembic check`` and ``compare_metadata`` tell it."""
+        return (self.name, self.subject, self.schema)
+
+
+class _GuardOperation(JobOperation):
     def __init__(
         self,
         table_name: str,
@@ -26,7 +59,7 @@ class _GuardOperation(MigrateOperation):
         if version != GUARD_VERSION:
             reason = f"this release of mljobs makes version {GUARD_VERSION}; install the one that wrote the migration"
             raise InvalidValueError("version", version, reason)
-        self.table_name = table_name
+        self.table_name = self.subject = table_name
         self.schema = schema
         self.kinds = _tokens(kinds)
         self.with_rowid = with_rowid
@@ -41,17 +74,9 @@ class _GuardOperation(MigrateOperation):
             "version": self.version,
         }
 
-    def statements(self, dialect_name: str, *, create: bool) -> Sequence[Any]:
-        """Return the DDL for a dialect.
-
-        Raises:
-            InvalidValueError: mljobs does not know the dialect.
-        """
+    def ddl(self, dialect_name: str, *, create: bool) -> Sequence[Any]:
         table = Table(self.table_name, MetaData(), schema=self.schema, sqlite_with_rowid=self.with_rowid)
-        found = companion_ddl(table, dialect_name, create=create, kinds=self.kinds)
-        if not found:
-            raise InvalidValueError("dialect", dialect_name, "mljobs knows postgresql and sqlite")
-        return found
+        return companion_ddl(table, dialect_name, create=create, kinds=self.kinds)
 
 
 def _tokens(kinds: Sequence[str]) -> tuple[str, ...]:
@@ -68,6 +93,7 @@ class CreateMljobsGuardOp(_GuardOperation):
         previous: What stood before, where this replaces it: the way back leads there.
     """
 
+    name = "create_mljobs_guard"
     previous: CreateMljobsGuardOp | None = None
 
     @classmethod
@@ -104,14 +130,12 @@ class CreateMljobsGuardOp(_GuardOperation):
         back.previous = self
         return back
 
-    def to_diff_tuple(self) -> tuple[Any, ...]:
-        """Return how ``alembic check`` and ``compare_metadata`` tell it."""
-        return ("create_mljobs_guard", self.table_name, self.schema)
-
 
 @Operations.register_operation("drop_mljobs_guard")
 class DropMljobsGuardOp(_GuardOperation):
     """Take down what stands beside a job table."""
+
+    name = "drop_mljobs_guard"
 
     @classmethod
     def drop_mljobs_guard(
@@ -134,10 +158,6 @@ class DropMljobsGuardOp(_GuardOperation):
         """Return the way back."""
         return CreateMljobsGuardOp(self.table_name, **self.arguments())
 
-    def to_diff_tuple(self) -> tuple[Any, ...]:
-        """Return how ``alembic check`` and ``compare_metadata`` tell it."""
-        return ("drop_mljobs_guard", self.table_name, self.schema)
-
 
 @Operations.implementation_for(CreateMljobsGuardOp)
 def _create(operations: Operations, operation: CreateMljobsGuardOp) -> None:
@@ -148,7 +168,8 @@ def _create(operations: Operations, operation: CreateMljobsGuardOp) -> None:
 
 
 @Operations.implementation_for(DropMljobsGuardOp)
-def _drop(operations: Operations, operation: DropMljobsGuardOp) -> None:
+def drop(operations: Operations, operation: JobOperation) -> None:
+    """Run an operation that drops."""
     for statement in operation.statements(operations.get_context().dialect.name, create=False):
         operations.execute(statement)
 

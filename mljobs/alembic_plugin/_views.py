@@ -9,27 +9,18 @@ from alembic.autogenerate.render import renderers
 from alembic.operations import MigrateOperation, Operations
 from sqlalchemy import MetaData, Table
 
-from mljobs.alembic_plugin._operations import prefix_of
-from mljobs.errors import InvalidValueError
+from mljobs.alembic_plugin._operations import JobOperation, drop, prefix_of
 from mljobs.guards._overview import Overview, OverviewDDL, view_ddl
 
 
-class _OverviewOperation(MigrateOperation):
+class _OverviewOperation(JobOperation):
     def __init__(self, overview: Overview, *, schema: str | None = None) -> None:
         self.overview = overview
-        self.view_name = overview.name
+        self.view_name = self.subject = overview.name
         self.schema = schema
 
-    def statements(self, dialect_name: str, *, create: bool) -> Sequence[OverviewDDL]:
-        """Return the DDL for a dialect.
-
-        Raises:
-            InvalidValueError: mljobs does not know the dialect.
-        """
-        found = view_ddl(self.overview, dialect_name, create=create)
-        if not found:
-            raise InvalidValueError("dialect", dialect_name, "mljobs knows postgresql and sqlite")
-        return found
+    def ddl(self, dialect_name: str, *, create: bool) -> Sequence[OverviewDDL]:
+        return view_ddl(self.overview, dialect_name, create=create)
 
     def arguments(self) -> str:
         """Return what a migration's text gives."""
@@ -50,6 +41,8 @@ def _overview(
 @Operations.register_operation("create_mljobs_overview")
 class CreateMljobsOverviewOp(_OverviewOperation):
     """Make the view beside a job table; one of this name is replaced."""
+
+    name = "create_mljobs_overview"
 
     @classmethod
     def create_mljobs_overview(
@@ -94,14 +87,12 @@ class CreateMljobsOverviewOp(_OverviewOperation):
         """Return the way back."""
         return DropMljobsOverviewOp(self.overview, schema=self.schema)
 
-    def to_diff_tuple(self) -> tuple[Any, ...]:
-        """Return how ``alembic check`` and ``compare_metadata`` tell it."""
-        return ("create_mljobs_overview", self.view_name, self.schema)
-
 
 @Operations.register_operation("drop_mljobs_overview")
 class DropMljobsOverviewOp(_OverviewOperation):
     """Drop the view beside a job table."""
+
+    name = "drop_mljobs_overview"
 
     @classmethod
     def drop_mljobs_overview(
@@ -128,10 +119,6 @@ class DropMljobsOverviewOp(_OverviewOperation):
         """Return the way back."""
         return CreateMljobsOverviewOp(self.overview, schema=self.schema)
 
-    def to_diff_tuple(self) -> tuple[Any, ...]:
-        """Return how ``alembic check`` and ``compare_metadata`` tell it."""
-        return ("drop_mljobs_overview", self.view_name, self.schema)
-
 
 @Operations.implementation_for(CreateMljobsOverviewOp)
 def _create(operations: Operations, operation: CreateMljobsOverviewOp) -> None:
@@ -140,17 +127,10 @@ def _create(operations: Operations, operation: CreateMljobsOverviewOp) -> None:
         operations.execute(statement)
 
 
-@Operations.implementation_for(DropMljobsOverviewOp)
-def _drop(operations: Operations, operation: DropMljobsOverviewOp) -> None:
-    for statement in operation.statements(operations.get_context().dialect.name, create=False):
-        operations.execute(statement)
+Operations.implementation_for(DropMljobsOverviewOp)(drop)
 
 
 @renderers.dispatch_for(CreateMljobsOverviewOp)
-def _render_create(context: Any, operation: CreateMljobsOverviewOp) -> str:
-    return f"{prefix_of(context)}create_mljobs_overview({operation.arguments()})"
-
-
 @renderers.dispatch_for(DropMljobsOverviewOp)
-def _render_drop(context: Any, operation: DropMljobsOverviewOp) -> str:
-    return f"{prefix_of(context)}drop_mljobs_overview({operation.arguments()})"
+def _render(context: Any, operation: _OverviewOperation) -> str:
+    return f"{prefix_of(context)}{operation.name}({operation.arguments()})"

@@ -115,17 +115,8 @@ def workers(
 
 
 _WORKERS_TABBED = (
-    "worker",
-    "held",
-    "silent",
-    "since",
-    "state",
-    "host",
-    "pid",
-    "concurrency",
-    "started_at",
-    "last_seen_at",
-)
+    "worker", "held", "silent", "since", "state", "host", "pid", "concurrency", "started_at", "last_seen_at",
+)  # fmt: skip
 _ABOUT = ("host", "pid", "kinds", "concurrency", "version", "started_at", "last_seen_at")
 
 

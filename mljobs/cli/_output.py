@@ -122,19 +122,10 @@ def _own_columns(model: Any) -> list[str]:
 
 
 JOB_FIELDS = (
-    *("id", "kind", "target_name", "status", "is_terminal", "progress", "created_at", "started_at", "finished_at"),
-    *(
-        "created_at_ms",
-        "started_at_ms",
-        "finished_at_ms",
-        "duration_ms",
-        "error_message",
-        "spec",
-        "metrics",
-        "attempts",
-    ),
-    *("priority", "run_after", "exclusive", "retry_of", "worker"),
-)
+    "id", "kind", "target_name", "status", "is_terminal", "progress", "created_at", "started_at", "finished_at",
+    "created_at_ms", "started_at_ms", "finished_at_ms", "duration_ms", "error_message", "spec", "metrics", "attempts",
+    "priority", "run_after", "exclusive", "retry_of", "worker",
+)  # fmt: skip
 """The fields of a job in JSON: those of ``MlJobRead``, in its order."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -87,11 +87,8 @@ def verify() -> None:
     """
     from mljobs import schema  # noqa: PLC0415 - loads SQLAlchemy
 
-    target = settings().located
-    if settings().model is None:
-        schema.verify(target)
-    else:
-        schema.verify(target, metadata=_metadata_of(job_class()))
+    metadata = None if settings().model is None else job_class().metadata
+    schema.verify(settings().located, metadata=metadata)
     typer.echo(f"{settings().shown}: the schema is what this release expects, and the guard stands")
 
 
@@ -122,8 +119,3 @@ def _refuse_own_class(command: str) -> None:
     if model is not None:
         reason = f"its table belongs to your own migrations: alembic {command}, or leave --model out for ml_jobs"
         raise InvalidValueError("model", model, reason)
-
-
-def _metadata_of(model: Any) -> Any:
-    """Return the tables of a class alone: those beside it in the application are not ours to judge."""
-    return model.metadata

@@ -193,21 +193,9 @@ MEANINGS: Mapping[type[MlJobsError], Meaning] = MappingProxyType(
 )
 """Every error of :mod:`mljobs.errors`, and what it is over HTTP. A subclass without a line is what its parent is."""
 
-_SETUP = frozenset(
-    {
-        "dialect",
-        "executor",
-        "handler",
-        "handlers",
-        "metadata",
-        "model",
-        "session",
-        "source",
-        "store",
-        "target",
-        "url",
-    }
-)
+_SETUP = frozenset((
+    "dialect", "executor", "handler", "handlers", "metadata", "model", "session", "source", "store", "target", "url",
+))  # fmt: skip
 """Arguments that a program gives and no request: a wrong one is no fault of the client's, and may hold a secret."""
 
 _INTERNAL = MEANINGS[MlJobsError]

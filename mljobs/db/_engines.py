@@ -15,26 +15,11 @@ from mljobs.errors import InvalidValueError
 URL_VARIABLE = "MLJOBS_DATABASE_URL"
 DEFAULT_URL = "sqlite:///mljobs.db"
 
-_SYNC = {
-    "postgres": "postgresql+psycopg",
-    "postgresql": "postgresql+psycopg",
-    "postgresql+psycopg": "postgresql+psycopg",
-    "postgresql+psycopg_async": "postgresql+psycopg",
-    "postgresql+asyncpg": "postgresql+psycopg",
-    "sqlite": "sqlite",
-    "sqlite+pysqlite": "sqlite",
-    "sqlite+aiosqlite": "sqlite",
-}
-_ASYNC = {
-    "postgres": "postgresql+psycopg",
-    "postgresql": "postgresql+psycopg",
-    "postgresql+psycopg": "postgresql+psycopg",
-    "postgresql+psycopg_async": "postgresql+psycopg",
-    "postgresql+asyncpg": "postgresql+asyncpg",
-    "sqlite": "sqlite+aiosqlite",
-    "sqlite+pysqlite": "sqlite+aiosqlite",
-    "sqlite+aiosqlite": "sqlite+aiosqlite",
-}
+_POSTGRES = ("postgres", "postgresql", "postgresql+psycopg", "postgresql+psycopg_async", "postgresql+asyncpg")
+_SQLITE = ("sqlite", "sqlite+pysqlite", "sqlite+aiosqlite")
+_SYNC = dict.fromkeys(_POSTGRES, "postgresql+psycopg") | dict.fromkeys(_SQLITE, "sqlite")
+_ASYNC = dict.fromkeys(_POSTGRES, "postgresql+psycopg") | dict.fromkeys(_SQLITE, "sqlite+aiosqlite")
+_ASYNC["postgresql+asyncpg"] = "postgresql+asyncpg"
 _BUSY_SECONDS = 30.0
 _NETWORK: dict[str, int] = {
     "connect_timeout": 10,  # seconds

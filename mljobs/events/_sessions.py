@@ -15,6 +15,7 @@ from mljobs.db._binds import Bind, connection_for, resolve
 from mljobs.events._connections import ConnectionPending, pending_of_connection
 from mljobs.events._delivering import Origin, deliver, has_listener, subscribed
 from mljobs.events._pending import Pending, finished_among
+from mljobs.guards._beside import record_table_of
 from mljobs.record._mixin import MlJobMixin
 from mljobs.states import ACTIVE, MlJobStatus
 
@@ -148,8 +149,7 @@ def _on_execute(state: ORMExecuteState) -> Any:
     if not has_listener(pending_of_session(session).origin):
         return None
     given = state.parameters
-    record = next(table for table in inspect(model).tables if "spec_json" in table.c)
-    which = select(model.id).where(model.status.in_(ACTIVE)).with_for_update(of=record)
+    which = select(model.id).where(model.status.in_(ACTIVE)).with_for_update(of=record_table_of(model))
     ids: list[UUID] = []
     if isinstance(given, Sequence) and statement.whereclause is None:  # by primary key
         ids.extend(session.scalars(which.where(model.id.in_([row["id"] for row in given if "id" in row]))))

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["enforce_sqlite", "retention", "translate_error"]
 
-
 __getattr__, __dir__ = lazy_names(
-    __name__, {"_hooks": ("enforce_sqlite",), "_retention": ("retention",), "_errors": ("translate_error",)}
+    __name__, __all__, "_retention", {"_hooks": ("enforce_sqlite",), "_errors": ("translate_error",)}
 )

@@ -1,11 +1,19 @@
-"""The tables that stand beside a job table: of its leases and of its workers."""
+"""The job table of a class, and the tables beside it: of leases and of workers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import inspect
 
 if TYPE_CHECKING:
     from sqlalchemy import Table
+
+
+def record_table_of(model: type[Any]) -> Table:
+    """Return the table that holds the record of a mapped class; a joined subclass has one of its own beside it."""
+    tables = inspect(model).tables
+    return next(table for table in tables if "spec_json" in table.c)
 
 
 def tables_beside(jobs: Table) -> list[Table]:

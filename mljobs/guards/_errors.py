@@ -230,9 +230,5 @@ def _missing_table(error: BaseException) -> str | None:
     if getattr(error, "sqlstate", None) != _UNDEFINED_TABLE and not str(error).startswith(_SQLITE_UNDEFINED):
         return None
     message = str(error).partition("\n")[0]
-    names = (name for table in known_tables() for name in _beside(table))
+    names = (each.name for table in known_tables() for each in (table, *tables_beside(table)))
     return next((name for name in names if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", message)), None)
-
-
-def _beside(table: Table) -> tuple[str, ...]:
-    return (table.name, *(beside.name for beside in tables_beside(table)))

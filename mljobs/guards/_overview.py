@@ -162,34 +162,11 @@ _TEXTS = {
 _INFO = "mljobs_overview"
 
 
-VIEW_COLUMNS = frozenset(
-    {
-        *(
-            "id",
-            "kind",
-            "target_name",
-            "status",
-            "progress",
-            "age",
-            "queue_wait",
-            "duration",
-            "worker",
-            "lease_ends_at",
-        ),
-        *(
-            "stuck",
-            "note",
-            "attempts",
-            "priority",
-            "created_at",
-            "started_at",
-            "finished_at",
-            "run_after",
-            "duration_ms",
-        ),
-        *("retry_of", "error", "error_message", "exclusive", "expires_at", "ends_at", "now"),
-    }
-)
+VIEW_COLUMNS = frozenset((
+    "id", "kind", "target_name", "status", "progress", "age", "queue_wait", "duration", "worker", "lease_ends_at", "stuck",
+    "note", "attempts", "priority", "created_at", "started_at", "finished_at", "run_after", "duration_ms", "retry_of",
+    "error", "error_message", "exclusive", "expires_at", "ends_at", "now",
+))  # fmt: skip
 """The columns that a view has without a host's, and those that its text needs."""
 
 

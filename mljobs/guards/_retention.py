@@ -22,8 +22,8 @@ from sqlalchemy import Connection, Table, event, inspect, text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.orm import Mapper, Session
 
-from mljobs._fields import NAMES
 from mljobs.errors import InvalidValueError
+from mljobs.guards._beside import record_table_of
 from mljobs.guards._companions import companion_names, listed, schema_of, short_name
 from mljobs.states import TERMINAL
 
@@ -97,13 +97,6 @@ def _row_set(connection: Connection, table: Table, *, on: bool) -> str:
     quote, schema = connection.dialect.identifier_preparer.quote, schema_of(connection, table)
     guard_table = (f"{quote(schema)}." if schema else "") + quote(companion_names(table.name)["guard"])
     return f"UPDATE {guard_table} SET open = {int(on)} WHERE name = 'retention'"  # noqa: S608 - quoted
-
-
-def record_table_of(model: type[Any]) -> Table:
-    """Return the table that holds the record of a mapped class; a joined subclass has one of its own beside it."""
-    return next(
-        table for table in inspect(model).tables if isinstance(table, Table) and set(NAMES) <= set(table.c.keys())
-    )
 
 
 def _begin(connection: Connection, table: Table) -> None:

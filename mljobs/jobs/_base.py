@@ -8,7 +8,7 @@ from types import FunctionType
 from typing import Any, Concatenate, ParamSpec, cast
 from uuid import UUID
 
-from sqlalchemy import Connection, Table, inspect, update
+from sqlalchemy import Connection, Table, Update, inspect, update
 from sqlalchemy.orm import Mapper, Session
 from typing_extensions import TypeVar
 
@@ -36,6 +36,15 @@ _R = TypeVar("_R")
 def per_model(build: Callable[Concatenate[Model, _P], _R]) -> Callable[Concatenate[Model, _P], _R]:
     """Return ``build`` with a cache: it is called once for each model and each set of further arguments."""
     return cast("Callable[Concatenate[Model, _P], _R]", cache(build))
+
+
+def prepared(build: Callable[..., Any]) -> Callable[..., Prepared]:
+    """Return a function that returns the statement for a model and further arguments.
+
+    Args:
+        build: Takes the model, the further arguments, and the dialect's name; returns the Core statement.
+    """
+    return per_model(lambda model, *more: Prepared(lambda dialect: build(model, *more, dialect)))
 
 
 def accept_any_session(names: dict[str, Any], public: Iterable[str]) -> None:
@@ -96,10 +105,10 @@ def lock_sqlite(connection: Connection, model: Model) -> None:
     _write_nothing(model).answer(connection, {})
 
 
-@per_model
-def _write_nothing(model: Model) -> Prepared:
+@prepared
+def _write_nothing(model: Model, _dialect: str) -> Update:
     leases = model.__leases__
-    return Prepared(lambda _: update(leases).values(worker=leases.c.worker).where(leases.c.token < constant(0)))
+    return update(leases).values(worker=leases.c.worker).where(leases.c.token < constant(0))
 
 
 @per_model

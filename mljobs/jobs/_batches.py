@@ -1,4 +1,4 @@
-"""Batch after batch, until a batch says that it was the last."""
+"""Run a batch after the other, until the last."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ class Done(Protocol):
     def cursor(self) -> Any: ...
 
 
-def all_batches(batch: Callable[[Any], Done]) -> int:
-    """Call ``batch`` with the cursor of the batch before, None at first; return how many records were changed."""
-    done = batch(None)
+def all_batches(batch: Callable[..., Done]) -> int:
+    """Call ``batch(after=...)`` with the cursor of the batch before, None at first; return how many records were changed."""
+    done = batch(after=None)
     total = done.changed
     while done.cursor is not None:
-        done = batch(done.cursor)
+        done = batch(after=done.cursor)
         total += done.changed
     return total
 
 
-async def all_batches_async(batch: Callable[[Any], Coroutine[Any, Any, Done]]) -> int:
-    """As ``all_batches``, for a coroutine function."""
-    done = await batch(None)
+async def all_batches_async(batch: Callable[..., Coroutine[Any, Any, Done]]) -> int:
+    """Do what ``all_batches`` does, with a coroutine function."""
+    done = await batch(after=None)
     total = done.changed
     while done.cursor is not None:
-        done = await batch(done.cursor)
+        done = await batch(after=done.cursor)
         total += done.changed
     return total

@@ -1,4 +1,4 @@
-"""What a claim is: the right to work on a job, under a lease that all jobs of one claim share."""
+"""``Claim``: the right to work on a job, under a lease that all jobs of one claim share; and ``Lease``."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ class Lease:
     Attributes:
         model: The mapped class of its jobs.
         token: Names the lease in the record of each of its jobs.
-        acquired_at: When it was made, by the database's clock. With the token it names the lease for ever: a token alone
-            could come back, from a restarted sequence or a restored backup.
+        acquired_at: When it was made, by the database's clock. Two leases may have one token, after a restarted sequence or
+            a restored backup, but not one token and one ``acquired_at``.
         open: Ids, as integers, of its jobs that this process has not ended; None where another process may have ended some.
-        parted: Whether its jobs ended in several writes, of which each may have seen the jobs of another as still open.
+        parted: Whether its jobs ended in several writes. Two of them at the same time may each have seen the jobs of the
+            other as still open, and neither then deletes the lease.
     """
 
     __slots__ = ("acquired_at", "model", "open", "parted", "token")
@@ -39,14 +40,14 @@ class Lease:
         self.parted = False
 
     def is_left_empty_without(self, job_ids: set[int]) -> bool:
-        """Whether no job stays under this lease once these have left it."""
+        """Whether no job has this lease any more once these jobs have ended."""
         empty = self.open is not None and self.open <= job_ids
         self.parted = self.parted or not empty
         return empty
 
     @property
     def may_be_left_over(self) -> bool:
-        """Whether it has no job any more, and perhaps no write has seen that."""
+        """Whether it has no job any more, and perhaps no write has deleted it."""
         return self.parted and self.open is not None and not self.open
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -95,12 +96,12 @@ class Claim(msgspec.Struct, Generic[M], eq=False, gc=False):
         return self.lease.open is not None and self.job_id.int not in self.lease.open
 
     def note_end(self) -> None:
-        """Remember that this claim holds its job no more."""
+        """Note that this claim no longer holds its job."""
         if self.lease.open is not None:
             self.lease.open.discard(self.job_id.int)
 
-    def until(self, expires_at: datetime) -> Claim[M]:
-        """Return the same claim with another end."""
+    def expiring(self, expires_at: datetime) -> Claim[M]:
+        """Return the same claim with another ``expires_at``."""
         return Claim(self._job, self.job_id, self.token, self.worker, expires_at, self.lease)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -117,12 +118,12 @@ class Claim(msgspec.Struct, Generic[M], eq=False, gc=False):
 
 
 class ClaimedRows(msgspec.Struct, gc=False):
-    """The rows of a claim, of which records are made.
+    """The rows that a claim has read, from which records are made when they are asked for.
 
     Attributes:
         model: The mapped job class.
         answer: The rows.
-        columns: Where in a row the record is.
+        columns: Where the record is in a row.
     """
 
     model: Model
@@ -135,11 +136,11 @@ class ClaimedRows(msgspec.Struct, gc=False):
 
 
 class UnreadJob(msgspec.Struct, gc=False):
-    """A job that nobody has asked for yet: a busy worker often needs no more than its id and kind.
+    """The record of a claimed job before it is asked for: a busy worker often needs only its id and kind.
 
     Attributes:
-        rows: Where its record is.
-        at: In which row.
+        rows: The rows of its claim.
+        at: The number of its row.
         kind: The token of its kind.
     """
 
@@ -164,7 +165,7 @@ class Renewal(Generic[M]):
 
 
 def note_ends(claims: Iterable[Claim[Any]]) -> None:
-    """Remember that these claims hold their jobs no more."""
+    """Note that these claims no longer hold their jobs."""
     given = list(claims)
     ended = {claim.job_id.int for claim in given}
     for lease in {claim.lease for claim in given}:

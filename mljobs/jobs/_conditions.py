@@ -15,25 +15,11 @@ from operator import ge, gt, le, lt
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import (
-    ARRAY,
-    BigInteger,
-    ColumnElement,
-    DateTime,
-    String,
-    Text,
-    and_,
-    cast,
-    false,
-    func,
-    inspect,
-    literal,
-    or_,
-)
+import sqlalchemy as sa
 from sqlalchemy.orm import Mapper
 from sqlalchemy.types import TypeEngine
 
-from mljobs._values import to_member
+from mljobs._values import ID_DIGITS, to_member
 from mljobs.errors import InvalidValueError
 from mljobs.jobs._base import Model, per_model, table_of
 from mljobs.jobs._expressions import Glob, JsonNumber, JsonText, JsonWord, Number
@@ -42,7 +28,6 @@ from mljobs.jobs._words import Form, Operator, Pattern, Term, Value, written
 from mljobs.record._sql import epoch_millis
 from mljobs.states import ACTIVE, TERMINAL, MlJobStatus
 
-ID_DIGITS: Final = 32
 _DAY: Final = timedelta(days=1)
 _BEYOND_BIGINT: Final = 2**63
 
@@ -100,7 +85,7 @@ def fields_of(model: Model) -> Mapping[str, Field]:
     """Return what can be asked of jobs of a class, by name: the record's own fields, then the host's columns."""
     table = table_of(model)
     found = {field.name: field for field in _FIELDS}
-    mapper: Mapper[Any] = inspect(model)
+    mapper: Mapper[Any] = sa.inspect(model)
     record = {field.column for field in _FIELDS} | {"lease"}
     for attribute in mapper.column_attrs:
         column = attribute.columns[0]
@@ -157,7 +142,7 @@ def _column(model: Model, field: Field) -> Any:
 # ------------------------------------------------------------------------------------------------------- conditions
 
 
-def condition_of(term: Term, model: Model, now: datetime) -> ColumnElement[bool]:
+def condition_of(term: Term, model: Model, now: datetime) -> sa.ColumnElement[bool]:
     """Return the condition that a term stands for.
 
     Args:
@@ -178,15 +163,15 @@ def condition_of(term: Term, model: Model, now: datetime) -> ColumnElement[bool]
         if len(members) == 1:
             # As the partial indexes say it: SQLite compares word by word.
             if members[0] in ACTIVE:
-                return and_(*in_active_state(table_of(model), MlJobStatus(members[0])))
-            one: ColumnElement[bool] = table_of(model).c[field.name] == constant(members[0])
+                return sa.and_(*in_active_state(table_of(model), MlJobStatus(members[0])))
+            one: sa.ColumnElement[bool] = table_of(model).c[field.name] == constant(members[0])
             return one
         if set(members) == set(TERMINAL):
             members = list(TERMINAL)  # in the order of the index
-        found: ColumnElement[bool] = _column(model, field).in_(members)
+        found: sa.ColumnElement[bool] = _column(model, field).in_(members)
         return found
     make = _MAKERS[field.form]
-    return or_(false(), *[make(term, field, model, value, now) for value in term.values])
+    return sa.or_(sa.false(), *[make(term, field, model, value, now) for value in term.values])
 
 
 def _token_is(term: Term, field: Field, model: Model, value: Value, _now: datetime) -> Any:
@@ -207,13 +192,13 @@ def _matches(column: Any, value: Value) -> Any:
     pattern = value if isinstance(value, Pattern) else Pattern((str(value),))
     if pattern.exact is not None:
         return column == pattern.exact
-    return Glob(column, literal(_like(pattern), Text()), literal(_glob(pattern), Text()))
+    return Glob(column, sa.literal(_like(pattern), sa.Text()), sa.literal(_glob(pattern), sa.Text()))
 
 
 def _contains(_term: Term, field: Field, model: Model, value: Value, _now: datetime) -> Any:
     pattern = value if isinstance(value, Pattern) else Pattern((str(value),))
     around = Pattern(("", *pattern.parts, ""))
-    return _column(model, field).ilike(literal(_like(around), Text()), escape="/")
+    return _column(model, field).ilike(sa.literal(_like(around), sa.Text()), escape="/")
 
 
 def _like(pattern: Pattern) -> str:
@@ -229,7 +214,7 @@ def _compared(term: Term, field: Field, model: Model, value: Value, _now: dateti
     column = _column(model, field)
     wanted: Any = value
     if isinstance(value, int) and not isinstance(value, bool):  # of any size, whatever the column and the drivers hold
-        wanted = literal(max(-_BEYOND_BIGINT, min(value, _BEYOND_BIGINT - 1)), BigInteger())
+        wanted = sa.literal(max(-_BEYOND_BIGINT, min(value, _BEYOND_BIGINT - 1)), sa.BigInteger())
     return column == wanted if term.operator == ":" else _COMPARE[term.operator](column, wanted)
 
 
@@ -239,7 +224,7 @@ def _flag_is(_term: Term, field: Field, model: Model, value: Value, _now: dateti
 
 def _time_is(term: Term, field: Field, model: Model, value: Value, now: datetime) -> Any:
     column = _column(model, field)
-    naive = isinstance(column.type, DateTime) and not column.type.timezone
+    naive = isinstance(column.type, sa.DateTime) and not column.type.timezone
 
     def moment(at: datetime) -> datetime:
         return at.replace(tzinfo=None) if naive else at
@@ -252,7 +237,7 @@ def _time_is(term: Term, field: Field, model: Model, value: Value, now: datetime
     if not isinstance(value, date):
         raise InvalidValueError(term.name, value, "expected a time, a day or a span")
     begin = datetime(value.year, value.month, value.day, tzinfo=UTC)
-    return and_(column >= moment(begin), column < moment(_after(begin, _DAY)))
+    return sa.and_(column >= moment(begin), column < moment(_after(begin, _DAY)))
 
 
 def _before(now: datetime, span: timedelta) -> datetime:
@@ -276,7 +261,7 @@ def _span_is(term: Term, field: Field, model: Model, value: Value, _now: datetim
     millis = epoch_millis(end) - epoch_millis(begin)
     wanted = value // timedelta(milliseconds=1)
     met = millis == wanted if term.operator == ":" else _COMPARE[term.operator](millis, wanted)
-    return and_(end >= begin, met)
+    return sa.and_(end >= begin, met)
 
 
 def _job_is(_term: Term, field: Field, model: Model, value: Value, _now: datetime) -> Any:
@@ -293,24 +278,24 @@ def _id_is(term: Term, field: Field, model: Model, value: Value, _now: datetime)
     found = []
     if begin:
         lowest, highest = (UUID(begin.ljust(ID_DIGITS, digit)) for digit in "0f")
-        found.append(and_(column >= lowest, column <= highest))
+        found.append(sa.and_(column >= lowest, column <= highest))
     if end:
-        found.append(func.replace(cast(column, String), "-", "").like(literal(f"%{end}", Text())))
-    return and_(*found)
+        found.append(sa.func.replace(sa.cast(column, sa.String), "-", "").like(sa.literal(f"%{end}", sa.Text())))
+    return sa.and_(*found)
 
 
 def _json_is(term: Term, field: Field, model: Model, value: Value, _now: datetime) -> Any:
     column = _column(model, field)
-    path = [literal(list(term.path), ARRAY(Text())), *(literal(key, Text()) for key in term.path)]
+    path = [sa.literal(list(term.path), sa.ARRAY(sa.Text())), *(sa.literal(key, sa.Text()) for key in term.path)]
     if isinstance(value, bool) or value is None:
-        return JsonWord(column, *path) == literal(written(value), Text())
+        return JsonWord(column, *path) == sa.literal(written(value), sa.Text())
     if isinstance(value, int | float):
         at = JsonNumber(column, *path)
-        number = literal(value, Number())
+        number = sa.literal(value, Number())
         return at == number if term.operator == ":" else _COMPARE[term.operator](at, number)
     pattern = value if isinstance(value, Pattern) else Pattern((str(value),))
     if pattern.parts == ("", ""):  # a lone star: there is something
-        return JsonWord(column, *path) != literal("null", Text())
+        return JsonWord(column, *path) != sa.literal("null", sa.Text())
     return _matches(JsonText(column, *path), pattern)
 
 

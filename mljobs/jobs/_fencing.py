@@ -16,9 +16,8 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from mljobs.db._prepared import Prepared
 from mljobs.errors import LeaseLostError, TerminalStateError
-from mljobs.jobs._base import Model, per_model, table_of
+from mljobs.jobs._base import Model, prepared, table_of
 from mljobs.jobs._claims import Claim, Lease
 from mljobs.jobs._refusals import refusal_and_start
 from mljobs.jobs._statements import POSTGRES, SQLITE, Array, constant, in_rows, parameter_table, table_parameters
@@ -170,8 +169,8 @@ class FencedWrite:
 
     def __init__(self, write: Write, *, ends: bool) -> None:
         self._ends = ends
-        self.statement = per_model(lambda model: Prepared(lambda _: one_statement(model, write, ends=ends)))
-        self.part = per_model(lambda model: Prepared(lambda _: _update_part(model, write)))
+        self.statement = prepared(lambda model, _: one_statement(model, write, ends=ends))
+        self.part = prepared(lambda model, _: _update_part(model, write))
 
     def run(self, connection: sa.Connection, model: Model, parameters: dict[str, Any]) -> Written:
         """Write what the parameters say.
@@ -202,18 +201,13 @@ def _update_part(model: Model, write: Write) -> sa.Update:
     return write(model, jobs, standing_leases(model, SQLITE).subquery("held"), SQLITE).returning(jobs.c.id)
 
 
-@per_model
-def standing_statement(model: Model) -> Prepared:
-    """SQLite: the tokens of the leases that stand."""
-    return Prepared(lambda dialect: standing_leases(model, dialect))
+standing_statement = prepared(standing_leases)
 
 
-@per_model
-def delete_statement(model: Model) -> Prepared:
-    """SQLite: delete the leases that are left empty."""
-    return Prepared(
-        lambda dialect: delete_empty(model, standing_leases(model, dialect).subquery("held"), None, dialect)
-    )
+@prepared
+def delete_statement(model: Model, dialect: str) -> sa.Delete:
+    """SQLite: delete the leases that no job names any more."""
+    return delete_empty(model, standing_leases(model, dialect).subquery("held"), None, dialect)
 
 
 def explain(

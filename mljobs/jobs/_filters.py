@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
@@ -181,11 +181,9 @@ class Filter:
 
     def words(self) -> str:
         """Return the filter as a sentence: ``jobs that are failed, of kind train, created less than 2h ago``."""
-        return ", ".join(["jobs", *map(said, self.terms)]) if len(self.terms) > 1 else _one_sentence(self.terms)
-
-
-def _one_sentence(terms: Sequence[Term]) -> str:
-    return f"jobs {said(terms[0])}" if terms else "all jobs"
+        if not self.terms:
+            return "all jobs"
+        return (", " if len(self.terms) > 1 else " ").join(["jobs", *map(said, self.terms)])
 
 
 @dataclass(frozen=True, slots=True)

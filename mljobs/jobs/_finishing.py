@@ -1,4 +1,4 @@
-"""End a claim: complete, fail or requeue its job, each if the lease still holds it; or cancel a job from outside."""
+"""Record outcomes: complete, fail or requeue claimed jobs, each if its lease still holds it. And cancel a job."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import sqlalchemy as sa
 
 from mljobs import events
 from mljobs._values import storable_text, to_json_text
-from mljobs.db._prepared import Prepared
-from mljobs.jobs._base import Bind, JobRef, M, Model, connection_of, model_and_id, per_model, table_of
+from mljobs.jobs._base import Bind, JobRef, M, Model, connection_of, model_and_id, prepared, table_of
 from mljobs.jobs._claims import Claim, model_of, note_ends
 from mljobs.jobs._fencing import (
     FencedWrite,
@@ -40,7 +39,7 @@ _QUEUED = MlJobStatus.QUEUED
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):
-    """How the work on one claim ended. Made by ``completed``, ``failed`` and ``requeued``, so no illegal mix exists."""
+    """How the work on one claim ended. Make one by ``completed``, ``failed`` or ``requeued``, which check the values."""
 
     claim: Claim[Any]
     status: MlJobStatus
@@ -49,7 +48,7 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
 
     @classmethod
     def completed(cls, claim: Claim[Any], metrics: Any = None) -> Outcome:
-        """Say that the job is done.
+        """Return the outcome of a completed job.
 
         Args:
             claim: What ``claim`` returned.
@@ -63,7 +62,7 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
 
     @classmethod
     def failed(cls, claim: Claim[Any], error: str | BaseException) -> Outcome:
-        """Say that the job failed, with the reason.
+        """Return the outcome of a failed job, with the reason.
 
         Raises:
             InvalidValueError: ``error`` is neither a string nor an exception, or cannot be stored.
@@ -72,7 +71,7 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
 
     @classmethod
     def requeued(cls, claim: Claim[Any]) -> Outcome:
-        """Say that the job goes back to the queue: progress 0, not started, its attempts still counted."""
+        """Return the outcome that requeues the job: progress 0, not started, its attempts still counted."""
         return cls(claim, _QUEUED)
 
 
@@ -173,20 +172,20 @@ def finish_many(session: Bind, outcomes: Iterable[Outcome]) -> list[Exception | 
 
 
 def one_for_each_job(outcomes: Iterable[Outcome]) -> list[Outcome]:
-    """Return one outcome for each job, in the order of their ids: of a claim given twice the first."""
+    """Return one outcome for each job, in the order of the ids; see ``newest_by_job``."""
     return newest_by_job(outcomes, _CLAIM)
 
 
 def record_outcomes(
     connection: sa.Connection, model: Model, outcomes: Sequence[Outcome], write: FencedWrite | None = None
 ) -> Written:
-    """Write outcomes of as many jobs, each if its lease still holds the job, and delete the leases that this empties.
+    """Write outcomes, each if its lease still holds the job, and delete the leases that have no job any more.
 
     Args:
         connection: Where to write.
         model: The mapped job class.
         outcomes: One for each job.
-        write: What writes them in the place of this.
+        write: The write to use instead of ``finish_update``.
     """
     return (write or _FINISH).run(connection, model, outcome_parameters(connection.dialect.name, outcomes) | moments())
 
@@ -212,8 +211,8 @@ def answers(
         session: The caller's session or connection.
         model: The mapped job class.
         outcomes: What the caller gave.
-        tried: Those that were written, if their leases held.
-        written: What the write found.
+        tried: The ``one_for_each_job`` of them.
+        written: What the write has changed.
     """
     connection = connection_of(session, model)
     errors: list[Exception | None] = [None] * len(outcomes)
@@ -233,7 +232,7 @@ def answers(
 
 
 def cancel(session: Bind, job: JobRef, *, model: type[M] = MlJob) -> bool:  # type: ignore[assignment]
-    """Cancel the job if it is queued or running; final at once, its worker sees it at its next check.
+    """Cancel the job if it is queued or running. It is terminal at once; its worker stops at its next check.
 
     The lease of a running job stays until its worker has stopped or the lease expires, so that an exclusive target is
     not taken while somebody still works on it.
@@ -280,7 +279,7 @@ def outcome_update(jobs: Any, dialect: str, conditions: Callable[[Any], list[Any
     Args:
         jobs: The job table, or an alias.
         dialect: The dialect's name.
-        conditions: Takes the ``wanted_table``; returns under which conditions a job gets its outcome.
+        conditions: Takes the ``wanted_table``; returns the conditions under which a job gets its outcome.
     """
     wanted = wanted_table(dialect, status=sa.String(), error=sa.Text(), metrics=sa.Text())
     columns = wanted.c
@@ -291,9 +290,9 @@ def outcome_update(jobs: Any, dialect: str, conditions: Callable[[Any], list[Any
 _FINISH = FencedWrite(finish_update, ends=True)
 
 
-@per_model
-def _cancellation(model: Model) -> Prepared:
+@prepared
+def _cancellation(model: Model, dialect: str) -> Any:
     jobs = table_of(model)
     active = jobs.c.status.in_([constant(status) for status in ACTIVE])
     update = sa.update(jobs).where(jobs.c.id == sa.bindparam("id", type_=JobId()), active)
-    return Prepared(lambda dialect: update.values(cancel_values(dialect)).returning(jobs.c.id))
+    return update.values(cancel_values(dialect)).returning(jobs.c.id)

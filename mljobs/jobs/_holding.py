@@ -9,9 +9,8 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 
 from mljobs._values import MAX_PROGRESS, check_lease, to_json_text
-from mljobs.db._prepared import Prepared
 from mljobs.errors import InvalidValueError
-from mljobs.jobs._base import Bind, M, Model, connection_of, per_model, table_of
+from mljobs.jobs._base import Bind, M, Model, connection_of, prepared, table_of
 from mljobs.jobs._claiming import DEFAULT_LEASE
 from mljobs.jobs._claims import Claim, Renewal, model_of
 from mljobs.jobs._fencing import (
@@ -251,11 +250,11 @@ def _renewal(
         if claim.token not in ends:
             renewal.lost.append(claim)
         elif (claim.token, claim.job_id) not in differing:
-            renewal.held.append(claim.until(ends[claim.token]))
+            renewal.held.append(claim.expiring(ends[claim.token]))
         elif claim.ended:
             renewal.lost.append(claim)
         elif status is not None and status.is_terminal and started_at == claim.lease.acquired_at:
-            renewal.cancelled.append(claim.until(ends[claim.token]))
+            renewal.cancelled.append(claim.expiring(ends[claim.token]))
         else:
             renewal.lost.append(claim)
             abandoned.append(claim)
@@ -276,21 +275,17 @@ def _release(connection: sa.Connection, model: Model, claims: Sequence[Claim[Any
     return held
 
 
-@per_model
-def _renewal_statement(model: Model, extend: bool) -> Prepared:  # noqa: FBT001 - private
-    def build(dialect: str) -> sa.CompoundSelect[Any]:
-        lost = _lost(model, dialect)
-        leases = model.__leases__
-        stand = _ends_of_standing(model, dialect)
-        if extend:
-            renewed = _extend(model, dialect).cte("renewed")
-            stand = sa.select(renewed.c.token, renewed.c.expires_at)
-        lost_columns = lost.subquery("lost").c
-        nothing = [sa.cast(sa.null(), column.type).label(column.name) for column in (*lost_columns,)[1:]]
-        no_end = sa.cast(sa.null(), leases.c.expires_at.type)
-        return sa.union_all(stand.add_columns(*nothing), sa.select((*lost_columns,)[0], no_end, *(*lost_columns,)[1:]))
-
-    return Prepared(build)
+@prepared
+def _renewal_statement(model: Model, extend: bool, dialect: str) -> sa.CompoundSelect[Any]:  # noqa: FBT001 - private
+    """PostgreSQL: the leases that stand and their ends, extended or not; and the claims of ``_lost``."""
+    stand = _ends_of_standing(model, dialect)
+    if extend:
+        renewed = _extend(model, dialect).cte("renewed")
+        stand = sa.select(renewed.c.token, renewed.c.expires_at)
+    token, *others = _lost(model, dialect).subquery("lost").c
+    nothing = [sa.cast(sa.null(), column.type).label(column.name) for column in others]
+    no_end = sa.cast(sa.null(), model.__leases__.c.expires_at.type)
+    return sa.union_all(stand.add_columns(*nothing), sa.select(token, no_end, *others))
 
 
 def _ends_of_standing(model: Model, dialect: str) -> sa.Select[Any]:
@@ -323,22 +318,10 @@ def _lost(model: Model, dialect: str) -> sa.Select[Any]:
     ).where(of_job("lease").is_distinct_from(wanted.c.token))
 
 
-@per_model
-def _extend_statement(model: Model) -> Prepared:
-    """SQLite: extend the leases."""
-    return Prepared(lambda dialect: _extend(model, dialect))
-
-
-@per_model
-def _standing_statement(model: Model) -> Prepared:
-    """SQLite: the leases that stand."""
-    return Prepared(lambda dialect: _ends_of_standing(model, dialect))
-
-
-@per_model
-def _lost_statement(model: Model) -> Prepared:
-    """SQLite: the claims whose record does not name their lease."""
-    return Prepared(lambda dialect: _lost(model, dialect))
+# On SQLite the parts of a renewal run in turn.
+_extend_statement = prepared(_extend)
+_standing_statement = prepared(_ends_of_standing)
+_lost_statement = prepared(_lost)
 
 
 def _report_update(_: Model, jobs: Any, held: Any, dialect: str) -> sa.Update:

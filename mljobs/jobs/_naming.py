@@ -7,6 +7,7 @@ from uuid import UUID
 
 from sqlalchemy import String, Text, cast, func, literal, select
 
+from mljobs._values import ID_DIGITS
 from mljobs.errors import AmbiguousIdError, InvalidValueError
 from mljobs.jobs._base import Bind, JobRef, Model, connection_of, id_of, table_of
 from mljobs.jobs._filters import Filter
@@ -19,7 +20,6 @@ SHORTEST: Final = 4
 LOOKED_AT: Final = 100_000
 """Among how many of the latest jobs the end of an id is looked for."""
 _SHOWN = 10
-_DIGITS = 32
 
 
 def find_id(session: Bind, job: JobRef, *, model: Model = MlJob) -> UUID:
@@ -42,7 +42,7 @@ def find_id(session: Bind, job: JobRef, *, model: Model = MlJob) -> UUID:
     if parts is None or len("".join(parts.parts)) < SHORTEST:
         raise InvalidValueError("id", job, f"expected an id, or {SHORTEST} or more hex digits of its beginning or end")
     begin = parts.parts[0]
-    if len(begin) == _DIGITS:
+    if len(begin) == ID_DIGITS:
         return UUID(begin)
     found = _beginning(session, parts, model) if begin else []
     if len(parts.parts) == 1:

@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from mljobs.db._prepared import HOLE, Prepared
-from mljobs.jobs._base import Model, per_model, table_of
+from mljobs.jobs._base import Model, per_model, prepared, table_of
 from mljobs.jobs._statements import any_of, constant, now_of
 from mljobs.states import MlJobStatus
 from mljobs.types import JobId
@@ -70,10 +70,10 @@ def with_limit(build: Callable[[Model, str, Any, str], sa.Select[Any]]) -> Calla
         build: Takes the model, what to pick, the limit as an expression, and the dialect's name.
     """
 
-    @per_model
-    def template(model: Model, which: str, inline: bool) -> Prepared:  # noqa: FBT001 - internal
+    @prepared
+    def template(model: Model, which: str, inline: bool, dialect: str) -> sa.Select[Any]:  # noqa: FBT001 - internal
         limit: Any = sa.literal_column(HOLE, sa.Integer()) if inline else sa.bindparam("limit", type_=sa.Integer())
-        return Prepared(lambda dialect: build(model, which, limit, dialect))
+        return build(model, which, limit, dialect)
 
     @per_model
     def filled(model: Model, which: str, limit: int) -> Prepared:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, Unpack
 from uuid import UUID
 
@@ -86,20 +87,9 @@ def prune(
         InvalidValueError: An argument is out of range.
         ProgrammingError: The role may not delete.
     """
+    options: dict[str, Any] = {"keep_last": keep_last, "batch": batch, "model": model, **fields}
     limit = _limit_of(session, model, older_than)
-    return all_batches(
-        lambda after: prune_batch(
-            session,
-            filter,
-            where=where,
-            older_than=limit,
-            keep_last=keep_last,
-            batch=batch,
-            after=after,
-            model=model,
-            **fields,
-        )
-    )
+    return all_batches(partial(prune_batch, session, filter, where=where, older_than=limit, **options))
 
 
 def prune_batch(

@@ -112,7 +112,7 @@ def get(session: Bind, job: JobRef, *, model: type[M] = MlJob) -> M:  # type: ig
         JobNotFound: No record has this id.
     """
     model, job_id = model_and_id(job, model)
-    for found in fetch(session, model, [_column(model, "id") == job_id], [], 1):
+    for found in fetch(session, model, [table_of(model).c.id == job_id], [], 1):
         present: M = found
         return present
     raise JobNotFound(job_id)
@@ -298,11 +298,6 @@ def _all_counts(session: Bind, *, exact: bool, model: Model) -> Counts:
     for kind, status, number in connection.execute(statement):
         jobs[kind, status] = number
     return Counts(jobs, exact or estimate is None)
-
-
-def _column(model: Model, name: str) -> Any:
-    table_of(model)  # a clear error for what is no job class
-    return getattr(model, name)
 
 
 def fetch(

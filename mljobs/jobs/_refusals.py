@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, bindparam, select
+from sqlalchemy import Connection, Select, bindparam, select
 
-from mljobs.db._prepared import Prepared
 from mljobs.errors import InvalidTransitionError, JobNotFound, TerminalStateError
-from mljobs.jobs._base import Model, per_model, table_of
+from mljobs.jobs._base import Model, prepared, table_of
 from mljobs.states import MlJobStatus
 
 
-@per_model
-def _state(model: Model) -> Prepared:
+@prepared
+def _state(model: Model, _dialect: str) -> Select[Any]:
     table = table_of(model)
     columns = (table.c.status, table.c.finished_at, table.c.started_at)
-    return Prepared(lambda _: select(*columns).where(table.c.id == bindparam("id", type_=table.c.id.type)))
+    return select(*columns).where(table.c.id == bindparam("id", type_=table.c.id.type))
 
 
 def state_of(connection: Connection, model: Model, job_id: UUID) -> MlJobStatus:

@@ -1,4 +1,4 @@
-"""Rescue jobs whose worker fell silent."""
+"""Rescue jobs: requeue or fail those whose lease has expired."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from mljobs import events
-from mljobs._values import check_count, to_member
-from mljobs.db._prepared import Prepared
-from mljobs.jobs._base import Bind, Model, connection_of, is_postgres, lock_sqlite, own_table_of, per_model, table_of
+from mljobs._values import MAX_SMALLINT, check_count, to_member
+from mljobs.jobs._base import Bind, Model, connection_of, is_postgres, lock_sqlite, own_table_of, prepared, table_of
 from mljobs.jobs._claims import Claim, Lease
 from mljobs.jobs._fencing import FencedWrite
 from mljobs.jobs._finishing import Outcome, one_for_each_job, outcome_update, record_outcomes
 from mljobs.jobs._records import refresh
 from mljobs.jobs._savepoints import row_by_row
 from mljobs.jobs._statements import POSTGRES, constant, in_rows, moments, now_of
-from mljobs.jobs._transitions import ATTEMPTS_MAX
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobStatus
 
@@ -34,7 +32,7 @@ class Rescue:
     Attributes:
         requeued: Jobs that are queued again.
         failed: Jobs that ended as failed, after too many attempts.
-        released: Tokens of forgotten leases, whose jobs were not running any more, that were removed.
+        released: Tokens of leases that were deleted because no running job had them any more.
         errors: Jobs that the database refused to change, with what it said. The others were rescued all the same.
     """
 
@@ -57,23 +55,23 @@ def rescue(
 ) -> Rescue:
     """Requeue running jobs whose lease has expired: progress 0, not started; fail them after ``max_attempts``.
 
-    Decides on what stands at this moment: a lease that was renewed, or a job that was finished or claimed again since,
-    is left alone, and two rescues at once never meet on one job. A job is only ever rescued because its worker is
-    silent, never because it is long; a job that was started by hand has no lease and is never rescued. A job whose lease
-    was deleted by hand is rescued at once: its worker can neither renew nor finish it.
+    A lease that is renewed, or a job that is finished or claimed again, at the same moment is left alone, and two rescues
+    never take one job. A job may run as long as it likes, as long as its lease is renewed. A job that was started by hand
+    has no lease and is never rescued. A job whose lease was deleted by hand is rescued at once: its worker can neither
+    renew nor finish it.
 
     Args:
         session: The caller's session or connection.
         max_attempts: A job that was started so often, or more, fails instead, with the reason; 1 to 32,767.
-        kinds: Which may fail so, this one or these; jobs of other kinds are only requeued. None for all.
-        limit: At most so many jobs, and so many forgotten leases, in one call, 1 to 10,000; the longest expired first.
+        kinds: Only jobs of this kind, or these, may fail; jobs of other kinds are only requeued. None for all.
+        limit: At most so many jobs, and so many leases without a job, in one call, 1 to 10,000; the longest expired first.
         model: The mapped job class.
 
     Returns:
         What became of each; one job that the database refuses to change does not stop the others.
     """
     own_table_of(model)
-    check_count("max_attempts", max_attempts, ATTEMPTS_MAX)
+    check_count("max_attempts", max_attempts, MAX_SMALLINT)
     check_count("limit", limit, _BATCH_MAX)
     connection = connection_of(session, model)
     if isinstance(kinds, str):
@@ -137,38 +135,30 @@ def _outcome(row: Sequence[Any], max_attempts: int, may_fail: set[Any]) -> Outco
 # ---------------------------------------------------------------------------------------------------- the statements
 
 
-@per_model
-def _expired_leases(model: Model) -> Prepared:
-    """SQLite: whether there is anything to do, before the write lock is taken."""
+@prepared
+def _expired_leases(model: Model, dialect: str) -> sa.Select[Any]:
+    """SQLite: an expired lease, if there is one, looked for before the write lock is taken."""
     leases = model.__leases__
-    return Prepared(
-        lambda dialect: (
-            sa.select(leases.c.token).where(leases.c.expires_at < now_of(dialect)).limit(sa.literal_column("1"))
-        )
+    return sa.select(leases.c.token).where(leases.c.expires_at < now_of(dialect)).limit(sa.literal_column("1"))
+
+
+@prepared
+def _expired_jobs(model: Model, dialect: str) -> sa.Select[Any]:
+    """Read the jobs of expired leases and lock both; skip what another rescue, or a renewal, has locked."""
+    jobs, leases = table_of(model).alias("j"), model.__leases__.alias("l")
+    expired = model.__leases__.alias("e")
+    tokens = sa.select(expired.c.token).where(expired.c.expires_at < now_of(dialect))
+    of_job = (jobs.c.id, jobs.c.kind, jobs.c.attempts)
+    of_lease = (leases.c.token, leases.c.worker, leases.c.acquired_at, leases.c.expires_at)
+    return (
+        sa.select(*of_job, *of_lease)
+        .join_from(leases, jobs, jobs.c.lease == leases.c.token)
+        # The second condition says what the join says, so that the index of leases serves before ANALYZE, too.
+        .where(leases.c.expires_at < now_of(dialect), in_rows(jobs.c.lease, tokens, dialect))
+        .order_by(leases.c.expires_at, leases.c.token, jobs.c.id)
+        .limit(sa.bindparam("limit", type_=sa.Integer()))
+        .with_for_update(skip_locked=True, key_share=True, of=[leases, jobs])
     )
-
-
-@per_model
-def _expired_jobs(model: Model) -> Prepared:
-    """Return the jobs of expired leases, and lock both; what somebody else has locked is being decided on."""
-
-    def build(dialect: str) -> sa.Select[Any]:
-        jobs, leases = table_of(model).alias("j"), model.__leases__.alias("l")
-        expired = model.__leases__.alias("e")
-        tokens = sa.select(expired.c.token).where(expired.c.expires_at < now_of(dialect))
-        of_job = (jobs.c.id, jobs.c.kind, jobs.c.attempts)
-        of_lease = (leases.c.token, leases.c.worker, leases.c.acquired_at, leases.c.expires_at)
-        return (
-            sa.select(*of_job, *of_lease)
-            .join_from(leases, jobs, jobs.c.lease == leases.c.token)
-            # The second condition says what the join says, so that the index of leases serves before ANALYZE, too.
-            .where(leases.c.expires_at < now_of(dialect), in_rows(jobs.c.lease, tokens, dialect))
-            .order_by(leases.c.expires_at, leases.c.token, jobs.c.id)
-            .limit(sa.bindparam("limit", type_=sa.Integer()))
-            .with_for_update(skip_locked=True, key_share=True, of=[leases, jobs])
-        )
-
-    return Prepared(build)
 
 
 def _lease_is_gone(model: Model, jobs: Any) -> Any:
@@ -179,25 +169,21 @@ def _lease_is_gone(model: Model, jobs: Any) -> Any:
     return named.scalar_subquery().is_(None)
 
 
-@per_model
-def _orphaned_jobs(model: Model) -> Prepared:
-    """Return the jobs whose lease was deleted by hand, and lock them: by an index as small as the work in hand."""
-
-    def build(_: str) -> sa.Select[Any]:
-        jobs = table_of(model).alias("j")
-        no_end = sa.cast(sa.null(), model.__leases__.c.expires_at.type)
-        columns = (jobs.c.id, jobs.c.kind, jobs.c.attempts, jobs.c.lease, jobs.c.worker, jobs.c.started_at, no_end)
-        # A range and no IS NOT NULL: before ANALYZE one row in two hundred is expected of it, of that all rows.
-        claimed = jobs.c.lease.between(constant(-_TOKEN_MAX), constant(_TOKEN_MAX))
-        return (
-            sa.select(*columns)
-            .where(claimed, _lease_is_gone(model, jobs))
-            .order_by(jobs.c.lease)
-            .limit(sa.bindparam("limit", type_=sa.Integer()))
-            .with_for_update(skip_locked=True, key_share=True)
-        )
-
-    return Prepared(build)
+@prepared
+def _orphaned_jobs(model: Model, _dialect: str) -> sa.Select[Any]:
+    """Read the jobs whose lease was deleted by hand and lock them, by an index that has only the running jobs."""
+    jobs = table_of(model).alias("j")
+    no_end = sa.cast(sa.null(), model.__leases__.c.expires_at.type)
+    columns = (jobs.c.id, jobs.c.kind, jobs.c.attempts, jobs.c.lease, jobs.c.worker, jobs.c.started_at, no_end)
+    # A range: before ANALYZE the planner expects one row in two hundred of it. Of IS NOT NULL it expects all rows.
+    claimed = jobs.c.lease.between(constant(-_TOKEN_MAX), constant(_TOKEN_MAX))
+    return (
+        sa.select(*columns)
+        .where(claimed, _lease_is_gone(model, jobs))
+        .order_by(jobs.c.lease)
+        .limit(sa.bindparam("limit", type_=sa.Integer()))
+        .with_for_update(skip_locked=True, key_share=True)
+    )
 
 
 def _orphaned_update(model: Model, jobs: Any, _held: Any, dialect: str) -> sa.Update:
@@ -213,24 +199,20 @@ def _orphaned_update(model: Model, jobs: Any, _held: Any, dialect: str) -> sa.Up
 _FINISH_ORPHANED = FencedWrite(_orphaned_update, ends=False)
 
 
-@per_model
-def _forgotten(model: Model) -> Prepared:
+@prepared
+def _forgotten(model: Model, dialect: str) -> Any:
     """Delete expired leases that no job names: those of cancelled jobs, and what a dead process left."""
-
-    def build(dialect: str) -> Any:
-        jobs, leases = table_of(model).alias("j"), model.__leases__
-        expired = leases.alias("l")
-        # A subquery and no NOT EXISTS: that becomes a join, which before ANALYZE reads the whole job table. And no LIMIT 1:
-        # where most jobs share a lease, the planner would look for one by reading the table, and find none.
-        named = sa.select(sa.func.count()).where(jobs.c.lease == expired.c.token)
-        tokens = (
-            sa.select(expired.c.token)
-            .where(expired.c.expires_at < now_of(dialect), named.scalar_subquery() == constant(0))
-            .order_by(expired.c.expires_at, expired.c.token)
-            .limit(sa.bindparam("limit", type_=sa.Integer()))
-        )
-        if dialect == POSTGRES:
-            tokens = tokens.with_for_update(skip_locked=True, of=expired)
-        return sa.delete(leases).where(in_rows(leases.c.token, tokens, dialect)).returning(leases.c.token)
-
-    return Prepared(build)
+    jobs, leases = table_of(model).alias("j"), model.__leases__
+    expired = leases.alias("l")
+    # A subquery and no NOT EXISTS: that becomes a join, which before ANALYZE reads the whole job table. And no LIMIT 1:
+    # where most jobs share a lease, the planner would look for one by reading the table, and find none.
+    named = sa.select(sa.func.count()).where(jobs.c.lease == expired.c.token)
+    tokens = (
+        sa.select(expired.c.token)
+        .where(expired.c.expires_at < now_of(dialect), named.scalar_subquery() == constant(0))
+        .order_by(expired.c.expires_at, expired.c.token)
+        .limit(sa.bindparam("limit", type_=sa.Integer()))
+    )
+    if dialect == POSTGRES:
+        tokens = tokens.with_for_update(skip_locked=True, of=expired)
+    return sa.delete(leases).where(in_rows(leases.c.token, tokens, dialect)).returning(leases.c.token)

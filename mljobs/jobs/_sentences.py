@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Final
 
+from mljobs._values import ID_DIGITS
 from mljobs.jobs._words import Operator, Pattern, Term, Value, written, written_span
 
-_ID_DIGITS: Final = 32
 _COMPARISONS: Final[Mapping[Operator, str]] = {
     ":": "",
     "<": "below ",
@@ -63,7 +63,7 @@ def _said_pattern(term: Term, pattern: Pattern) -> str:
     if pattern.exact is not None:
         return (
             f"beginning with {pattern.exact}"
-            if term.name == "id" and len(pattern.exact) < _ID_DIGITS
+            if term.name == "id" and len(pattern.exact) < ID_DIGITS
             else written(pattern)
         )
     if len(pattern.parts) == 2:

@@ -9,8 +9,8 @@ from typing import Final, Literal
 
 from sqlalchemy import ColumnElement
 
-from mljobs._values import utc_now
-from mljobs.jobs._conditions import ID_DIGITS, condition_of
+from mljobs._values import ID_DIGITS, utc_now
+from mljobs.jobs._conditions import condition_of
 from mljobs.jobs._filters import Filter, Selection
 from mljobs.jobs._words import Pattern, Term
 from mljobs.states import ACTIVE, TERMINAL, MlJobStatus

@@ -8,8 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from mljobs.db._answers import Answer
-from mljobs.db._prepared import Prepared
-from mljobs.jobs._base import Model, per_model, table_of
+from mljobs.jobs._base import Model, per_model, prepared, table_of
 from mljobs.jobs._picking import pick_statement
 from mljobs.jobs._statements import SQLITE, Stored, expiry_of, now_of, parameter_table, table_parameters
 from mljobs.jobs._transitions import start_values
@@ -62,28 +61,20 @@ def lease_values(dialect: str, target_lock: Any) -> tuple[Any, ...]:
     return sa.bindparam("worker", type_=sa.Text()), now_of(dialect), expiry_of(dialect), target_lock
 
 
-@per_model
-def lease_statement(model: Model) -> Prepared:
+@prepared
+def lease_statement(model: Model, dialect: str) -> sa.Insert:
     """SQLite: make the leases, one for each of the ``locks``."""
-
-    def build(dialect: str) -> sa.Insert:
-        leases = model.__leases__
-        locks = parameter_table("locks", dialect, target_lock=sa.Text())
-        rows = sa.select(*lease_values(dialect, locks.c.target_lock))
-        insert = sa.insert(leases).from_select(LEASE_COLUMNS, rows)
-        return insert.returning(leases.c.token, leases.c.target_lock)
-
-    return Prepared(build)
+    leases = model.__leases__
+    locks = parameter_table("locks", dialect, target_lock=sa.Text())
+    rows = sa.select(*lease_values(dialect, locks.c.target_lock))
+    insert = sa.insert(leases).from_select(LEASE_COLUMNS, rows)
+    return insert.returning(leases.c.token, leases.c.target_lock)
 
 
-@per_model
-def start_statement(model: Model) -> Prepared:
+@prepared
+def start_statement(model: Model, dialect: str) -> sa.Update:
     """SQLite: start the ``chosen`` jobs."""
-
-    def build(dialect: str) -> sa.Update:
-        jobs = table_of(model)
-        chosen = parameter_table("chosen", dialect, id=JobId(), token=sa.BigInteger())
-        update = sa.update(jobs).where(jobs.c.id == chosen.c.id)
-        return update.values(start_values(jobs, dialect, chosen.c.token)).returning(*jobs.columns)
-
-    return Prepared(build)
+    jobs = table_of(model)
+    chosen = parameter_table("chosen", dialect, id=JobId(), token=sa.BigInteger())
+    update = sa.update(jobs).where(jobs.c.id == chosen.c.id)
+    return update.values(start_values(jobs, dialect, chosen.c.token)).returning(*jobs.columns)

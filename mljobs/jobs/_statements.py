@@ -1,4 +1,4 @@
-"""What statements are put together from: constants, the clock, lists and tables as parameters.
+"""Parts of statements: constants, the clock, lists and tables as parameters.
 
 The two databases differ in three ways. PostgreSQL takes the time from its own clock, takes a table of parameters as arrays
 side by side, and runs the parts of an operation as one statement. SQLite is given the time, takes a table as JSON, and
@@ -31,10 +31,10 @@ POSTGRES, SQLITE = "postgresql", "sqlite"
 
 
 def constant(value: str | int) -> Any:
-    """Return ``value`` as text of the statement.
+    """Return ``value`` as a literal in the text of the statement.
 
-    A parameter instead would hide it from the planner: neither database can prove from ``status = $1`` that a partial
-    index serves, and PostgreSQL would plan the prepared statement anew each time.
+    For ``status = $1`` neither database can prove that a partial index serves, and PostgreSQL would plan the prepared
+    statement anew each time.
     """
     if isinstance(value, int):
         return sa.literal_column(str(value), sa.Integer())
@@ -42,7 +42,7 @@ def constant(value: str | int) -> Any:
 
 
 def in_active_state(table: Any, status: MlJobStatus) -> list[sa.ColumnElement[bool]]:
-    """Return the conditions that jobs are queued, or running, so that the index of both serves.
+    """Return the conditions that jobs are in one active state, so that the index of the active jobs serves.
 
     SQLite takes a partial index only where its own condition stands in the statement.
     """
@@ -56,7 +56,7 @@ def in_active_state(table: Any, status: MlJobStatus) -> list[sa.ColumnElement[bo
 def now_of(dialect_name: str) -> sa.ColumnElement[Any]:
     """Return the expression for the present time: PostgreSQL's own clock, on SQLite the parameter ``now``."""
     if dialect_name == POSTGRES:
-        # Floored: a timestamptz(3) would round up, and a job would start in the future.
+        # Floored to the millisecond: timestamptz(3) would round up, and a job would start in the future.
         moment = sa.func.statement_timestamp()
         return sa.func.date_trunc(constant("milliseconds"), moment, type_=sa.DateTime(timezone=True))
     return sa.bindparam("now", type_=_Moment("now"))
@@ -72,7 +72,7 @@ def expiry_of(dialect_name: str) -> sa.ColumnElement[Any]:
 
 
 class _Moment(UtcMillis):
-    """A time given in epoch milliseconds, as SQLite stores it: the statements of an operation take the same one."""
+    """A time given in epoch milliseconds, as SQLite stores it: all statements of an operation have the same time."""
 
     cache_ok = True
 
@@ -81,7 +81,7 @@ class _Moment(UtcMillis):
 
 
 def moments(lease: float = 0.0) -> dict[str, Any]:
-    """Return the parameters of ``now_of`` and ``expiry_of``, for a lease of so many seconds."""
+    """Return the parameters of ``now_of`` and ``expiry_of``, for a lease of ``lease`` seconds."""
     span = timedelta(seconds=lease)
     now = time.time_ns() // 1_000_000
     return {"now": now, "lease": span, "expires": now + span // _MILLISECOND}
@@ -91,7 +91,7 @@ def moments(lease: float = 0.0) -> dict[str, Any]:
 
 
 class Columns(list[Sequence[Any]]):
-    """The columns of a parameter table, and by how many of them a statement reads, their JSON text for SQLite."""
+    """The columns of a parameter table; and their JSON text for SQLite, by the number of columns that a statement reads."""
 
     __slots__ = ("texts",)
 
@@ -101,7 +101,7 @@ class Columns(list[Sequence[Any]]):
 
 
 class Stored(tuple[Any, ...]):
-    """A column of a parameter table whose values are as SQLite stores them already."""
+    """A column of a parameter table whose values are already in the form that SQLite stores."""
 
     __slots__ = ()
 
@@ -203,8 +203,8 @@ def any_of(column: sa.ColumnElement[Any], name: str, item: TypeEngine[Any], dial
 def in_rows(column: sa.ColumnElement[Any], rows: sa.SelectBase, dialect_name: str) -> Any:
     """Return the condition that ``column`` is in the one column of ``rows``.
 
-    On PostgreSQL an array that is made once, before anything is joined: an IN would be one more join to plan, with
-    estimates of how many rows there are.
+    On PostgreSQL an array, which is made before anything is joined. For an IN the server would plan one more join, by an
+    estimate of how many rows there are.
     """
     if dialect_name == POSTGRES:
         return column == sa.any_(sa.func.array(rows.scalar_subquery(), type_=sa.ARRAY(column.type)))
@@ -214,12 +214,12 @@ def in_rows(column: sa.ColumnElement[Any], rows: sa.SelectBase, dialect_name: st
 def parameter_table(name: str, dialect_name: str, **columns: TypeEngine[Any]) -> Any:
     """Return a table of parameters; see ``table_parameters`` for its values.
 
-    On PostgreSQL each array is a subquery, so that the planner reckons with ten rows whatever an execution brings: a
-    plan for the actual five hundred may join by reading the whole job table.
+    On PostgreSQL each array is a subquery, so that the planner always expects ten rows. Planned for five hundred, the
+    statement might read the whole job table for the join.
 
     Args:
-        name: Of the table; on PostgreSQL each column is a parameter ``<name>_<column>``.
-        dialect_name: The dialect's.
+        name: The table's name; on PostgreSQL each column is a parameter ``<name>_<column>``.
+        dialect_name: The dialect's name.
         **columns: The type of each column.
     """
     if dialect_name == POSTGRES:

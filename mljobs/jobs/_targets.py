@@ -4,20 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sqlalchemy import (
-    ARRAY,
-    Boolean,
-    Connection,
-    String,
-    Text,
-    UnaryExpression,
-    bindparam,
-    func,
-    literal,
-    select,
-    true,
-    type_coerce,
-)
+import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.operators import custom_op
 
@@ -59,17 +46,17 @@ def target_names(
     # In the order of the index: by bytes, which on PostgreSQL have operators of their own.
     postgres = is_postgres(connection)
     later, begin = ("~>~", "~>=~") if postgres else (">", ">=")
-    by = UnaryExpression(names, modifier=custom_op("USING ~<~")) if postgres else names.asc()
-    first = select(names.label("name")).order_by(by).limit(1)
+    by = sa.UnaryExpression(names, modifier=custom_op("USING ~<~")) if postgres else names.asc()
+    first = sa.select(names.label("name")).order_by(by).limit(1)
     if after is not None:
         first = first.where(names.op(later, is_comparison=True)(storable_text("after", after)))
     if prefix:
         first = first.where(names.op(begin, is_comparison=True)(storable_text("prefix", prefix)))
-    found = select(first.subquery().c.name).cte("found", recursive=True)
-    following = select(names).where(names.op(later, is_comparison=True)(found.c.name)).order_by(by).limit(1)
-    steps = found.union_all(select(following.scalar_subquery()).where(found.c.name.is_not(None)))
+    found = sa.select(first.subquery().c.name).cte("found", recursive=True)
+    following = sa.select(names).where(names.op(later, is_comparison=True)(found.c.name)).order_by(by).limit(1)
+    steps = found.union_all(sa.select(following.scalar_subquery()).where(found.c.name.is_not(None)))
     listed = []
-    for name in connection.scalars(select(type_coerce(steps.c.name, String())).limit(limit)):
+    for name in connection.scalars(sa.select(sa.type_coerce(steps.c.name, sa.String())).limit(limit)):
         if name is None or not name.startswith(prefix):
             break
         listed.append(name)
@@ -90,13 +77,14 @@ def target_jobs(
     check_count("limit", limit, MAX_PAGE)
     table, connection = table_of(model), connection_of(session, model)
     found: dict[str, list[JobSummary]] = {storable_text("targets", target): [] for target in targets}
-    newest = select(table.c.id).order_by(table.c.created_at.desc(), table.c.id.desc()).limit(limit)
+    newest = sa.select(table.c.id).order_by(table.c.created_at.desc(), table.c.id.desc()).limit(limit)
     if is_postgres(connection):
-        wanted = func.unnest(literal(list(found), ARRAY(Text()))).table_valued("name").render_derived(name="wanted")
+        listed = sa.func.unnest(sa.literal(list(found), sa.ARRAY(sa.Text())))
+        wanted = listed.table_valued("name").render_derived(name="wanted")
         each = newest.where(table.c.target_name == wanted.c.name).lateral()
-        ids = connection.scalars(select(each.c.id).select_from(wanted.join(each, true()))).all()
+        ids = connection.scalars(sa.select(each.c.id).select_from(wanted.join(each, sa.true()))).all()
     else:  # it has no LATERAL, and a statement more costs it little
-        one = newest.where(table.c.target_name == bindparam("name"))
+        one = newest.where(table.c.target_name == sa.bindparam("name"))
         ids = [job_id for target in found for job_id in connection.scalars(one, {"name": target})]
     for at in range(0, len(ids), MAX_PAGE):
         for job in summaries_of(connection, ids[at : at + MAX_PAGE], text=0, model=model):
@@ -114,8 +102,8 @@ def limit_time(session: Bind, seconds: float, *, model: Model = MlJob) -> None:
     """
     connection = connection_of(session, model)
     if is_postgres(connection):
-        setting = func.set_config("statement_timeout", str(max(1, round(seconds * 1000))), True)
-        connection.execute(select(setting))
+        setting = sa.func.set_config("statement_timeout", str(max(1, round(seconds * 1000))), True)
+        connection.execute(sa.select(setting))
 
 
 def why_read_only(session: Bind, *, model: Model = MlJob) -> str | None:
@@ -128,11 +116,13 @@ def why_read_only(session: Bind, *, model: Model = MlJob) -> str | None:
     connection = connection_of(session, model)
     if not is_postgres(connection):
         return _why_sqlite_read_only(connection, model)
-    recovery = func.pg_is_in_recovery(type_=Boolean)
-    only = func.current_setting("transaction_read_only", type_=String)
+    recovery = sa.func.pg_is_in_recovery(type_=sa.Boolean)
+    only = sa.func.current_setting("transaction_read_only", type_=sa.String)
     quoted = connection.dialect.identifier_preparer.format_table(table_of(model))
-    may_insert, may_update = (func.has_table_privilege(quoted, what, type_=Boolean) for what in ("INSERT", "UPDATE"))
-    replica, setting, inserts, updates = connection.execute(select(recovery, only, may_insert, may_update)).one()
+    may_insert, may_update = (
+        sa.func.has_table_privilege(quoted, what, type_=sa.Boolean) for what in ("INSERT", "UPDATE")
+    )
+    replica, setting, inserts, updates = connection.execute(sa.select(recovery, only, may_insert, may_update)).one()
     if replica:
         return "the database is a replica"
     if setting == "on":
@@ -141,7 +131,7 @@ def why_read_only(session: Bind, *, model: Model = MlJob) -> str | None:
     return f"the role lacks {' and '.join(missing)}" if missing else None
 
 
-def _why_sqlite_read_only(connection: Connection, model: Model) -> str | None:
+def _why_sqlite_read_only(connection: sa.Connection, model: Model) -> str | None:
     try:
         lock_sqlite(connection, model)  # writes nothing, but must be allowed to
     except DBAPIError as error:

@@ -7,11 +7,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from mljobs._values import MAX_PROGRESS, MAX_SMALLINT
 from mljobs.jobs._statements import POSTGRES, constant, now_of
 from mljobs.states import MlJobStatus
-
-ATTEMPTS_MAX = 32_767
-"""The most attempts that a record counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +26,7 @@ class Effect:
 
 
 EFFECTS = {
-    MlJobStatus.COMPLETED: Effect(progress=100, finished=True),
+    MlJobStatus.COMPLETED: Effect(progress=MAX_PROGRESS, finished=True),
     MlJobStatus.FAILED: Effect(progress=None, finished=True),
     MlJobStatus.CANCELLED: Effect(progress=None, finished=True),
     MlJobStatus.QUEUED: Effect(progress=0, finished=False),
@@ -51,7 +49,7 @@ def start_values(jobs: Any, dialect: str, lease: Any) -> dict[str, Any]:
         "status": constant(MlJobStatus.RUNNING),
         "progress": constant(0),
         "started_at": now_of(dialect),
-        "attempts": sa.case((attempts < constant(ATTEMPTS_MAX), attempts + constant(1)), else_=attempts),
+        "attempts": sa.case((attempts < constant(MAX_SMALLINT), attempts + constant(1)), else_=attempts),
         "worker": sa.bindparam("worker", type_=sa.Text()),
         "lease": lease,
     }

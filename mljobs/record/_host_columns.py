@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from sqlalchemy import Column, Table, inspect
+from sqlalchemy import Column, inspect
 from sqlalchemy.orm import Mapper
 
 from mljobs._fields import BY_NAME
+from mljobs.guards._beside import record_table_of
 
 
 def host_columns(model: Any) -> Mapping[str, Column[Any]]:
@@ -24,7 +25,7 @@ def host_columns(model: Any) -> Mapping[str, Column[Any]]:
         By the name of the attribute.
     """
     mapper: Mapper[Any] = inspect(model)
-    table = next(one for one in mapper.tables if isinstance(one, Table) and "spec_json" in one.c)
+    table = record_table_of(model)
     return MappingProxyType(
         {
             attribute.key: column

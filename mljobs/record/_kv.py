@@ -19,16 +19,14 @@ from uuid import UUID
 
 import msgspec
 
-from mljobs._values import MAX_MS, from_millis
+from mljobs._values import ID_DIGITS, MAX_MS, MAX_PROGRESS, from_millis
 from mljobs.errors import InvalidValueError, JobDecodeError, shown
 from mljobs.states import MlJobKind, MlJobStatus
 
 _E = TypeVar("_E", bound=StrEnum)
 
-_MAX_PROGRESS: Final = 100
 _MAX_INT: Final = 2**63 - 1
 _EXPONENT_DIGITS: Final = 17
-_ID_DIGITS: Final = 32
 _SHOWN_DIGITS: Final = 40
 _BOM: Final = "\ufeff"
 
@@ -81,11 +79,11 @@ class _Line(msgspec.Struct, gc=False, kw_only=True):
     error: str | None = None
     finished_at: _Millis
     # Not UUID: msgspec would take the form with dashes as well, which RedDB refuses.
-    id: Annotated[str, msgspec.Meta(min_length=_ID_DIGITS, max_length=_ID_DIGITS)]
+    id: Annotated[str, msgspec.Meta(min_length=ID_DIGITS, max_length=ID_DIGITS)]
     # Not the enum: it differs from call to call.
     kind: str
     metrics: str | None = None
-    progress: Annotated[int, msgspec.Meta(ge=0, le=_MAX_PROGRESS)]
+    progress: Annotated[int, msgspec.Meta(ge=0, le=MAX_PROGRESS)]
     spec: str
     started_at: _Millis
     status: MlJobStatus
@@ -201,7 +199,7 @@ def _decode_exactly(raw: str | bytes, kinds: type[StrEnum]) -> KvRecord:
         id=_id(values),
         kind=_token(values, "kind", kinds),
         metrics=_optional_string(values, "metrics"),
-        progress=min(_integer(values, "progress"), _MAX_PROGRESS),
+        progress=min(_integer(values, "progress"), MAX_PROGRESS),
         spec=_string(values, "spec"),
         started_at=_millis(values, "started_at"),
         status=_token(values, "status", MlJobStatus),

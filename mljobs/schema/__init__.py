@@ -42,22 +42,4 @@ __all__ = [
     "verify",
 ]
 
-__getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "_catalog": ("OWN_TABLES", "VERSION_TABLE"),
-        "_versions": (
-            "Target",
-            "current",
-            "downgrade",
-            "head",
-            "is_ours",
-            "migrating",
-            "migrations_path",
-            "ready",
-            "stamp",
-            "upgrade",
-            "verify",
-        ),
-    },
-)
+__getattr__, __dir__ = lazy_names(__name__, __all__, "_versions", {"_catalog": ("OWN_TABLES", "VERSION_TABLE")})

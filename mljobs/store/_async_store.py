@@ -64,14 +64,6 @@ _CACHE = 16
 _CACHE_SQLITE = 2  # more would only wait for the same lock
 
 
-def new_async_engine(url: str | URL, *, autocommit: bool = False, **options: Any) -> AsyncEngine:
-    """Return an async engine with the settings that jobs need; see ``engines.new_engine``."""
-    parsed = async_url(url)
-    engine = create_async_engine(parsed, **engine_options(parsed, options, autocommit=autocommit))
-    set_up_connections(engine.sync_engine)
-    return engine
-
-
 class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
     """Jobs in a database, each operation a transaction of its own, awaited. The same names as ``JobStore``.
 
@@ -106,7 +98,9 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
         self._reader = SharedReader(model, TaskLock)
         bind: object = source
         if isinstance(source, str | URL):
-            bind = new_async_engine(source, autocommit=True, **options)
+            url = async_url(source)
+            bind = create_async_engine(url, **engine_options(url, options, autocommit=True))
+            set_up_connections(bind.sync_engine)
         elif isinstance(source, async_sessionmaker):
             self._sessions, bind = source, _async(bind_of(source().sync_session, model))
         if isinstance(bind, AsyncConnection):

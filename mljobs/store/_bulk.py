@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Coroutine
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, Protocol, Unpack
 
 from mljobs.jobs import Batch, Filter, Filters, Pruned, Where
@@ -34,9 +35,8 @@ class BulkActions:
         **fields: Unpack[Filters],
     ) -> int:
         """Cancel the queued and running jobs that a filter means, and return how many; see ``jobs.cancel_batch``."""
-        return all_batches(
-            lambda after: self.cancel_batch(filter, where=where, everything=everything, after=after, **fields)
-        )
+        batch = partial(self.cancel_batch, filter, where=where, everything=everything, **fields)
+        return all_batches(batch)
 
     def retry_many(
         self: _Batches,
@@ -47,9 +47,8 @@ class BulkActions:
         **fields: Unpack[Filters],
     ) -> int:
         """Retry the failed and cancelled jobs that a filter means, and return how many; see ``jobs.retry_batch``."""
-        return all_batches(
-            lambda after: self.retry_batch(filter, where=where, everything=everything, after=after, **fields)
-        )
+        batch = partial(self.retry_batch, filter, where=where, everything=everything, **fields)
+        return all_batches(batch)
 
     def prune(
         self: _Batches,
@@ -62,11 +61,8 @@ class BulkActions:
         **fields: Unpack[Filters],
     ) -> int:
         """Delete finished records past their time, and return how many; see ``jobs.prune``."""
-        return all_batches(
-            lambda after: self.prune_batch(
-                filter, where=where, older_than=older_than, keep_last=keep_last, batch=batch, after=after, **fields
-            )
-        )
+        options: dict[str, Any] = {"older_than": older_than, "keep_last": keep_last, "batch": batch, **fields}
+        return all_batches(partial(self.prune_batch, filter, where=where, **options))
 
 
 class AsyncBulkActions:
@@ -81,9 +77,8 @@ class AsyncBulkActions:
         **fields: Unpack[Filters],
     ) -> int:
         """Cancel the queued and running jobs that a filter means, and return how many; see ``jobs.cancel_batch``."""
-        return await all_batches_async(
-            lambda after: self.cancel_batch(filter, where=where, everything=everything, after=after, **fields)
-        )
+        batch = partial(self.cancel_batch, filter, where=where, everything=everything, **fields)
+        return await all_batches_async(batch)
 
     async def retry_many(
         self: _AsyncBatches,
@@ -94,9 +89,8 @@ class AsyncBulkActions:
         **fields: Unpack[Filters],
     ) -> int:
         """Retry the failed and cancelled jobs that a filter means, and return how many; see ``jobs.retry_batch``."""
-        return await all_batches_async(
-            lambda after: self.retry_batch(filter, where=where, everything=everything, after=after, **fields)
-        )
+        batch = partial(self.retry_batch, filter, where=where, everything=everything, **fields)
+        return await all_batches_async(batch)
 
     async def prune(
         self: _AsyncBatches,
@@ -109,8 +103,5 @@ class AsyncBulkActions:
         **fields: Unpack[Filters],
     ) -> int:
         """Delete finished records past their time, and return how many; see ``jobs.prune``."""
-        return await all_batches_async(
-            lambda after: self.prune_batch(
-                filter, where=where, older_than=older_than, keep_last=keep_last, batch=batch, after=after, **fields
-            )
-        )
+        options: dict[str, Any] = {"older_than": older_than, "keep_last": keep_last, "batch": batch, **fields}
+        return await all_batches_async(partial(self.prune_batch, filter, where=where, **options))

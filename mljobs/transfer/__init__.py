@@ -1,18 +1,19 @@
 """Records in and out: NDJSON files, key-value stores, at the speed of COPY and in constant memory.
 
-By the question they answer:
-
-- :mod:`~mljobs.transfer._exporting`, :mod:`~mljobs.transfer._importing`: the table to a file and back (``export_jobs``,
-  ``import_jobs``)
-- :mod:`~mljobs.transfer._kv`: to a mapping, Redis or Valkey and back (``dump_kv``, ``load_kv``)
+- :mod:`~mljobs.transfer._exporting`, :mod:`~mljobs.transfer._importing`: write the table to a file, and read it
+  (``export_jobs``, ``import_jobs``)
+- :mod:`~mljobs.transfer._kv`: the same with a mapping, Redis or Valkey (``dump_kv``, ``load_kv``)
 - :mod:`~mljobs.transfer._mapping`: the table as a mapping (``JobMapping``)
 - :mod:`~mljobs.transfer._comparing`, :mod:`~mljobs.transfer._digest`: whether finished records are what they were
   (``compare``, ``digest``, ``check_digest``)
 
-Beneath them: :mod:`~mljobs.transfer._files` opens, :mod:`~mljobs.transfer._lines` cuts,
-:mod:`~mljobs.transfer._rows` turns a line into a row and back, :mod:`~mljobs.transfer._judging` says what becomes of
-a record that is there already, :mod:`~mljobs.transfer._writing` writes a batch, :mod:`~mljobs.transfer._rejects` keeps
-what was not imported.
+- :mod:`~mljobs.transfer._arrow`, :mod:`~mljobs.transfer._frames`: as Arrow tables and data frames
+
+What they are made of: :mod:`~mljobs.transfer._files` opens files, :mod:`~mljobs.transfer._lines` splits them into lines,
+:mod:`~mljobs.transfer._rows` makes a row of a line, :mod:`~mljobs.transfer._encoding` a line of a row,
+:mod:`~mljobs.transfer._judging` decides about a record that exists already, :mod:`~mljobs.transfer._writing` writes a
+batch, :mod:`~mljobs.transfer._rejects` keeps the lines that were not imported, :mod:`~mljobs.transfer._alongside` reads the
+table beside a file, :mod:`~mljobs.transfer._host_values` converts the columns of a host.
 """
 
 from mljobs.jobs import FILTERS

@@ -31,7 +31,7 @@ from mljobs.transfer._arrow_host import host_array, host_field
 from mljobs.transfer._arrow_spread import SPREAD_TYPES, Shape, shape_of, spread_chunks, spread_texts
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement, Connection
+    from sqlalchemy import Connection
 
 Ids = Literal["string", "uuid"]
 """How ids are given: 36 characters, or Arrow's extension type ``arrow.uuid``."""
@@ -84,9 +84,7 @@ def to_arrow(
     Raises:
         InvalidValueError: A name or a value is not one of those; or more than 1,000 keys are to be spread.
     """
-    reading = _Reading(
-        session, model, conditions(model, filter, where=where, **fields), columns=columns, spread=spread, ids=ids
-    )
+    reading = _Reading(session, filter, where=where, columns=columns, spread=spread, ids=ids, model=model, **fields)
     batches = list(reading.batches(BATCH))
     table = pa.Table.from_batches(batches, reading.schema)
     for name in reading.spread:
@@ -143,22 +141,10 @@ def reader_of(session: Bind, **options: Any) -> Iterator[pa.RecordBatchReader]:
         yield pa.RecordBatchReader.from_batches(schema, batches)
 
 
-def _open(
-    session: Bind,
-    filter: Filter | str | None = None,  # noqa: A002 - as users say it
-    *,
-    where: Where | None = None,
-    columns: Sequence[str] | None = None,
-    spread: Sequence[str] = (),
-    ids: Ids = "string",
-    batch: int = BATCH,
-    model: Model = MlJob,
-    **fields: Unpack[Filters],
-) -> tuple[pa.Schema, Generator[pa.RecordBatch]]:
+def _open(session: Bind, *args: Any, batch: int = BATCH, **options: Any) -> tuple[pa.Schema, Generator[pa.RecordBatch]]:
+    """Return the schema of what ``arrow_batches`` reads, and its batches."""
     check_count("batch", batch, _BATCH_MAX)
-    reading = _Reading(
-        session, model, conditions(model, filter, where=where, **fields), columns=columns, spread=spread, ids=ids
-    )
+    reading = _Reading(session, *args, **options)
     shapes = reading.shapes(batch)
     kept = [field for field in reading.schema if field.name not in reading.surplus]
     extra = [
@@ -193,15 +179,17 @@ class _Reading:
     def __init__(
         self,
         session: Bind,
-        model: Model,
-        where: Sequence[ColumnElement[bool]],
+        filter: Filter | str | None = None,  # noqa: A002 - as users say it
         *,
-        columns: Sequence[str] | None,
-        spread: Sequence[str],
-        ids: Ids,
+        where: Where | None = None,
+        columns: Sequence[str] | None = None,
+        spread: Sequence[str] = (),
+        ids: Ids = "string",
+        model: Model = MlJob,
+        **fields: Unpack[Filters],
     ) -> None:
+        self._where = conditions(model, filter, where=where, **fields)
         self._table = table_of(model)
-        self._where = where
         self._connection: Connection = connection_of(session, model)
         self._kinds = [str(kind) for kind in model.__kinds__]
         self._host = host_columns(model)

@@ -21,7 +21,7 @@ import msgspec
 from sqlalchemy import ARRAY, Uuid, any_, cast, func, select
 
 from mljobs._fields import BY_NAME, EXTENDED_FIELDS, KV_FIELDS, Field
-from mljobs._values import MAX_MS, storable_json, storable_text, to_job_id
+from mljobs._values import ID_DIGITS, MAX_MS, MAX_PROGRESS, storable_json, storable_text, to_job_id
 from mljobs.db._wire import Wire, read_wire, wire_of
 from mljobs.errors import InvalidValueError, JobDecodeError, shown
 from mljobs.jobs import Model, table_of
@@ -54,13 +54,12 @@ EPOCH_KEY: Final = "at_epoch"
 """An extended line's list of times that are 1970-01-01 itself, where the KV format writes 0 for "not yet" as well."""
 HOST_KEY: Final = "columns"
 """An extended line's object of a host's own columns; the last key."""
-_ID_DIGITS: Final = 32
 _ID_BYTES: Final = 16
 _NUL: Final = r"\u0000"
 """How JSON text writes U+0000, which no key of PostgreSQL's json can be read beside."""
 
 _Millis = Annotated[int, msgspec.Meta(ge=0, le=MAX_MS)]
-_IdText = Annotated[str, msgspec.Meta(min_length=_ID_DIGITS, max_length=_ID_DIGITS)]
+_IdText = Annotated[str, msgspec.Meta(min_length=ID_DIGITS, max_length=ID_DIGITS)]
 _TYPES: Final[dict[str, Any]] = {"id": _IdText, "text": str, "time": _Millis, "flag": bool}
 
 
@@ -140,7 +139,7 @@ def _line_decoders(kinds: type[StrEnum]) -> tuple[Callable[[bytes], Any], Callab
         ("id", _IdText),
         ("kind", Literal[tuple(kind.value for kind in kinds)]),
         ("metrics", str | None, None),
-        ("progress", Annotated[int, msgspec.Meta(ge=0, le=100)]),
+        ("progress", Annotated[int, msgspec.Meta(ge=0, le=MAX_PROGRESS)]),
         ("spec", str),
         ("started_at", _Millis),
         ("status", Literal[tuple(status.value for status in MlJobStatus)]),

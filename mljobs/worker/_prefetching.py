@@ -1,12 +1,12 @@
 """Which run to start next. The first idle thread claims for all, and records what has ended meanwhile.
 
 Handlers' threads ask ``Prefetcher.next``. The first that finds few runs in the buffer claims for all: it writes the
-waiting outcomes and claims the next jobs in one statement (``finish_and_claim``), while the others go on with what is
-there. So a worker with one slot makes one round trip a job, and a worker with short jobs one for hundreds.
+waiting outcomes and claims the next jobs in one statement (``finish_and_claim``), while the other threads start the runs
+in the buffer. So a worker with one slot makes one round trip a job, and a worker with short jobs one for hundreds.
 
-Claimed ahead is only what can start soon: as many as were finished lately in ``AHEAD_SECONDS``, so that a job neither
-waits here while another worker has nothing to do, nor outlives its lease unseen. What has to wait longer all the same,
-because a long job came after many short ones, is put back.
+Only jobs that can start soon are claimed ahead: as many as lately ended in ``AHEAD_SECONDS``. So a job does not wait here
+while another worker is idle, and its lease does not expire before it starts. A job that waits longer, because a long job
+came after many short ones, is requeued.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ logger = logger_of("mljobs.worker")
 AHEAD_SECONDS = 0.25
 """How long a job that was claimed ahead should wait at most."""
 STALE_SECONDS = 2.0
-"""How long it waits before it is put back."""
+"""How long it waits before it is requeued."""
 LOCK_SECONDS = 0.25
 """How long a claim waits for an open transaction that takes a target, before it claims no exclusive jobs."""
 REFUSED_MAX = 10_000
@@ -79,8 +79,8 @@ class Prefetcher:
         store: Where the jobs are.
         settings: What to claim.
         keeper: Keeps the leases from the moment of the claim.
-        writer: Whose waiting outcomes a claim takes along.
-        on_idle: Called when, after ``stop`` or in an idle worker, nothing is under way any more.
+        writer: Has the outcomes that the statement of a claim writes too.
+        on_idle: Called when no run is under way, after ``stop`` or because no job is left.
         clock: A monotonic clock, in seconds.
     """
 
@@ -126,7 +126,7 @@ class Prefetcher:
     # ------------------------------------------------------------------------------------------- what places call
 
     def next(self) -> Run | None:
-        """Return the next run, None when the worker stops. Waits as long as there is none."""
+        """Return the next run, waiting for one; None when the worker stops."""
         while True:
             with self._lock:
                 run = self._take_or_claim()
@@ -171,11 +171,11 @@ class Prefetcher:
             self._waiting -= 1
 
     def _low_mark(self) -> int:
-        """Return how few runs in the buffer are few: with other threads at work, claim before it is empty."""
+        """Return the number of runs in the buffer at which to claim; with several threads it is not yet empty then."""
         return 0 if self._settings.slots == 1 else self._ahead() // 4
 
     def _still_ours(self, run: Run) -> bool:
-        """Look again before a start that comes late: the process may have stood still for longer than the lease."""
+        """Whether the lease of a run that starts late still stands: the process may have been suspended."""
         if self._keeper.overdue(run):
             self._keeper.renew()
         if not run.lost and not run.cancelled and self._keeper.overdue(run):
@@ -188,7 +188,7 @@ class Prefetcher:
         return True
 
     def ended(self, run: Run) -> None:
-        """Take note that this run's handler has ended, and its outcome is with the writer."""
+        """Note that this run's handler has ended and the writer has its outcome."""
         with self._lock:
             self._under_way.discard(run)
             self._ended += 1
@@ -206,9 +206,9 @@ class Prefetcher:
         return min(self._settings.ahead, int(self._rate * min(AHEAD_SECONDS, self._settings.lease / 4)))
 
     def _measure(self) -> None:
-        """Take the rate of the last ``AHEAD_SECONDS`` at least, from claim to claim; that of the last one, if it is higher.
+        """Set how many runs end a second: over the last claims that cover ``AHEAD_SECONDS``, or over the last one if higher.
 
-        Called before a claim: what has ended is what was claimed last, and the time is that of its own claim.
+        Called before a claim: the runs that have ended since the last one are those that it claimed.
         """
         now = self._clock()
         ended, seconds = self._ended, now - self._since
@@ -227,7 +227,7 @@ class Prefetcher:
         self._intervals.clear()
 
     def _number(self) -> int:
-        """Return how many to claim; of many a round number, so that few statements are prepared."""
+        """Return how many jobs to claim; a large number is rounded down to a power of two, so that few statements exist."""
         with self._lock:
             self._measure()
             free = self._settings.slots - len(self._under_way)
@@ -237,7 +237,7 @@ class Prefetcher:
         return max(1, min(number, MAX_BATCH))
 
     def _claim_for_all(self) -> None:
-        """Write what has ended and claim what comes next; with nothing to do, sleep."""
+        """Write the waiting outcomes and claim jobs; sleep if there are none."""
         pause = FIRST_PAUSE
         while not self._stopped:
             recorded = self._recorded
@@ -256,12 +256,12 @@ class Prefetcher:
                     self._writer.done_writing()
             if claims or self._buffer:
                 return
-            self._slept = True  # from here on ``recorded`` wakes
+            self._slept = True  # from here on ``recorded`` wakes this thread
             if taken or self._recorded != recorded:
                 continue
             if self._nothing_left(recorded):
                 return
-            self._writer.nudge()  # what shares no statement with others
+            self._writer.nudge()  # for the outcomes that share no statement with others
             self._sleep()
             return
 
@@ -283,7 +283,7 @@ class Prefetcher:
         if taken:
             try:
                 self._writer.settle(taken, errors)
-            except Exception:  # away again, just when a doubtful outcome was to be looked up
+            except Exception:  # the database went away while a doubtful outcome was looked up
                 self._writer.put_back(taken)
                 raise
         return bool(claims)
@@ -291,7 +291,7 @@ class Prefetcher:
     def _finish_and_claim(
         self, outcomes: Sequence[Outcome], number: int
     ) -> tuple[list[Exception | None], list[Claim[Any]]]:
-        """Claim past the jobs that cannot be started: each is logged once and left to others while this worker runs."""
+        """Write outcomes and claim. A job that cannot be started is logged once, and skipped as long as this worker runs."""
         settings = self._settings
         while True:
             try:
@@ -358,7 +358,7 @@ class Prefetcher:
         return True
 
     def _any_left(self) -> bool:
-        """Whether a job of these kinds waits, for its time or its target, or runs elsewhere."""
+        """Whether a job of these kinds is queued, or running in another worker."""
         try:
             with answers_within(self._answer_seconds), self._store.connect(atomic=False) as bind:
                 return (
@@ -376,7 +376,7 @@ class Prefetcher:
             self._forget_rate()
 
     def recorded(self, entries: Sequence[FinishedRun]) -> None:
-        """Claim again soon if a job has ended whose target other jobs may have waited for."""
+        """Claim again soon if an exclusive job has ended: other jobs may have waited for its target."""
         with self._lock:
             self._recorded += 1
             if self._claimer_waits:
@@ -388,7 +388,7 @@ class Prefetcher:
     # ---------------------------------------------------------------------------------------- what the worker calls
 
     def put_back_stale(self) -> None:
-        """Put back what was claimed ahead and has waited long: other workers may be free."""
+        """Requeue jobs that were claimed ahead and have waited long: other workers may be idle."""
         with self._lock:
             if not self._buffer or self._clock() - self._buffered_at < STALE_SECONDS:
                 return
@@ -404,7 +404,7 @@ class Prefetcher:
         self._writer.nudge()
 
     def stop(self) -> None:
-        """Claim nothing more, put back what has not started, and wake every thread that waits."""
+        """Claim nothing more, requeue the jobs that have not started, and wake every thread that waits."""
         with self._lock:
             self._stopped = True
             idle = not self._under_way and not self._claiming
@@ -432,7 +432,7 @@ class Prefetcher:
             return bool(self._under_way) or self._claiming
 
     def abandon(self, runs: Sequence[Run]) -> None:
-        """Wait no more for these."""
+        """Count these runs as abandoned: their handlers may go on, but nobody waits for them."""
         with self._lock:
             self.abandoned += len(runs)
             self._under_way.difference_update(runs)

@@ -1,8 +1,8 @@
-"""Outcomes on their way into the database: no job is logged or counted as ended before its outcome is committed.
+"""Write the outcomes of runs. A job is logged and counted as ended only after its outcome is committed.
 
-Handlers put outcomes here and go on. The thread that claims next writes them, in the statement that claims; what no thread
-took within a few milliseconds, the writer's own thread writes. While the database is away they are kept, and so are their
-leases; an outcome is dropped only when its lease is known to be gone.
+Handlers' threads put outcomes here and go on. The thread that claims next writes them in the statement that claims. The
+writer's own thread writes the outcomes that no claim has taken within a few milliseconds. While the database is away, the
+outcomes and their leases are kept; an outcome is dropped only when its lease is gone.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ logger = logger_of("mljobs.worker")
 BATCH_WAIT = 0.003
 """Seconds that an outcome waits for others, to be written with them."""
 MANY = 16
-"""So many within ``BATCH_WAIT`` come from jobs so short that the next claim, which takes them along, is near."""
+"""If so many outcomes come within ``BATCH_WAIT``, the jobs are so short that the next claim will soon take them."""
 MANY_WAIT = 0.05
-"""Seconds that these wait for it at most."""
+"""Seconds that they then wait for that claim at most."""
 BATCH = 2048
 """The most outcomes that one statement writes."""
 
@@ -81,18 +81,18 @@ class OutcomeWriter:
     # ------------------------------------------------------------------------------------------------ handlers put
 
     def put(self, entry: FinishedRun) -> None:
-        """Add what has ended; the next claim writes it. Where none may follow, call ``nudge``."""
+        """Add a run that has ended; the next claim writes its outcome. Where none may follow, call ``nudge`` too."""
         if self._requeued and entry.run in self._requeued:
             return
         (self._waiting if entry.batchable else self._others).append(entry)
 
     def nudge(self) -> None:
-        """Have what waits written within a few milliseconds, if nobody takes it before."""
+        """Have the writer's own thread write what waits, within a few milliseconds, unless a claim takes it before."""
         if (self._waiting or self._others) and not self._filled.is_set():
             self._filled.set()
 
     def requeue(self, runs: Sequence[Run]) -> None:
-        """Put back, at once, what has not ended; what its handlers report later is dropped.
+        """Requeue at once the runs that have not ended; what their handlers report later is dropped.
 
         Raises:
             DBAPIError: The database is away; nothing was written.
@@ -124,7 +124,7 @@ class OutcomeWriter:
         return taken
 
     def put_back(self, entries: Sequence[FinishedRun]) -> None:
-        """Keep what could not be written for another attempt; drop what has lost its lease."""
+        """Keep what could not be written for another attempt; drop the runs that have lost their lease."""
         kept: list[FinishedRun] = []
         lost: list[FinishedRun] = []
         for entry in entries:
@@ -137,7 +137,7 @@ class OutcomeWriter:
             self._filled.set()
 
     def settle(self, entries: Sequence[FinishedRun], errors: Sequence[Exception | None]) -> None:
-        """Take note of what was committed, and of what was refused because the job is not ours any more."""
+        """Note which outcomes were committed, and which were refused because the lease is gone or the job cancelled."""
         self._end(entries, [self._what_became(entry, error) for entry, error in zip(entries, errors, strict=True)])
         leases = {(claim := entry.run.claim).lease: claim for entry in entries}
         with self._no_writer:
@@ -215,7 +215,7 @@ class OutcomeWriter:
         self.settle([entry], errors)
 
     def _end(self, entries: Sequence[FinishedRun], words: Sequence[str]) -> None:
-        """Count and log what became of each, and let its lease go."""
+        """Count and log what became of each run, and stop keeping its lease."""
         with self._no_writer:
             self.tally.jobs.update(words)
         log_outcomes(entries, words)
@@ -234,7 +234,7 @@ class OutcomeWriter:
                 logger.warning("leases without jobs are left until they expire: %s", first_line(error))
 
     def done_writing(self) -> None:
-        """Say that what was taken has been settled or put back."""
+        """Note that what was taken has been settled or put back."""
         with self._no_writer:
             self._writing -= 1
             self._no_writer.notify_all()
@@ -291,7 +291,7 @@ class OutcomeWriter:
         return True
 
     def close(self) -> None:
-        """Stop the thread; what still waits is left to the leases' end."""
+        """Stop the thread. What still waits is not written: those leases expire, and a rescue requeues the jobs."""
         self._closing.set()
         self._hurry.set()
         self._filled.set()

@@ -1,4 +1,4 @@
-"""The row by which a worker can be seen: made before the first claim, kept by the thread that renews leases."""
+"""A worker's row in the table of workers: made before the first claim, updated by the thread that renews leases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logger_of("mljobs.worker")
 
 
 class Registration:
-    """A worker's row. Where the database has no table of workers, or the role may not write it, nothing is kept.
+    """A worker's row. There is none where the database has no table of workers, or the role may not write it.
 
     Args:
         store: Where the jobs are.
@@ -64,7 +64,7 @@ class Registration:
             logger.warning("another worker is named %s: this one is %s", wanted, self.name)
 
     def renew(self) -> None:
-        """Say in one statement that the worker is still there. A database that is away is asked again next time."""
+        """Write that the worker is still there, in one statement; while the database is away, do nothing."""
         if not self._kept:
             return
         try:
@@ -81,6 +81,6 @@ class Registration:
         logger.info("this worker is not seen in %s: %s", self._store.model.__workers__.name, first_line(error))
 
     def close(self) -> None:
-        """Say that the worker is gone."""
+        """Write that the worker is gone."""
         self.state = WorkerState.GONE
         self.renew()

@@ -14,11 +14,10 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import wait as wait_for_sentinels
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 from sqlalchemy import URL
 
-from mljobs.jobs import Claim, Model, Outcome, Renewal, Report
+from mljobs.jobs import Claim, Model, Outcome, Renewal
 from mljobs.states import MlJobStatus
 from mljobs.store._keeper import Keeper
 from mljobs.store._run import Run
@@ -106,31 +105,12 @@ def _run(call: RemoteCall) -> RemoteResult:
     return RemoteResult(outcome.status, outcome.error_message, outcome.metrics_json, run.retryable)
 
 
-class _LooksOnly:
-    """A store for the keeper of another process: leases are looked at, not renewed."""
-
-    def __init__(self, store: JobStore[Any]) -> None:
-        self._store = store
+class _LookingStore(JobStore[Any]):
+    """The store of a keeper that renews no lease, for the worker does: it only looks which leases are held."""
 
     def renew(self, claims: Iterable[Claim], *, lease: float = 0) -> Renewal:  # noqa: ARG002 - the keeper's own name
         """Return which leases are held, lost and cancelled."""
-        return self._store.look(claims)
-
-    def report_many(self, reports: Iterable[Report]) -> list[Any]:
-        """Write progress and metrics."""
-        return self._store.report_many(reports)
-
-    def finish_many(self, outcomes: Iterable[Outcome]) -> list[Exception | None]:
-        """Write outcomes."""
-        return self._store.finish_many(outcomes)
-
-    def release(self, claims: Iterable[Claim]) -> int:
-        """Give leases back."""
-        return self._store.release(claims)
-
-    def get(self, job: UUID) -> Any:
-        """Read a job."""
-        return self._store.get(job)
+        return self.look(claims)
 
 
 _keepers: dict[tuple[int, URL, Model], Keeper] = {}
@@ -144,8 +124,7 @@ def _keeper_of_this_process(url: URL, model: Model, lease: float) -> Keeper:
     with _making:
         if key not in _keepers:
             options = {} if url.get_backend_name() == "sqlite" else {"pool_size": 1}
-            store: JobStore[Any] = JobStore(url, model=model, **options)
-            _keepers[key] = Keeper(_LooksOnly(store), lease, every=_LOOK_SECONDS)
+            _keepers[key] = Keeper(_LookingStore(url, model=model, **options), lease, every=_LOOK_SECONDS)
         return _keepers[key]
 
 

@@ -1,4 +1,4 @@
-"""What follows a failure: a new record in the same transaction, after its wait."""
+"""Submit the retry of a failed job, in the transaction that records the failure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logger_of("mljobs.worker")
 
 
 def submit_retry(bind: Bind, entry: FinishedRun) -> tuple[Any, float] | None:
-    """Submit the next record beside the failure; if that is not possible the failure stands all the same."""
+    """Submit the retry; if that is not possible, log why and record the failure without one."""
     job, handler = entry.run.claim.job, entry.handler
     if handler is None:
         return None

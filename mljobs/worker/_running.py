@@ -145,7 +145,7 @@ class WorkerRun:
                     seconds = 0.0
 
     def _supervise(self) -> BaseException | None:
-        """Rescue now and then, until a signal to stop, or until nothing is left to do."""
+        """Call ``rescue`` from time to time, until a signal to stop or until no job is left."""
         next_rescue = time.monotonic() + random.uniform(0, 1)  # noqa: S311 - spread, no secret
         while True:
             try:
@@ -201,7 +201,7 @@ class WorkerRun:
             logger.error("job %s could not be rescued: %s", job_id, first_line(refused))
 
     def _wind_up(self) -> float | None:
-        """Let handlers end within the grace, put back what is left; return how long the last outcomes may take."""
+        """Wait for the handlers for the grace, requeue the other runs; return how long the last outcomes may take."""
         self._settings.registration.state = WorkerState.STOPPING
         self._prefetcher.stop()
         for run in self._prefetcher.under_way():
@@ -223,7 +223,7 @@ class WorkerRun:
         return _LAST_SECONDS if stopped_again or left_over else None
 
     def _put_back(self, runs: list[Run]) -> None:
-        """Requeue what is still running, and mark it as lost: what it reports later is dropped."""
+        """Requeue the runs that go on, and mark them as lost: what they report later is dropped."""
         logger.warning("worker %s puts back what has not ended in time; jobs: %d", self._name, len(runs))
         self._prefetcher.abandon(runs)
         try:
@@ -253,5 +253,5 @@ def _place_of(context: WorkerContext, executor: Executor) -> ExecutorPlace:
 
 
 def _named(ids: Sequence[UUID]) -> str:
-    """Return the first of them, for a line of log."""
+    """Return the first ids, for a line of log."""
     return ", ".join(str(job_id) for job_id in ids[:_NAMED_MAX]) + (" ..." if len(ids) > _NAMED_MAX else "")

@@ -1,4 +1,4 @@
-"""``Worker``: handlers by kind, and a run that ends well."""
+"""``Worker``: handlers by kind, and running them until a signal to stop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from sqlalchemy import inspect
 
 from mljobs._logging import logger_of
-from mljobs._values import check_count, check_lease, check_seconds, storable_text, to_member
+from mljobs._values import MAX_SMALLINT, check_count, check_lease, check_seconds, storable_text, to_member
 from mljobs.db._engines import refuse_memory
 from mljobs.errors import InvalidValueError, SchemaError
 from mljobs.guards._companions import schema_of
@@ -48,7 +48,6 @@ _AHEAD_MAX = 10_000
 _AHEAD = 1024
 _POLL = 1.0
 _POLL_MAX = 86_400.0
-_ATTEMPTS_MAX = 32_767
 _DEFAULT_BACKOFF = exponential(10, 600)
 
 
@@ -71,11 +70,12 @@ class Worker(Generic[M]):
         store: Where the jobs are. An ``AsyncJobStore`` serves too: the worker opens a ``JobStore`` on its database.
         concurrency: How many handlers run at a time, 1 to 1,000.
         executor: Where plain functions run: any ``concurrent.futures.Executor``, such as a ``ProcessPoolExecutor`` or
-            dask's ``Client.get_executor()``; None for threads of the worker. Coroutine functions run on one loop.
-        lease: Seconds that a job stays ours if this process dies; kept alive by a thread, so a job may take any time.
+            dask's ``Client.get_executor()``; None for threads of the worker. Coroutine functions run on one event loop.
+        lease: Seconds after which another worker may have a job if this process dies. A thread renews it, so a job may
+            take any time.
         grace: Seconds that handlers may go on after the first signal to stop.
         poll: Seconds between two looks at an empty queue; on PostgreSQL a notification wakes earlier.
-        ahead: How many short jobs to claim ahead of need at most, 0 to 10,000.
+        ahead: How many short jobs to claim before they are needed, at most; 0 to 10,000.
         max_attempts: A job whose worker fell silent so often ends as failed.
         name: The worker's name for operators; None for host and process.
 
@@ -101,7 +101,7 @@ class Worker(Generic[M]):
     ) -> None:
         self.concurrency = check_count("concurrency", concurrency, _CONCURRENCY_MAX)
         self.ahead = check_count("ahead", ahead, _AHEAD_MAX, lowest=0)
-        self.max_attempts = check_count("max_attempts", max_attempts, _ATTEMPTS_MAX)
+        self.max_attempts = check_count("max_attempts", max_attempts, MAX_SMALLINT)
         self.lease = check_lease(lease)
         self.grace = check_seconds("grace", grace)
         self.poll = check_seconds("poll", poll, above_zero=True, longest=_POLL_MAX)
@@ -117,7 +117,7 @@ class Worker(Generic[M]):
         self._running = threading.Lock()
 
     def configure(self, *, concurrency: int | None = None, grace: float | None = None, name: str | None = None) -> None:
-        """Set anew, before a run, what the command line may say otherwise; None leaves it as it is.
+        """Change, before a run, what the command line may say too; None leaves it as it is.
 
         Args:
             concurrency: As of the class.
@@ -207,7 +207,7 @@ class Worker(Generic[M]):
         loop = asyncio.get_running_loop()
         with self._only_one_run():
             run = partial(self._run, until_idle=until_idle, until_empty=until_empty, kinds=kinds, loop=loop)
-            # Not a task: a loop that is shut down cancels every task it knows, and this one cannot be.
+            # In a thread, not a task: a loop that is shut down cancels every task, and a blocking call cannot be cancelled.
             work = loop.run_in_executor(None, copy_context().run, run)
             cancelled: asyncio.CancelledError | None = None
             while not work.done():  # cancelled again: its thread is waited for all the same
