@@ -317,7 +317,7 @@ def test_a_bulk_action_says_what_it_will_do_and_then_does_that(store: JobStore, 
     board = client(store)
     page = send(board, "/actions/preview", do="retry", scope="all", q="status:failed")
     assert "Retry 3 jobs?" in page.text
-    assert "1</dt><dd>are left alone: they have been retried" in page.text
+    assert "1</dt><dd>is left alone: retried already" in page.text
     as_of = re.search(r'name="as_of" value="(\d+)"', page.text)
     assert as_of is not None
     later = ended(store, "failed", target="other", created_at=utc_now() + timedelta(seconds=5))
@@ -332,7 +332,7 @@ def test_picked_jobs_are_cancelled_and_those_that_have_finished_are_left(store: 
     picked = [str(made.queued.id), str(made.failed.id)]
     page = send(board, "/actions/preview", do="cancel", scope="picked", id=picked)
     assert "Cancel 1 job?" in page.text
-    assert "have finished and cannot be cancelled" in page.text
+    assert "left alone: finished, and cannot be cancelled" in page.text
     send(board, "/actions/bulk", do="cancel", scope="picked", id=picked)
     assert store.get(made.queued.id).status is MlJobStatus.CANCELLED
 

@@ -16,6 +16,7 @@ from starlette.responses import RedirectResponse, Response
 from mljobs import jobs
 from mljobs._values import from_millis, to_job_id, to_millis, utc_now
 from mljobs.board._access import Access, check_same_origin
+from mljobs.board._format import plural
 from mljobs.board._query import MOST_TEXT
 from mljobs.board._site import THEME, Site, Viewer
 from mljobs.errors import InvalidValueError
@@ -191,12 +192,12 @@ def _plan(bind: Bind, model: Any, what: Action, asked: Filter) -> Plan:
     at_work = counted.total(status=MlJobStatus.QUEUED) + counted.total(status=MlJobStatus.RUNNING)
     completed = counted.total(status=MlJobStatus.COMPLETED) - changed.total(status=MlJobStatus.COMPLETED)
     left = (
-        {"have finished and cannot be cancelled": counted.total() - at_work}
+        {"finished, and cannot be cancelled": counted.total() - at_work}
         if what == "cancel"
         else {
-            "have not finished": at_work,
+            "not finished": at_work,
             "completed": completed,
-            "have been retried": counted.total() - at_work - completed - number,
+            "retried already": counted.total() - at_work - completed - number,
         }
     )
     running = changed.total(status=MlJobStatus.RUNNING)
@@ -247,7 +248,7 @@ async def preview(request: Request) -> Response:
         viewer,
         "bulk.html",
         here="jobs",
-        heading=f"{what.capitalize()} {about}{plan.number:,} {'job' if plan.number == 1 else 'jobs'}?",
+        heading=f"{what.capitalize()} {about}{plural(plan.number, 'job')}?",
         what=what,
         plan=plan,
         ids=ids,

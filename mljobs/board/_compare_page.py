@@ -25,7 +25,6 @@ from mljobs.board._compared import (
     lower_is_better,
     names_of,
     ranked,
-    text_of,
 )
 from mljobs.board._plots import parallel
 from mljobs.board._site import Site, Viewer
@@ -115,10 +114,6 @@ def _compared_row(run: Run, shown: Compared, reference: Run, metrics: Sequence[s
         best = (min if lower_is_better(name) else max)(values) if values and not is_neutral(name) else None
         low, high = min(values, default=0), max(values, default=0)
         share = None if own is None else 6 + 94 * (own - low) / (high - low) if high > low else 100
-        cells.append(Cell(text_of(run.metrics, name), differs=False, best=own is not None and own == best, share=share))
-    params = tuple(
-        Cell(text, differs=text != text_of(reference.params, name))
-        for name in shown.varying
-        for text in [text_of(run.params, name)]
-    )
+        cells.append(Cell.of(run.metrics, name, best=own is not None and own == best, share=share))
+    params = tuple(Cell.of(run.params, name, beside=reference.params) for name in shown.varying)
     return RunRow(run.job, run is reference, tuple(cells), params, run.took)

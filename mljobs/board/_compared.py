@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 from uuid import UUID
 
-from mljobs.board._format import leaves, literal, number, numeric, parsed, short
+from mljobs.board._format import brief, leaves, literal, number, numeric, parsed, short
 from mljobs.board._plots import Axis, axis, word_axis
 from mljobs.jobs import JobSummary
 from mljobs.states import MlJobStatus
@@ -40,12 +40,27 @@ _LIKED = ("f1", "auc", "accuracy", "score", "r2", "recall", "precision")
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A value in a table of runs."""
+    """A value in a table of runs: as it is, and as it is shown."""
 
     text: str
+    brief: str
     differs: bool
     best: bool = False
     share: float | None = None
+
+    @classmethod
+    def of(cls, values: Any, name: str, *, beside: Any = None, best: bool = False, share: float | None = None) -> Cell:
+        """Return the value of this name, of a spec or of metrics.
+
+        Args:
+            values: By name.
+            name: Of the value.
+            beside: Those of the run that it is compared with; None for no other.
+            best: Whether it is the best of its column.
+            share: How far it is from the least to the most of its column, in per cent; None for no bar.
+        """
+        text, shown = text_of(values, name), brief(values[name]) if name in values else ""
+        return cls(text, shown, beside is not None and text != text_of(beside, name), best, share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +75,7 @@ class RunRow:
 
 
 def text_of(values: Any, name: str) -> str:
-    """Return a value of a spec or of metrics as it is shown; empty where it has none of this name."""
+    """Return a value of a spec or of metrics as it is; empty where it has none of this name."""
     return literal(values[name]).strip('"') if name in values else ""
 
 

@@ -18,6 +18,8 @@ _LONG_DAYS = 2
 _ITEMS_SHOWN = 200
 _NODES_SHOWN = 2_000
 _TEXT_SHOWN = 2_000
+_CUT = 60
+_FIGURES = 9
 _DEPTH_SHOWN = 12
 _BEYOND_AXES = 1e150  # differences of such numbers are still numbers
 
@@ -44,6 +46,11 @@ def short(seconds: float | timedelta | None) -> str:
     if whole < _LONG_DAYS * _DAY:
         return f"{whole // _HOUR} h {whole % _HOUR // 60:02d} m"
     return f"{whole // _DAY} d"
+
+
+def cut(text: str, most: int = _CUT) -> str:
+    """Return text that is no longer than ``most``."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def iso(moment: datetime) -> str:
@@ -176,6 +183,15 @@ def literal(value: Any) -> str:
             return f"[{', '.join(map(literal, value))}]"
         case _:
             return plural(len(value), "key")
+
+
+def brief(value: Any) -> str:
+    """Return a parsed JSON value for a cell of a table: a fraction of many digits as six of them, whole numbers exactly."""
+    text = literal(value)
+    if isinstance(value, Numeral) and len(text) > _FIGURES and not text.lstrip("-").isdigit():
+        found = numeric(value)
+        return text if found is None else number(found)
+    return text.strip('"')
 
 
 def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[str, Any]]:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from mljobs import jobs
 from mljobs._values import utc_now
 from mljobs.board._access import Access
-from mljobs.board._format import duration, leaves, literal, parsed, short, size
+from mljobs.board._format import brief, duration, leaves, literal, parsed, plural, short, size
 from mljobs.board._query import LOOK_SECONDS, Asked
 from mljobs.board._site import Site
 from mljobs.jobs import Bind, JobSummary
@@ -51,7 +51,7 @@ def job_row(job: JobSummary, chain: Sequence[JobSummary], keys: Sequence[str], m
     if job.spec is None and job.spec_bytes:
         note = size(job.spec_bytes)
     elif more:
-        note = f"+ {more} keys" + (f", {size(job.spec_bytes)}" if job.spec_bytes > 1000 else "")
+        note = f"+ {plural(more, 'key')}" + (f", {size(job.spec_bytes)}" if job.spec_bytes > 1000 else "")
     metrics, _ = _some_of(parsed(job.metrics), ())
     ended = job.finished_at or (moment if job.started_at else None)
     took = duration(ended - job.started_at) if ended and job.started_at else ""
@@ -74,9 +74,7 @@ def _some_of(value: Any, keys: Sequence[str]) -> tuple[tuple[tuple[str, str], ..
     wanted = [(path, pairs[path]) for path in dict.fromkeys(keys) if path in pairs]
     others = [pair for pair in pairs.items() if pair[0] not in keys and len(literal(pair[1])) <= 40]
     shown = (wanted + others)[:_SPEC_KEYS]
-    return tuple((path.rpartition(".")[2] or path, literal(item).strip('"')) for path, item in shown), len(pairs) - len(
-        shown
-    )
+    return tuple((path.rpartition(".")[2] or path, brief(item)) for path, item in shown), len(pairs) - len(shown)
 
 
 def _read(bind: Bind, asked: Asked, model: Any) -> dict[str, Any]:

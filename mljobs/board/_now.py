@@ -12,7 +12,7 @@ from mljobs import jobs
 from mljobs._values import utc_now
 from mljobs.board._charts import Column, bar
 from mljobs.board._finished import FinishedKept
-from mljobs.board._format import duration, short, when
+from mljobs.board._format import cut, duration, short, when
 from mljobs.board._html import Html
 from mljobs.board._workers import WorkerRow, read_workers, unhandled, workers_of
 from mljobs.jobs import Bind, Finished, JobSummary, Model, Queue, WorkerInfo
@@ -251,7 +251,7 @@ def _troubles(snapshot: Snapshot, now: datetime) -> list[Trouble]:
     for job in snapshot.running:
         if job.expires_at is not None and job.expires_at < now:
             why = Html("worker {} is silent; its lease ended {}").format(
-                job.worker or "", when(job.expires_at, "hms", zone=True)
+                cut(job.worker or ""), when(job.expires_at, "hms", zone=True)
             )
             found.append(Trouble("silent", job, why, duration(now - job.expires_at)))
     found.sort(key=lambda trouble: (trouble.job and trouble.job.expires_at) or now)
@@ -272,11 +272,11 @@ def _troubles(snapshot: Snapshot, now: datetime) -> list[Trouble]:
     for job, holder in snapshot.around.held:
         ready = job.run_after or job.created_at
         if ready <= now:
-            why = Html("queued; its target is taken by {} (exclusive)").format(holder)
+            why = Html("queued; its target is taken by {} (exclusive)").format(cut(holder))
             found.append(Trouble("held", job, why, duration(now - ready)))
     for job in snapshot.around.not_stopped:
         tail = Html("; it holds the target until {}") if job.exclusive else Html("; its lease ends {}")
-        why = Html("{}, but {} has not stopped").format(job.status, job.worker or "")
+        why = Html("{}, but {} has not stopped").format(job.status, cut(job.worker or ""))
         why += tail.format(when(job.expires_at, "hms", zone=True))
         found.append(Trouble("cancelled", job, why, duration(now - job.finished_at) if job.finished_at else ""))
     return found

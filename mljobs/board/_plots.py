@@ -176,7 +176,7 @@ def _time_axis(begin: datetime, end: datetime, x: Callable[[datetime], float], h
     shape = "hm" if end - begin < timedelta(days=2) else "md"
     for tick in _day_ticks(begin, end):
         place = x(tick)
-        anchor = "c" if 3 < place < 97 else "" if place <= 3 else "e"
+        anchor = "c" if 3 < place < 98 else "" if place <= 3 else "e"
         parts.append(
             Html(
                 '<line class="axis" x1="{0:.2f}%" x2="{0:.2f}%" y1="{1}" y2="{2}"/>'

@@ -23,7 +23,7 @@ from mljobs.board._access import Access, Authorize, Tokens, access_of
 from mljobs.board._backend import Backend
 from mljobs.board._charts import cell
 from mljobs.board._finished import FinishedKept
-from mljobs.board._format import ago, clock, duration, iso, literal, short, short_id, size, when
+from mljobs.board._format import ago, clock, cut, duration, iso, literal, plural, short, short_id, size, when
 from mljobs.board._html import shown, verbatim
 from mljobs.board._hub import Hub
 
@@ -31,12 +31,6 @@ THEME = "mljobs-theme"
 """The one cookie: ``light`` or ``dark``."""
 ROOT = "mljobs.board.root"
 """Where in the scope the path stands that the board is mounted at."""
-_CUT = 60
-
-
-def cut(text: str, most: int = _CUT) -> str:
-    """Return text that is no longer than ``most``."""
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def quoted(text: str) -> str:
@@ -64,7 +58,7 @@ def templates() -> Environment:
         "literal": literal,
     }
     made.filters |= {"iso": iso, "clock": clock}
-    made.globals |= {"when": when, "ago": ago, "duration": duration, "short": short, "cell": cell}
+    made.globals |= {"when": when, "ago": ago, "duration": duration, "short": short, "cell": cell, "plural": plural}
     return made
 
 

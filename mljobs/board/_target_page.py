@@ -19,7 +19,6 @@ from mljobs.board._compared import (
     RunRow,
     compared,
     lower_is_better,
-    text_of,
 )
 from mljobs.board._plots import Point, target_chart, took_chart
 from mljobs.board._query import MOST_NAME
@@ -100,15 +99,8 @@ def _target_values(viewer: Viewer, shown: Compared, metric: str | None, *, lower
             RunRow(
                 run.job,
                 run is best,
-                tuple(
-                    Cell(text_of(run.metrics, one), differs=False, best=run is best and one == metric)
-                    for one in metrics
-                ),
-                tuple(
-                    Cell(text, differs=before is not None and text != text_of(before.params, one))
-                    for one in params
-                    for text in [text_of(run.params, one)]
-                ),
+                tuple(Cell.of(run.metrics, one, best=run is best and one == metric) for one in metrics),
+                tuple(Cell.of(run.params, one, beside=before.params if before else None) for one in params),
                 run.took,
             )
         )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from mljobs import JobStore, MlJobStatus
+from mljobs._values import utc_now
 from mljobs.board import Access, create_app
-from tests.boards import Made, history
+from tests.boards import Made, ended, history, worker
 from tests.browser import Browser
 from tests.served import served
 
@@ -196,6 +198,42 @@ def test_times_are_in_the_zone_of_the_viewer_with_the_zone_written(base: str, ma
     assert made.failed.finished_at is not None
     assert f"{made.failed.finished_at:%Y-%m-%d %H:%M:%S}" in title
     assert title.endswith("UTC")
+
+
+def test_a_time_that_is_of_another_zone_than_the_head_of_its_column_says_so(
+    base: str, store: JobStore, browser: Browser
+) -> None:
+    now = utc_now()
+    half = now - timedelta(days=182)  # in one of the two there is summer time
+    for name, moment in (("summer-or-winter", half), ("today", now - timedelta(hours=1))):
+        ended(store, "completed", target=name, created_at=moment, started_at=moment, finished_at=moment)
+    browser.tell("Emulation.setTimezoneOverride", timezoneId="Europe/Berlin")
+    browser.open(f"{base}/jobs?q=target:today,summer-or-winter")
+    head, *rows = browser.until(
+        "document.querySelector('[data-zone]').textContent !== 'UTC' && [document.querySelector('[data-zone]').textContent,"
+        "...[...document.querySelectorAll('#rows tbody time')].map(t => t.textContent)]"
+    )
+    assert head in ("CET", "CEST", "GMT+1", "GMT+2")
+    assert [len(text.split()) for text in rows] == [2, 3]
+    browser.dress(390, dark=False, scale=2)  # where no column has a head, each time has its zone
+    browser.open(f"{base}/jobs?q=target:today")
+    after = "getComputedStyle(document.querySelector('#rows tbody time'), '::after').content"
+    browser.until(f"{after} === '\" {head}\"'")
+
+
+def test_long_names_make_no_page_wider_than_its_window(base: str, store: JobStore, browser: Browser) -> None:
+    for name in ("x" * 300, "a b c " * 60, "\U0001f469\u200d" * 40, "\u05e9\u05dc\u05d5\u05dd " * 30):
+        ended(store, "failed", target=name, error_message=f"E{name}", spec={name[:60]: name})
+        done = ended(store, "completed", target=name, metrics={name[:60]: 0.1 + 0.2}, spec={"lr": 1 / 3})
+        claim = store.claim_one(store.submit("backfill", name), worker=f"w{name[:200]}", lease=0.001)
+        store.set_progress(claim, 10)
+        store.submit("drift_compute", name)
+    worker(store, "w" * 150, "train", "backfill", "drift_compute", "feature_refresh")
+    for width in (1440, 800, 390):
+        browser.dress(width, dark=False)
+        for path in ("/", "/jobs", "/targets", "/overview", f"/jobs/{done.id}", f"/compare?id={done.id}", "/compare"):
+            browser.open(base + path)
+            assert browser.run("return document.scrollingElement.scrollWidth") <= width, (path, width)
 
 
 def test_the_theme_changes_without_a_reload_and_stays(base: str, browser: Browser) -> None:

@@ -22,13 +22,17 @@ const shapes = {
   fullf: d => shapes.full(d) + shapes.ms(d),
 };
 function localise(within = document) {
+  const now = zoneOf(new Date());
   for (const t of $$("[data-f]", within)) {
-    const moment = new Date(t.getAttribute("datetime") || t.dataset.t);
-    const text = shapes[t.dataset.f](moment) + (t.hasAttribute("data-z") ? ` ${zoneOf(moment)}` : "");
+    const moment = new Date(t.getAttribute("datetime") || t.dataset.t), zone = zoneOf(moment), time = t.tagName === "TIME";
+    // The head of a column says the zone of now: in summer a time of winter says its own.
+    const own = time && zone !== now && t.dataset.f.includes("hm");
+    const text = shapes[t.dataset.f](moment) + (own || t.hasAttribute("data-z") ? ` ${zone}` : "");
+    if (time) t.dataset.zn = own ? "" : zone;
     if (t.firstChild && t.firstChild.nodeType === 3) { if (t.firstChild.data !== text) t.firstChild.data = text; } else t.prepend(text);
-    if (t.tagName === "TIME" && !t.title.includes("·") && zoneOf(moment) !== "UTC") t.title = `${shapes.fullf(moment)} ${zoneOf(moment)} · ${t.title}`;
+    if (time && !t.title.includes("·") && zone !== "UTC") t.title = `${shapes.fullf(moment)} ${zone} · ${t.title}`;
   }
-  for (const z of $$("[data-zone]", within)) z.textContent = zoneOf(new Date());
+  for (const z of $$("[data-zone]", within)) z.textContent = now;
 }
 
 // ------------------------------------------------------------------------------------------------ what moves
@@ -206,7 +210,8 @@ document.addEventListener("click", async e => {
   if (z) zoom(z);
 });
 document.addEventListener("keydown", e => {
-  if (e.ctrlKey || e.metaKey || e.altKey || !singles() || $("dialog[open]")) return;
+  const third = e.getModifierState("AltGraph");   // [ and ] on many keyboards, which count as Ctrl and Alt on some
+  if (!third && (e.ctrlKey || e.metaKey || e.altKey) || e.isComposing || !singles() || $("dialog[open]")) return;
   if (e.target.matches("input:not([type=checkbox]):not([type=radio]),textarea,select")) { if (e.key === "Escape") e.target.blur(); return; }
   if (await_g) {
     await_g = false; clearTimeout(timer);
