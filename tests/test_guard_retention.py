@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import Engine, create_engine, delete, event, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
-from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.orm import DeclarativeBase, Session, scoped_session, sessionmaker
 from sqlalchemy.pool import NullPool
 
 from mljobs import InvalidValueError, JobStore, MlJob, MlJobMixin, TerminalStateError, jobs, schema
@@ -148,6 +148,19 @@ def test_what_the_block_deletes_is_gone_and_retention_off_in_the_same_transactio
     backend.run(_finish)
     backend.run(block)
     assert len(backend.run(lambda session: session.scalars(select(MlJob)).all())) == 1
+
+
+def test_retention_takes_sessions_and_says_so(engine: Engine) -> None:
+    with (
+        engine.connect() as connection,
+        pytest.raises(InvalidValueError, match=r"of a connection Session\(connection\)"),
+        retention(connection, MlJob),  # type: ignore[arg-type]
+    ):
+        pass
+    session: Any = scoped_session(sessionmaker(engine))
+    with retention(session, MlJob):
+        session.execute(delete(MlJob))
+    session.remove()
 
 
 def test_nobody_else_finds_retention_on_whatever_the_block_commits(engine: Engine) -> None:

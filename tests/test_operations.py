@@ -17,6 +17,7 @@ from mljobs import (
     InvalidValueError,
     JobExistsError,
     JobNotFound,
+    JobStore,
     LeaseLostError,
     MlJob,
     MlJobKind,
@@ -129,6 +130,21 @@ def test_submit_many_takes_records_and_tuples_from_a_generator(store: Any) -> No
     (job,) = store.find(kind="backfill")
     assert (job.spec_json, job.priority) == ('{"a": 1}', 4)
     assert store.submit_many([]) == 0
+
+
+def test_a_job_without_a_target_is_refused_by_name_however_it_is_submitted(sqlite_url: str) -> None:
+    nothing: Any = None
+    with JobStore(sqlite_url) as store:
+        for submit in (
+            lambda: store.submit("train", nothing),
+            lambda: store.submit("train", nothing, priority=1),
+            lambda: store.submit_many([("train", nothing, {})]),
+            lambda: store.submit_many([{"kind": "train"}]),
+            lambda: store.submit_many([MlJob(kind="train")]),
+        ):
+            with pytest.raises(InvalidValueError, match="field 'target_name' cannot be None"):
+                submit()
+        assert store.find() == []
 
 
 def test_a_bad_record_leaves_nothing_of_submit_many(store: Any) -> None:

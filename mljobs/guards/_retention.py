@@ -20,7 +20,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, event, inspect, text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
-from sqlalchemy.orm import Mapper, Session
+from sqlalchemy.orm import Mapper, Session, scoped_session
 
 from mljobs.errors import InvalidValueError
 from mljobs.guards._beside import record_table_of
@@ -33,6 +33,8 @@ _AUTOCOMMIT = (
     "its connection commits each statement by itself (AUTOCOMMIT), and retention would stay on for everybody; "
     "give one that has transactions"
 )
+
+_NO_SESSION = "expected a Session: of a connection Session(connection), of an AsyncSession by run_sync"
 
 _TEMPORARY = (("BEFORE", 1), ("AFTER", 0))
 
@@ -247,8 +249,10 @@ def retention(session: Session, model: type[Any]) -> Iterator[None]:
         model: The mapped job class, e.g. ``MlJob``.
 
     Raises:
-        InvalidValueError: The session's connection commits each statement by itself (AUTOCOMMIT).
+        InvalidValueError: It is no ``Session``; or its connection commits each statement by itself (AUTOCOMMIT).
     """
+    if not isinstance(session, Session | scoped_session):
+        raise InvalidValueError("session", session, _NO_SESSION)
     session.flush()  # what was pending before the block is still guarded
     connection = session.connection(bind_arguments={"mapper": inspect(model)})
     connections: list[Connection] = session.info.setdefault(_BLOCKS, [])

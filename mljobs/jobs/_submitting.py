@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from datetime import datetime, timedelta
@@ -211,9 +211,7 @@ def _add(given_bind: Bind, job: Any) -> Any:
         return job
     model = type(job)
     if is_ml_job(model):
-        state = inspect(job).dict
-        row = tuple([state.get(column.name) for column in table_of(model).columns])
-        return _add_row(bind, model, row, _insertion(model, NAMES))
+        return _add_row(bind, model, _row_of(job, table_of(model).columns.keys()), _insertion(model, NAMES))
     with session_on(bind) as session:
         session.add(job)
         with _naming_duplicates(job.id):
@@ -350,16 +348,26 @@ def _rows(
             row = _default_row(*_checked_tuple(job))
         else:
             made = _record_of(MlJob, job, values)  # kept in a variable: its state goes with it
-            state = inspect(made).dict
-            row = tuple([state.get(name) for name in names])
+            row = _row_of(made, names)
         if keep is not None:
             keep(row[0])
         yield row
 
 
+def _row_of(job: Any, names: Sequence[str]) -> tuple[Any, ...]:
+    """Return the row of a record that no flush looks at."""
+    state = inspect(job).dict
+    for name in ("kind", "target_name"):
+        if state.get(name) is None:
+            raise InvalidValueError(name, None, "every job has one")
+    return tuple([state.get(name) for name in names])
+
+
 def _default_row(kind: str, target_name: str, spec: Any) -> tuple[Any, ...]:
     """Return the row of a new job that has no more than these: in a tenth of the time that the record takes."""
     member = to_member(MlJobKind, "kind", kind)
+    if target_name is None:
+        raise InvalidValueError("target_name", None, "every job has one")
     return (uuid7(), member, target_name, _QUEUED, 0, utc_now(), *_UNSET, to_json_text("spec", spec), *_REST)
 
 
