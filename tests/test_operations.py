@@ -144,7 +144,7 @@ def test_a_job_without_a_target_is_refused_by_name_however_it_is_submitted(sqlit
         ):
             with pytest.raises(InvalidValueError, match="field 'target_name' cannot be None"):
                 submit()
-        assert store.find() == []
+        assert len(store.find()) == 0
 
 
 def test_a_bad_record_leaves_nothing_of_submit_many(store: Any) -> None:

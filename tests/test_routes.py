@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+import psycopg
 import pytest
 from sqlalchemy import bindparam, delete, func, insert, literal, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
@@ -21,7 +22,7 @@ from sqlalchemy.util import await_only
 
 from mljobs import InvalidTransitionError, MlJob, MlJobStatus, TerminalStateError
 from mljobs.guards import translate_error
-from mljobs.guards._companions import GUARD_ROLES
+from mljobs.guards._companions import GUARD_ROLES, TERMINAL_MESSAGE, TRANSITION_MESSAGE
 from tests.backends import Backend
 from tests.cases import case
 from tests.host_application import GridRun, HostBase, Team, TrainingRun
@@ -425,6 +426,13 @@ def test_the_docs_name_every_route_and_what_stops_it() -> None:
     rows = dict(re.findall(r"^\| (.+?) \| (?:both|PostgreSQL|SQLite) \| (.+?) \|$", page, re.MULTILINE))
     expected = {name: way.stopped_by for name, way in ROUTES.items()} | OTHER_ROUTES
     assert {name.replace("`", ""): stopped for name, stopped in rows.items()} == expected
+
+
+def test_what_a_foreign_table_says_of_a_refusal_is_translated_too() -> None:
+    """postgres_fdw hands on the message of the server behind it, and no name of a constraint."""
+    for message, ours in ((TERMINAL_MESSAGE, TerminalStateError), (TRANSITION_MESSAGE, InvalidTransitionError)):
+        behind = psycopg.errors.IntegrityConstraintViolation(f"{message}\nDETAIL:  id=1\nCONTEXT:  remote SQL command")
+        assert isinstance(translate_error(behind), ours)
 
 
 # -------------------------------------------------------------------------------- routes that need a stage of their own

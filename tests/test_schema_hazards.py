@@ -84,6 +84,8 @@ ATTRIBUTES = {
     "DROP INDEX uq_ml_jobs_exclusive": "index uq_ml_jobs_exclusive of table ml_jobs is missing",
     "DROP TRIGGER ml_jobs_guard_range ON ml_jobs": "trigger ml_jobs_guard_range of table ml_jobs is missing",
     "CREATE RULE quiet AS ON UPDATE TO ml_jobs DO INSTEAD NOTHING": "rule quiet on table ml_jobs",
+    "ALTER SEQUENCE ml_job_leases_token_seq CYCLE": "the numbering of ml_job_leases.token comes back to old ones",
+    "ALTER SEQUENCE ml_job_leases_token_seq INCREMENT BY -1": "the numbering of ml_job_leases.token comes back to old ones",
     "CREATE TABLE later () INHERITS (ml_jobs)": "table later inherits from ml_jobs",
     "ALTER DATABASE {database} SET mljobs.retention = 'on'": "database {database} has mljobs.retention set to 'on'",
     "ALTER ROLE {role} IN DATABASE {database} SET mljobs.retention = 'on'": "role {role} has mljobs.retention set to 'on'",

@@ -110,8 +110,8 @@ def _diagnosis(error: BaseException) -> tuple[str | None, str | None]:
     constraint = _source(error, "constraint_name")
     if constraint in _CONSTRAINTS:
         return constraint, _detail(error)
-    message = error.args[0] if error.args else None
-    return (_SQLITE_MESSAGES.get(message), None) if isinstance(message, str) else (None, None)
+    message = error.args[0] if error.args else None  # all that SQLite tells, and PostgreSQL of a foreign table
+    return (_MESSAGES.get(message.partition("\n")[0]), None) if isinstance(message, str) else (None, None)
 
 
 def _detail(error: BaseException) -> str | None:
@@ -187,7 +187,7 @@ _OUTDATED_IN_ASYNCPG = "InvalidCachedStatementError"
 _SQLITE_UNDEFINED = "no such table: "
 _NO_TABLE = "mljobs: there is no table {}: run `mljobs upgrade`, or your own migrations"
 _CONSTRAINTS = frozenset({TERMINAL_CONSTRAINT, TRANSITION_CONSTRAINT})
-_SQLITE_MESSAGES = {TERMINAL_MESSAGE: TERMINAL_CONSTRAINT, TRANSITION_MESSAGE: TRANSITION_CONSTRAINT}
+_MESSAGES = {TERMINAL_MESSAGE: TERMINAL_CONSTRAINT, TRANSITION_MESSAGE: TRANSITION_CONSTRAINT}
 
 
 @event.listens_for(Engine, "handle_error")

@@ -27,6 +27,8 @@ def hazards(connection: Connection, jobs: Table) -> Iterator[str]:
     leases = leases_of(jobs)
     given = _highest_token(connection, jobs, leases)
     last = _last_token(connection, leases)
+    if connection.dialect.name == "postgresql" and connection.execute(_GOES_BACK, _named(connection, leases)).scalar():
+        yield f"the numbering of {leases.name}.token comes back to old ones: ALTER SEQUENCE ... NO CYCLE INCREMENT BY 1"
     if last is not None and given > last:
         yield (
             f"the numbering of {leases.name}.token stands at {last}, but token {given} was given out: old tokens would come "
@@ -65,6 +67,9 @@ WHERE t.tgrelid = to_regclass(:name) AND NOT t.tgisinternal AND t.tgname <> ALL 
 ORDER BY t.tgname""")
 _SESSION = text("""\
 SELECT current_setting('session_replication_role'), coalesce(current_setting('mljobs.retention', true), '')""")
+_GOES_BACK = text("""\
+SELECT seqcycle OR seqincrement < 1 FROM pg_sequence
+WHERE seqrelid = CAST(pg_get_serial_sequence(:name, 'token') AS regclass)""")
 # NULL where this role may not look; a sequence that was set back has no last value, which is 0.
 _SEQUENCE = text("""\
 SELECT CASE WHEN has_sequence_privilege(s.name, 'USAGE, SELECT') THEN coalesce(pg_sequence_last_value(s.name), 0) END
@@ -111,7 +116,7 @@ def _of_postgresql(connection: Connection, jobs: Table) -> Iterator[str]:
 def _beside_on_postgresql(connection: Connection, jobs: Table) -> Iterator[str]:
     """Yield one sentence for each trigger on the tables of leases and of workers."""
     for beside in tables_beside(jobs):
-        for trigger, table in connection.execute(_BESIDE_TRIGGERS, {"name": qualified_name(connection, beside)}):
+        for trigger, table in connection.execute(_BESIDE_TRIGGERS, _named(connection, beside)):
             yield _BESIDE.format(trigger=trigger, table=table)
 
 
@@ -196,10 +201,14 @@ def _highest_token(connection: Connection, jobs: Table, leases: Table) -> int:
     return max(token or 0 for token in found)
 
 
+def _named(connection: Connection, table: Table) -> dict[str, str]:
+    return {"name": qualified_name(connection, table)}
+
+
 def _last_token(connection: Connection, leases: Table) -> int | None:
     """Return the last token that was given out; None where this role may not know."""
     if connection.dialect.name == "postgresql":
-        last: int | None = connection.execute(_SEQUENCE, {"name": qualified_name(connection, leases)}).scalar()
+        last: int | None = connection.execute(_SEQUENCE, _named(connection, leases)).scalar()
         return last
     quote, schema = connection.dialect.identifier_preparer.quote, schema_of(connection, leases)
     prefix = f"{quote(schema)}." if schema else ""
