@@ -31,7 +31,7 @@ from mljobs import AsyncJobStore, MlJob, metadata
 from mljobs.db._prepared import Prepared
 from mljobs.jobs import _finishing
 from mljobs.jobs._claiming import _claim_statement
-from mljobs.jobs._submitting import _OF_PLAIN, _insertion
+from mljobs.jobs._submitting import _NOT_DEFAULT, _insertion
 from tests import postgres
 
 DRIVERS = ("asyncpg", "psycopg")
@@ -112,7 +112,7 @@ class RawPsycopg:
 
 def of_driver(raw: RawAsyncpg | RawPsycopg, dialect: Any) -> Rival:
     """Return what one task does with the driver alone, so many times."""
-    statements = _insertion(MlJob, _OF_PLAIN), _finishing._FINISH.statement(MlJob)
+    statements = _insertion(MlJob, _NOT_DEFAULT), _finishing._FINISH.statement(MlJob)
     insert, finish = (raw.prepared(one, dialect) for one in statements)
     claims = {limit: raw.prepared(_claim_statement(MlJob, "any", limit), dialect) for limit in (1, BATCH)}
     done = {"status": "completed", "error": None, "metrics": METRICS_TEXT}

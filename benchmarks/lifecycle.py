@@ -24,7 +24,7 @@ from mljobs import JobStore, MlJob
 from mljobs.db._prepared import Prepared
 from mljobs.jobs import _finishing, _holding
 from mljobs.jobs._claiming import _claim_statement
-from mljobs.jobs._submitting import _OF_PLAIN, _insertion
+from mljobs.jobs._submitting import _NOT_DEFAULT, _insertion
 
 SCALE = float(os.environ.get("BENCH_SCALE", "1"))
 SPEC = {"model": "gradient boosting", "depth": 6, "lr": 0.05, "features": ["age", "country", "clicks_7d"]}
@@ -96,7 +96,7 @@ def row() -> tuple[Any, ...]:
 def submit(url: str) -> None:
     number = scaled(2000)
     with JobStore(url) as store, psycopg.connect(address(url), autocommit=True) as raw:
-        insertion = sql(_insertion(MlJob, _OF_PLAIN), store)
+        insertion = sql(_insertion(MlJob, _NOT_DEFAULT), store)
 
         def by_raw() -> float:
             clear(url)
@@ -268,7 +268,7 @@ def life(url: str) -> None:
         insertion, claiming, progress, finish = (
             sql(prepared, store)
             for prepared in (
-                _insertion(MlJob, _OF_PLAIN),
+                _insertion(MlJob, _NOT_DEFAULT),
                 _claim_statement(MlJob, "ids", 1),
                 _holding._REPORT.statement(MlJob),
                 _finishing._FINISH.statement(MlJob),

@@ -77,7 +77,7 @@ LEASE = Statement(_starting.lease_statement(MlJob))
 START = Statement(_starting.start_statement(MlJob))
 FINISH = Statement(_finishing._FINISH.part(MlJob))
 DELETE = Statement(_fencing.delete_statement(MlJob))
-INSERT = Statement(_submitting._insertion(MlJob, _submitting._OF_PLAIN))
+INSERT = Statement(_submitting._insertion(MlJob, _submitting._NOT_DEFAULT))
 INSERT_MANY = Statement(_submitting._insertion(MlJob, tuple(COLUMNS)))
 PICKS = {limit: Statement(_picking.pick_statement(MlJob, "any", limit)) for limit in (1, 100)}
 

@@ -13,7 +13,7 @@ from mljobs.guards._companions import WORKER_LOCK
 from mljobs.jobs._claiming import _claim_statement
 from mljobs.jobs._exchanging import _statement
 from mljobs.jobs._finishing import _FINISH
-from mljobs.jobs._submitting import _OF_PLAIN, _insertion
+from mljobs.jobs._submitting import _NOT_DEFAULT, _insertion
 
 action, url, *rest = sys.argv[1:]
 store = JobStore(url.replace("postgresql://", "postgresql+psycopg://"))
@@ -51,7 +51,7 @@ def listen(connection: psycopg.Connection[Any]) -> None:
 
 
 def submit(connection: psycopg.Connection[Any]) -> None:
-    insertion = sql(_insertion(MlJob, _OF_PLAIN), store)
+    insertion = sql(_insertion(MlJob, _NOT_DEFAULT), store)
     print("ready", flush=True)
     while sys.stdin.readline():
         began = time.monotonic()
