@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 from sqlalchemy import create_engine
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import NullPool
 
 from mljobs import AsyncJobStore, JobStore, MlJob, WaitTimeout
+from mljobs.db._failures import database_is_away
 from mljobs.db._wake import ChangeListener
 from mljobs.store import _followers
 from mljobs.store._followers import Follower
@@ -177,6 +178,22 @@ def test_a_database_that_is_away_is_waited_for_once_it_has_answered(monkeypatch:
         pytest.raises(OperationalError),
     ):
         next(follower)
+
+
+def test_a_server_that_is_starting_up_is_away_to_every_driver(postgres_url: str) -> None:
+    starting = "DO $$ BEGIN RAISE SQLSTATE '57P03'; END $$"
+    with JobStore(postgres_url) as store, pytest.raises(DBAPIError) as blocking, store.connect() as connection:
+        connection.exec_driver_sql(starting)
+
+    async def check(driver: str) -> None:
+        async with AsyncJobStore(postgres_url.replace("postgresql+psycopg", driver)) as store:
+            with pytest.raises(DBAPIError) as awaited:
+                await store.run(lambda bind: bind.exec_driver_sql(starting))
+            assert database_is_away(awaited.value)
+
+    assert database_is_away(blocking.value)
+    for driver in (AWAITED["asyncpg"], AWAITED["psycopg"]):
+        asyncio.run(check(driver))
 
 
 def test_watches_and_waits_outlive_the_loss_of_all_connections(postgres_url: str) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from sqlalchemy import create_engine, make_url
 
-from mljobs import JobStore, jobs
+from mljobs import AsyncJobStore, JobStore, jobs
 from mljobs.db import _forks
 from tests.waiting import until
 
@@ -103,3 +105,9 @@ def test_a_child_watches_though_a_thread_of_its_parent_looked_at_the_fork(sqlite
         reader = store._reader.get()
         with reader.lock:
             assert _ended_well(_in_child(lambda: list(store.watch(timeout=0))))
+
+
+def test_a_store_that_is_sent_to_another_process_is_refused_with_what_to_do(sqlite_url: str) -> None:
+    for store in (JobStore(sqlite_url), AsyncJobStore(sqlite_url)):
+        with pytest.raises(TypeError, match=r"make one in the other process, (Async)?JobStore\(url\)"):
+            pickle.dumps(store)

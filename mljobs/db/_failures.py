@@ -14,6 +14,8 @@ from mljobs.guards._errors import plan_is_outdated
 _NOT_RETRYABLE = ("27", "2F", "38", "39", "54", "55000", "HV")
 """SQLSTATEs that psycopg calls operational and that no wait mends: limits of the program, and what triggers and functions
 of the host raise."""
+_OPERATIONAL = ("08", "25", "40", "53", "55", "57", "58", "XX")
+"""SQLSTATEs that psycopg calls operational or internal. Through SQLAlchemy asyncpg's errors are of no such class."""
 _SERIALIZATION = ("40001", "40P01")
 """SQLSTATEs of a transaction that PostgreSQL ended because of another one: it may be run again."""
 _LINE_MAX = 500
@@ -24,8 +26,11 @@ CONNECTION_ERRORS = (DBAPIError, PoolTimeout, OSError)
 def database_is_away(error: BaseException) -> bool:
     """Whether trying again later may help: no connection, a restart, a standby that is not promoted yet, a deadlock."""
     if isinstance(error, DBAPIError):
-        if str(getattr(error.orig, "sqlstate", "")).startswith(_NOT_RETRYABLE):
+        state = str(getattr(error.orig, "sqlstate", ""))
+        if state.startswith(_NOT_RETRYABLE):
             return False
+        if state.startswith(_OPERATIONAL):
+            return True
         if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:  # no such table, say
             return False
         return isinstance(error, OperationalError | InterfaceError | InternalError) or error.connection_invalidated

@@ -60,6 +60,10 @@ class Store(EventSource):
 
     model: Any
 
+    def __reduce__(self) -> Any:
+        name = type(self).__name__
+        raise TypeError(f"a {name} has connections and cannot be pickled: make one in the other process, {name}(url)")
+
     @property
     @abstractmethod
     def sync_url(self) -> URL:
