@@ -11,7 +11,6 @@ import typer
 from mljobs.cli import _output as output
 from mljobs.cli._listing import print_summaries
 from mljobs.cli._options import (
-    FILTER_HELP,
     AllOption,
     DryRunOption,
     IdsOrFilterArgument,
@@ -30,13 +29,6 @@ if TYPE_CHECKING:
     from mljobs.store._store import JobStore
 
 _SHOWN = 5
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the commands to the application."""
-    for command in (cancel, retry):
-        app.command(epilog=FILTER_HELP)(command)
-    app.command(epilog=FILTER_HELP)(prune)
 
 
 def cancel(

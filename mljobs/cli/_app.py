@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from mljobs.cli import _settings
+from mljobs.cli._options import FILTER_HELP
 from mljobs.cli._parameters import spare_pydantic
 
 _CLICK_ERROR: Any = typer.BadParameter.__mro__[2]
@@ -24,37 +25,45 @@ _INTERRUPTED: Final = 130
 
 
 class Command(NamedTuple):
-    """Where a command is defined, and what the list of commands says about it."""
+    """A command: the module of the function of its name, and what the list of commands says about it.
+
+    Attributes:
+        module: The module's name in ``mljobs.cli``.
+        panel: The part of the list.
+        help: One sentence.
+        filters: Whether it takes a filter, which its help then explains.
+    """
 
     module: str
     panel: str
     help: str
+    filters: bool = False
 
 
 COMMANDS: Final = {
     "submit": Command("_submitting", "Jobs", "Queue a job."),
-    "list": Command("_listing", "Jobs", "List jobs, the newest first."),
+    "list": Command("_listing", "Jobs", "List jobs, the newest first.", filters=True),
     "show": Command("_showing", "Jobs", "Show all of a job."),
-    "watch": Command("_following", "Jobs", "Follow jobs while they run."),
+    "watch": Command("_following", "Jobs", "Follow jobs while they run.", filters=True),
     "wait": Command("_following", "Jobs", "Wait until jobs have finished; the exit code says how."),
-    "cancel": Command("_acting", "Jobs", "Cancel queued and running jobs."),
-    "retry": Command("_acting", "Jobs", "Queue finished jobs once more."),
+    "cancel": Command("_acting", "Jobs", "Cancel queued and running jobs.", filters=True),
+    "retry": Command("_acting", "Jobs", "Queue finished jobs once more.", filters=True),
     "lineage": Command("_showing", "Jobs", "Show all tries of the same work."),
     "compare-runs": Command("_comparing", "Jobs", "Show parameters and metrics of jobs side by side."),
-    "best": Command("_comparing", "Jobs", "Show the best runs on a target, by a metric."),
+    "best": Command("_comparing", "Jobs", "Show the best runs on a target, by a metric.", filters=True),
     "board": Command("_board", "Workers", "Serve the board, where people look."),
     "stats": Command("_looking", "Workers", "Show by kind what waits, runs and finished."),
     "workers": Command("_looking", "Workers", "Show the workers that hold jobs."),
     "work": Command("_work", "Workers", "Run a worker of yours."),
     "rescue": Command("_looking", "Workers", "Requeue the jobs of workers that fell silent."),
-    "prune": Command("_acting", "Tables", "Delete finished jobs past their time."),
+    "prune": Command("_acting", "Tables", "Delete finished jobs past their time.", filters=True),
     "upgrade": Command("_schema", "Tables", "Bring the tables up to date."),
     "downgrade": Command("_schema", "Tables", "Take the tables back to an earlier version."),
     "current": Command("_schema", "Tables", "Say which version the tables are at."),
     "verify": Command("_schema", "Tables", "Check tables, indexes and the guard."),
     "stamp": Command("_schema", "Tables", "Say which version tables made otherwise are."),
     "demo": Command("_demo", "Tables", "Train a real model as a job, and see it guarded."),
-    "export": Command("_transfer", "Files", "Write jobs to a file."),
+    "export": Command("_transfer", "Files", "Write jobs to a file.", filters=True),
     "import": Command("_transfer", "Files", "Read jobs from a file."),
     "compare": Command("_audit", "Files", "Compare finished jobs with an earlier export."),
     "digest": Command("_audit", "Files", "Write or check a line for each day's jobs."),
@@ -106,7 +115,11 @@ class LazyGroup(TyperGroup):
 @cache
 def _commands_of(module: str) -> dict[str, Any]:
     part = typer.Typer(rich_markup_mode=None, context_settings=_CONTEXT)
-    import_module(f"mljobs.cli.{module}").add_to(part)
+    functions = vars(import_module(f"mljobs.cli.{module}"))
+    for name, command in COMMANDS.items():
+        if command.module == module:
+            function = functions.get(f"{name}_") or functions[name.replace("-", "_")]  # list_ and import_
+            part.command(name, epilog=FILTER_HELP if command.filters else None)(function)
     part.callback()(_nothing)  # more than one command, whatever the module has
     group: Any = typer.main.get_command(part)
     return dict(group.commands)

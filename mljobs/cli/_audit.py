@@ -16,12 +16,6 @@ if TYPE_CHECKING:
     from mljobs.transfer import DigestLine
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the commands to the application."""
-    app.command("compare")(compare)
-    app.command("digest")(digest)
-
-
 def compare(
     file: Annotated[str, FileArgument],
     *,

@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(board)
-
-
 def board(
     *,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",

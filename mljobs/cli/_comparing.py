@@ -11,7 +11,6 @@ import typer
 
 from mljobs.cli import _output as output
 from mljobs.cli._options import (
-    FILTER_HELP,
     FieldsOption,
     FilterArgument,
     IdsArgument,
@@ -23,12 +22,6 @@ from mljobs.cli._options import (
 from mljobs.cli._settings import open_store
 
 _CELL = 18
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the commands to the application."""
-    app.command("compare-runs")(compare_runs)
-    app.command(epilog=FILTER_HELP)(best)
 
 
 def compare_runs(

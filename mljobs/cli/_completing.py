@@ -81,11 +81,6 @@ complete -c mljobs -f -a '(__mljobs_complete)'
 """The script for each shell."""
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(completion)
-
-
 def completion(shell: Annotated[str, typer.Argument(help="bash, zsh or fish.")]) -> None:
     """Print the script that teaches a shell the commands, options, kinds, states, targets and ids of recent jobs.
 

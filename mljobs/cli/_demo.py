@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -18,11 +17,6 @@ from mljobs.errors import TerminalStateError
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobKind
 from mljobs.store._store import JobStore
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(demo)
 
 
 def demo() -> None:

@@ -15,7 +15,6 @@ import typer
 
 from mljobs.cli import _output as output
 from mljobs.cli._options import (
-    FILTER_HELP,
     IdsArgument,
     IdsOrFilterArgument,
     JsonOption,
@@ -40,12 +39,6 @@ _METRICS_READ = 4000
 _TimeoutOption = Annotated[
     str | None, typer.Option("--timeout", help="Give up after this span, e.g. 30m; exit code 5.", show_default=False)
 ]
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the commands to the application."""
-    app.command(epilog=FILTER_HELP)(watch)
-    app.command()(wait)
 
 
 def wait(jobs: IdsArgument, *, timeout: _TimeoutOption = None, as_json: JsonOption = False) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mljobs.cli import _output as output
-from mljobs.cli._options import FILTER_HELP, FieldsOption, FilterArgument, JsonOption, ScanOption, parsed
+from mljobs.cli._options import FieldsOption, FilterArgument, JsonOption, ScanOption, parsed
 from mljobs.cli._settings import open_store
 
 if TYPE_CHECKING:
@@ -21,11 +21,6 @@ TABBED = (
     *("worker", "error_line"),
 )
 """The fields of ``list`` without a terminal."""
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("list", epilog=FILTER_HELP)(list_)
 
 
 def list_(

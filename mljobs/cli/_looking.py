@@ -19,12 +19,6 @@ if TYPE_CHECKING:
 _HOLDS = ("id", "kind", "target_name", "status", "progress", "acquired_at", "expires_at")
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the commands to the application."""
-    for command in (stats, workers, rescue):
-        app.command()(command)
-
-
 def stats(
     *,
     over: Annotated[str, typer.Option(help="How far back finished jobs are counted.")] = "1d",

@@ -9,12 +9,6 @@ import typer
 from mljobs.cli._settings import job_class, settings
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the commands to the application."""
-    for command in (upgrade, downgrade, current, verify, stamp):
-        app.command()(command)
-
-
 def upgrade(revision: Annotated[str, typer.Argument(help="How far.")] = "head") -> None:
     """Bring the tables up to date; make them where there are none.
 

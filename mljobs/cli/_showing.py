@@ -6,20 +6,12 @@ import json
 import sys
 from typing import Any
 
-import typer
-
 from mljobs.cli import _output as output
 from mljobs.cli._listing import print_summaries
 from mljobs.cli._options import FieldsOption, IdArgument, JsonOption
 from mljobs.cli._settings import open_store
 
 _JSON_FIELDS = ("id", "kind", "target_name", "status", "created_at", "started_at", "finished_at", "attempts", "worker")
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the commands to the application."""
-    for command in (show, lineage):
-        app.command()(command)
 
 
 def show(job: IdArgument, *, as_json: JsonOption = False, fields: FieldsOption = None) -> None:

@@ -11,11 +11,6 @@ from mljobs.cli._options import JsonOption, spec_text, time_option
 from mljobs.cli._settings import job_class, open_store
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(submit)
-
-
 def submit(
     kind: Annotated[str, typer.Argument(help="What to do, e.g. train.")],
     target: Annotated[str, typer.Argument(help="What to do it on.")],

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from mljobs.cli._options import FILTER_HELP, FilterArgument, parsed
+from mljobs.cli._options import FilterArgument, parsed
 from mljobs.cli._settings import open_store
 
 if TYPE_CHECKING:
@@ -23,12 +23,6 @@ _PATIENCE: Final = 1.0
 """Seconds before a bar is shown: what ends sooner needs none."""
 
 FileArgument = typer.Argument(help="The file; .gz and .zst are compressed; - for the standard stream.")
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the commands to the application."""
-    app.command("export", epilog=FILTER_HELP)(export)
-    app.command("import")(import_)
 
 
 def export(

@@ -23,11 +23,6 @@ logger = logging.getLogger("mljobs")
 _VARIABLE = "MLJOBS_DATABASE_URL"
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(work)
-
-
 def work(
     ctx: typer.Context,
     worker: Annotated[

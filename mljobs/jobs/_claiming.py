@@ -37,7 +37,7 @@ from mljobs.jobs._base import (
 from mljobs.jobs._claims import Claim, ClaimedRows, Lease, UnreadJob
 from mljobs.jobs._picking import pick_statement, queued_jobs, with_limit
 from mljobs.jobs._records import is_ml_job, loaded
-from mljobs.jobs._refusals import refusal, state_of
+from mljobs.jobs._refusals import refusal_and_start, state_of
 from mljobs.jobs._refusing import ROUNDS, start_refusal, unless_target_taken, without_waiting
 from mljobs.jobs._starting import LEASE_COLUMNS, lease_values, place_of, start_in_turn
 from mljobs.jobs._statements import constant, expiry_of, in_rows, moments
@@ -170,7 +170,7 @@ def claim_one(
     connection = connection_of(session, model)
     if state_of(connection, model, job_id) is MlJobStatus.QUEUED:
         raise TargetLockedError(job_id)
-    raise refusal(connection, model, job_id, MlJobStatus.RUNNING)
+    raise refusal_and_start(connection, model, job_id, MlJobStatus.RUNNING)[0]
 
 
 # --------------------------------------------------------------------------------------------------------- the claim

@@ -33,17 +33,10 @@ def state_of(connection: Connection, model: Model, job_id: UUID) -> MlJobStatus:
     return status
 
 
-def refusal(
-    connection: Connection, model: Model, job_id: UUID, wanted: MlJobStatus
-) -> TerminalStateError | InvalidTransitionError | JobNotFound:
-    """Return the error that says why the job did not become ``wanted``."""
-    return refusal_and_start(connection, model, job_id, wanted)[0]
-
-
 def refusal_and_start(
     connection: Connection, model: Model, job_id: UUID, wanted: MlJobStatus
 ) -> tuple[TerminalStateError | InvalidTransitionError | JobNotFound, datetime | None]:
-    """Return what ``refusal`` returns, and when the job was started."""
+    """Return the error that says why the job did not become ``wanted``, and when the job was started."""
     rows = _state(model).rows(connection, {"id": job_id})
     if not rows:
         return JobNotFound(job_id), None

@@ -27,16 +27,7 @@ from mljobs.record._companions import add_companions
 from mljobs.record._declaring import check_body
 from mljobs.record._html import job_html
 from mljobs.record._sql import epoch_millis, first_line_of, json_number
-from mljobs.record._values import (
-    NUMBERS,
-    TEXTS,
-    TIMES,
-    check_number,
-    check_text,
-    check_time,
-    error_text,
-    worker_name,
-)
+from mljobs.record._values import CHECKS, error_text, worker_name
 from mljobs.states import TERMINAL, MlJobKind, MlJobStatus
 
 KV_NAMES = frozenset(field.name for field in KV_FIELDS)
@@ -255,17 +246,9 @@ class MlJobMixin:
 
     # ------------------------------------------------------------------------------------------------ what it refuses
 
-    @validates(*TEXTS)
-    def _check_text(self, field: str, value: Any) -> Any:
-        return value if is_expression(value) else check_text(field, value, type(self).__kinds__)
-
-    @validates(*NUMBERS)
-    def _check_number(self, field: str, value: Any) -> Any:
-        return value if is_expression(value) else check_number(field, value)
-
-    @validates(*TIMES)
-    def _check_time(self, field: str, value: Any) -> Any:
-        return value if is_expression(value) else check_time(field, value)
+    @validates(*CHECKS)
+    def _check(self, field: str, value: Any) -> Any:
+        return value if is_expression(value) else CHECKS[field](field, value, type(self).__kinds__)
 
     # ------------------------------------------------------------------------------------------------ its legal outcomes
 

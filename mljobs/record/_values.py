@@ -12,27 +12,6 @@ from mljobs._values import EPOCH, MAX_MS, from_millis, storable_text, to_job_id,
 from mljobs.errors import InvalidValueError
 from mljobs.states import MlJobStatus
 
-TEXTS = tuple(field.name for field in FIELDS if field.form in {"id", "token", "text", "json"})
-"""The fields whose values ``check_text`` judges."""
-NUMBERS = tuple(field.name for field in FIELDS if field.form in {"small", "flag"})
-"""The fields whose values ``check_number`` judges."""
-TIMES = tuple(field.name for field in FIELDS if field.form == "time")
-"""The fields whose values ``check_time`` judges."""
-
-
-def check_text(field: str, value: Any, kinds: type[StrEnum]) -> Any:
-    """Return an id, a token, a text or JSON text as the record holds it.
-
-    Args:
-        field: One of ``TEXTS``.
-        value: What was given.
-        kinds: The enum of the column ``kind``.
-
-    Raises:
-        InvalidValueError: The field cannot hold it.
-    """
-    return _CHECKS[BY_NAME[field].form](field, value, kinds)
-
 
 def _check_id(field: str, value: Any, _kinds: type[StrEnum]) -> Any:
     return None if value is None and BY_NAME[field].nullable else to_job_id(value, field)
@@ -48,27 +27,16 @@ def _check_string(field: str, value: Any, _kinds: type[StrEnum]) -> Any:
     return value
 
 
-_CHECKS: dict[str, Callable[[str, Any, type[StrEnum]], Any]] = {
-    "id": _check_id,
-    "token": _check_token,
-    "text": _check_string,
-    "json": _check_string,
-}
-
-
 _LIMITS = {field.name: field.limits for field in FIELDS if field.limits is not None}
 
 
-def check_number(field: str, value: Any) -> Any:
-    """Return a number or flag as the record holds it.
+def _check_flag(field: str, value: Any, _kinds: type[StrEnum]) -> Any:
+    if not isinstance(value, bool):
+        raise InvalidValueError(field, value, "expected True or False")
+    return value
 
-    Raises:
-        InvalidValueError: Another type, or a number outside the field's limits.
-    """
-    if BY_NAME[field].form == "flag":
-        if not isinstance(value, bool):
-            raise InvalidValueError(field, value, "expected True or False")
-        return value
+
+def _check_number(field: str, value: Any, _kinds: type[StrEnum]) -> Any:
     low, high = _LIMITS[field]
     # NumPy's integers have __index__ too
     if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -79,12 +47,7 @@ def check_number(field: str, value: Any) -> Any:
     return number
 
 
-def check_time(field: str, value: Any) -> Any:
-    """Return a time as the record holds it.
-
-    Raises:
-        InvalidValueError: No ``datetime`` with a time zone, or before 1970; or None where every record has one.
-    """
+def _check_time(field: str, value: Any, _kinds: type[StrEnum]) -> Any:
     if value is None:
         if not BY_NAME[field].nullable:
             raise InvalidValueError(field, value, "every job has one")
@@ -101,6 +64,23 @@ def check_time(field: str, value: Any) -> Any:
 
 _LATEST_RUN_AFTER = from_millis(MAX_MS) - timedelta(days=1)
 """Within a day of the year 10000 a server east of UTC writes a date that no driver reads."""
+
+
+_CHECK_OF_FORM: dict[str, Callable[[str, Any, type[StrEnum]], Any]] = {
+    "id": _check_id,
+    "token": _check_token,
+    "text": _check_string,
+    "json": _check_string,
+    "small": _check_number,
+    "flag": _check_flag,
+    "time": _check_time,
+}
+CHECKS = {field.name: _CHECK_OF_FORM[field.form] for field in FIELDS if field.form in _CHECK_OF_FORM}
+"""By the name of a field: takes that name, a value and the enum of kinds; returns the value as the record holds it.
+
+Raises:
+    InvalidValueError: The field cannot hold it.
+"""
 
 
 def error_text(error: object) -> str:
