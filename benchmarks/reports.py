@@ -21,7 +21,7 @@ from mljobs import JobStore, schema
 from mljobs._values import utc_now
 from mljobs.jobs import WorkerInfo
 from mljobs.jobs._holding import Report
-from mljobs.jobs._workers import register_worker, see_worker
+from mljobs.jobs._workers import register_worker, update_worker
 from tests import postgres
 
 JOBS, ROUNDS, BIG = 1_000, 15, 100_000
@@ -133,7 +133,7 @@ def measure(dialect: str, open_store: Callable[[str], JobStore]) -> None:
     def seen(number: int) -> None:
         heartbeat(number)
         with small.connect(atomic=False) as bind:
-            assert see_worker(bind, worker)
+            assert update_worker(bind, worker)
 
     beats: dict[str, Callable[[int], object]] = {"leases": heartbeat, "leases, and the worker is seen": seen}
     measured(beats, dict.fromkeys(beats, small), postgres_=dialect == "postgresql")

@@ -1,4 +1,4 @@
-"""The fields of a record, once: what each is called, holds, and who may set it.
+"""The one table of the record's fields: name, type, default, who sets it.
 
 The columns of the mixins, the guard's list, COPY, Arrow, the transfer of records and what a retry takes over derive from
 ``FIELDS``. For a field that is added here, tests name the places that do not derive from it.

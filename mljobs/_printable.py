@@ -1,4 +1,4 @@
-"""Text for people: without what a terminal, a log or a page would obey; and spans of time."""
+"""Text for people: control characters escaped; and spans of time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversions and checks of values: what each field takes, refuses and turns into. No database, no SQLAlchemy."""
+"""Conversions and checks of values, without a database and without SQLAlchemy."""
 
 from __future__ import annotations
 

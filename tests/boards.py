@@ -17,7 +17,7 @@ from mljobs import JobStore, MlJob
 from mljobs._values import utc_now
 from mljobs.board import Access, create_app
 from mljobs.jobs import WorkerInfo, WorkerState
-from mljobs.jobs._workers import register_worker, see_worker
+from mljobs.jobs._workers import register_worker, update_worker
 
 BASE = "http://testserver"
 FORM = {"Sec-Fetch-Site": "same-origin", "Content-Type": "application/x-www-form-urlencoded"}
@@ -42,7 +42,7 @@ def worker(
         known = register_worker(
             bind, WorkerInfo(name, "host-1", 7, kinds, concurrency, "1.0", now, now), model=store.model
         )
-        see_worker(bind, known, state, model=store.model)
+        update_worker(bind, known, state, model=store.model)
 
 
 ERROR = """\

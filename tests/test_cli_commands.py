@@ -29,7 +29,7 @@ from mljobs.cli import _output as output
 from mljobs.cli._screen import Screen
 from mljobs.contrib.pydantic import MlJobRead
 from mljobs.jobs import WorkerInfo, WorkerState
-from mljobs.jobs._workers import register_worker, see_worker
+from mljobs.jobs._workers import register_worker, update_worker
 from tests.cases import case
 from tests.fork_server import ForkServer
 from tests.test_cli import run
@@ -422,7 +422,7 @@ def register(store: JobStore, name: str, state: WorkerState = WorkerState.RUNNIN
     now = utc_now()
     with store.connect() as bind:
         known = register_worker(bind, WorkerInfo(name, "node7", 41, ("train",), 4, "1.0", now, now))
-        see_worker(bind, known, state)
+        update_worker(bind, known, state)
 
 
 def test_workers_are_seen_busy_idle_stopping_silent_and_gone(

@@ -17,7 +17,7 @@ from mljobs._values import utc_now
 from mljobs.errors import InvalidValueError
 from mljobs.guards._overview import Overview, overview_ddl, view_ddl
 from mljobs.jobs import WorkerInfo, WorkerState
-from mljobs.jobs._workers import register_worker, see_worker
+from mljobs.jobs._workers import register_worker, update_worker
 
 
 def _row(engine: Engine, job_id: Any) -> Any:
@@ -124,7 +124,7 @@ def test_a_queued_job_says_what_it_waits_for(engine: Engine) -> None:
         worker = _register(store, "train", "drift_compute")
         assert _notes(engine, jobs)[2:] == [None, "no worker handles this kind"]
         with store.connect() as bind:
-            see_worker(bind, worker, WorkerState.STOPPING)
+            update_worker(bind, worker, WorkerState.STOPPING)
         assert _notes(engine, jobs)[2:] == ["no worker is running"] * 2
         _register(store, "backfill")
         assert _notes(engine, jobs)[2:] == ["no worker handles this kind", None]
@@ -237,7 +237,7 @@ def test_a_kind_with_quotes_is_not_taken_for_the_one_inside(host: Engine) -> Non
             for name, state in (("w", WorkerState.RUNNING), ("x", WorkerState.GONE)):
                 kinds = ('a "train" \u00e9\\',) if name == "w" else ("train",)
                 worker = register_worker(bind, WorkerInfo(name, "h", 7, kinds, 1, "1", now, now), model=Run)
-                see_worker(bind, worker, state, model=Run)
+                update_worker(bind, worker, state, model=Run)
         store.submit(OddKind.QUOTED, "b")
     with host.connect() as connection:
         rows = connection.execute(text('SELECT target_name, note FROM "odd runs seen" ORDER BY 1')).all()

@@ -18,7 +18,7 @@ from mljobs import AsyncJobStore, InvalidValueError, JobStore, MlJob, MlJobStatu
 from mljobs._values import utc_now
 from mljobs.cli._work import load_worker
 from mljobs.jobs import WorkerInfo, WorkerState
-from mljobs.jobs._workers import SILENT_AFTER, register_worker, see_worker
+from mljobs.jobs._workers import SILENT_AFTER, register_worker, update_worker
 from mljobs.store._keeper import Keeper
 from mljobs.store._run import Run
 from tests.backends import Backend
@@ -129,7 +129,7 @@ def test_names_are_unique_among_the_living_and_used_again_after(
     assert names == ["w-3"] == [store.get(job.id).worker]
     assert "another worker is named w: this one is w-3" in caplog.text
     with store.connect() as bind:
-        assert see_worker(bind, first, GONE)
+        assert update_worker(bind, first, GONE)
     assert register(store).name == "w"
     age(store, "w-2", SILENT_AFTER + timedelta(seconds=5))
     assert [seen.name for seen in store.workers()] == ["w"]
@@ -143,8 +143,8 @@ def test_a_row_that_another_took_is_not_written_by_the_first(store: JobStore) ->
         connection.execute(sa.update(WORKERS).values(started_at=utc_now() - timedelta(hours=1)))
     second = replace(first, started_at=store.workers(gone=True)[0].started_at)
     with store.connect() as bind:
-        assert not see_worker(bind, first)
-        assert see_worker(bind, second)
+        assert not update_worker(bind, first)
+        assert update_worker(bind, second)
 
 
 def test_rows_go_by_themselves_when_their_workers_are_gone_for_a_day(store: JobStore) -> None:
@@ -166,7 +166,7 @@ def test_a_keeper_calls_once_for_each_renewal_with_leases_and_without(engine: sa
         def renew() -> None:
             statements.clear()
             with store.connect(atomic=False) as bind:
-                see_worker(bind, seen)
+                update_worker(bind, seen)
             calls.append(sum("ml_job_workers" in statement for statement in statements))
 
         with Keeper(store, 60, every=0.01, on_renewal=renew) as keeper:

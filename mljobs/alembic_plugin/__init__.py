@@ -1,4 +1,4 @@
-"""Alembic, at home with job tables: for the ``env.py`` and the migrations of a host whose models have ``MlJobMixin``.
+"""The plugin for Alembic: job tables in the ``env.py`` and the migrations of a host whose models have ``MlJobMixin``.
 
 - :mod:`~mljobs.alembic_plugin._operations`: ``op.create_mljobs_guard`` and ``op.drop_mljobs_guard``;
 - :mod:`~mljobs.alembic_plugin._views`: ``op.create_mljobs_overview`` and ``op.drop_mljobs_overview``;
@@ -29,7 +29,7 @@ def setup(plugin: Any) -> None:
     from alembic.util import DispatchPriority  # noqa: PLC0415
 
     for each in (plugin, Plugin("alembic.autogenerate.mljobs")):
-        each.add_autogenerate_comparator(_pass_over, "schema", "mljobs_first", priority=DispatchPriority.FIRST)
+        each.add_autogenerate_comparator(_hide_own_tables, "schema", "mljobs_first", priority=DispatchPriority.FIRST)
         each.add_autogenerate_comparator(_compare, "schema", "mljobs", priority=DispatchPriority.LAST)
 
 
@@ -39,10 +39,10 @@ def _compare(context: Any, upgrade: Any, schemas: Iterable[str | None]) -> Any:
     compare(context, upgrade, schemas)
 
 
-def _pass_over(context: Any, _upgrade: Any, schemas: Iterable[str | None]) -> Any:
-    from mljobs.alembic_plugin._comparing import pass_over  # noqa: PLC0415 - as above
+def _hide_own_tables(context: Any, _upgrade: Any, schemas: Iterable[str | None]) -> Any:
+    from mljobs.alembic_plugin._comparing import hide_own_tables  # noqa: PLC0415 - as above
 
-    pass_over(context, schemas)
+    hide_own_tables(context, schemas)
 
 
 class _ModuleOrModules(ModuleType):
@@ -62,4 +62,4 @@ except ImportError:  # before 1.18
     from alembic.autogenerate.compare import comparators
 
     comparators.dispatch_for("schema")(_compare)
-    getattr(comparators, "_registry")["schema", "default"].insert(0, _pass_over)  # noqa: B009 - it has no priorities
+    getattr(comparators, "_registry")["schema", "default"].insert(0, _hide_own_tables)  # noqa: B009 - it has no priorities

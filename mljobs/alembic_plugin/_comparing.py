@@ -1,4 +1,4 @@
-"""What autogenerate and ``alembic check`` see of job tables, after Alembic's own comparison of tables.
+"""Compare job tables for autogenerate and ``alembic check``, after Alembic's own comparison of tables.
 
 - A new job table gets its guard, one that goes loses it first.
 - A guard that is missing, incomplete, altered or of another release is put up anew; so are our CHECKs and indexes, where
@@ -60,23 +60,23 @@ def compare(context: Any, upgrade: Any, schemas: Iterable[str | None]) -> None:
     job_tables = {place: table for place, table in _tables_of(context).items() if "mljobs" in table.info}
     searched = list(schemas)
     guarded = _guarded(connection, searched)
-    _keep_what_is_ours(upgrade, {*job_tables, *guarded})
+    _keep_own_tables(upgrade, {*job_tables, *guarded})
     _drop_guards_first(connection, upgrade, guarded)
     _drop_overviews_first(connection, upgrade, searched)
-    _see_what_reflection_does_not(connection, upgrade, guarded)
-    _put_up_guards_of_new_tables(upgrade, job_tables)
+    _restore_what_reflection_loses(connection, upgrade, guarded)
+    _create_guards_of_new_tables(upgrade, job_tables)
     for (schema, name), table in job_tables.items():
         if schema in searched and _is_compared(context, table, schema):
             _repair(connection, upgrade, table, schema, name)
             _add_missing_overview(connection, upgrade, table, schema)
-    _ignore_what_the_database_has_not(connection, upgrade, context.sorted_tables)
-    _warn_of_what_sqlite_cannot_alter(context, upgrade)
+    _ignore_other_dialects(connection, upgrade, context.sorted_tables)
+    _warn_of_altered_checks(context, upgrade)
 
 
 # ------------------------------------------------------------------------------------------------- what is not theirs
 
 
-def pass_over(context: Any, schemas: Iterable[str | None]) -> None:
+def hide_own_tables(context: Any, schemas: Iterable[str | None]) -> None:
     """Let Alembic's own comparison not see what is ours, which it would log as removed, line by line.
 
     A table of ours that is in the host's metadata as well is the host's to compare.
@@ -120,7 +120,7 @@ def _beside(job_tables: Iterable[tuple[str | None, str]]) -> set[tuple[str | Non
     return {(schema, companion_names(name)[role]) for schema, name in job_tables for role in ("guard", "counts")}
 
 
-def _keep_what_is_ours(upgrade: Any, job_tables: Iterable[tuple[str | None, str]]) -> None:
+def _keep_own_tables(upgrade: Any, job_tables: Iterable[tuple[str | None, str]]) -> None:
     """Take out every drop of our own tables, and of what stands beside a job table."""
     beside = _beside(job_tables)
     dropped = {_place(found) for found in upgrade.ops if isinstance(found, ops.DropTableOp)}
@@ -163,7 +163,7 @@ _INDEXES = text("""\
 SELECT indexname, indexdef FROM pg_indexes WHERE tablename = :name AND schemaname = coalesce(:schema, current_schema())""")
 
 
-def _see_what_reflection_does_not(connection: Connection, upgrade: Any, guarded: set[tuple[str | None, str]]) -> None:
+def _restore_what_reflection_loses(connection: Connection, upgrade: Any, guarded: set[tuple[str | None, str]]) -> None:
     """Give the way back what reflection does not see: on SQLite the tokens' AUTOINCREMENT and the order of the indexes.
 
     On PostgreSQL, with an older SQLAlchemy, the operators by which an index compares names.
@@ -222,7 +222,7 @@ def _stored_kinds(connection: Connection, name: str, schema: str | None) -> list
     return []
 
 
-def _put_up_guards_of_new_tables(upgrade: Any, job_tables: dict[tuple[str | None, str], Table]) -> None:
+def _create_guards_of_new_tables(upgrade: Any, job_tables: dict[tuple[str | None, str], Table]) -> None:
     for create in [found for found in upgrade.ops if isinstance(found, ops.CreateTableOp)]:
         for mark in [name for name in create.info if str(name).startswith("mljobs")]:
             del create.info[mark]  # for this process, not for a migration
@@ -321,7 +321,7 @@ def _indexes(table: Table, parts: Iterable[Part], changed: set[str]) -> Iterator
             yield ops.CreateIndexOp.from_index(named[part.name])
 
 
-def _ignore_what_the_database_has_not(connection: Connection, upgrade: Any, tables: Iterable[Table]) -> None:
+def _ignore_other_dialects(connection: Connection, upgrade: Any, tables: Iterable[Table]) -> None:
     """Take out differences that are none: a CHECK for the other database, the IDENTITY of a lease's token on SQLite."""
     dialect_name = connection.dialect.name
     checks = [check for table in tables for check in table.constraints if isinstance(check, DialectCheck)]
@@ -338,7 +338,7 @@ def _ignore_what_the_database_has_not(connection: Connection, upgrade: Any, tabl
             upgrade.ops.remove(table_ops)
 
 
-def _warn_of_what_sqlite_cannot_alter(context: Any, upgrade: Any) -> None:
+def _warn_of_altered_checks(context: Any, upgrade: Any) -> None:
     """Warn of a revision that SQLite would leave half way, with what stands before it done."""
     if context.connection.dialect.name != "sqlite" or context.opts.get("render_as_batch"):
         return

@@ -1,4 +1,4 @@
-"""``op.create_mljobs_guard`` and ``op.drop_mljobs_guard``: what stands beside a job table, as operations of a migration."""
+"""``op.create_mljobs_guard`` and ``op.drop_mljobs_guard``: the companions of a job table, as operations of a migration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A host's new revision never lands among ours.
+"""Keep a host's new revision out of our directory of revisions.
 
 With one history Alembic puts a revision beside the head it follows. Where the only head is ours, the host's first one would
 go into the installed package, and every database that mljobs upgrades would get it. No event of Alembic comes before that

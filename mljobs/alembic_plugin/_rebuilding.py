@@ -1,4 +1,4 @@
-"""A batch that rebuilds a SQLite table keeps its guard.
+"""Keep the guard of a SQLite table that ``batch_alter_table`` rebuilds.
 
 SQLite cannot alter much in place, so ``batch_alter_table`` makes a new table, copies the rows, drops the old table and
 gives the new one its name. The triggers go with the old table, and the view that reads it stands in the way of the new

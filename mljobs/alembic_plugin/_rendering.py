@@ -1,4 +1,4 @@
-"""Our column types and CHECKs in the text of a migration: importable, and frozen where an enum would not be."""
+"""Write our column types and CHECKs into the text of a migration; tokens as text, for an enum may change later."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from mljobs._values import utc_now
 from mljobs.board._demo import SEED, WORKS, History, Work, failures
 from mljobs.errors import MlJobsError
 from mljobs.jobs import Claim, WorkerInfo, WorkerState
-from mljobs.jobs._workers import register_worker, see_worker
+from mljobs.jobs._workers import register_worker, update_worker
 from mljobs.record._models import MlJob
 from mljobs.states import MlJobKind, MlJobStatus
 from mljobs.store._store import JobStore
@@ -131,7 +131,7 @@ class Live:
         self._store.renew([claim for claim, _, _ in self._held.values()], lease=60)
         with self._store.connect() as bind:
             for worker in self._seen:
-                see_worker(bind, worker, WorkerState.STOPPING if worker.name == _STOPPING else WorkerState.RUNNING)
+                update_worker(bind, worker, WorkerState.STOPPING if worker.name == _STOPPING else WorkerState.RUNNING)
         for key, (claim, work, before) in list(self._held.items()):
             percent = before + self._pace * 100 / work.usual * (1 if work.usual > 600 else 2)
             self._held[key] = claim, work, percent

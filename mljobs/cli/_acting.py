@@ -1,4 +1,4 @@
-"""``cancel``, ``retry`` and ``prune``: what acts on jobs. On many it shows first what it would do, and asks."""
+"""``cancel``, ``retry`` and ``prune``: change jobs. Before they change many, they show which, and ask."""
 
 from __future__ import annotations
 

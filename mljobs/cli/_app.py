@@ -1,4 +1,4 @@
-"""The commands put together, each loaded when it is called, and how errors are told: one line on stderr, no traceback."""
+"""The application: the table of commands, each loaded when it is called; and errors as one line on standard error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the shell completes, and the scripts that ask for it: ours, for what others wrote must not be run by a shell.
+"""Completion in shells: the candidates, and scripts of our own that ask for them.
 
 Typer's script for zsh hands candidates to ``eval``, where a target named ``\\$(command)`` runs; its script for bash cuts
 ``status:failed`` at the colon. These read lines, a candidate and its help with a tab between, and evaluate nothing.

@@ -1,4 +1,4 @@
-"""``mljobs demo``: a real training job lives its life, and the database then refuses to change it."""
+"""``mljobs demo``: run a real training job, then show that the database refuses to change it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command says when something fails: one line, with what to do."""
+"""The message and the exit code for an error: one line, with what to do."""
 
 from __future__ import annotations
 

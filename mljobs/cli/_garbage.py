@@ -1,4 +1,4 @@
-"""When Python looks for garbage: seldom while modules are imported, which leave none; it took a third of the start."""
+"""Collect garbage seldom while modules are imported: they leave none, and it took a third of the start."""
 
 from __future__ import annotations
 

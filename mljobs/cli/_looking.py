@@ -1,4 +1,4 @@
-"""``stats``, ``workers`` and ``rescue``: what goes on, who does it, and what is left by those who fell silent."""
+"""``stats``, ``workers`` and ``rescue``: figures by kind, the workers, and the jobs of workers that are gone."""
 
 from __future__ import annotations
 

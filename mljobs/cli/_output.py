@@ -1,4 +1,4 @@
-"""How things are shown: JSON for programs, tabs without a terminal, a table that fits for people."""
+"""Print results: as JSON, with tabs where there is no terminal, or as a table that fits the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Some lines of a terminal that are drawn again and again in one place."""
+"""Lines of a terminal that are drawn again in the same place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the jobs are: what the options, the environment and ``pyproject.toml`` say, in this order."""
+"""The database and the job class: from the options, the environment or ``pyproject.toml``, in this order."""
 
 from __future__ import annotations
 

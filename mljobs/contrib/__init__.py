@@ -1,4 +1,4 @@
-"""Into other people's frameworks: each module here needs its framework, and nothing else of mljobs needs the module.
+"""Modules for frameworks: each needs its framework, and no other module of mljobs needs it.
 
 - :mod:`mljobs.contrib.starlette`, :mod:`mljobs.contrib.fastapi`, :mod:`mljobs.contrib.flask`,
   :mod:`mljobs.contrib.litestar`, :mod:`mljobs.contrib.django`: our errors as HTTP answers, by ``mljobs.contrib.problems``

@@ -1,1 +1,1 @@
-"""The two databases: engines, prepared statements, bulk transfer, waiting for a server, waking of sleepers."""
+"""The two databases: engines, cached connections, prepared statements, COPY, timeouts, notifications."""

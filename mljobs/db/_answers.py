@@ -1,4 +1,4 @@
-"""The rows of an answer; of psycopg's the values are made when somebody asks for them.
+"""The rows that a statement returned; with psycopg, Python values are made when they are asked for.
 
 A busy worker claims a thousand jobs and looks at two columns of each; the values of all columns would take longer to make
 than all else that it does around a job.

@@ -1,4 +1,4 @@
-"""What an operation runs on: whatever SQLAlchemy lets a host call a session, or a connection."""
+"""``Bind``: the session or connection on which an operation runs."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from sqlalchemy.util import greenlet_spawn
 from mljobs.db import _forks
 from mljobs.db._engines import at_level
 from mljobs.db._failures import is_locked
-from mljobs.db._prepared import LOCK_TURNS, is_unwatched
+from mljobs.db._prepared import LOCK_TURNS, has_no_listeners
 
 R = TypeVar("R")
 
@@ -204,7 +204,7 @@ class _Use:
         try:
             if not cache.begins:
                 self.since = time.monotonic()
-            elif kind is None and not is_unwatched(connection):
+            elif kind is None and not has_no_listeners(connection):
                 connection.commit()
             elif kind is None:
                 _commit(connection)

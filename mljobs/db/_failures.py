@@ -1,4 +1,4 @@
-"""Which errors of a database a later attempt may not meet again."""
+"""Errors of the database: which may be over at a later attempt, and their text for a log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Send a statement that was compiled once, its parameters and rows still passing through its types.
+"""Statements that are compiled once and sent often; SQLAlchemy's types still convert parameters and rows.
 
 ``Connection.execute`` spends as much time around a small statement as PostgreSQL spends on it. Operations that run a
 thousand times a second go through here instead: SQLAlchemy writes the text once for each dialect, and the driver's
@@ -155,7 +155,7 @@ class Prepared:
         else:
             compiled = self._text(connection.dialect, schemas or {})
         values = compiled.parameters(parameters)
-        if is_unwatched(connection):
+        if has_no_listeners(connection):
             return _by_cursor(connection, compiled, values, late=late)
         result = connection.exec_driver_sql(compiled.text, tuple(values) if compiled.positional else values)
         if not compiled.described:
@@ -198,7 +198,7 @@ class _Filled(Prepared):
         return self._template._text(dialect, schemas).filled(self._number)  # noqa: SLF001 - of this class
 
 
-def is_unwatched(connection: Any) -> bool:
+def has_no_listeners(connection: Any) -> bool:
     """Whether nobody listens to the statements of this connection, and it is in a transaction that goes on.
 
     SQLAlchemy makes an object of each column of each result, which takes longer than many of our statements. Where
@@ -209,7 +209,7 @@ def is_unwatched(connection: Any) -> bool:
     if transaction is None or not transaction.is_active:
         return False
     dialect = connection.dialect
-    return dialect.driver in _PLAIN_DRIVERS and not (
+    return dialect.driver in _DRIVERS and not (
         connection._has_events  # noqa: SLF001 - there is no public way
         or connection.engine._has_events  # noqa: SLF001
         or connection._echo  # noqa: SLF001
@@ -217,7 +217,7 @@ def is_unwatched(connection: Any) -> bool:
     )
 
 
-_PLAIN_DRIVERS = frozenset({"psycopg", "pysqlite", "asyncpg"})
+_DRIVERS = frozenset({"psycopg", "pysqlite", "asyncpg"})
 
 
 def _by_cursor(connection: Any, compiled: _Compiled, values: Any, *, late: bool) -> Answer:

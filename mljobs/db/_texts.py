@@ -1,4 +1,4 @@
-"""Texts that are no UTF-8. SQLite keeps the bytes it is given; Python's driver then refuses the whole result.
+"""Read texts that are no UTF-8. SQLite stores any bytes; Python's driver then refuses the whole result.
 
 No CHECK can tell: SQLite has no function that does, and to look at each byte costs more than the write. So such a text is
 read with U+FFFD in the place of what is wrong. For that the driver has to call Python for each text; hence it begins when

@@ -1,4 +1,4 @@
-"""What has finished in the transaction of a Core connection."""
+"""Finished jobs of a Core connection's transaction."""
 
 from __future__ import annotations
 

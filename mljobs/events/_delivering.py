@@ -1,4 +1,4 @@
-"""The callbacks, and calling them."""
+"""Subscriptions, and calling their callbacks."""
 
 from __future__ import annotations
 

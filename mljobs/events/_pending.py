@@ -1,4 +1,4 @@
-"""What has finished in a transaction, kept beside it until it commits."""
+"""Finished jobs of one transaction, kept until it commits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What has finished in the transaction of a session: flushes, and UPDATEs through ``session.execute``."""
+"""Finished jobs of a session's transaction, by flushes and by UPDATEs through ``session.execute``."""
 
 from __future__ import annotations
 

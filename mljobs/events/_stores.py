@@ -1,4 +1,4 @@
-"""What has finished in a store's own transaction, delivered once that has ended well."""
+"""Finished jobs of a store's own transaction, delivered after its commit."""
 
 from __future__ import annotations
 

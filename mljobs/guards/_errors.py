@@ -1,4 +1,4 @@
-"""From what a driver raises to our own errors, by the name of the constraint, in one place."""
+"""Translate what a driver raises into our own errors, by the name of the constraint."""
 
 from __future__ import annotations
 

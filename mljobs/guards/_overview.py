@@ -1,4 +1,4 @@
-"""The view beside a job table for people who only have a SQL shell: what runs, waits and is stuck, in words.
+"""The overview: a view beside a job table for people with a SQL shell, which says what runs, waits and is stuck.
 
 One row for each job, with its lease: ages and durations ready to read, no JSON. It is made with the lease table, which it
 reads, and dropped before it. Migrations hold a frozen copy of the text, never a call to this module.

@@ -1,4 +1,4 @@
-"""Run a batch after the other, until the last."""
+"""Run one batch after the other until the last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which run on a target was best, by a metric."""
+"""Find the completed jobs on a target with the best value of a metric."""
 
 from __future__ import annotations
 

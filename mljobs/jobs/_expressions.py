@@ -1,4 +1,4 @@
-"""SQL that both databases have, but not under one name: text like a pattern, and values at a path of JSON."""
+"""Expressions that the two databases write differently: text like a pattern, and values at a path of JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``Filter``: which jobs are meant, typed, in one language for code, command and web."""
+"""``Filter``: a typed choice of jobs, with one language for code, command and web."""
 
 from __future__ import annotations
 

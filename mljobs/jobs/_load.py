@@ -1,4 +1,4 @@
-"""What is going on, by kind and by worker: the two tables that an operator looks at first."""
+"""Figures for operators: by kind what is queued, running and finished; by worker the jobs that it holds."""
 
 from __future__ import annotations
 

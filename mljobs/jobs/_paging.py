@@ -1,4 +1,4 @@
-"""Pages of jobs in the order of creation or of end, and how far one looks: never through all of a large table unasked."""
+"""Pages of jobs in the order of creation or of end. Without an index only a bounded number of jobs is looked at."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What waits: how deep the queue is, who is next, who waits for a target."""
+"""The queue: its depth by kind, the jobs that are claimed next, and those that wait for a target."""
 
 from __future__ import annotations
 

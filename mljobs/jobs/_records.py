@@ -1,4 +1,4 @@
-"""Jobs as objects: detached from rows, or members of the caller's session."""
+"""Make records of rows: detached ones, or members of the caller's session."""
 
 from __future__ import annotations
 

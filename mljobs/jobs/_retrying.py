@@ -1,4 +1,4 @@
-"""Do a finished job's work again, as a new record."""
+"""Retry: queue the work of a finished job again, as a new record."""
 
 from __future__ import annotations
 

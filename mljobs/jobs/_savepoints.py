@@ -1,4 +1,4 @@
-"""Work on many rows so that one which the database refuses does not stop the others."""
+"""Write many rows by savepoints, so that a row which the database refuses does not stop the others."""
 
 from __future__ import annotations
 

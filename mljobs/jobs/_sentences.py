@@ -1,4 +1,4 @@
-"""The terms of a filter in words, for people who look at what they asked."""
+"""The terms of a filter as English, for people."""
 
 from __future__ import annotations
 

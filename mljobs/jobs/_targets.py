@@ -1,4 +1,4 @@
-"""Which targets there are and what was done on each; bounded counts; what a connection may do."""
+"""The targets and the jobs on each; bounded counts; whether a connection may write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""The language of filters: words such as ``status:failed`` or ``spec.lr>0.01``, split, typed, and printed again.
+r"""The language of filters: parse words such as ``status:failed`` or ``spec.lr>0.01`` into terms, and print terms.
 
 A word is a name, an operator and values with commas between them: ``kind:train,backfill``. Quotation marks hold spaces and
 commas together, ``\\`` takes the next character as it is, and ``*`` stands for any text. Times have no zone or their own;

@@ -1,4 +1,4 @@
-"""Which workers run: each keeps one row, and whoever may read the table sees them and what they hold."""
+"""The table of workers: each worker has one row in it. Register, update and list them."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def _registration(connection: sa.Connection, model: Model, worker: WorkerInfo) -
     )
 
 
-def see_worker(
+def update_worker(
     session: Bind, worker: WorkerInfo, state: WorkerState = WorkerState.RUNNING, *, model: Model = MlJob
 ) -> bool:
     """Write down that a worker is still there, in one statement.

@@ -1,4 +1,4 @@
-"""What a class with ``MlJobMixin`` may be: told where the class is defined, not by the first query that fails."""
+"""Checks of a class with ``MlJobMixin``, made when the class is defined and not by the first query that fails."""
 
 from __future__ import annotations
 

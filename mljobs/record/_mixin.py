@@ -1,4 +1,4 @@
-"""``MlJobMixin``: the record, for a class in anybody's metadata.
+"""``MlJobMixin``: the record, for a class in a host's own metadata.
 
 A record is complete at construction: an id minted by the client, ``queued``, progress 0, created now. Each legal
 outcome is one method, which sets every field that belongs to it, so no illegal mix of fields is built by accident.

@@ -1,4 +1,4 @@
-"""Checks of values at the record's attributes."""
+"""Checks of the values that the record's attributes are set to."""
 
 from __future__ import annotations
 

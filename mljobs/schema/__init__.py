@@ -1,4 +1,4 @@
-"""The tables of mljobs in a database: bring them up to date, take them down, check that they are what they should be.
+"""The tables of mljobs in a database: upgrade, downgrade, verify.
 
 Every upgrade is one transaction, on SQLite too, and waits for an upgrade that another process has begun. The version
 is kept in ``mljobs_alembic_version``, a table of our own, so it never meets a host's.

@@ -1,8 +1,8 @@
-"""What stands in a database, and what should stand there: read from its catalog, and compared part by part.
+"""Compare the tables of a database with those that this release makes, part by part.
 
-The database is the judge: it is given what ``create_all`` gives it (PostgreSQL: as temporary tables in a savepoint that
-is rolled back; SQLite: in memory), and the definitions that the server itself writes out for both are compared. Rendered
-text would not do: PostgreSQL keeps the meaning of a CHECK or a WHEN, not its wording.
+The expected tables are made by ``create_all``: on PostgreSQL as temporary tables in a savepoint that is rolled back, on
+SQLite in memory. Then the definitions that the server writes for both are compared. Text that SQLAlchemy renders would not
+do: PostgreSQL keeps the meaning of a CHECK or a WHEN, not its text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What stands beside a job table and lets a finished record change although every part of the guard is as it should be."""
+"""Find what lets a finished record change although every part of the guard is there: rules, triggers, settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many jobs by one filter, a transaction for each batch: what was done stays done if the rest is interrupted."""
+"""Cancel, retry or prune many jobs by a filter, with a transaction for each batch."""
 
 from __future__ import annotations
 

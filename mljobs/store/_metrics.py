@@ -1,4 +1,4 @@
-"""What can be kept of metrics that hold something JSON cannot, such as one NaN among many numbers."""
+"""Leave out of metrics what JSON cannot hold, such as one NaN among many numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lines of a table in the order in which the database has its rows: nearly always that of the file beside them.
+"""Read a table beside a file, in the order in which the database has its rows: nearly always that of the file.
 
 To look each id up takes as long again as to read. A range is read at once, so that the connection can be free between two:
 on SQLite so many rows from a rowid on, on PostgreSQL so many pages.

@@ -1,4 +1,4 @@
-"""``compare``: the finished records of a file against those of the table. What no guard can stop is noticed here."""
+"""``compare``: compare the finished records of a file with those of the table, for changes that no guard can stop."""
 
 from __future__ import annotations
 

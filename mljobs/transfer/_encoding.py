@@ -1,4 +1,4 @@
-"""A row in wire form to its line of NDJSON: no ORM object, no ``UUID``, no ``datetime``."""
+"""Make a line of NDJSON of a row in wire form, without an ORM object, a ``UUID`` or a ``datetime``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs as data frames: Arrow, spread, under the names that one looks for."""
+"""Jobs as data frames of pandas and polars, made from Arrow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An import, whatever it reads from: batches in, counts and rejects out. ``import_jobs`` is that of a file."""
+"""``Import``: an import from any input, batch by batch; and ``import_jobs``, from a file."""
 
 from __future__ import annotations
 

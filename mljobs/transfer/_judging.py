@@ -1,4 +1,4 @@
-"""What an import does with a record whose id is there already. Pure: rows in, a verdict out."""
+"""Decide what an import does with a record whose id exists already. Pure functions of rows."""
 
 from __future__ import annotations
 

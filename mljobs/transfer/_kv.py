@@ -1,4 +1,4 @@
-"""``dump_kv`` and ``load_kv``: the table to a key-value store and back.
+"""``dump_kv`` and ``load_kv``: write the table to a key-value store, and read it.
 
 A store is any mapping from keys to texts (``dict``, ``shelve``, ``dbm``, diskcache), or a client of Redis or Valkey,
 blocking or asynchronous, which is spoken to by pipelines. The key of a record is the prefix and the 32 hex digits of its id.

@@ -1,4 +1,4 @@
-"""Rows in wire form as what the ORM takes: the record's values, those of a host's own columns, and the object."""
+"""Make Python values and objects of rows in wire form, a host's own columns included."""
 
 from __future__ import annotations
 

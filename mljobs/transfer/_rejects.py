@@ -1,4 +1,4 @@
-"""What was not imported, kept for repair: a file of NDJSON that comes into being with the first such line.
+"""The rejects of an import: a file of NDJSON with the lines that were not imported, made with the first of them.
 
 ``{"line":12,"field":"status","reason":"unknown token 'done' (...)","raw":"{...}"}``. A line that is not UTF-8 stands in
 ``raw_base64`` instead; a record of a KV store has its ``key`` too. Of a line that is longer than any record only the

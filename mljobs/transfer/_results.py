@@ -1,4 +1,4 @@
-"""What an import did, line by line in the rejects, and in sum."""
+"""The results of an import: its counts, and the problem of each line that was not imported."""
 
 from __future__ import annotations
 

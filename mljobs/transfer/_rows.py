@@ -1,4 +1,4 @@
-"""A line of NDJSON to a row for the database's bulk route: no ORM object, no ``UUID``, no ``datetime``.
+"""Make a row for COPY of a line of NDJSON, without an ORM object, a ``UUID`` or a ``datetime``.
 
 A row holds the columns of ``NAMES`` in wire form (see :class:`mljobs.db._wire.Wire`). The first eleven stand in the order of
 the KV keys, the other six are our own, under keys that RedDB ignores.

@@ -1,4 +1,4 @@
-"""A batch of lines into the database, inside the caller's transaction.
+"""Write a batch of lines into the database, inside the caller's transaction.
 
 First in one go: lines become rows while COPY takes them, for most imports meet nothing. What the database refuses as a
 whole is taken again carefully: which ids are there, what is to be done with each, and the new ones by themselves.

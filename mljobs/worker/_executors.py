@@ -1,4 +1,4 @@
-"""Handlers in a ``concurrent.futures.Executor``: processes of this machine, or a cluster."""
+"""Handlers in a ``concurrent.futures.Executor``: in processes of this machine, or in a cluster."""
 
 from __future__ import annotations
 

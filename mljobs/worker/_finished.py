@@ -1,4 +1,4 @@
-"""Runs that have ended: what is kept of each until it is recorded, how they are counted and logged."""
+"""Runs that have ended and wait to be recorded; and the count and the log of how they ended."""
 
 from __future__ import annotations
 

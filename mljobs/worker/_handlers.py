@@ -1,4 +1,4 @@
-"""What a kind of job calls, and what becomes of a failure."""
+"""``Handler``: the function that a kind of job calls, and its policy for failures."""
 
 from __future__ import annotations
 

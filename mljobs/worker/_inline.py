@@ -1,4 +1,4 @@
-"""The handlers of a worker in the calling thread, for tests: no threads, so it works in a transaction of the caller's."""
+"""Run queued jobs in the calling thread, for tests: without threads it works in a transaction of the caller."""
 
 from __future__ import annotations
 

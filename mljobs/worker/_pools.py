@@ -1,4 +1,4 @@
-"""Handlers in a ``ProcessPoolExecutor``: what becomes of them when a process dies, and that none outlives the worker."""
+"""Handlers in a ``ProcessPoolExecutor``: a pool is replaced when a process dies, and ends with the worker."""
 
 from __future__ import annotations
 

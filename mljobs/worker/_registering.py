@@ -11,7 +11,7 @@ from mljobs._logging import logger_of
 from mljobs._values import utc_now
 from mljobs.db._failures import CONNECTION_ERRORS, database_is_away, first_line
 from mljobs.db._timeouts import answer_seconds, answers_within
-from mljobs.jobs._workers import WorkerInfo, WorkerState, has_worker_table, register_worker, see_worker
+from mljobs.jobs._workers import WorkerInfo, WorkerState, has_worker_table, register_worker, update_worker
 from mljobs.store._store import JobStore
 
 logger = logger_of("mljobs.worker")
@@ -69,7 +69,7 @@ class Registration:
             return
         try:
             with answers_within(self._answer_seconds), self._store.connect(atomic=False) as bind:
-                there = see_worker(bind, self._worker, self.state, model=self._store.model)
+                there = update_worker(bind, self._worker, self.state, model=self._store.model)
             if not there:  # pruned, or taken over, while this process stood still
                 self._register()
         except CONNECTION_ERRORS as error:

@@ -1,4 +1,4 @@
-"""One call of a handler in another process: what is sent there, what comes back, and how it reaches the database.
+"""One call of a handler in another process: its arguments, its result, and its access to the database.
 
 Progress and cancels pass through the database, which every process and machine of a job system can reach anyway, and not
 through a second channel. The lease is kept by the worker alone, so that it ends with the worker.

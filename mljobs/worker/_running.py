@@ -1,4 +1,4 @@
-"""One run of a worker: start its threads, supervise them, stop well."""
+"""One run of a worker: start its threads, supervise them, stop them."""
 
 from __future__ import annotations
 
