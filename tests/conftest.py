@@ -10,6 +10,7 @@ How to write a fast test:
 - Cases that may share a database share a test: a loop, and around each ``tests.cases.case``, which names it in a failure.
   A parameter costs a database and its engines each time, a tenth of a second.
 - What is done to a schema only to see what is said of it is done in ``tests.cases.undone``, which takes it back.
+- A test that counts the connections to its database is marked ``alone``; else one that empties it later may be there.
 - Give engines no ``NullPool``, unless the test is about connections: on PostgreSQL each costs 10 ms of processor time.
 - Where Hypothesis draws long texts it takes twenty times as long as a generator with a seed, see ``test_codec.py``.
 - A short Python command runs through ``python`` (`tests.fork_server`), which forks a process that has imported SQLAlchemy,
@@ -153,9 +154,10 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def postgres_url(postgres_databases: Databases) -> Iterator[str]:
+def postgres_url(request: pytest.FixtureRequest, postgres_databases: Databases) -> Iterator[str]:
     """The URL of a fresh PostgreSQL database with the schema."""
-    with postgres_databases.fresh() as fresh:
+    alone = request.node.get_closest_marker("alone") is not None
+    with postgres_databases.fresh(alone=alone) as fresh:
         yield fresh
 
 

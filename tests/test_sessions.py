@@ -329,6 +329,7 @@ def test_a_statement_that_met_another_one_is_run_again(postgres_url: str) -> Non
     engine.dispose()
 
 
+@pytest.mark.alone
 def test_closing_a_store_ends_a_watch_and_leaves_no_connection(backend: Backend) -> None:
     store = backend.store()
     store.submit("train", "spam")

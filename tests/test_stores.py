@@ -148,6 +148,7 @@ def _drop_connections(engine: Engine) -> None:
         )
 
 
+@pytest.mark.alone
 def test_a_store_goes_on_after_the_server_dropped_its_connections(postgres_url: str) -> None:
     admin = create_engine(postgres_url, poolclass=NullPool)
     with JobStore(postgres_url) as store:
@@ -173,6 +174,7 @@ def test_no_more_connections_are_kept_of_a_hosts_pool_than_it_can_spare(postgres
     engine.dispose()
 
 
+@pytest.mark.alone
 def test_a_listener_whose_connection_is_lost_polls_and_listens_again(postgres_url: str) -> None:
     admin = create_engine(postgres_url, poolclass=NullPool)
     with JobStore(postgres_url) as store, ChangeListener(store.engine, MlJob.__table__) as listener:
@@ -198,6 +200,7 @@ def test_a_small_pool_is_enough_for_every_operation(postgres_url: str, size: int
         assert store.wait(job, timeout=60).status is MlJobStatus.COMPLETED
 
 
+@pytest.mark.alone
 def test_a_host_without_a_pool_keeps_no_connection_for_mljobs(postgres_url: str) -> None:
     engine = create_engine(postgres_url, poolclass=NullPool)
     with JobStore(engine) as store, JobStore(postgres_url) as other:

@@ -143,6 +143,7 @@ def test_what_is_emptied_in_a_test_is_there_again_afterwards(engine: Engine) -> 
         assert store.counts(exact=True).total() == 1
 
 
+@pytest.mark.alone
 def test_a_copy_is_as_its_template_and_gone_afterwards(url: str) -> None:
     with JobStore(url) as store:
         store.submit("train", "spam")
