@@ -8,20 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mljobs.cli import _options as options
 from mljobs.cli import _output as output
 from mljobs.cli._listing import print_summaries
-from mljobs.cli._options import (
-    AllOption,
-    DryRunOption,
-    IdsOrFilterArgument,
-    JsonOption,
-    YesOption,
-    ids_of,
-    named,
-    parsed,
-    spec_text,
-    time_option,
-)
 from mljobs.cli._settings import open_store
 
 if TYPE_CHECKING:
@@ -32,12 +21,12 @@ _SHOWN = 5
 
 
 def cancel(
-    jobs: IdsOrFilterArgument = None,
+    jobs: options.IdsOrFilterArgument = None,
     *,
-    everything: AllOption = False,
-    yes: YesOption = False,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
+    everything: options.AllOption = False,
+    yes: options.YesOption = False,
+    dry_run: options.DryRunOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Cancel queued and running jobs; a running one is stopped at its next check.
 
@@ -50,16 +39,16 @@ def cancel(
       $ mljobs cancel status:queued target:'spam*' --dry-run
     """
     with open_store() as store:
-        names = named(jobs)
+        names = options.named(jobs)
         if names:
-            _each(ids_of(store, names), store.cancel, "cancelled", dry_run=dry_run, as_json=as_json)
+            _each(options.ids_of(store, names), store.cancel, "cancelled", dry_run=dry_run, as_json=as_json)
         else:
             chosen = _chosen("cancel", jobs, everything=everything)
             _many(_Bulk(store, "cancel", chosen, "cancelled"), yes=yes, dry_run=dry_run, as_json=as_json)
 
 
 def retry(
-    jobs: IdsOrFilterArgument = None,
+    jobs: options.IdsOrFilterArgument = None,
     *,
     spec: Annotated[
         str | None, typer.Option(help="Another one: JSON, @FILE, or - for standard input.", show_default=False)
@@ -70,10 +59,10 @@ def retry(
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="Completed jobs, too; with ids.")] = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the new jobs; with ids.")] = False,
-    everything: AllOption = False,
-    yes: YesOption = False,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
+    everything: options.AllOption = False,
+    yes: options.YesOption = False,
+    dry_run: options.DryRunOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Queue the work of finished jobs once more, as new jobs, and print their ids.
 
@@ -87,22 +76,22 @@ def retry(
     from mljobs._values import from_json_text  # noqa: PLC0415 - loads SQLAlchemy
 
     with open_store() as store:
-        names = named(jobs)
+        names = options.named(jobs)
         if not names:
             chosen = _chosen("retry", jobs, everything=everything)
             _many(_Bulk(store, "retry", chosen, "retried"), yes=yes, dry_run=dry_run, as_json=as_json)
             return
         made: list[Any] = []
 
-        text = spec_text(spec)
-        options: dict[str, Any] = {"priority": priority, "run_after": time_option("--run-after", run_after)}
-        options |= {"again": again, "spec": from_json_text("spec", text)}
+        text = options.spec_text(spec)
+        values: dict[str, Any] = {"priority": priority, "run_after": options.time_option("--run-after", run_after)}
+        values |= {"again": again, "spec": from_json_text("spec", text)}
 
         def act(job_id: Any) -> bool:
-            made.append(store.retry(job_id, **options))
+            made.append(store.retry(job_id, **values))
             return True
 
-        _each(ids_of(store, names), act, "retried", dry_run=dry_run, as_json=as_json, made=made)
+        _each(options.ids_of(store, names), act, "retried", dry_run=dry_run, as_json=as_json, made=made)
         if watch and made:
             from mljobs.cli._following import follow  # noqa: PLC0415 - seldom needed
 
@@ -121,7 +110,7 @@ def _each(
     as_json: bool,
     made: Sequence[Any] = (),
 ) -> None:
-    """Act on jobs that were named; one that cannot be done does not stop the others, and the exit code says so."""
+    """Act on jobs that were options.named; one that cannot be done does not stop the others, and the exit code says so."""
     from mljobs.errors import MlJobsError  # noqa: PLC0415 - loads SQLAlchemy
 
     failed = False
@@ -173,7 +162,7 @@ class _Bulk:
 
 
 def _chosen(action: str, arguments: Sequence[str] | None, *, everything: bool) -> Filter:
-    chosen = parsed(arguments)
+    chosen = options.parsed(arguments)
     if not chosen and not everything:
         raise typer.BadParameter(f"which jobs? Give ids or a filter, or --all to {action} every one")
     return chosen
@@ -242,8 +231,10 @@ def _preview(bulk: _Bulk) -> None:
     from mljobs.jobs import Filter  # noqa: PLC0415 - loads SQLAlchemy
 
     able = Filter(status=["queued", "running"] if bulk.action == "cancel" else ["failed", "cancelled"])
-    named = any(term.name == "status" for term in bulk.chosen.terms)
-    found = bulk.store.summaries(bulk.chosen if named else bulk.chosen & able, order="oldest", limit=_SHOWN, text=0)
+    options.named = any(term.name == "status" for term in bulk.chosen.terms)
+    found = bulk.store.summaries(
+        bulk.chosen if options.named else bulk.chosen & able, order="oldest", limit=_SHOWN, text=0
+    )
     if output.is_terminal() and found.jobs:
         print_summaries(found.jobs)
         if found.cursor is not None:
@@ -254,13 +245,13 @@ def _preview(bulk: _Bulk) -> None:
 
 
 def prune(
-    words: IdsOrFilterArgument = None,
+    words: options.IdsOrFilterArgument = None,
     *,
     older_than: Annotated[str, typer.Option(help="Finished longer ago than this span, e.g. 90d, or before this time.")],
     keep_last: Annotated[int, typer.Option(min=0, help="Keep so many of each kind and target.")] = 0,
-    yes: YesOption = False,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
+    yes: options.YesOption = False,
+    dry_run: options.DryRunOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Delete finished jobs past their time; nothing that waits or runs is ever deleted.
 
@@ -269,8 +260,8 @@ def prune(
       $ mljobs prune --older-than 90d --keep-last 10 --dry-run
       $ mljobs prune status:cancelled --older-than 7d --yes
     """
-    chosen = parsed(words)
-    limit = time_option("--older-than", older_than)
+    chosen = options.parsed(words)
+    limit = options.time_option("--older-than", older_than)
     with open_store() as store:
         number = store.prunable(chosen, older_than=limit, keep_last=keep_last)
         if dry_run:

@@ -9,26 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
+from mljobs.cli import _options as options
 from mljobs.cli import _output as output
-from mljobs.cli._options import (
-    FieldsOption,
-    FilterArgument,
-    IdsArgument,
-    JsonOption,
-    ScanOption,
-    ids_of,
-    parsed,
-)
 from mljobs.cli._settings import open_store
 
 _CELL = 18
 
 
 def compare_runs(
-    jobs: IdsArgument,
+    jobs: options.IdsArgument,
     *,
     everything: Annotated[bool, typer.Option("--all", help="Parameters that are equal, too.")] = False,
-    as_json: JsonOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Show the parameters in which jobs differ, and their metrics, side by side.
 
@@ -38,7 +30,7 @@ def compare_runs(
       $ mljobs best spam --metric f1 --fields id | mljobs compare-runs -
     """
     with open_store() as store:
-        found = [store.get(job_id) for job_id in ids_of(store, jobs)]
+        found = [store.get(job_id) for job_id in options.ids_of(store, jobs)]
     items = [output.job_object(job) for job in found]
     if as_json:
         output.print_json(items, ["id", "kind", "target_name", "status", "spec", "metrics"])
@@ -87,14 +79,14 @@ def _print_side_by_side(items: Sequence[Mapping[str, Any]], rows: Sequence[tuple
 
 def best(
     target: Annotated[str, typer.Argument(help="The whole name.")],
-    words: FilterArgument = None,
+    words: options.FilterArgument = None,
     *,
     metric: Annotated[str, typer.Option(help="A key of the metrics with a number under it.")],
     lowest: Annotated[bool, typer.Option("--lowest", help="Less is better.")] = False,
     limit: Annotated[int, typer.Option("--limit", "-L", min=1, max=1000, help="At most so many.")] = 10,
-    scan: ScanOption = False,
-    as_json: JsonOption = False,
-    fields: FieldsOption = None,
+    scan: options.ScanOption = False,
+    as_json: options.JsonOption = False,
+    fields: options.FieldsOption = None,
 ) -> None:
     """Show the completed runs on a target with the highest value of a metric.
 
@@ -105,7 +97,7 @@ def best(
     """
     wanted = output.fields_of(fields)
     with open_store() as store:
-        found = store.best(target, metric, lowest=lowest, limit=limit, filter=parsed(words), scan=scan)
+        found = store.best(target, metric, lowest=lowest, limit=limit, filter=options.parsed(words), scan=scan)
     items = [output.job_object(job) for job in found]
     if as_json:
         output.print_json(items, wanted)

@@ -13,16 +13,8 @@ from uuid import UUID
 
 import typer
 
+from mljobs.cli import _options as options
 from mljobs.cli import _output as output
-from mljobs.cli._options import (
-    IdsArgument,
-    IdsOrFilterArgument,
-    JsonOption,
-    ids_of,
-    named,
-    parsed,
-    span_option,
-)
 from mljobs.cli._screen import Screen
 from mljobs.cli._settings import open_store
 
@@ -41,7 +33,7 @@ _TimeoutOption = Annotated[
 ]
 
 
-def wait(jobs: IdsArgument, *, timeout: _TimeoutOption = None, as_json: JsonOption = False) -> None:
+def wait(jobs: options.IdsArgument, *, timeout: _TimeoutOption = None, as_json: options.JsonOption = False) -> None:
     """Wait until jobs have finished, and say how.
 
     The exit code is 0 when all completed, 3 when one failed, 4 when one was cancelled, 5 when the time is over.
@@ -53,10 +45,10 @@ def wait(jobs: IdsArgument, *, timeout: _TimeoutOption = None, as_json: JsonOpti
     """
     from mljobs.errors import WaitTimeout  # noqa: PLC0415 - loads SQLAlchemy
 
-    end = None if timeout is None else time.monotonic() + span_option("--timeout", timeout).total_seconds()
+    end = None if timeout is None else time.monotonic() + options.span_option("--timeout", timeout).total_seconds()
     outcomes: Counter[str] = Counter()
     with open_store() as store:
-        for job_id in ids_of(store, jobs):
+        for job_id in options.ids_of(store, jobs):
             left = None if end is None else max(0.0, end - time.monotonic())
             try:
                 job = store.wait(job_id, left)
@@ -73,14 +65,14 @@ def wait(jobs: IdsArgument, *, timeout: _TimeoutOption = None, as_json: JsonOpti
 
 
 def watch(
-    jobs: IdsOrFilterArgument = None,
+    jobs: options.IdsOrFilterArgument = None,
     *,
     exit_status: Annotated[
         bool, typer.Option("--exit-status", help="Exit with 3 if one failed, 4 if one was cancelled.")
     ] = False,
     timeout: _TimeoutOption = None,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
-    as_json: JsonOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Follow jobs while they run: a bar each, until they have finished.
 
@@ -91,11 +83,11 @@ def watch(
       $ mljobs watch 9d4e --exit-status
       $ mljobs watch target:'spam*'
     """
-    names = named(jobs)
-    seconds = None if timeout is None else span_option("--timeout", timeout).total_seconds()
+    names = options.named(jobs)
+    seconds = None if timeout is None else options.span_option("--timeout", timeout).total_seconds()
     with open_store() as store:
-        ids = ids_of(store, names) if names else None
-        chosen = None if names else parsed(jobs)
+        ids = options.ids_of(store, names) if names else None
+        chosen = None if names else options.parsed(jobs)
         code = follow(store, ids, chosen, seconds=seconds, interval=interval, as_json=as_json)
     raise typer.Exit(code if exit_status or code == TIMEOUT else 0)
 
@@ -157,7 +149,7 @@ class _Following:
 
     Attributes:
         outcomes: How many ended how.
-        ended: Whether all that were named have finished.
+        ended: Whether all that were options.named have finished.
     """
 
     def __init__(self, store: JobStore, ids: Sequence[UUID] | None, chosen: Filter | None) -> None:

@@ -19,28 +19,7 @@ from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
-from mljobs.errors import (
-    AmbiguousIdError,
-    FilterError,
-    GiveUp,
-    InvalidTransitionError,
-    InvalidValueError,
-    JobCancelled,
-    JobDecodeError,
-    JobExistsError,
-    JobHeldError,
-    JobNotFound,
-    LeaseLostError,
-    MlJobsError,
-    ModelError,
-    SchemaError,
-    StartRefusedError,
-    TargetLockedError,
-    TerminalStateError,
-    TransferError,
-    WaitTimeout,
-    shown,
-)
+from mljobs import errors
 
 logger = logging.getLogger(__name__)
 
@@ -68,122 +47,124 @@ class Meaning:
 
 
 _JOB = {"job_id": "job_id"}
-MEANINGS: Mapping[type[MlJobsError], Meaning] = MappingProxyType(
+MEANINGS: Mapping[type[errors.MlJobsError], Meaning] = MappingProxyType(
     {
-        MlJobsError: Meaning(500, "error", "Internal error", "an error of which no more is known is the application's"),
-        InvalidValueError: Meaning(
+        errors.MlJobsError: Meaning(
+            500, "error", "Internal error", "an error of which no more is known is the application's"
+        ),
+        errors.InvalidValueError: Meaning(
             422,
             "invalid-value",
             "A field cannot hold this value",
             "the request is well-formed, its content is not acceptable; 500 where the application is set up wrongly",
             {"field": "field", "value": "value", "reason": "reason"},
         ),
-        JobDecodeError: Meaning(
+        errors.JobDecodeError: Meaning(
             422,
             "undecodable-record",
             "This is not a job record",
             "as for an invalid value: the body arrived whole, but is no record",
             {"field": "field", "reason": "reason"},
         ),
-        FilterError: Meaning(
+        errors.FilterError: Meaning(
             422,
             "filter-not-understood",
             "A word of the filter is not understood",
             "as for an invalid value, with the word and where it stands",
             {"field": "field", "value": "value", "reason": "reason", "position": "position", "word": "word"},
         ),
-        AmbiguousIdError: Meaning(
+        errors.AmbiguousIdError: Meaning(
             422,
             "ambiguous-id",
             "Several jobs have an id that begins or ends so",
             "as for an invalid value: a short id has to be given with more digits",
             {"field": "field", "value": "value", "reason": "reason"},
         ),
-        JobNotFound: Meaning(
+        errors.JobNotFound: Meaning(
             404, "job-not-found", "No such job", "the resource that the request names does not exist", _JOB
         ),
-        TerminalStateError: Meaning(
+        errors.TerminalStateError: Meaning(
             409,
             "terminal-state",
             "The job has finished and cannot change",
             "the request conflicts with the state of the resource; repeating it will not help",
             {**_JOB, "status": "job_status", "finished_at": "finished_at"},
         ),
-        InvalidTransitionError: Meaning(
+        errors.InvalidTransitionError: Meaning(
             409,
             "invalid-transition",
             "The job cannot take this state now",
             "the request conflicts with the state of the resource; it may fit a later state",
             {**_JOB, "status": "job_status", "wanted": "wanted_status"},
         ),
-        TargetLockedError: Meaning(
+        errors.TargetLockedError: Meaning(
             409,
             "target-locked",
             "Another job holds the target",
             "a conflict with another job's state, over once that job ends; 423 is for WebDAV's own locks",
             _JOB,
         ),
-        StartRefusedError: Meaning(
+        errors.StartRefusedError: Meaning(
             500,
             "start-refused",
             "The job cannot be started",
             "the stored job is at fault, not the request: its row cannot be read, or the database refuses the write",
             {**_JOB, "column": "column"},
         ),
-        JobExistsError: Meaning(
+        errors.JobExistsError: Meaning(
             409,
             "job-exists",
             "A job with this id is there already",
             "the request conflicts with a resource that exists",
             {**_JOB, "place": "place"},
         ),
-        JobHeldError: Meaning(
+        errors.JobHeldError: Meaning(
             409,
             "job-held",
             "A worker holds the job",
             "a conflict with the worker's lease, over once that ends or the job is cancelled",
             {**_JOB, "worker": "worker", "expires_at": "expires_at"},
         ),
-        LeaseLostError: Meaning(
+        errors.LeaseLostError: Meaning(
             409,
             "lease-lost",
             "The job is held by somebody else now",
             "the caller's picture of the job is out of date; nothing was written",
             {**_JOB, "token": "token"},
         ),
-        JobCancelled: Meaning(
+        errors.JobCancelled: Meaning(
             409,
             "job-cancelled",
             "The job was cancelled",
             "a request that works on the job meets its cancellation: a conflict with its state",
             _JOB,
         ),
-        GiveUp: Meaning(
+        errors.GiveUp: Meaning(
             422,
             "give-up",
             "The job cannot succeed as it was asked for",
             "raised by a handler whose work no retry would mend: what was asked for is at fault",
         ),
-        WaitTimeout: Meaning(
+        errors.WaitTimeout: Meaning(
             504,
             "wait-timeout",
             "The job has not finished in time",
             "the answer depends on a worker that has not answered yet; the job goes on, asking again is right",
             {**_JOB, "timeout": "timeout_seconds", "status": "job_status"},
         ),
-        ModelError: Meaning(
+        errors.ModelError: Meaning(
             500,
             "unfit-model",
             "A job class is defined wrongly",
             "the application's own class cannot hold a record, whatever was asked",
         ),
-        TransferError: Meaning(
+        errors.TransferError: Meaning(
             500,
             "broken-transfer",
             "A file could not be read or written to its end",
             "the file is the application's: a full disk, a broken pipe, a damaged archive",
         ),
-        SchemaError: Meaning(
+        errors.SchemaError: Meaning(
             503,
             "database-not-ready",
             "The database is not ready for this application",
@@ -198,22 +179,22 @@ _SETUP = frozenset((
 ))  # fmt: skip
 """Arguments that a program gives and no request: a wrong one is no fault of the client's, and may hold a secret."""
 
-_INTERNAL = MEANINGS[MlJobsError]
+_INTERNAL = MEANINGS[errors.MlJobsError]
 
 
-def meaning_of(error: MlJobsError | type[MlJobsError]) -> Meaning:
+def meaning_of(error: errors.MlJobsError | type[errors.MlJobsError]) -> Meaning:
     """Return what an error, or a class of errors, is over HTTP.
 
     Args:
         error: One of ours, or one that a host derived from ours.
     """
     kind = error if isinstance(error, type) else type(error)
-    if isinstance(error, InvalidValueError) and error.field in _SETUP:
+    if isinstance(error, errors.InvalidValueError) and error.field in _SETUP:
         return _INTERNAL
     return next((MEANINGS[parent] for parent in kind.__mro__ if parent in MEANINGS), _INTERNAL)
 
 
-def status_of(error: MlJobsError | type[MlJobsError]) -> int:
+def status_of(error: errors.MlJobsError | type[errors.MlJobsError]) -> int:
     """Return the HTTP status of an error, or of a class of errors.
 
     Args:
@@ -222,7 +203,7 @@ def status_of(error: MlJobsError | type[MlJobsError]) -> int:
     return meaning_of(error).status
 
 
-def problem(error: MlJobsError, *, instance: str | None = None) -> dict[str, Any]:
+def problem(error: errors.MlJobsError, *, instance: str | None = None) -> dict[str, Any]:
     """Return the problem details of an error (RFC 9457), every value fit for JSON.
 
     Args:
@@ -233,7 +214,7 @@ def problem(error: MlJobsError, *, instance: str | None = None) -> dict[str, Any
         ``type``, ``title``, ``status``, ``detail``, and the error's own data: ``job_id``, ``job_status``, ``field`` ...
     """
     meaning = meaning_of(error)
-    of_caller = meaning.status < HTTPStatus.INTERNAL_SERVER_ERROR or isinstance(error, WaitTimeout)
+    of_caller = meaning.status < HTTPStatus.INTERNAL_SERVER_ERROR or isinstance(error, errors.WaitTimeout)
     found: dict[str, Any] = {
         "type": f"urn:mljobs:{meaning.name}",
         "title": meaning.title,
@@ -246,14 +227,14 @@ def problem(error: MlJobsError, *, instance: str | None = None) -> dict[str, Any
         value = getattr(error, attribute)
         if value is not None:
             found[name] = _json_value(value)
-    if isinstance(error, TerminalStateError) and error.changes:
+    if isinstance(error, errors.TerminalStateError) and error.changes:
         found["changes"] = {
             field: {"from": _json_value(old), "to": _json_value(new)} for field, (old, new) in error.changes.items()
         }
     return found
 
 
-def body_of(error: MlJobsError, *, instance: str | None = None) -> bytes:
+def body_of(error: errors.MlJobsError, *, instance: str | None = None) -> bytes:
     """Return the problem as a response's body, and log it where the fault is the application's own.
 
     Args:
@@ -309,7 +290,7 @@ def _json_value(value: object) -> Any:
             text = _text(value)
             found = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
         case _:
-            found = _text(shown(value))
+            found = _text(errors.shown(value))
     return found
 
 

@@ -57,9 +57,9 @@ def first_line(error: BaseException | str) -> str:
     return one_line(str(error).partition("\n")[0])
 
 
-def one_line(text: str, most: int = _LINE_MAX) -> str:
+def one_line(text: str) -> str:
     """Return a text as one line of log: control characters escaped, and of a long one both ends."""
-    return printable(shortened(text, most))
+    return printable(shortened(text, _LINE_MAX))
 
 
 def shortened(text: str, most: int) -> str:

@@ -133,7 +133,6 @@ def read_wire(
     where: Sequence[ColumnElement[bool]],
     chunk: int = CHUNK,
     *,
-    order_by: ColumnElement[Any] | None = None,
     beside: Sequence[ColumnElement[Any]] = (),
 ) -> Parts:
     """Yield rows of the record's columns in wire form, in lists of at most ``chunk``.
@@ -145,11 +144,10 @@ def read_wire(
         columns: Columns of the record, of one table.
         where: Conditions, to be combined with AND.
         chunk: At most so many rows at once.
-        order_by: A column; None for the order that the database has them in.
         beside: Columns of a host's own, whose values come behind the others as their types give them. With these it is no
             COPY: see ``wire_of``.
     """
-    return wire_reader(connection, columns, where, chunk, order_by=order_by, beside=beside)({})
+    return wire_reader(connection, columns, where, chunk, beside=beside)({})
 
 
 def wire_reader(

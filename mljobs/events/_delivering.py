@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import isawaitable
@@ -98,19 +98,18 @@ def has_listener(origin: Origin) -> bool:
     return any(subscription.matches(None, origin) for subscription in _subscriptions)
 
 
-def deliver(jobs: Sequence[Any], origin: Origin, *, awaiting: Callable[[Awaitable[Any]], Any] = await_only) -> None:
+def deliver(jobs: Sequence[Any], origin: Origin) -> None:
     """Call whoever listens, for each job in order; what a callback raises is logged.
 
     Args:
         jobs: Finished, and committed.
         origin: Through what.
-        awaiting: Runs what a coroutine function returned to its end.
     """
     for job, callback in _calls(jobs, origin):
         with _logging_errors(job, callback):
             answer = callback(job)
             if isawaitable(answer):
-                awaiting(answer)
+                await_only(answer)
 
 
 async def deliver_async(jobs: Sequence[Any], origin: Origin) -> None:

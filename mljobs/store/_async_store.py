@@ -27,6 +27,7 @@ from mljobs.jobs._base import M
 from mljobs.jobs._filters import selection
 from mljobs.jobs._records import is_ml_job
 from mljobs.record._models import MlJob
+from mljobs.store import _methods as methods
 from mljobs.store._base import (
     COMMITTED_ERRORS,
     Store,
@@ -41,16 +42,6 @@ from mljobs.store._display import display_for
 from mljobs.store._followers import AsyncFollower, TaskLock
 from mljobs.store._following import FollowSteps, Read, closed_meanwhile, poll_seconds, wait_steps
 from mljobs.store._keeper import Keeper
-from mljobs.store._methods import (
-    async_claim_method,
-    async_claims_method,
-    async_exchange_method,
-    async_job_method,
-    async_jobs_method,
-    async_page_method,
-    async_renewal_method,
-    async_submit_many_method,
-)
 from mljobs.store._outcomes import Followable, Followed, followed_steps, following
 from mljobs.store._recording import record_end
 from mljobs.store._run import Run, worker_name
@@ -204,16 +195,16 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
             result: R = _detached(operation, session)
         return result
 
-    submit = async_job_method(jobs.submit, atomic="unless_active")
-    submit_many = async_submit_many_method(jobs.submit_many, atomic=True)
-    retry = async_job_method(jobs.retry, atomic=True)
-    get = async_job_method(jobs.get)
-    find = async_page_method(jobs.find)
-    history = async_page_method(jobs.history)
-    lineage = async_jobs_method(jobs.lineage)
+    submit = methods.async_job_method(jobs.submit, atomic="unless_active")
+    submit_many = methods.async_submit_many_method(jobs.submit_many, atomic=True)
+    retry = methods.async_job_method(jobs.retry, atomic=True)
+    get = methods.async_job_method(jobs.get)
+    find = methods.async_page_method(jobs.find)
+    history = methods.async_page_method(jobs.history)
+    lineage = methods.async_jobs_method(jobs.lineage)
     counts = async_store_method(jobs.counts)
     find_id = async_store_method(jobs.find_id)
-    best = async_page_method(jobs.best)
+    best = methods.async_page_method(jobs.best)
     stats = async_store_method(jobs.stats)
     holders = async_store_method(jobs.holders)
     affected = async_store_method(jobs.affected)
@@ -239,10 +230,10 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
     running_jobs = async_store_method(jobs.running_jobs)
     summaries = async_store_method(jobs.summaries)
     summaries_of = async_store_method(jobs.summaries_of)
-    claim = async_claims_method(jobs.claim)
-    claim_one = async_claim_method(jobs.claim_one)
-    renew = async_renewal_method(jobs.renew)
-    look = async_renewal_method(jobs.look)
+    claim = methods.async_claims_method(jobs.claim)
+    claim_one = methods.async_claim_method(jobs.claim_one)
+    renew = methods.async_renewal_method(jobs.renew)
+    look = methods.async_renewal_method(jobs.look)
     release = async_store_method(jobs.release)
     workers = async_store_method(jobs.workers)
     report = async_store_method(jobs.report)
@@ -256,7 +247,7 @@ class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
     requeue = async_store_method(jobs.requeue, committed_errors=COMMITTED_ERRORS)
     requeue_many = async_store_method(jobs.requeue_many)
     finish_many = async_store_method(jobs.finish_many)
-    finish_and_claim = async_exchange_method(jobs.finish_and_claim)
+    finish_and_claim = methods.async_exchange_method(jobs.finish_and_claim)
     cancel = async_store_method(jobs.cancel)
     rescue = async_store_method(jobs.rescue, atomic=True)
 

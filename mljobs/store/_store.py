@@ -28,6 +28,7 @@ from mljobs.jobs._base import M
 from mljobs.jobs._filters import selection
 from mljobs.jobs._records import is_ml_job
 from mljobs.record._models import MlJob
+from mljobs.store import _methods as methods
 from mljobs.store._base import (
     COMMITTED_ERRORS,
     Store,
@@ -42,16 +43,6 @@ from mljobs.store._display import display_for
 from mljobs.store._followers import Follower
 from mljobs.store._following import FollowSteps, Read, closed_meanwhile, poll_seconds, wait_steps
 from mljobs.store._keeper import Keeper
-from mljobs.store._methods import (
-    claim_method,
-    claims_method,
-    exchange_method,
-    job_method,
-    jobs_method,
-    page_method,
-    renewal_method,
-    submit_many_method,
-)
 from mljobs.store._outcomes import Followable, Followed, followed_steps, following
 from mljobs.store._recording import record_end
 from mljobs.store._run import Run, worker_name
@@ -175,16 +166,16 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
         table, polls = table_of(self.model), self._joined is not None
         return ChangeListener(self.engine, table, workers=workers, polls=polls)
 
-    submit = job_method(jobs.submit, atomic="unless_active")
-    submit_many = submit_many_method(jobs.submit_many, atomic=True)
-    retry = job_method(jobs.retry, atomic=True)
-    get = job_method(jobs.get)
-    find = page_method(jobs.find)
-    history = page_method(jobs.history)
-    lineage = jobs_method(jobs.lineage)
+    submit = methods.job_method(jobs.submit, atomic="unless_active")
+    submit_many = methods.submit_many_method(jobs.submit_many, atomic=True)
+    retry = methods.job_method(jobs.retry, atomic=True)
+    get = methods.job_method(jobs.get)
+    find = methods.page_method(jobs.find)
+    history = methods.page_method(jobs.history)
+    lineage = methods.jobs_method(jobs.lineage)
     counts = store_method(jobs.counts)
     find_id = store_method(jobs.find_id)
-    best = page_method(jobs.best)
+    best = methods.page_method(jobs.best)
     stats = store_method(jobs.stats)
     holders = store_method(jobs.holders)
     affected = store_method(jobs.affected)
@@ -210,10 +201,10 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
     running_jobs = store_method(jobs.running_jobs)
     summaries = store_method(jobs.summaries)
     summaries_of = store_method(jobs.summaries_of)
-    claim = claims_method(jobs.claim)
-    claim_one = claim_method(jobs.claim_one)
-    renew = renewal_method(jobs.renew)
-    look = renewal_method(jobs.look)
+    claim = methods.claims_method(jobs.claim)
+    claim_one = methods.claim_method(jobs.claim_one)
+    renew = methods.renewal_method(jobs.renew)
+    look = methods.renewal_method(jobs.look)
     release = store_method(jobs.release)
     workers = store_method(jobs.workers)
     report = store_method(jobs.report)
@@ -227,7 +218,7 @@ class JobStore(Transfers, BulkActions, Store, Generic[M]):
     requeue = store_method(jobs.requeue, committed_errors=COMMITTED_ERRORS)
     requeue_many = store_method(jobs.requeue_many)
     finish_many = store_method(jobs.finish_many)
-    finish_and_claim = exchange_method(jobs.finish_and_claim)
+    finish_and_claim = methods.exchange_method(jobs.finish_and_claim)
     cancel = store_method(jobs.cancel)
     rescue = store_method(jobs.rescue, atomic=True)
 
