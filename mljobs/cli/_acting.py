@@ -110,7 +110,7 @@ def _each(
     as_json: bool,
     made: Sequence[Any] = (),
 ) -> None:
-    """Act on jobs that were options.named; one that cannot be done does not stop the others, and the exit code says so."""
+    """Act on jobs that were named; one that cannot be done does not stop the others, and the exit code says so."""
     from mljobs.errors import MlJobsError  # noqa: PLC0415 - loads SQLAlchemy
 
     failed = False
@@ -231,10 +231,8 @@ def _preview(bulk: _Bulk) -> None:
     from mljobs.jobs import Filter  # noqa: PLC0415 - loads SQLAlchemy
 
     able = Filter(status=["queued", "running"] if bulk.action == "cancel" else ["failed", "cancelled"])
-    options.named = any(term.name == "status" for term in bulk.chosen.terms)
-    found = bulk.store.summaries(
-        bulk.chosen if options.named else bulk.chosen & able, order="oldest", limit=_SHOWN, text=0
-    )
+    named = any(term.name == "status" for term in bulk.chosen.terms)
+    found = bulk.store.summaries(bulk.chosen if named else bulk.chosen & able, order="oldest", limit=_SHOWN, text=0)
     if output.is_terminal() and found.jobs:
         print_summaries(found.jobs)
         if found.cursor is not None:

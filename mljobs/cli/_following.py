@@ -149,7 +149,7 @@ class _Following:
 
     Attributes:
         outcomes: How many ended how.
-        ended: Whether all that were options.named have finished.
+        ended: Whether all that were named have finished.
     """
 
     def __init__(self, store: JobStore, ids: Sequence[UUID] | None, chosen: Filter | None) -> None:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any, Final, Protocol, TextIO
+from typing import Any, Final, TextIO
 
 from mljobs._printable import printable
 from mljobs.record._html import rows_html, status_html
@@ -22,20 +22,17 @@ _EVERY: Final = 0.2
 """Seconds between two pictures in a notebook, whose page is redrawn by each."""
 
 
-class Display(Protocol):
-    """Shows how far jobs are."""
+class Display:
+    """A display that shows nothing; the others inherit from it."""
 
     def show(self, snapshot: Snapshot) -> None:
-        """Show how far they are."""
-        ...
+        """Show how far the jobs are."""
 
     def end(self, followed: Followed[Any]) -> None:
-        """Show what became of them, as a table."""
-        ...
+        """Show what became of the jobs, as a table."""
 
     def close(self) -> None:
-        """Leave the terminal as it was, however the following ended."""
-        ...
+        """Leave the terminal as it was before, also after an error."""
 
 
 def display_for(file: TextIO | None, *, show: bool) -> Display:
@@ -46,7 +43,7 @@ def display_for(file: TextIO | None, *, show: bool) -> Display:
         show: Whether to show anything.
     """
     if not show:
-        return Silent()
+        return Display()
     if file is None and _in_notebook():
         return Notebook()
     out = sys.stderr if file is None else file
@@ -61,20 +58,7 @@ def _in_notebook() -> bool:
     return shell is not None and getattr(shell, "kernel", None) is not None
 
 
-class Silent:
-    """Shows nothing."""
-
-    def show(self, snapshot: Snapshot) -> None:
-        """See ``Display``."""
-
-    def end(self, followed: Followed[Any]) -> None:
-        """See ``Display``."""
-
-    def close(self) -> None:
-        """See ``Display``."""
-
-
-class Notebook:
+class Notebook(Display):
     """The output of a cell, replaced as the jobs go on."""
 
     def __init__(self) -> None:
@@ -108,9 +92,6 @@ class Notebook:
         ]
         self._put(f"<p>{escape(_ended(followed))}</p>{rows_html(titles, cells)}<p>{escape(_left_out(rows))}</p>")
 
-    def close(self) -> None:
-        """See ``Display``."""
-
     def _put(self, html: str) -> None:
         ipython: Any = importlib.import_module("IPython.display")  # it is there in a notebook
         if self._handle is None:
@@ -119,7 +100,7 @@ class Notebook:
             self._handle.update(ipython.HTML(html))
 
 
-class Lines:
+class Lines(Display):
     """A line whenever the states have changed: for logs and pipes."""
 
     def __init__(self, out: TextIO) -> None:
@@ -139,9 +120,6 @@ class Lines:
         lines = table_lines(titles, rows[:_ROWS_SHOWN])
         self._out.write("\n".join([*lines, _left_out(rows)]).rstrip() + "\n")
         self._out.flush()
-
-    def close(self) -> None:
-        """See ``Display``."""
 
 
 class Terminal(Lines):
