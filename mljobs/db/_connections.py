@@ -64,14 +64,14 @@ def cache_size(engine: Engine, wanted: int) -> int:
 
 
 class ConnectionCache:
-    """Connections for single operations, kept checked out between two of them: a checkout costs as much as a statement.
+    """Connections for single operations, kept checked out between them, because a checkout costs as much as a statement.
 
     On SQLite each operation is a transaction, which the driver begins with the first write and which is committed here. For
     SQLAlchemy, where nobody listens, one transaction goes on: to begin and commit there takes as long as a small statement.
-    An operation waits for the file's write lock in a way of its own. SQLite looks for the lock after 1, 2, 5 and more
-    milliseconds, at last every 100: beside processes that take it again as soon as they have let go, one that has waited
-    long is never served. So a kept connection waits in many short turns, and where these are over the operation is run
-    again until the configured timeout is; see ``lock_pauses``.
+    An operation does not wait for the file's write lock as SQLite does. SQLite tries to take the lock after 1, 2, 5 and more
+    milliseconds, at last every 100: beside processes that take it again as soon as they have released it, one that has
+    waited long hardly ever gets it. So a kept connection waits in many short turns. After these the operation is run again,
+    until the configured timeout is over; see ``lock_pauses``.
 
     Args:
         engine: In AUTOCOMMIT, on PostgreSQL, where such an operation is one statement.
@@ -174,11 +174,11 @@ class ConnectionCache:
 
 
 class _Use:
-    """One operation on a connection of a cache; one that failed goes back to the pool, which knows what to do with it.
+    """One operation on a connection of a cache. After an error the connection goes back to the pool, which resets it.
 
     Attributes:
         connection: The connection.
-        since: Since when it has been kept, by the monotonic clock; on SQLite nobody asks.
+        since: Since when it has been kept, by the monotonic clock; not set on SQLite.
     """
 
     __slots__ = ("_cache", "connection", "since")
@@ -208,7 +208,7 @@ class _Use:
                 connection.commit()
             elif kind is None:
                 _commit(connection)
-            elif is_locked(error):  # and nothing worse: it will be tried again at once
+            elif is_locked(error):  # the connection is sound, and will be used again at once
                 connection.rollback()
         except BaseException:
             connection.close()

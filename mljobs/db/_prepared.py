@@ -1,9 +1,9 @@
 """Statements that are compiled once and sent often; SQLAlchemy's types still convert parameters and rows.
 
-``Connection.execute`` spends as much time around a small statement as PostgreSQL spends on it. Operations that run a
-thousand times a second go through here instead: SQLAlchemy writes the text once for each dialect, and the driver's
-cursor sends it, or ``exec_driver_sql`` where somebody listens; so events, pools and the translation of errors work as
-everywhere.
+``Connection.execute`` takes as long around a small statement as PostgreSQL takes for it. Operations that run a thousand
+times a second use this module instead: SQLAlchemy compiles the text once for each dialect, and the driver's cursor sends
+it. Where the host has listeners for statements, ``exec_driver_sql`` sends it, so that they are called. Pools and the
+translation of errors work as with ``Connection.execute``.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 _Process = Callable[[Any], Any]
 _Schemas = Mapping[str | None, str | None]
 
-_TENANTS = 100  # of whose texts each statement keeps
+_TENANTS = 100  # for so many schema maps each statement keeps its text
 HOLE = "{number}"
 """What stands in the text of a statement where ``Prepared.filled`` writes a number."""
-_FEW = 8  # rows whose values are made at once: to be able to make them later costs as much
+_FEW = 8  # values of so few rows are made at once: to keep them unread costs as much
 
 
 class _Compiled:
@@ -83,7 +83,7 @@ class _Compiled:
         return list(map(values.__getitem__, self.names))
 
     def describe(self, cursor: Any) -> None:
-        """Choose what to do to each column by what the driver says it is; SQLAlchemy asks that of a number."""
+        """Choose the result processor of each column, for which SQLAlchemy asks the type code that the driver reports."""
         codes = [column[1] for column in cursor.description]
         processes = [of.result_processor(self._dialect, code) for of, code in zip(self._types, codes, strict=True)]
         self._result = {at: process for at, process in enumerate(processes) if process is not None}
@@ -199,11 +199,11 @@ class _Filled(Prepared):
 
 
 def has_no_listeners(connection: Any) -> bool:
-    """Whether nobody listens to the statements of this connection, and it is in a transaction that goes on.
+    """Whether the driver's cursor may send a statement: no listener for statements, and a transaction that is active.
 
-    SQLAlchemy makes an object of each column of each result, which takes longer than many of our statements. Where
-    somebody listens (an instrumentation, ``echo``), and where it has to begin a transaction first or to refuse, the
-    statement goes the whole way.
+    SQLAlchemy makes an object of each column of each result, which takes longer than many of our statements. It sends the
+    statement where there are listeners (an instrumentation, ``echo``), where a transaction has to begin first, and where
+    the connection is closed or its transaction has failed.
     """
     transaction = connection._nested_transaction or connection._transaction  # noqa: SLF001 - asked for each statement
     if transaction is None or not transaction.is_active:
@@ -221,7 +221,14 @@ _DRIVERS = frozenset({"psycopg", "pysqlite", "asyncpg"})
 
 
 def _by_cursor(connection: Any, compiled: _Compiled, values: Any, *, late: bool) -> Answer:
-    """Send the statement; ``late`` says that the values of many rows are to be made when they are asked for."""
+    """Send the statement by the driver's cursor.
+
+    Args:
+        connection: Where to run it.
+        compiled: Its text and types.
+        values: Its parameters.
+        late: Whether the values of many rows are made only when they are asked for.
+    """
     cursor = None
     try:
         if compiled.numbered is None and not connection.dialect.is_async:

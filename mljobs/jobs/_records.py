@@ -25,10 +25,10 @@ def record_columns(model: Model) -> list[ColumnElement[Any]]:
 def _shape(model: Model) -> tuple[Callable[[], Any], tuple[str, ...], int, tuple[Any, ...]]:
     """Return what makes a new instance, its keys in the order of the columns, where its id is, and its identity key."""
     mapper = inspect(model)
-    mapper.registry.configure()  # a process that never queried by the ORM has not done so yet
+    mapper.registry.configure()  # the first query by the ORM would, but there may have been none
     mapped = mapper.columns
     keys = tuple(
-        # A column of a subclass that shares the table is none of the parent's.
+        # The parent maps no column of a subclass that shares its table.
         mapper.get_property_by_column(column).key if mapped.contains_column(column) else column.name
         for column in table_of(model).columns
     )
@@ -45,12 +45,12 @@ def record(model: Model, row: Sequence[Any]) -> Any:
 
 
 def is_ml_job(model: Model) -> bool:
-    """Whether ``model`` is ours, with nothing of a host's that only the ORM could fill in."""
+    """Whether ``model`` is ``MlJob`` itself, for which no ORM is needed: a host's class may have defaults and events."""
     return model is MlJob
 
 
 def loaded(bind: Bind, model: Model, jobs: Sequence[Any]) -> list[Any]:
-    """Return ``jobs`` as members of the caller's session, read anew; detached as they are where there is none."""
+    """Return ``jobs`` as members of the caller's session, read again; for a connection as they are, detached."""
     if not jobs or (isinstance(bind, Connection) and is_ml_job(model)):
         return list(jobs)
     if isinstance(bind, Connection):
@@ -78,7 +78,7 @@ def session_on(connection: Connection) -> Session:
 
 
 def refresh(bind: Bind, model: Model, ids: Iterable[UUID]) -> None:
-    """Read anew what the caller's session holds of these jobs, after a statement that went past it."""
+    """Read again the jobs that the caller's session holds, after a statement that the session does not know of."""
     if isinstance(bind, Connection):
         return
     mapper = inspect(model)

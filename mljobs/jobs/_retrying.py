@@ -46,8 +46,8 @@ def retry(
         run_after: Not claimed before this time, or for this long.
         priority: Instead of the finished job's own.
         unless_active: Return the queued or running job of this kind and target, if there is one.
-        again: Whether a completed job's work is to be done once more; a failed or cancelled one needs no such word.
-        another: Whether to queue a retry beside one that is queued or running.
+        again: Whether a completed job may be retried too; a failed or cancelled one may always.
+        another: Whether to queue a second retry beside one that is queued or running.
         model: The mapped job class.
 
     Raises:
@@ -77,7 +77,7 @@ def retry(
 
 
 def _finished(session: Bind, job_id: UUID, model: type[M], *, again: bool) -> M:
-    """Return the job that is to be done again; refuse one that has not finished, or was completed and not meant."""
+    """Return the job; refuse one that has not finished, and a completed one unless ``again``."""
     original = get(session, job_id, model=model)
     if not original.is_terminal:
         raise InvalidTransitionError(original.id, original.status, MlJobStatus.QUEUED)
@@ -89,9 +89,9 @@ def _finished(session: Bind, job_id: UUID, model: type[M], *, again: bool) -> M:
 
 
 def _live_retry(session: Bind, original: M, model: type[M], spec: Any, spec_json: str) -> M | None:
-    """Return the queued or running retry of a job, refuse one with another spec; hold off others until we have committed.
+    """Return the queued or running retry of a job; refuse one with another spec. Others who retry it wait for our commit.
 
-    A REPEATABLE READ transaction sees those that were committed before it began.
+    In a REPEATABLE READ transaction only a retry that was committed before it began is found.
     """
     hold_off_others(connection_of(session, model), model, "retry", original.id.hex)
     live: M | None = first_active(session, model, table_of(model).c.retry_of == original.id)

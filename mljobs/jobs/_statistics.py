@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, Final
 
 from sqlalchemy import ColumnElement, String, Text, and_, case, cast, func, literal, select, type_coerce
@@ -87,15 +87,8 @@ class Spread:
         """Return the spread of these durations; None of none."""
         if not seconds:
             return None
-        ordered = sorted(seconds)
-
-        def at(share: float) -> float:
-            place = share * (len(ordered) - 1)
-            low = int(place)
-            high = min(low + 1, len(ordered) - 1)
-            return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-        return cls(at(0.5), at(0.95), at(0.99), len(ordered))
+        percentiles = quantiles(seconds if len(seconds) > 1 else [*seconds] * 2, n=100, method="inclusive")
+        return cls(percentiles[49], percentiles[94], percentiles[98], len(seconds))
 
 
 @dataclass(frozen=True, slots=True)

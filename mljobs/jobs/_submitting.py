@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from datetime import datetime, timedelta
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 from uuid import UUID
 
 from sqlalchemy import BigInteger, Connection, bindparam, false, func, insert, inspect, literal, select
@@ -78,7 +78,8 @@ def submit(
     if not special and is_ml_job(model) and isinstance(session, Connection):
         # The frequent case: the record's constructor would take as long as the statement.
         row = _default_row(kind, target_name, {} if spec is None else spec)
-        return cast("M", _add_row(session, model, row, _insertion(model, _NOT_DEFAULT)))
+        added: M = _add_row(session, model, row, _insertion(model, _NOT_DEFAULT))
+        return added
     if spec is not None:
         values["spec"] = spec
     if run_after is not None:
@@ -89,7 +90,8 @@ def submit(
         active: M | None = _active(session, job, model)
         if active is not None:
             return active
-    return cast("M", _add(session, job))
+    added_job: M = _add(session, job)
+    return added_job
 
 
 Submission = MlJobMixin | tuple[str, str, Any] | Mapping[str, Any]
