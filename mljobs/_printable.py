@@ -25,7 +25,7 @@ def span_text(seconds: float | timedelta, gap: str = "", *, days_from: int = 1) 
     Args:
         seconds: How long.
         gap: Stands between the numbers and units: with a space it is ``4 m 10 s``.
-        days_from: From so many days on it is told in days.
+        days_from: A span of so many days or more is written in days.
     """
     left = max(0.0, seconds.total_seconds() if isinstance(seconds, timedelta) else seconds)
     if left < 10:

@@ -16,7 +16,7 @@ _Render = Callable[[str, Any, Any], "str | Literal[False]"]
 
 
 def render_ours(options: dict[str, Any]) -> None:
-    """Let the environment render our types, after the host's own ``render_item`` had its say."""
+    """Render our types in this environment, where the host's own ``render_item`` leaves them to Alembic."""
     of_host: _Render | None = options.get("render_item")
     if getattr(of_host, "renders_mljobs", False):
         return

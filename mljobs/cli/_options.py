@@ -138,7 +138,7 @@ def time_option(name: str, text: str | None) -> Any:
 
 
 def spec_text(spec: str | None) -> str | None:
-    """Return the JSON text that is meant: given, in a file, or on standard input."""
+    """Return the JSON text that an option gives: itself, a file, or standard input."""
     if spec is None:
         return None
     if spec == "-":

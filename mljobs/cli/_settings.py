@@ -137,7 +137,7 @@ def load(place: str, what: str, example: str) -> Any:
 
 
 def job_class() -> Any:
-    """Return the class of jobs that is meant.
+    """Return the job class that the settings name.
 
     Raises:
         InvalidValueError: There is none at the place, or it is no job class.
@@ -156,7 +156,7 @@ def job_class() -> Any:
 
 @contextmanager
 def open_store() -> Iterator[JobStore]:
-    """Open the store that is meant.
+    """Open the store that the settings name.
 
     Raises:
         InvalidValueError: There is no such file, no such class, or the URL is none.
@@ -202,5 +202,5 @@ def refuse_missing_file(url: str) -> None:
 
 
 def making_tables() -> str:
-    """Return the command that makes the tables of the class that is meant."""
+    """Return the command that makes the tables of the job class."""
     return "mljobs upgrade" if settings().model is None else "alembic upgrade head"

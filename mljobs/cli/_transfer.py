@@ -131,7 +131,7 @@ def _ending_at_a_broken_pipe() -> Iterator[None]:
 
 @contextmanager
 def bar(what: str, *, quiet: bool, total: int | None = None) -> Iterator[OnProgress | None]:
-    """Yield what is told of the progress; it draws a bar on a terminal once a second has passed."""
+    """Yield the function to call with the progress; on a terminal it draws a bar after a second."""
     from rich.console import Console  # noqa: PLC0415 - takes a tenth of a second
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn  # noqa: PLC0415
     from rich.progress import Progress as Bars  # noqa: PLC0415

@@ -36,7 +36,7 @@ class Meaning:
         name: The last part of the problem's ``type``.
         title: The same for every problem of this type.
         why: Why it is this status and not another.
-        public: The error's attributes that a client is told, and under which names.
+        public: The error's attributes that the problem holds, and their names in it.
     """
 
     status: int

@@ -229,7 +229,7 @@ def _commit(connection: Any) -> None:
 
 
 def _restore_busy_timeout(driver: Any, record: ConnectionPoolEntry, state: PoolResetState) -> None:
-    """Give a connection back as it came from the pool: whoever dropped it, a store that nobody closed included."""
+    """Reset a connection that goes back to the pool, also one of a store that was never closed."""
     record.info.pop(LOCK_TURNS, None)
     configured = record.info.pop(_BUSY_TIMEOUT, None)
     if configured is not None and not state.terminate_only:

@@ -37,7 +37,7 @@ def copy_in(
         table: Where to.
         columns: The names of the columns, in the order of the values.
         rows: As the driver takes them.
-        types: What psycopg is told of each column.
+        types: The PostgreSQL type of each column, for psycopg.
     """
     connection.exec_driver_sql("SELECT 1")  # the driver's transaction begins with a statement that SQLAlchemy sends
     copy = _COPIES[connection.dialect.driver, connection.dialect.is_async]
@@ -117,7 +117,7 @@ def copy_out(
         connection: Of PostgreSQL by psycopg; no other statement runs on it meanwhile.
         text: The COPY statement.
         values: Its parameters.
-        types: What psycopg is told of each column.
+        types: The PostgreSQL type of each column, for psycopg.
         chunk: At most so many rows at once.
     """
     driver: Any = connection.connection.driver_connection

@@ -4,7 +4,7 @@ What is far too long depends on who asks: a migration may take an hour, the rene
 lease. So a thread says it around a call, and connections that :func:`obey_timeouts` made obey::
 
     with answers_within(30):
-        store.renew(claims)         # OperationalError after 30 s, the connection closed, the pool told
+        store.renew(claims)         # OperationalError after 30 s; the connection is closed and invalidated
 
 TCP has timeouts of its own (see :mod:`mljobs.db._engines`). They find a host or a network that is gone, and not a peer whose
 kernel still acknowledges what nobody reads.
@@ -38,7 +38,7 @@ _limit = _Limit()
 
 
 def answer_seconds(lease: float, left: float = math.inf) -> float:
-    """Return how long whoever holds leases waits for an answer: half a lease, and from 1 to 30 s.
+    """Return how many seconds a holder of leases waits for an answer: half a lease, but 1 to 30.
 
     Args:
         lease: Seconds of each.

@@ -155,7 +155,7 @@ class ChangeListener:
             self._selector.register(readable, selectors.EVENT_READ)
 
     def close(self) -> None:
-        """Listen no more, for good."""
+        """Stop listening for ever."""
         self.disconnect()
         for end in (self._wake_sender, self._wake_receiver):
             if end is not None:

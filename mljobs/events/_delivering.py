@@ -99,7 +99,7 @@ def has_listener(origin: Origin) -> bool:
 
 
 def deliver(jobs: Sequence[Any], origin: Origin) -> None:
-    """Call whoever listens, for each job in order; what a callback raises is logged.
+    """Call the callbacks for each job, in order; what a callback raises is logged.
 
     Args:
         jobs: Finished, and committed.
@@ -113,7 +113,7 @@ def deliver(jobs: Sequence[Any], origin: Origin) -> None:
 
 
 async def deliver_async(jobs: Sequence[Any], origin: Origin) -> None:
-    """Call whoever listens, as ``deliver`` does, and await those that are coroutine functions.
+    """Call the callbacks as ``deliver`` does, and await those that are coroutine functions.
 
     Args:
         jobs: Finished, and committed.

@@ -38,7 +38,7 @@ _job_tables: list[ref[Table]] = []
 
 
 def remember_table(table: Table) -> None:
-    """Let errors about this job table be told apart from those about a host's."""
+    """Note a job table, so that errors about it are distinguished from those about a host's tables."""
     if not any(known() is table for known in [*_job_tables]):
         _job_tables.append(ref(table, _job_tables.remove))
 
@@ -157,7 +157,7 @@ def _is_second(error: BaseException) -> bool:
     if getattr(error, "sqlstate", None) == _UNIQUE_VIOLATION:
         return any(
             table.name == _source(error, "table_name")
-            # PostgreSQL says the value to whoever may read the table; the words are of the server's language.
+            # The detail has the value if the role may read the table; its words are in the server's language.
             and (
                 _KEY_VALUE.search(_detail(error) or "") is not None
                 or _source(error, "constraint_name") in {table.primary_key.name, f"{table.name}_pkey"}

@@ -86,7 +86,7 @@ FILTERS: Final = tuple(Filters.__annotations__)
 
 @dataclass(frozen=True, slots=True, init=False)
 class Filter:
-    """Which jobs are meant: each term holds. Without terms, all.
+    """A choice of jobs: those for which each term holds. Without terms, all.
 
     ``str(filter)`` is the text that ``parse`` reads back without loss. There is no negation: name what is wanted.
 

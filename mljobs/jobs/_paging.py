@@ -141,7 +141,7 @@ class Paging:
 
     @property
     def reach(self) -> int:
-        """At how many jobs is looked unasked."""
+        """How many jobs are looked at unless ``scan`` is given."""
         return sum(WINDOWS)
 
     def latest(self, served: Sequence[ColumnElement[bool]]) -> list[ColumnElement[bool]]:
@@ -220,7 +220,7 @@ class Paging:
         return Found(tuple(found), cursor, scanned, len(found) == self._limit)
 
     def _place(self, where: Sequence[ColumnElement[bool]], start: Place | None, window: int) -> Place | None:
-        """Return where the job stands that is ``window`` jobs further on; None where there are fewer."""
+        """Return the place of the job that comes ``window`` jobs after ``start``; None where there are fewer."""
         between = self._between(start, None)
         statement = select(*self._key).where(*between, *where).order_by(*self._by).limit(1).offset(window - 1)
         row = connection_of(self._session, self._chosen.model).execute(statement).first()

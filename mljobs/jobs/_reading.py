@@ -29,7 +29,7 @@ class Page(Sequence[M]):
     Attributes:
         jobs: The jobs.
         cursor: Pass it as ``after`` for the next page; None on the last one.
-        scanned: At how many jobs was looked; None where it was at all that could be meant.
+        scanned: How many jobs were looked at; None where all that could match were.
         complete: Whether the page is as full as it can be; otherwise there may be more jobs from ``cursor`` on.
     """
 
@@ -62,7 +62,7 @@ class Counts(Mapping[tuple[str, str], int]):
     Attributes:
         jobs: The figures; pairs that nobody has are 0.
         exact: Whether the figures of finished jobs are exact. Those of queued and running jobs always are.
-        scanned: At how many jobs was looked; None where it was at all that could be meant.
+        scanned: How many jobs were looked at; None where all that could match were.
         complete: Whether all were counted; otherwise only the latest ``scanned``.
     """
 

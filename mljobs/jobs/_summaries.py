@@ -24,7 +24,7 @@ from mljobs.states import MlJobStatus
 
 _ERROR_SHOWN = 300
 TEXT_SHOWN: Final = 4_000
-"""How many characters of ``spec`` and ``metrics`` a list reads; what is longer is left out, only its size is told."""
+"""How many characters of ``spec`` and ``metrics`` a list reads; of a longer text only the size is returned."""
 _ENDED_READ = 20_000
 _CHAIN_ROUNDS = 100
 _CHAIN_RECORDS = 500
@@ -77,7 +77,7 @@ class SummaryPage:
     Attributes:
         jobs: The summaries.
         cursor: Pass it as ``after`` for the next page; None on the last one.
-        scanned: At how many jobs was looked; None where it was at all that could be meant.
+        scanned: How many jobs were looked at; None where all that could match were.
         complete: Whether the page is as full as it can be; otherwise there may be more jobs from ``cursor`` on.
     """
 

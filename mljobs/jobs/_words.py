@@ -184,7 +184,7 @@ class Word:
 
 
 def words_of(text: str) -> Iterator[Word]:
-    """Yield the words of ``text``, with names, operators and values told apart where they can be.
+    """Yield the words of ``text``, split into name, operator and values where that is possible.
 
     A word without an operator has no name.
     """

@@ -166,7 +166,7 @@ def check_mapping(cls: type[Any], mapper: Mapper[Any], columns: Mapping[str, Any
 
 
 def check_name(cls: type[Any], name: str, attribute: str) -> None:
-    """Check that a table can be told from what the statements of the operations call their parts.
+    """Check that a table has no name that the statements of the operations give to their parts.
 
     Args:
         cls: The class.

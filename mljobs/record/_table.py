@@ -193,7 +193,7 @@ def worker_table(jobs: sa.Table, name: str) -> sa.Table:
 
 
 def _add_value_checks(table: sa.Table, *times: str) -> None:
-    """Let a table hold no value that Python cannot read: one such row would stop whoever reads the others.
+    """Refuse values that Python cannot read: one such row would stop the reading of all others.
 
     The names are of no table, so that they stay right when a host renames it.
     """

@@ -36,7 +36,7 @@ class Display:
 
 
 def display_for(file: TextIO | None, *, show: bool) -> Display:
-    """Return what suits the place.
+    """Return the display for a notebook, a terminal or a file.
 
     Args:
         file: Where to write; None for a notebook's cell, or else standard error.

@@ -42,7 +42,7 @@ from mljobs.transfer._rows import (
 )
 
 KEPT_IDS: Final = 1000
-"""So many ids of each kind are kept in memory; ``on_difference`` is told of all."""
+"""So many ids of each kind are kept in memory; ``on_difference`` is called for all."""
 
 _FINISHED_TOKENS: Final = frozenset(status.value for status in TERMINAL)
 _BLANK: Final = b" \t\r"
@@ -125,7 +125,7 @@ class Compared:
 
 
 OnDifference = Callable[[Difference], object]
-"""Is told of each record that is different, missing or pruned, in the order of the file."""
+"""Is called for each record that is different, missing or pruned, in the order of the file."""
 
 
 def compare(

@@ -40,7 +40,7 @@ from mljobs.record._host_columns import host_columns, made_by_the_database
 from mljobs.types import UtcMillis
 
 _NEUTRAL: Final = DefaultDialect()
-"""What a decorator is told to bind for, so that a line is the same from either database."""
+"""The dialect that a decorator binds for, so that a line is the same from either database."""
 _MICROSECOND: Final = timedelta(microseconds=1)
 
 

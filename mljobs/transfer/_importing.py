@@ -41,7 +41,7 @@ class Input(Protocol):
 
 
 class Import:
-    """An import, batch by batch, for whoever holds the transactions.
+    """An import, batch by batch; the caller begins and commits the transactions.
 
     ``with`` it, iterate over ``batches``, ``write`` each in a transaction, and ``record`` what came of it once that stands.
 
@@ -50,7 +50,7 @@ class Import:
         on_conflict: ``skip``, ``update`` or ``error``; see ``import_jobs``.
         requeue_running: Queue running records again.
         rejects: Where to put what is not imported; None for a new file in the present directory.
-        progress: Is told how far it is.
+        progress: Is called after each batch.
         model: The mapped job class.
         defaults: Of a host's own columns; see ``import_jobs``.
 

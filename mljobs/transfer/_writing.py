@@ -415,7 +415,7 @@ def _add(session: Session, made: Sequence[Any]) -> None:
 
 
 def _sqlstate(error: BaseException) -> str:
-    """Return the SQLSTATE of what the driver raised, wherever in the chain it is told."""
+    """Return the SQLSTATE of what the driver raised, which may be anywhere in the chain of causes."""
     found: BaseException | None = error
     while found is not None:
         for link in (found, getattr(found, "orig", None)):

@@ -20,7 +20,8 @@ from mljobs.worker._worker import Worker
 def run_jobs(store: JobStore[Any], worker: Worker[Any], *, most: int = 1000) -> dict[str, int]:
     """Run what is queued and due, one job after the other in this thread, until nothing is left.
 
-    A failure is retried as the worker would; the retry is run too, unless it has to wait. No handler is told of a cancel.
+    A failure is retried as the worker would; the retry is run too, unless it has to wait. A handler does not
+    notice that its job is cancelled.
 
     Args:
         store: Where the jobs are. The worker's own store is not used.

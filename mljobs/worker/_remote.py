@@ -61,8 +61,8 @@ class RemoteCall:
         url: Where the jobs are, password included.
         model: The mapped job class.
         lease: Seconds of the lease.
-        note: A file that says which process runs the handler, while it does; None for none. Only a process of a pool is
-            asked for one, and told to end with its worker.
+        note: A file that says which process runs the handler, while it does; None for none. Only a process of a pool has
+            one, and ends with its worker.
     """
 
     function: Function
