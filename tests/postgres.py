@@ -116,6 +116,8 @@ class Cluster:
             "max_connections=200",
             "max_prepared_transactions=10",
         ]
+        if not self._fsync:  # for tests: what it wrote would make a database other than its template
+            options.append("autovacuum=off")
         with (self._work / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
