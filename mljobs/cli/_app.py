@@ -120,13 +120,9 @@ def _commands_of(module: str) -> dict[str, Any]:
         if command.module == module:
             function = functions.get(f"{name}_") or functions[name.replace("-", "_")]  # list_ and import_
             part.command(name, epilog=FILTER_HELP if command.filters else None)(function)
-    part.callback()(_nothing)  # more than one command, whatever the module has
+    part.callback()(lambda: None)  # makes a group of it, also where the module has one command only
     group: Any = typer.main.get_command(part)
     return dict(group.commands)
-
-
-def _nothing() -> None:
-    """Nothing."""
 
 
 def _shared(url: str | None = None, model: str | None = None, schema: str | None = None) -> None:

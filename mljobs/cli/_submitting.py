@@ -78,10 +78,6 @@ def _typed(column: Any, value: str) -> Any:
     if python is bool:
         return value.lower() in ("true", "yes", "1")
     try:
-        return python(value) if python in (int, float, str) else _from_iso(python, value)
+        return getattr(python, "fromisoformat", python)(value)
     except ValueError as error:
         raise typer.BadParameter(f"--set: {column.key} is a {python.__name__}, not {value!r}") from error
-
-
-def _from_iso(python: Any, value: str) -> Any:
-    return python.fromisoformat(value) if hasattr(python, "fromisoformat") else python(value)

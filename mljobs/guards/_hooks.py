@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.orm import InstanceState
 
-__all__ = ["companion_ddl", "enforce_sqlite"]
-
 _STARTED = "_mljobs_started"
 _REQUIRED = ("kind", "target_name", "spec_json")
 
