@@ -234,7 +234,8 @@ def test_watches_and_waits_outlive_the_loss_of_all_connections(postgres_url: str
 def test_a_store_is_used_on_one_loop_after_another(request: pytest.FixtureRequest, driver: str) -> None:
     url = request.getfixturevalue("sqlite_url" if driver == "sqlite" else "postgres_url")
     _, _, rest = url.partition(":")
-    store = AsyncJobStore(f"{AWAITED[driver]}:{rest}", pool_size=3, max_overflow=0)
+    pool = {} if driver == "sqlite" else {"pool_size": 3, "max_overflow": 0}
+    store = AsyncJobStore(f"{AWAITED[driver]}:{rest}", **pool)
     watch = store.watch(poll=0)
 
     async def use(name: str) -> Any:

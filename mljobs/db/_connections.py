@@ -283,24 +283,25 @@ class AsyncConnectionCache(ConnectionCache):
             return await greenlet_spawn(self._run, operation)
         if self._loop is not get_running_loop():
             self.enter_loop()
-        if self._places.locked():
-            await self._wait()
+        places = self._places
+        if places.locked():
+            await self._wait(places)
         else:
-            await self._places.acquire()
+            await places.acquire()
         try:
             return await greenlet_spawn(self._run, operation)
         finally:
-            self._places.release()
+            places.release()
 
     def _run(self, operation: Callable[[Connection], R]) -> R:
         with self.use() as connection:
             return operation(connection)
 
-    async def _wait(self) -> None:
+    async def _wait(self, places: asyncio.Semaphore) -> None:
         pool: Any = self._engine.pool
         try:
             async with asyncio.timeout(pool.timeout()):
-                await self._places.acquire()
+                await places.acquire()
         except TimeoutError:
             raise PoolTimeoutError(f"none of {self._size} connections became free within {pool.timeout()} s") from None
 

@@ -58,6 +58,9 @@ _CACHE_SQLITE = 2  # more would only wait for the same lock
 class AsyncJobStore(AsyncTransfers, AsyncBulkActions, Store, Generic[M]):
     """Jobs in a database, each operation a transaction of its own, awaited. The same names as ``JobStore``.
 
+    It is for the tasks of one event loop at a time. One that was made from a URL may be used on another loop afterwards; to
+    ``await store.close()`` on each closes what would be left to the garbage collector.
+
     Args:
         source: A URL; an ``AsyncEngine``; an ``async_sessionmaker`` whose sessions are to be used, on the engine to which
             they bind the model; or an ``AsyncConnection``, in whose transaction each operation is then a savepoint.
