@@ -63,6 +63,21 @@ def test_a_fork_waits_until_a_write_to_the_file_has_ended_for_its_lock_would_be_
     assert _targets(sqlite_url) == ["child", "parent", "parent, after the fork"]
 
 
+def test_forks_wait_once_for_a_connection_that_stays_in_use(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_forks, "_PATIENCE", 0.01)
+    monkeypatch.setattr(_forks, "_in_vain_until", 0.0)
+    over = threading.Event()
+    other = threading.Thread(target=over.wait)
+    other.start()
+    with JobStore(sqlite_url) as store, store.engine.connect():
+        assert _ended_well(_in_child(lambda: None))
+        waited = _forks._in_vain_until
+        assert _ended_well(_in_child(lambda: None))
+        assert 0 < waited == _forks._in_vain_until
+    over.set()
+    other.join()
+
+
 def test_what_a_child_commits_to_the_file_is_not_lost_when_its_parent_closes_the_store(sqlite_url: str) -> None:
     (from_child, to_parent), (from_parent, to_child) = os.pipe(), os.pipe()
 

@@ -18,6 +18,8 @@ from weakref import WeakSet
 
 _PATIENCE = 1.0
 """Seconds that a fork waits for operations to end, a transaction of the host's among them."""
+_NO_PATIENCE = 10.0
+"""Seconds for which forks do not wait after one that has waited in vain."""
 _SWITCH = 0.006
 """Seconds, longer than a thread runs at a time: after it, one that has looked at ``under_way`` has its connection."""
 
@@ -44,6 +46,7 @@ class Connections(Protocol):
 
 _all: WeakSet[Connections] = WeakSet()
 _forking = threading.Lock()
+_in_vain_until = 0.0
 _done = threading.Event()
 _of_the_parent: list[Any] = []
 
@@ -64,17 +67,22 @@ def keep_from_being_collected(*inherited: Any) -> None:
 
 
 def _before() -> None:
-    global under_way  # noqa: PLW0603
+    global under_way, _in_vain_until  # noqa: PLW0603
     _forking.acquire()
     closed = [connections for connections in [*_all] if connections.closed_at_forks]
     if not closed:
         return
     _done.clear()
     under_way = True
-    if threading.active_count() > 1:
+    if threading.active_count() > 1 and time.monotonic() >= _in_vain_until:
         end = time.monotonic() + _PATIENCE
         time.sleep(_SWITCH)
-        while any(connections.in_use() for connections in closed) and time.monotonic() < end:
+        while any(connections.in_use() for connections in closed):
+            if (
+                time.monotonic() >= end
+            ):  # a session of the host's that stays open: a pool of processes forks at once again
+                _in_vain_until = end + _NO_PATIENCE
+                break
             time.sleep(0.001)
     for connections in closed:
         connections.close_all()
