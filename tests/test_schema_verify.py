@@ -48,13 +48,13 @@ HARM_IN_SQLITE = {
     "CREATE VIEW ml_jobs_overview AS SELECT id, status FROM ml_jobs",
 }
 LEASES = "DROP TABLE ml_job_leases ;; CREATE TABLE ml_job_leases (token INTEGER NOT NULL PRIMARY KEY{}, worker {}"
-LEASE_CHECKS = ", ".join(
+LEASE_CHECKS = ",\n".join(  # SQLAlchemy 2.0 finds one CHECK in a line
     f"CONSTRAINT {check.name} CHECK ({check.sqltext})"
     for check in MlJob.__leases__.constraints
     if isinstance(check, SqliteCheck)
 )
 LEASE_END = (
-    f", acquired_at BIGINT NOT NULL, expires_at BIGINT NOT NULL, target_lock TEXT, {LEASE_CHECKS}\n) ;; "
+    f", acquired_at BIGINT NOT NULL, expires_at BIGINT NOT NULL, target_lock TEXT,\n{LEASE_CHECKS}\n) ;; "
     "CREATE UNIQUE INDEX uq_ml_job_leases_target ON ml_job_leases (target_lock) WHERE target_lock IS NOT NULL"
 )
 HARM_IN_SQLITE |= {
