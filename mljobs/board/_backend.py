@@ -10,7 +10,7 @@ from anyio import CapacityLimiter, to_thread
 from sqlalchemy.engine import make_url
 
 from mljobs import jobs
-from mljobs.db._failures import CONNECTION_ERRORS, database_is_away
+from mljobs.db._failures import CONNECTION_ERRORS, database_is_away, tables_are_missing
 from mljobs.jobs import Bind, Model
 from mljobs.store._store import JobStore
 
@@ -18,8 +18,6 @@ R = TypeVar("R")
 
 _THREADS = 8
 _QUERY_CANCELED = "57014"
-_UNDEFINED = ("42P01", "42703", "3F000")  # table, column, schema
-_SQLITE_UNDEFINED = ("no such table", "no such column")
 
 
 class DatabaseAway(Exception):
@@ -102,10 +100,9 @@ def _limited(work: Callable[[Bind], R], seconds: float, bind: Bind) -> R:
 def _named(error: Exception) -> DatabaseAway | TooSlow | None:
     """Return what a page says of an error of the database; None of one of ours."""
     original = getattr(error, "orig", None) or error
-    state = getattr(original, "sqlstate", None)
-    if state == _QUERY_CANCELED:
+    if getattr(original, "sqlstate", None) == _QUERY_CANCELED:
         return TooSlow("it took longer than the board lets a page take")
     line = str(original).strip().partition("\n")[0] or type(original).__name__
-    if state in _UNDEFINED or line.startswith(_SQLITE_UNDEFINED):
+    if tables_are_missing(error):
         return TablesMissing(f"{line}; 'mljobs upgrade' makes the tables, or brings them up to date")
     return DatabaseAway(line) if database_is_away(error) else None

@@ -18,6 +18,9 @@ _OPERATIONAL = ("08", "25", "40", "53", "55", "57", "58", "XX")
 """SQLSTATEs that psycopg calls operational or internal. Through SQLAlchemy asyncpg's errors are of no such class."""
 _SERIALIZATION = ("40001", "40P01")
 """SQLSTATEs of a transaction that PostgreSQL ended because of another one: it may be run again."""
+_UNDEFINED = ("42P01", "42703", "3F000")
+"""SQLSTATEs of a table, a column and a schema that is not there."""
+_SQLITE_UNDEFINED = ("no such table", "no such column")
 _LINE_MAX = 500
 CONNECTION_ERRORS = (DBAPIError, PoolTimeout, OSError)
 """What a call to the database raises when it fails; see ``database_is_away``."""
@@ -35,6 +38,13 @@ def database_is_away(error: BaseException) -> bool:
             return False
         return isinstance(error, OperationalError | InterfaceError | InternalError) or error.connection_invalidated
     return isinstance(error, PoolTimeout | OSError)
+
+
+def tables_are_missing(error: BaseException) -> bool:
+    """Whether the database says that it has no such table, column or schema."""
+    original = getattr(error, "orig", None) or error
+    state, text = getattr(original, "sqlstate", None), str(original)
+    return state in _UNDEFINED or any(words in text for words in _SQLITE_UNDEFINED)
 
 
 def may_run_again(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ from sqlalchemy import URL, Connection, Engine, exists, inspect, select, text
 from sqlalchemy.exc import DBAPIError
 
 from mljobs.db._engines import at_level, new_engine
-from mljobs.db._failures import first_line
+from mljobs.db._failures import first_line, tables_are_missing
 from mljobs.errors import InvalidValueError, SchemaError
 from mljobs.guards._companions import is_blob_index
 from mljobs.jobs import Model, table_of
@@ -179,16 +179,9 @@ def ready(target: Target, *, model: Model = MlJob) -> None:
             with _connected(target) as connection:
                 connection.execute(used)
     except DBAPIError as error:
-        if _is_missing(error):
+        if tables_are_missing(error):
             raise SchemaError(f"not ready: {first_line(error)}") from error
         raise
-
-
-_UNDEFINED = ("42P01", "42703", "3F000")  # table, column, schema
-
-
-def _is_missing(error: DBAPIError) -> bool:
-    return getattr(error.orig, "sqlstate", None) in _UNDEFINED or "no such " in first_line(error)
 
 
 def _differences(connection: Connection, metadata: MetaData | None) -> list[str]:
