@@ -74,18 +74,22 @@ def _before() -> None:
         return
     _done.clear()
     under_way = True
-    if threading.active_count() > 1 and time.monotonic() >= _in_vain_until:
-        end = time.monotonic() + _PATIENCE
-        time.sleep(_SWITCH)
-        while any(connections.in_use() for connections in closed):
-            if (
-                time.monotonic() >= end
-            ):  # a session of the host's that stays open: a pool of processes forks at once again
-                _in_vain_until = end + _NO_PATIENCE
-                break
-            time.sleep(0.001)
+    now = time.monotonic()
+    # A session of the host's may stay open, and a pool of processes forks again at once.
+    if threading.active_count() > 1 and now >= _in_vain_until and not _come_to_rest(closed, now + _PATIENCE):
+        _in_vain_until = now + _PATIENCE + _NO_PATIENCE
     for connections in closed:
         connections.close_all()
+
+
+def _come_to_rest(closed: list[Connections], end: float) -> bool:
+    """Wait until no operation has one of these connections; return whether that was before ``end``."""
+    time.sleep(_SWITCH)
+    while any(connections.in_use() for connections in closed):
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.001)
+    return True
 
 
 def _after_in_parent() -> None:

@@ -224,6 +224,10 @@ def sorted_reader(
     return _stream_of(connection, select(*found).select_from(joined), chunk)
 
 
+_MORE_SORT_MEMORY = """\
+SELECT set_config('work_mem', '64MB', true) WHERE pg_size_bytes(current_setting('work_mem')) < pg_size_bytes('64MB')"""
+
+
 @contextmanager
 def more_sort_memory(connection: Connection) -> Iterator[None]:
     """Let PostgreSQL sort 64 MB in memory, in this transaction, until the block ends; by default it has 4 MB."""
@@ -231,9 +235,7 @@ def more_sort_memory(connection: Connection) -> Iterator[None]:
         yield
         return
     before = connection.exec_driver_sql("SELECT current_setting('work_mem')").scalar()
-    connection.exec_driver_sql(
-        "SELECT set_config('work_mem', '64MB', true) WHERE pg_size_bytes(current_setting('work_mem')) < 64 * 1024 * 1024"
-    )
+    connection.exec_driver_sql(_MORE_SORT_MEMORY)
     yield
     # After an error there is nothing to set back: the transaction ends, and the setting with it.
     connection.execute(select(func.set_config("work_mem", before, True)))
